@@ -1,0 +1,54 @@
+#!/usr/bin/env bash
+# Run jobs on this machine, with the calling convention of Kaldi's run.pl:
+#   run_local.sh [--option value …] [JOB=1:N] LOG COMMAND …
+# The letters JOB in the log's name and in the command become the job's number. Options such as --gpu or --mem mean
+# something on a cluster and nothing here. A single job's epochs are shown while it runs; the rest is in the log.
+set -euo pipefail
+
+while [[ "${1:-}" == --* ]]; do
+    shift 2
+done
+first=1 last=1
+if [[ "${1:-}" =~ ^JOB=([0-9]+)(:([0-9]+))?$ ]]; then
+    first=${BASH_REMATCH[1]}
+    last=${BASH_REMATCH[3]:-${first}}
+    shift
+fi
+if [ $# -lt 2 ]; then
+    echo "usage: $0 [--option value …] [JOB=1:N] LOG COMMAND …" >&2
+    exit 2
+fi
+log=$1
+shift
+
+# The epochs of a training log, without prefix and timings.
+progress() {
+    sed -u -nE '/epoch started|epoch results|KD stage|going back|writing .* again|^error:/{
+        s/^.* (INFO|WARNING): //
+        s/[a-z0-9_]*(time|lr0|count|loss_scale|clip|grad_norm)=[^,]*(, |$)//g
+        s/[a-z_]*=nan(, |$)//g
+        p
+    }' >&2
+}
+
+pids=()
+trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
+for ((job = first; job <= last; job++)); do
+    job_log=${log//JOB/${job}}
+    mkdir -p "$(dirname "${job_log}")"
+    if [ "${first}" = "${last}" ]; then
+        ("${@//JOB/${job}}" 2>&1 | tee "${job_log}" | progress) &
+    else
+        "${@//JOB/${job}}" >"${job_log}" 2>&1 &
+    fi
+    pids+=($!)
+done
+failed=0
+for i in "${!pids[@]}"; do
+    if ! wait "${pids[i]}"; then
+        failed=1
+        echo "error: job $((first + i)) failed; the end of ${log//JOB/$((first + i))}:" >&2
+        tail -n 5 "${log//JOB/$((first + i))}" >&2
+    fi
+done
+exit "${failed}"

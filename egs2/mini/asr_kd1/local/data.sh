@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# Stage 1: synthesise the embedded corpus into data/{train,valid,test}. Options: local/data.sh --help
+set -euo pipefail
+
+. ./path.sh
+
+python3 -m espnet_kd.bin.asr_kd_data mini --out data "$@"

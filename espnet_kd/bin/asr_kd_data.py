@@ -1,0 +1,150 @@
+"""Prepare data: corpora to data dirs, formatting, token lists, checks (stages 1 to 3 of run.sh).
+
+    python -m espnet_kd.bin.asr_kd_data mini --out data --nj 2
+    python -m espnet_kd.bin.asr_kd_data an4 --out data --an4 /corpora/an4
+    python -m espnet_kd.bin.asr_kd_data format --src data/train --dst dump/raw/train_sp --speed_factors 0.9 1.0 1.1
+    python -m espnet_kd.bin.asr_kd_data tokens --text dump/raw/train/text --out data/token_list/char
+    python -m espnet_kd.bin.asr_kd_data validate data/train data/valid --token_list data/token_list/char/tokens.txt
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from typing import Callable, Optional, Sequence
+
+from espnet_kd.cli import UserError, run
+
+
+def _add_an4(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", default="data", help="directory that gets train/, valid/, test/")
+    sub.add_argument("--an4", help="the corpus, in any of its forms; without it the original is downloaded")
+    sub.add_argument("--downloads", default="downloads", help="where a download goes")
+    sub.add_argument("--raw_endian", choices=("auto", "big", "little"), default="auto", help="byte order of .raw files")
+    sub.add_argument("--valid_speakers", type=int, default=8, help="training speakers set apart as valid")
+    sub.add_argument("--seed", type=int, default=0, help="picks those speakers")
+
+
+def _an4(args: argparse.Namespace) -> None:
+    from espnet_kd.data.an4 import prepare_an4
+
+    prepare_an4(args.out, args.an4, downloads=args.downloads, raw_endian=args.raw_endian,
+                valid_speakers=args.valid_speakers, seed=args.seed)  # fmt: skip
+
+
+def _add_mini(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--out", default="data", help="directory that gets train/, valid/, test/, wav/, mini.json")
+    sub.add_argument("--nj", type=int, default=1, help="processes; the bytes do not depend on it")
+    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--language", choices=("en", "cmn"), default="en", help="cmn: Mandarin, characters as tokens")
+    sub.add_argument("--train", type=int, default=1200, help="utterances")
+    sub.add_argument("--valid", type=int, default=100, help="utterances, of voices unseen in train")
+    sub.add_argument("--test", type=int, default=250, help="utterances, of voices unseen in train and valid")
+    sub.add_argument("--snr_low", type=float, default=5.0, help="lowest signal-to-noise ratio, dB")
+    sub.add_argument("--snr_high", type=float, default=20.0, help="highest signal-to-noise ratio, dB")
+    sub.add_argument("--reverb_ratio", type=float, default=0.3, help="share of utterances with reverberation, 0 to 1")
+
+
+def _mini(args: argparse.Namespace) -> None:
+    from espnet_kd.data.mini import prepare_mini
+
+    prepare_mini(args.out, sizes={"train": args.train, "valid": args.valid, "test": args.test}, nj=args.nj,
+                 seed=args.seed, language=args.language, snr_low=args.snr_low, snr_high=args.snr_high,
+                 reverb_ratio=args.reverb_ratio)  # fmt: skip
+
+
+def _add_format(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--src", required=True, help="data dir to read")
+    sub.add_argument("--dst", required=True, help="directory to make, e.g. dump/raw/train")
+    sub.add_argument("--fs", type=int, default=16000, help="sampling rate, Hz")
+    sub.add_argument("--speed_factors", type=float, nargs="+", default=[1.0], help="1.0 keeps an unchanged copy")
+    sub.add_argument("--min_seconds", type=float, default=0.1)
+    sub.add_argument("--max_seconds", type=float, default=30.0)
+    sub.add_argument("--drop_out_of_range", action="store_true",
+                     help="leave out what is shorter or longer (train, valid); a test set keeps it")  # fmt: skip
+    sub.add_argument("--nj", type=int, default=1, help="processes")
+
+
+def _format(args: argparse.Namespace) -> None:
+    from espnet_kd.data.formatting import format_data
+
+    format_data(args.src, args.dst, fs=args.fs, speed_factors=args.speed_factors, max_seconds=args.max_seconds,
+                min_seconds=args.min_seconds, drop_out_of_range=args.drop_out_of_range, nj=args.nj)  # fmt: skip
+
+
+def _add_tokens(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--text", required=True, nargs="+", help="Kaldi-style text files, of training data only")
+    sub.add_argument("--out", required=True, help="directory that gets tokens.txt (and bpe.model)")
+    sub.add_argument("--token_type", choices=("char", "bpe"), default="char")
+    sub.add_argument("--nbpe", type=int, default=500, help="size of the list with --token_type bpe")
+
+
+def _tokens(args: argparse.Namespace) -> None:
+    from espnet_kd.data.tokens import make_token_list
+
+    path = make_token_list(args.text, args.out, args.token_type, args.nbpe)
+    logging.info("token list: %s", path)
+
+
+def _add_validate(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("data_dirs", nargs="+", metavar="DATA_DIR")
+    sub.add_argument("--token_list", help="tokens.txt that has to cover the texts")
+    sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char")
+    sub.add_argument("--min_seconds", type=float, default=0.1)
+    sub.add_argument("--max_seconds", type=float, default=30.0)
+    sub.add_argument("--fs", type=int, default=16000, help="expected sampling rate, Hz; 0 accepts any")
+    sub.add_argument("--no_text", action="store_true", help="text may be missing")
+    sub.add_argument("--no_audio", action="store_true", help="do not open the audio files")
+
+
+def _validate(args: argparse.Namespace) -> None:
+    from espnet_kd.data.datadir import validate
+
+    errors = []
+    for data_dir in args.data_dirs:
+        try:
+            number = validate(data_dir, need_text=not args.no_text, token_list=args.token_list,
+                              token_type=args.token_type, min_seconds=args.min_seconds, max_seconds=args.max_seconds,
+                              check_audio=not args.no_audio, fs=args.fs or None)  # fmt: skip
+            logging.info("%s: %d utterances, no fault", data_dir, number)
+        except UserError as e:
+            errors.append(str(e))
+    if errors:
+        raise UserError("\n".join(errors))
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Return the parser; each subcommand leaves its function in ``args.do``."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    subs = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    def add(name: str, what: str, fill: Callable, do: Callable, example: str) -> None:
+        sub = subs.add_parser(
+            name,
+            help=what,
+            description=what,
+            formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+            epilog=f"example: python -m espnet_kd.bin.asr_kd_data {name} {example}",
+        )
+        fill(sub)
+        sub.set_defaults(do=do)
+
+    add("an4", "CMU AN4 to data dirs", _add_an4, _an4, "--out data --an4 /corpora/an4")
+    add("mini", "synthesise the embedded corpus", _add_mini, _mini, "--out data --nj 2")
+    add("format", "data dir to formatted audio, with speed perturbation", _add_format, _format,
+        "--src data/train --dst dump/raw/train_sp --speed_factors 0.9 1.0 1.1 --drop_out_of_range --nj 4")  # fmt: skip
+    add("tokens", "token list of the training text", _add_tokens, _tokens,
+        "--text dump/raw/train/text --out data/token_list/bpe500 --token_type bpe --nbpe 500")  # fmt: skip
+    add("validate", "check data dirs; every fault names file, line and utterance", _add_validate, _validate,
+        "data/train data/valid --max_seconds 20")  # fmt: skip
+    return parser
+
+
+def main(cmd: Optional[Sequence[str]] = None) -> None:
+    """Run the subcommand given in ``cmd`` (default: the shell's arguments)."""
+    args = get_parser().parse_args(cmd)
+    args.do(args)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,37 @@
+"""Turn a trained student into a plain ESPnet experiment that stock ESPnet decodes, packs and serves.
+
+Example:
+    python -m espnet_kd.bin.asr_kd_export --expdir exp/student_progressive_fkl
+
+It writes EXPDIR/export with config.yaml (no KD keys), model.pth (student keys only), feats_stats.npz, bpe.model if
+any. Paths in config.yaml are relative to the directory the command runs in, as ESPnet writes them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Optional, Sequence
+
+from espnet_kd.cli import run
+from espnet_kd.distill.export import export
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Command line of this command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--expdir", required=True, metavar="EXP[/FILE.pth]", help="the student's experiment")
+    parser.add_argument("--output_dir", type=Path, help="default: EXP/export")
+    return parser
+
+
+def main(cmd: Optional[Sequence[str]] = None) -> None:
+    """Export (see the module's docstring)."""
+    args = get_parser().parse_args(cmd)
+    out = export(args.expdir, args.output_dir)
+    logging.info("exported to %s", out)
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,182 @@
+"""Train a student by a method page: all its KD stages, or one of them.
+
+Example:
+    python -m espnet_kd.bin.asr_kd_train --config conf/train_student.yaml \\
+        --teacher exp/teacher --kd_config progressive_fkl --output_dir exp/student_fkl \\
+        <everything else that espnet2.bin.asr_train takes>
+
+Earlier KD stages lie in OUTPUT_DIR/kd_stage<k>, the last in OUTPUT_DIR itself. The same command continues a run that
+was stopped; finished KD stages are skipped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence
+
+import torch
+
+from espnet_kd.cli import UserError, run
+from espnet_kd.distill.checkpoints import mend, read_checkpoint
+from espnet_kd.distill.page import KDStage, Page, load_page
+from espnet_kd.files import replacing
+from espnet_kd.targets.experiment import find_experiment, load_state, student_only
+
+STUDENT = "student.pth"
+RECORD = "kd_stage.json"
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """The parser of ``espnet2.bin.asr_train`` with this task's options (ESPnet's tools look for this function)."""
+    from espnet_kd.tasks.asr_kd import ASRKDTask
+
+    parser = ASRKDTask.get_parser()
+    parser.description = __doc__
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    return parser
+
+
+def main(cmd: Optional[Sequence[str]] = None) -> None:
+    """Train (see the module's docstring)."""
+    from espnet_kd.tasks.asr_kd import ASRKDTask
+
+    cmd = list(sys.argv[1:] if cmd is None else cmd)
+    args = get_parser().parse_args(cmd)
+    if args.kd_config is None or args.print_config or args.collect_stats or args.dry_run or not args.output_dir:
+        # Statistics need no teacher, and without a page this is ESPnet's own training, made safe against kills.
+        if args.resume and args.output_dir and first_rank(args):
+            mend(Path(args.output_dir))
+        ASRKDTask.main(cmd=cmd)
+        return
+    page = load_page(args.kd_config)
+    chosen = choose_stages(page, args.kd_stages)
+    epochs = page.epochs(args.max_epoch, chosen)
+    if args.kd_stage is not None and args.kd_stage not in epochs:
+        logging.info("KD stage %d: nothing to do, this run has KD stages %s", args.kd_stage, chosen)
+    output_dir = Path(args.output_dir)
+    dirs = {k: output_dir if k == chosen[-1] else output_dir / f"kd_stage{k}" for k in chosen}
+    for before, k in zip([None, *chosen], chosen):
+        if args.kd_stage in (None, k):
+            _train_stage(cmd, args, page, page.stages[k - 1], epochs[k], dirs[k], dirs.get(before))
+    if args.kd_stage in (None, chosen[-1]) and first_rank(args):
+        with replacing(output_dir / "experiment.json") as f:
+            json.dump({"role": "student", "method": page.method, "kd_stages": chosen, "seed": args.seed}, f)
+
+
+def first_rank(args: argparse.Namespace) -> bool:
+    """Whether this process is the one of an externally launched job that writes."""
+    return not args.dist_rank and not int(os.environ.get("RANK", 0))
+
+
+def choose_stages(page: Page, wanted: Optional[Sequence[int]]) -> List[int]:
+    """The KD stages to train, in order (:class:`UserError` where the page has no such)."""
+    chosen = sorted(set(wanted or range(1, len(page.stages) + 1)))
+    if chosen[0] < 1 or chosen[-1] > len(page.stages):
+        raise UserError(f"--kd_stages {chosen}: {page.path} has KD stages 1 to {len(page.stages)}")
+    return chosen
+
+
+def _train_stage(
+    cmd: List[str],
+    args: argparse.Namespace,
+    page: Page,
+    stage: KDStage,
+    epochs: int,
+    output_dir: Path,
+    before: Optional[Path],
+) -> None:
+    """One KD stage: an ordinary ESPnet run that starts from the student of the one before."""
+    from espnet_kd.tasks.asr_kd import ASRKDTask
+
+    label = f"KD stage {stage.number} ({stage.name})"
+    record = {
+        "method": page.method,
+        "kd_stage": stage.number,
+        "epochs": epochs,
+        "objectives": [{"objective": o.name, "weight": str(o.weight), **o.conf} for o in stage.objectives],
+        "ctc": {"weight": stage.ctc_weight, "per": stage.ctc_per},
+        "seed": args.seed,
+        "teacher": args.teacher,
+    }
+    if _finished(output_dir, record, label):
+        logging.info("%s is finished in %s", label, output_dir)
+        return
+    if before is not None and not (before / STUDENT).is_file():
+        raise UserError(f"{label} starts from {before / STUDENT}, which is missing: train the KD stage before it first")
+    own = [
+        *to_options(stage.train),
+        *cmd,
+        *("--output_dir", str(output_dir), "--max_epoch", str(epochs), "--kd_stage", str(stage.number)),
+        *("--resume", "true"),
+        *(["--init_param", str(before / STUDENT)] if before is not None else []),
+    ]
+    # Every KD stage of an externally launched job forms a process group of its own, hence its own file.
+    if args.dist_init_method.startswith("file://"):
+        own += ["--dist_init_method", f"{args.dist_init_method}.kd_stage{stage.number}"]
+    if first_rank(args):
+        output_dir.mkdir(parents=True, exist_ok=True)
+        with replacing(output_dir / RECORD) as f:
+            json.dump({**record, "finished": False}, f, indent=2)
+        done = mend(output_dir)
+        logging.info("%s: %d epochs into %s%s", label, epochs, output_dir, f", from epoch {done + 1}" if done else "")
+    ASRKDTask.main(cmd=own)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        if first_rank(args):
+            _finish(output_dir, page, record)
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
+    else:
+        _finish(output_dir, page, record)
+
+
+def _finished(output_dir: Path, record: Dict[str, Any], label: str) -> bool:
+    """Whether this KD stage is done; refuse a directory that holds a run with other settings."""
+    try:
+        found = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return False
+    except ValueError as e:
+        raise UserError(f"{output_dir / RECORD} is damaged ({e}); remove {output_dir} to train {label} anew") from e
+    finished = found.pop("finished", False)
+    # An extended run (more epochs) may go on where it stopped; a finished one of another length is another run.
+    differing = [k for k in record if found.get(k) != record[k]]
+    if differing:
+        what = "; ".join(f"{k}: {found.get(k)} there, {record[k]} now" for k in differing)
+        raise UserError(f"{output_dir} holds {label} with other settings ({what}); choose another --output_dir")
+    return finished and (output_dir / STUDENT).is_file()
+
+
+def _finish(output_dir: Path, page: Page, record: Dict[str, Any]) -> None:
+    """Write the student-only file that the next KD stage starts from, then the record."""
+    states = read_checkpoint(output_dir / "checkpoint.pth")
+    if states is None:
+        raise UserError(f"error: training left no readable checkpoint in {output_dir}; see its log")
+    state = load_state(find_experiment(output_dir)[1]) if page.init_from == "best" else states["model"]
+    with replacing(output_dir / STUDENT, "wb") as f:
+        torch.save(student_only(state), f)
+    with replacing(output_dir / RECORD) as f:
+        json.dump({**record, "finished": True}, f, indent=2)
+
+
+def to_options(train: Mapping[str, Any]) -> List[str]:
+    """A page's ``train:`` block as command line options, so that ESPnet's parser checks them."""
+    options: List[str] = []
+    for key, value in train.items():
+        if isinstance(value, Mapping):
+            for inner, v in value.items():
+                options += [f"--{key}", f"{inner}={json.dumps(v)}"]
+        elif isinstance(value, list):
+            options += [f"--{key}", *(",".join(map(str, v)) if isinstance(v, list) else str(v) for v in value)]
+        else:
+            options += [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return options
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,34 @@
+"""What every command shares: errors a user can act on, exit codes, log format.
+
+Exit codes: 0 done · 1 the user can mend it (one line ``error: …``) · 2 wrong command line
+(argparse) · 130 interrupted with Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from typing import Callable, NoReturn, Optional, Sequence
+
+
+class UserError(Exception):
+    """A mistake in what the user gave; the message says what, where, and what to do."""
+
+
+def run(main: Callable[[Optional[Sequence[str]]], None]) -> NoReturn:
+    """Call ``main(None)`` (arguments from the shell) and leave with the exit code of the module's docstring."""
+    logging.basicConfig(
+        level=logging.INFO,
+        stream=sys.stderr,
+        format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
+    )
+    try:
+        main(None)
+    except UserError as e:
+        # "error:" in the log is also what ESPnet's own scripts look for when a job dies.
+        print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print("error: interrupted; the same command continues where it stopped", file=sys.stderr)
+        sys.exit(130)
+    sys.exit(0)

@@ -1,0 +1,1 @@
+"""Batched CTC decoding and scoring."""

@@ -1,0 +1,48 @@
+"""Greedy CTC search: the best label of every frame, repeats merged, blanks dropped."""
+
+from __future__ import annotations
+
+from typing import List, Sequence, Tuple
+
+import torch
+
+
+def ctc_collapse(token_ids: torch.Tensor, blank_id: int = 0) -> List[int]:
+    """Merge repeats, then drop blanks.
+
+    Args:
+        token_ids: (T,) integer label of every frame; T may be 0.
+        blank_id: the label that stands for "nothing".
+
+    Raises:
+        ValueError: ``token_ids`` is not one-dimensional.
+    """
+    if token_ids.dim() != 1:
+        raise ValueError(f"token_ids must be (T,), not {tuple(token_ids.shape)}")
+    merged = torch.unique_consecutive(token_ids)
+    return merged[merged != blank_id].tolist()
+
+
+def ctc_greedy(
+    logits: torch.Tensor, lengths: torch.Tensor, blank_id: int = 0, drop: Sequence[int] = ()
+) -> List[Tuple[List[int], float]]:
+    """Greedy search over a batch.
+
+    Args:
+        logits: (B, T, V) logits or log-probabilities, on any device.
+        lengths: (B,) frames that count; 0 is legal and gives an empty hypothesis.
+        blank_id: blank label.
+        drop: labels taken out after collapsing (ESPnet's <sos/eos>, which is no text).
+
+    Returns:
+        For each utterance (token ids, log-probability of the best path in nats).
+    """
+    best, ids = logits.float().max(dim=-1)
+    frame_score = best - logits.float().logsumexp(dim=-1)
+    valid = torch.arange(logits.size(1), device=logits.device) < lengths.to(logits.device)[:, None]
+    scores = frame_score.masked_fill(~valid, 0.0).sum(dim=1).tolist()
+    ids, banned = ids.cpu(), set(drop)
+    return [
+        ([t for t in ctc_collapse(row[:n], blank_id) if t not in banned], score)
+        for row, n, score in zip(ids, lengths.tolist(), scores)
+    ]

@@ -1,0 +1,79 @@
+"""Make a batched ESPnet encoder say what it says to each utterance alone.
+
+Three things leak from the padding into an utterance: the STFT reflects the signal at its end only where the batch
+ends; a subsampled mask can count up to two frames more than the utterance has alone; and convolutions over time
+(Conformer, Branchformer, 1-D feed-forward) see what stands after the last frame. Here each is undone, on a model
+that is used for decoding only: training keeps ESPnet's behaviour.
+"""
+
+from __future__ import annotations
+
+import threading
+from typing import Tuple
+
+import torch
+from torch import nn
+
+#: Encoders whose layers are a mask, attention and 1-D convolutions: exact after `make_batch_exact`.
+EXACT_ENCODERS = ("ConformerEncoder", "TransformerEncoder", "BranchformerEncoder", "EBranchformerEncoder")
+
+
+class OneByOne(nn.Module):
+    """Runs a frontend on each utterance alone and pads its features with 0; cheap beside the encoder."""
+
+    def __init__(self, frontend: nn.Module):
+        super().__init__()
+        self.frontend = frontend
+
+    def forward(self, speech: torch.Tensor, lengths: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Map (B, N) samples and (B,) lengths to (B, T, D) features and (B,) lengths."""
+        pairs = [self.frontend(speech[i : i + 1, :n], lengths[i : i + 1]) for i, n in enumerate(lengths.tolist())]
+        feats = nn.utils.rnn.pad_sequence([f[0] for f, _ in pairs], batch_first=True)
+        return feats, torch.cat([n for _, n in pairs])
+
+
+def subsampled(lengths: torch.Tensor, embed: nn.Module) -> torch.Tensor:
+    """Frames (B,) that ``embed`` (an ESPnet input layer) makes of (B,) feature frames, each utterance alone."""
+    for conv in embed.modules():
+        if isinstance(conv, (nn.Conv1d, nn.Conv2d)):
+            kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+            lengths = torch.div(lengths + 2 * padding - kernel, stride, rounding_mode="floor") + 1
+    return lengths.clamp(min=0)
+
+
+def make_batch_exact(model: nn.Module) -> bool:
+    """Change an ESPnetASRModel, meant for decoding, so that batched equals one by one (up to float rounding).
+
+    Safe for several threads. Returns False, having changed only the frontend, for an encoder that is none of
+    `EXACT_ENCODERS`: its last frames then depend a little on the batch.
+    """
+    if model.frontend is not None:
+        model.frontend = OneByOne(model.frontend)
+    encoder = model.encoder
+    if type(encoder).__name__ not in EXACT_ENCODERS:
+        return False
+    here = threading.local()
+
+    def note_lengths(_, args):
+        lengths = args[1]
+        here.lengths = lengths if encoder.embed is None else subsampled(lengths, encoder.embed)
+
+    def trim_mask(_, __, output):
+        if not (isinstance(output, tuple) and len(output) == 2 and getattr(output[1], "dtype", None) == torch.bool):
+            return None  # a layer that doesn't subsample: it was given no mask
+        x, mask = output
+        frames = torch.arange(mask.size(-1), device=mask.device)
+        return x, mask & (frames < here.lengths.to(mask.device)[:, None, None])
+
+    def zero_padding(_, args):
+        x = args[0]  # (B, C, T)
+        frames = torch.arange(x.size(-1), device=x.device)
+        return (x.masked_fill(frames >= here.lengths.to(x.device)[:, None, None], 0.0), *args[1:])
+
+    encoder.register_forward_pre_hook(note_lengths)
+    if encoder.embed is not None:
+        encoder.embed.register_forward_hook(trim_mask)
+    for module in encoder.encoders.modules():
+        if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
+            module.register_forward_pre_hook(zero_padding)
+    return True

@@ -1,0 +1,256 @@
+"""Batched CTC recognition of a data dir with an ESPnet ASR experiment or export.
+
+Audio goes in as in ``espnet2.bin.asr_inference`` (soundfile's floats in [-1, 1], no augmentation), batches are
+made of utterances of like length, and give what each utterance gives alone (see `espnet_kd.decode.padding`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
+
+import numpy as np
+import soundfile
+import torch
+from tqdm import tqdm
+
+from espnet_kd.cli import UserError
+from espnet_kd.decode.greedy import ctc_greedy
+from espnet_kd.decode.padding import make_batch_exact
+from espnet_kd.decode.tables import read_table
+
+BLANK_ID = 0  # ESPnet's CTC: the first token of every token list
+
+
+@dataclass
+class Hypothesis:
+    """What was recognised in one utterance; everything may be empty. ``score``: log-probability in nats."""
+
+    token_ids: List[int]
+    tokens: List[str]
+    text: str
+    score: float
+
+
+@dataclass
+class Utterance:
+    """One line of a wav.scp and the length of its audio (``samples`` at ``rate`` Hz)."""
+
+    utt_id: str
+    path: str
+    samples: int
+    rate: int
+
+
+@dataclass
+class Timing:
+    """Seconds of audio decoded, and of wall time in the decoding loop and in reading audio."""
+
+    audio_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    read_seconds: float = 0.0
+
+
+class Recogniser:
+    """An ESPnet model with its tokens, ready to decode batches."""
+
+    def __init__(self, model: torch.nn.Module, args: argparse.Namespace, config_dir: Union[str, Path] = "."):
+        """Take a loaded ESPnetASRModel and its configuration (see `espnet_kd.targets.experiment.load_model`).
+
+        Args:
+            model: in eval mode on its device; it is changed for exact batches, so don't train it afterwards.
+            args: contents of config.yaml.
+            config_dir: where the token model is looked for if its path in ``args`` doesn't exist.
+
+        Raises:
+            UserError: no CTC head, or a model which takes features instead of audio.
+        """
+        if getattr(model, "ctc", None) is None:
+            raise UserError(f"the model of {config_dir} has no CTC head; decode it with espnet2.bin.asr_inference")
+        if model.frontend is None:
+            raise UserError(f"the model of {config_dir} takes features (input_size is set), not audio")
+        self.rate = _sampling_rate(args)
+        self.volume = getattr(args, "speech_volume_normalize", None)
+        self.token_list: List[str] = list(model.token_list)
+        self.to_text = build_detokeniser(args, config_dir)
+        self.device = next(model.parameters()).device
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self._no_text = sorted({model.sos, model.eos})
+        # The STFT reflects half a window at each end, which a shorter signal doesn't have.
+        self._min_samples = getattr(getattr(model.frontend, "stft", None), "n_fft", 0) // 2 + 1
+        if not make_batch_exact(model):
+            logging.warning("%s: the last frames of a batch depend a little on padding", type(model.encoder).__name__)
+        self.model = model
+
+    @torch.inference_mode()
+    def logits(self, speech: Sequence[np.ndarray]) -> Tuple[torch.Tensor, torch.Tensor]:
+        """CTC logits (B, T, V) and frames (B,) of utterances (N_i,); frames are 0 where the audio is too short."""
+        from espnet2.asr.encoder.conformer_encoder import TooShortUttError
+
+        waves = [torch.from_numpy(self._normalise(x)) for x in speech]
+        lengths = torch.tensor([len(w) for w in waves])
+        too_short = lengths < self._min_samples
+        # Too short ones are stretched with silence so that the others can be decoded; they count no frames below.
+        padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
+        padded = torch.nn.functional.pad(padded, (0, max(0, self._min_samples - padded.size(1))))
+        try:
+            encoded, frames = self.model.encode(
+                padded.to(self.device), lengths.clamp(min=self._min_samples).to(self.device)
+            )
+        except TooShortUttError:
+            return torch.zeros(len(waves), 0, len(self.token_list)), torch.zeros(len(waves), dtype=torch.long)
+        if isinstance(encoded, tuple):  # (output, outputs of InterCTC layers)
+            encoded = encoded[0]
+        frames = frames.cpu().clamp(max=encoded.size(1)).masked_fill(too_short, 0)
+        return self.model.ctc.ctc_lo(encoded), frames
+
+    def __call__(self, speech: Sequence[np.ndarray]) -> List[Hypothesis]:
+        """Recognise utterances, each (N_i,) float samples at ``rate`` Hz, as one batch."""
+        result = []
+        for ids, score in ctc_greedy(*self.logits(speech), blank_id=BLANK_ID, drop=self._no_text):
+            tokens = [self.token_list[i] for i in ids]
+            result.append(Hypothesis(ids, tokens, self.to_text(tokens), score))
+        return result
+
+    def _normalise(self, samples: np.ndarray) -> np.ndarray:
+        """Bring the peak to ``speech_volume_normalize``, as ESPnet's preprocessor does at inference too."""
+        peak = np.abs(samples).max(initial=0.0)
+        if self.volume is not None and peak > 0:
+            samples = samples * (self.volume / peak)
+        return samples.astype(np.float32, copy=False)
+
+
+def build_detokeniser(args: argparse.Namespace, config_dir: Union[str, Path]) -> Callable[[List[str]], str]:
+    """Function from tokens to text for the token type of a configuration.
+
+    Raises:
+        UserError: the SentencePiece model is missing or unreadable.
+    """
+    kind = getattr(args, "token_type", None)
+    if kind == "char":
+        space = getattr(args, "space_symbol", "<space>")
+        return lambda tokens: "".join(" " if t == space else t for t in tokens)
+    if kind == "word":
+        return " ".join
+    if kind == "bpe":
+        import sentencepiece
+
+        given = Path(args.bpemodel)
+        path = next((p for p in (given, Path(config_dir) / given.name) if p.is_file()), None)
+        if path is None:
+            raise UserError(f"the token model {given} of {config_dir}/config.yaml does not exist; run from the recipe")
+        try:
+            return sentencepiece.SentencePieceProcessor(model_file=str(path)).DecodePieces
+        except (RuntimeError, OSError) as e:
+            raise UserError(f"cannot read the token model {path}: {e}") from e
+    from espnet2.text.build_tokenizer import build_tokenizer  # the rarer types
+
+    return build_tokenizer(kind, bpemodel=getattr(args, "bpemodel", None)).tokens2text
+
+
+def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> List[Utterance]:
+    """List the utterances of a data dir with their lengths, reading only the headers of the audio.
+
+    Args:
+        data_dir: holds wav.scp, each line one audio file.
+        rate: sampling rate in Hz that the model wants; None accepts any.
+
+    Raises:
+        UserError: what is wrong with which line or utterance.
+    """
+    data_dir = Path(data_dir)
+    if (data_dir / "segments").exists():
+        raise UserError(f"{data_dir} has a segments file: use the formatted data dir (stage 2 writes one file each)")
+    utterances = []
+    for utt_id, path in read_table(data_dir / "wav.scp").items():
+        if path.endswith("|"):
+            raise UserError(f"{data_dir}/wav.scp: {utt_id} is a command; use the formatted data dir (stage 2 makes it)")
+        try:
+            info = soundfile.info(path)
+        except (OSError, RuntimeError) as e:
+            raise UserError(f"{data_dir}/wav.scp: cannot read the audio of {utt_id}, {path}: {e}") from e
+        if rate is not None and info.samplerate != rate:
+            raise UserError(
+                f"{data_dir}/wav.scp: {utt_id} has {info.samplerate} Hz and the model wants {rate} Hz; resample it"
+            )
+        utterances.append(Utterance(utt_id, path, info.frames, info.samplerate))
+    if not utterances:
+        raise UserError(f"{data_dir}/wav.scp is empty")
+    return utterances
+
+
+def read_audio(utterance: Utterance) -> np.ndarray:
+    """Samples (N,) as float32 in [-1, 1]; of several channels the first, as ESPnet's frontend takes it in eval."""
+    try:
+        samples, _ = soundfile.read(utterance.path, dtype="float32")
+    except (OSError, RuntimeError) as e:
+        raise UserError(f"cannot read the audio of {utterance.utt_id}, {utterance.path}: {e}") from e
+    return samples if samples.ndim == 1 else np.ascontiguousarray(samples[:, 0])
+
+
+def make_batches(utterances: Sequence[Utterance], batch_seconds: float) -> List[List[Utterance]]:
+    """Group utterances of like length, longest first, so that a padded batch lasts at most ``batch_seconds``."""
+    batches: List[List[Utterance]] = []
+    for utterance in sorted(utterances, key=lambda u: (-u.samples / u.rate, u.utt_id)):
+        longest = batches[-1][0] if batches else None
+        if longest is None or (len(batches[-1]) + 1) * longest.samples / longest.rate > batch_seconds:
+            batches.append([])
+        batches[-1].append(utterance)
+    return batches
+
+
+def recognise(
+    recogniser: Callable[[Sequence[np.ndarray]], List[Hypothesis]],
+    utterances: Sequence[Utterance],
+    batch_seconds: float = 120.0,
+    nj: int = 1,
+    progress: bool = True,
+) -> Tuple[Dict[str, Hypothesis], Timing]:
+    """Decode utterances in batches.
+
+    Args:
+        recogniser: maps a batch of samples to hypotheses, usually a `Recogniser`; called from ``nj`` threads.
+        utterances: in the order wanted in the result.
+        batch_seconds: audio in a batch, padding included; a longer utterance is a batch of its own.
+        nj: batches decoded at the same time (threads: torch releases Python's lock).
+        progress: show a bar.
+
+    Returns:
+        Hypotheses by utterance id, and the times: decoding and reading are measured apart.
+    """
+    batches, timing = make_batches(utterances, batch_seconds), Timing()
+    found: Dict[str, Hypothesis] = {}
+    with (
+        tqdm(total=len(utterances), unit="utt", desc="decoding", disable=not progress) as bar,
+        ThreadPoolExecutor(nj) as pool,
+    ):
+        for start in range(0, len(batches), nj):
+            group = batches[start : start + nj]
+            t0 = time.perf_counter()
+            audio = [[read_audio(u) for u in batch] for batch in group]
+            t1 = time.perf_counter()
+            results = list(pool.map(recogniser, audio)) if nj > 1 else [recogniser(a) for a in audio]
+            timing.decode_seconds += time.perf_counter() - t1
+            timing.read_seconds += t1 - t0
+            for batch, samples, hypotheses in zip(group, audio, results):
+                found.update((u.utt_id, h) for u, h in zip(batch, hypotheses))
+                timing.audio_seconds += sum(len(x) / u.rate for x, u in zip(samples, batch))
+            bar.update(sum(map(len, group)))
+    return {u.utt_id: found[u.utt_id] for u in utterances}, timing
+
+
+def _sampling_rate(args: argparse.Namespace) -> Optional[int]:
+    """Sampling rate in Hz of the model's own frontend, or None where it doesn't say."""
+    if getattr(args, "frontend", None) != "default":
+        return None
+    rate = (args.frontend_conf or {}).get("fs", 16000)
+    if isinstance(rate, str):
+        import humanfriendly  # ESPnet reads "16k" with it
+
+        rate = humanfriendly.parse_size(rate)
+    return int(rate)

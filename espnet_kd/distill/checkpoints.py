@@ -1,0 +1,78 @@
+"""Resuming after a kill: ESPnet writes checkpoints in place, so one may be half written or missing."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Any, Dict, Optional
+
+import torch
+
+from espnet_kd.files import replacing
+
+CHECKPOINT = "checkpoint.pth"
+PREVIOUS = "checkpoint.prev.pth"
+
+
+def keep_previous(output_dir: Path) -> None:
+    """Copy the finished checkpoint aside, before the trainer overwrites it. Call at the start of an epoch."""
+    checkpoint = output_dir / CHECKPOINT
+    if checkpoint.is_file():
+        part = output_dir / (PREVIOUS + ".part")
+        shutil.copyfile(checkpoint, part)
+        os.replace(part, output_dir / PREVIOUS)
+
+
+def read_checkpoint(path: Path) -> Optional[Dict[str, Any]]:
+    """A trainer's checkpoint, or None where it is absent or damaged. Loads tensors and ESPnet's statistics only."""
+    if not path.is_file():
+        return None
+    try:
+        with torch.serialization.safe_globals([datetime.timedelta]):
+            states = torch.load(path, map_location="cpu", weights_only=True)
+        states["model"], states["reporter"]["epoch"]
+        return states
+    except Exception as e:  # whatever a damaged archive raises, the answer is the same: not this one
+        logging.warning("%s is damaged (%s)", path, str(e).splitlines()[0] if str(e) else type(e).__name__)
+        return None
+
+
+def mend(output_dir: Path) -> int:
+    """Make a killed run resumable; say what was done.
+
+    A damaged checkpoint gives way to the previous epoch's, or to a fresh start; an epoch's model that is missing or
+    damaged is written again from its checkpoint.
+
+    Returns:
+        the last finished epoch, 0 for a fresh start
+    """
+    states = read_checkpoint(output_dir / CHECKPOINT)
+    if states is None:
+        states = read_checkpoint(output_dir / PREVIOUS)
+        (output_dir / CHECKPOINT).unlink(missing_ok=True)
+        if states is None:
+            return 0
+        logging.warning("going back to %s, epoch %d", output_dir / PREVIOUS, states["reporter"]["epoch"])
+        part = output_dir / (CHECKPOINT + ".part")
+        shutil.copyfile(output_dir / PREVIOUS, part)
+        os.replace(part, output_dir / CHECKPOINT)
+    epoch = states["reporter"]["epoch"]
+    model = output_dir / f"{epoch}epoch.pth"
+    if not _same(model, states["model"]):
+        logging.warning("writing %s again from the checkpoint", model)
+        with replacing(model, "wb") as f:
+            torch.save(states["model"], f)
+    # Later epochs' models belong to the damaged checkpoint and will be trained again.
+    (output_dir / f"{epoch + 1}epoch.pth").unlink(missing_ok=True)
+    return epoch
+
+
+def _same(path: Path, state: Dict[str, torch.Tensor]) -> bool:
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+        return found.keys() == state.keys() and all(torch.equal(found[k], v) for k, v in state.items())
+    except Exception:  # absent or damaged
+        return False

@@ -1,0 +1,68 @@
+"""From a student's experiment to a plain ESPnet one."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Optional, Union
+
+import torch
+import yaml
+
+from espnet_kd.cli import UserError
+from espnet_kd.targets.experiment import find_experiment, load_model, load_state, read_config, student_only
+
+#: Options that the task adds to ESPnet's; an exported config.yaml has none of them.
+KD_OPTIONS = ("teacher", "kd_config", "kd_stage", "kd_stages", "augmented_teacher")
+
+
+def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> Path:
+    """Write ``EXP/export`` (config.yaml, model.pth, feats_stats.npz, bpe.model if any) and check that it loads.
+
+    The directory appears whole or not at all; one from before is replaced.
+
+    Raises:
+        UserError: the experiment is incomplete, or a file its config names is missing.
+    """
+    config_file, model_file = find_experiment(experiment)
+    out = output_dir or config_file.parent / "export"
+    config = {k: v for k, v in read_config(config_file).items() if k not in KD_OPTIONS}
+    # What only training needed, and what must not be looked for where the model is used.
+    config.update(output_dir=str(out), init_param=[], resume=False)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    os.chmod(part, 0o755)
+    try:
+        # GlobalMVN opens its statistics when it is built, although they are in the model as well.
+        stats = (config.get("normalize_conf") or {}).get("stats_file")
+        if stats:
+            config["normalize_conf"] = {**config["normalize_conf"], "stats_file": _bring(stats, part, "feats_stats.npz", out)}
+        if config.get("bpemodel"):
+            config["bpemodel"] = _bring(config["bpemodel"], part, "bpe.model", out)
+        torch.save(student_only(load_state(model_file)), part / "model.pth")
+        (part / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        _replace(part, out)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+    load_model(out / "config.yaml", out / "model.pth")
+    return out
+
+
+def _bring(source: str, part: Path, name: str, out: Path) -> str:
+    """Copy a file the config names into the export; return the path it will have."""
+    if not Path(source).is_file():
+        raise UserError(f"{source}, which config.yaml names, is missing; run from the directory the paths are relative to")
+    shutil.copyfile(source, part / name)
+    return str(out / name)
+
+
+def _replace(part: Path, out: Path) -> None:
+    """Put ``part`` in the place of ``out``; a directory cannot be renamed over another."""
+    old = part.with_name(part.name + ".old")
+    if out.exists():
+        os.rename(out, old)
+    os.rename(part, out)
+    shutil.rmtree(old, ignore_errors=True)

@@ -1,0 +1,239 @@
+"""Method pages: one YAML that says which objectives pull, how hard, in which KD stages. Read strictly."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Union
+
+import yaml
+
+from espnet_kd.cli import UserError
+from espnet_kd.distill.objectives import OBJECTIVES, Objective
+from espnet_kd.distill.schedule import Ramp
+
+METHODS_DIR = Path(__file__).resolve().parent.parent / "conf" / "methods"
+
+
+@dataclass
+class ObjectiveSpec:
+    """One entry of a KD stage's ``objectives``."""
+
+    name: str
+    weight: Union[float, Ramp]
+    conf: Dict[str, Any]
+    make: Callable[[], Objective]
+
+    @property
+    def key(self) -> str:
+        """Name in statistics and under ``kd_heads``: a dotted path's last part."""
+        return self.name.rsplit(".", 1)[-1]
+
+
+@dataclass
+class KDStage:
+    """A part of a method; see ``conf/methods/README.md`` for the keys."""
+
+    number: int  #: from 1
+    name: str
+    share: float  #: of the student's max_epoch
+    ctc_weight: float
+    ctc_per: str
+    attention_weight: float
+    objectives: List[ObjectiveSpec]
+    train: Dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Page:
+    """A method page."""
+
+    path: Path
+    method: str
+    teacher: str  #: required | none
+    pool: str
+    init_from: str  #: last | best epoch of the KD stage before
+    stages: List[KDStage]
+
+    def epochs(self, max_epoch: int, chosen: Sequence[int]) -> Dict[int, int]:
+        """Epochs of each chosen KD stage: ``share`` of ``max_epoch``, at least 1; the last one gets the rest.
+
+        Stages left out thus give their epochs to the last one, and every student trains ``max_epoch`` epochs.
+
+        Raises:
+            UserError: too few epochs.
+        """
+        counts = {k: max(1, round(self.stages[k - 1].share * max_epoch)) for k in chosen[:-1]}
+        rest = max_epoch - sum(counts.values())
+        if rest < 1:
+            raise UserError(f"max_epoch {max_epoch} is too few for {len(chosen)} KD stages of {self.path}")
+        return {**counts, chosen[-1]: rest}
+
+
+def list_pages() -> List[str]:
+    """Names of the pages that come with the package."""
+    return sorted(p.stem for p in METHODS_DIR.glob("*.yaml"))
+
+
+def load_page(name: str) -> Page:
+    """Read a page by path or by the name of one of the package's.
+
+    Raises:
+        UserError: not found (naming the nearest), unreadable, unknown or mistyped keys with their place in the file.
+    """
+    path = Path(name)
+    if path.suffix not in (".yaml", ".yml"):
+        path = METHODS_DIR / f"{name}.yaml"
+        if not path.is_file():
+            raise UserError(f"unknown method {name!r}{_nearest(name, list_pages())}")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(f"cannot read the method page {path}: {e}") from e
+    return _page(path, content)
+
+
+_NUMBER = (int, float)
+
+
+def _page(path: Path, content: Any) -> Page:
+    where = str(path)
+    top = _mapping(content, where, ["teacher", "pool", "init_from", "ctc", "attention", "stages"])
+    if not isinstance(top.get("stages"), list) or not top["stages"]:
+        raise UserError(f"{where}: stages must be a list of at least one KD stage")
+    page = Page(
+        path=path,
+        method=path.stem,
+        teacher=_choice(top, "teacher", ["required", "none"], "required", where),
+        pool=_choice(top, "pool", ["least_blank", "mean"], "least_blank", where),
+        init_from=_choice(top, "init_from", ["last", "best"], "last", where),
+        stages=[
+            _stage(n, stage, top, f"{where}: stages[{n - 1}]") for n, stage in enumerate(top["stages"], 1)
+        ],
+    )
+    total = sum(s.share for s in page.stages)
+    if abs(total - 1) > 1e-6:
+        raise UserError(f"{where}: the shares of the KD stages add up to {total:g}, not 1")
+    return page
+
+
+def _stage(number: int, content: Any, top: Mapping[str, Any], where: str) -> KDStage:
+    stage = _mapping(content, where, ["name", "share", "ctc", "attention", "objectives", "train"])
+    ctc = _mapping(stage.get("ctc", top.get("ctc", {})), f"{where}.ctc", ["weight", "per"])
+    attention = _mapping(stage.get("attention", top.get("attention", {})), f"{where}.attention", ["weight"])
+    objectives = stage.get("objectives", [])
+    if not isinstance(objectives, list):
+        raise UserError(f"{where}.objectives must be a list")
+    ctc_weight = _typed(ctc, "weight", _NUMBER, 1.0, f"{where}.ctc")
+    result = KDStage(
+        number=number,
+        name=_typed(stage, "name", str, f"stage{number}", where),
+        share=_typed(stage, "share", _NUMBER, 1.0, where),
+        ctc_weight=ctc_weight,
+        ctc_per=_choice(ctc, "per", ["utterance", "label"], "utterance", f"{where}.ctc"),
+        # A hybrid student's attention branch uses the labels as CTC does: off with it unless said otherwise.
+        attention_weight=_typed(attention, "weight", _NUMBER, ctc_weight, f"{where}.attention"),
+        objectives=[_objective(o, f"{where}.objectives[{i}]") for i, o in enumerate(objectives)],
+        train=_mapping(stage.get("train", {}), f"{where}.train", None),
+    )
+    if not 0 < result.share <= 1:
+        raise UserError(f"{where}.share must be above 0 and at most 1, not {result.share}")
+    keys = [o.key for o in result.objectives]
+    if len(set(keys)) < len(keys):
+        raise UserError(f"{where}.objectives: each objective may stand once, got {', '.join(keys)}")
+    return result
+
+
+def _objective(content: Any, where: str) -> ObjectiveSpec:
+    entry = dict(_mapping(content, where, None))
+    name = _typed(entry, "objective", str, None, where)
+    weight = _weight(entry.pop("weight", 1.0), f"{where}.weight")
+    entry.pop("objective")
+    cls = objective_class(name, where)
+    known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
+    _mapping(entry, where, ["objective", "weight"] + known)
+    defaults = {p.name: p.default for p in inspect.signature(cls).parameters.values()}
+    for key, value in entry.items():
+        kind = type(defaults[key])
+        kind = {float: _NUMBER, tuple: list}.get(kind, kind)
+        _typed(entry, key, kind, value, where)
+
+    def make() -> Objective:
+        try:
+            return cls(**entry)
+        except UserError as e:
+            raise UserError(f"{where}: {e}") from e
+
+    make()  # refuse wrong values now, not when the KD stage begins
+    return ObjectiveSpec(name, weight, entry, make)
+
+
+def objective_class(name: str, where: str) -> type:
+    """Find an objective by its name, or by the dotted path of a class outside the package.
+
+    Raises:
+        UserError: unknown (naming the nearest), not importable, or not an Objective.
+    """
+    if name.lower() in OBJECTIVES.classes:
+        return OBJECTIVES.get_class(name)
+    if "." not in name:
+        raise UserError(f"{where}: unknown objective {name!r}{_nearest(name, list(OBJECTIVES.classes))}")
+    module, _, attribute = name.rpartition(".")
+    try:
+        cls = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError) as e:
+        raise UserError(f"{where}: cannot import objective {name}: {e}; is its directory on PYTHONPATH?") from e
+    if not (isinstance(cls, type) and issubclass(cls, Objective)):
+        raise UserError(f"{where}: {name} is not a subclass of espnet_kd.distill.objectives.Objective")
+    return cls
+
+
+def _weight(value: Any, where: str) -> Union[float, Ramp]:
+    if isinstance(value, _NUMBER) and not isinstance(value, bool):
+        return float(value)
+    keys = ["start", "end", "begin", "until"]
+    ramp = _mapping(value, where, keys)
+    numbers = {k: float(_typed(ramp, k, _NUMBER, 0.0, where)) for k in ramp}
+    if not {"start", "end"} <= set(numbers):
+        raise UserError(f"{where}: a ramp needs start and end (and may have begin and until, shares of the KD stage)")
+    result = Ramp(**numbers)
+    if not 0 <= result.begin < result.until <= 1:
+        raise UserError(f"{where}: needs 0 <= begin < until <= 1, got {result.begin:g} and {result.until:g}")
+    return result
+
+
+def _mapping(value: Any, where: str, known: Any) -> Dict[str, Any]:
+    """``value`` as a mapping whose keys are all ``known`` (None: any)."""
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} must be a mapping, not {type(value).__name__}")
+    for key in value:
+        if known is not None and key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{_nearest(str(key), known)}")
+    return dict(value)
+
+
+def _typed(mapping: Mapping[str, Any], key: str, kind: Any, default: Any, where: str) -> Any:
+    if key not in mapping:
+        if default is None:
+            raise UserError(f"{where}: {key} is missing")
+        return default
+    value = mapping[key]
+    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
+        names = "a number" if kind == _NUMBER else f"a {kind.__name__}"
+        raise UserError(f"{where}.{key} must be {names}, not {value!r}")
+    return value
+
+
+def _choice(mapping: Mapping[str, Any], key: str, choices: List[str], default: str, where: str) -> str:
+    value = _typed(mapping, key, str, default, where)
+    if value not in choices:
+        raise UserError(f"{where}.{key} must be one of {', '.join(choices)}, not {value!r}")
+    return value
+
+
+def _nearest(name: str, known: Sequence[str]) -> str:
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(known)})"

@@ -1,0 +1,67 @@
+"""Where training stands, and weights that follow it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Callable, Iterator, Optional
+
+from espnet2.iterators.abs_iter_factory import AbsIterFactory
+
+
+@dataclass
+class Progress:
+    """Position in a KD stage. Epochs count from 1; nothing of it is in a checkpoint, a resume sets it anew."""
+
+    epoch: int = 1
+    max_epoch: int = 1
+    step: int = 0  #: of this epoch, from 0
+    steps_per_epoch: Optional[int] = None  #: known after the first epoch of a process
+
+    @property
+    def fraction(self) -> float:
+        """Share of the KD stage that is done, 0…1; moves once an epoch until an epoch's length is known."""
+        within = min(self.step / self.steps_per_epoch, 1.0) if self.steps_per_epoch else 0.0
+        return min((self.epoch - 1 + within) / max(self.max_epoch, 1), 1.0)
+
+
+@dataclass
+class Ramp:
+    """A weight that moves linearly from ``start`` to ``end`` between two fractions of the KD stage."""
+
+    start: float
+    end: float
+    begin: float = 0.0
+    until: float = 1.0
+
+    def __call__(self, progress: Progress) -> float:
+        """The weight at ``progress``."""
+        if progress.fraction >= self.until:
+            return self.end
+        done = max(progress.fraction - self.begin, 0.0) / (self.until - self.begin)
+        return self.start + (self.end - self.start) * done
+
+
+class EpochHooks(AbsIterFactory):
+    """An iterator factory that reports epoch and step to :class:`Progress`.
+
+    ESPnet's trainer has no hooks, but calls ``build_iter(epoch)`` in the training process at the start of each epoch,
+    also after a resume and in every spawned process.
+    """
+
+    def __init__(self, factory: AbsIterFactory, progress: Progress, at_epoch: Callable[[int], None]):
+        self.factory = factory
+        self.progress = progress
+        self.at_epoch = at_epoch
+
+    def build_iter(self, epoch: int, shuffle: Optional[bool] = None) -> Iterator:
+        """The wrapped factory's batches, counted."""
+        self.at_epoch(epoch)
+        self.progress.epoch, self.progress.step = epoch, 0
+        return self._count(self.factory.build_iter(epoch, shuffle))
+
+    def _count(self, batches: Iterator) -> Iterator:
+        steps = 0
+        for steps, batch in enumerate(batches, 1):
+            yield batch
+            self.progress.step = steps
+        self.progress.steps_per_epoch = steps

@@ -1,0 +1,103 @@
+"""Training statistics of a finished or running ESPnet run: from its checkpoint, else from its log."""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Dict, List, Optional
+
+#: {epoch: {"train" | "valid": {statistic: value}}}; "time" is in seconds.
+History = Dict[int, Dict[str, Dict[str, float]]]
+
+
+def read_history(run_dir: Path) -> Optional[History]:
+    """Statistics of every epoch of one run, or None if it has left none that can be read."""
+    for name in ("checkpoint.pth", "checkpoint.prev.pth"):
+        if (run_dir / name).is_file():
+            history = _from_checkpoint(run_dir / name)
+            if history:
+                return history
+    return _from_logs(run_dir) or None
+
+
+def read_stages(expdir: Path) -> List[History]:
+    """Histories of an experiment's KD stages in order: kd_stage1, kd_stage2, …, then the directory itself.
+
+    A run without statistics is left out, so that an experiment which was never trained here gives [].
+    """
+    earlier = [p for p in expdir.glob("kd_stage*") if re.fullmatch(r"kd_stage\d+", p.name) and p.is_dir()]
+    runs = sorted(earlier, key=lambda p: int(p.name[len("kd_stage") :])) + [expdir]
+    return [h for h in map(read_history, runs) if h]
+
+
+def seconds(history: History) -> float:
+    """Wall time of a run's epochs in seconds: training, validation and what else ESPnet's reporter timed."""
+    return sum(stats.get("time", 0.0) for phases in history.values() for stats in phases.values())
+
+
+def _from_checkpoint(path: Path) -> Optional[History]:
+    import numpy as np
+    import torch
+
+    # What ESPnet's reporter puts beside tensors; nothing else in the file may run code.
+    allowed = [datetime.timedelta, np.dtype, np.float64(0).__reduce__()[0]]  # the last makes NumPy's scalars
+    allowed += [type(np.dtype(t)) for t in ("float32", "float64", "int64")]
+    try:
+        with torch.serialization.safe_globals(allowed):
+            # Memory-mapped: only the few numbers of the reporter are read, not model and optimizer.
+            states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        stats = states["reporter"]["stats"]
+        return {int(epoch): {k: _numbers(v) for k, v in phases.items()} for epoch, phases in stats.items()}
+    except Exception as e:  # torch raises many kinds here; the log is tried next, so this is no error
+        logging.warning("no statistics from %s (%s); trying the log", path, str(e).split("\n")[0][:100])
+        return None
+
+
+def _numbers(stats: Dict) -> Dict[str, float]:
+    """The numbers among a reporter's values, durations in seconds."""
+    found = {}
+    for key, value in stats.items():
+        value = value.total_seconds() if isinstance(value, datetime.timedelta) else value
+        try:
+            found[key] = float(value)
+        except (TypeError, ValueError):
+            continue
+    return found
+
+
+def _from_logs(run_dir: Path) -> History:
+    """Parse the lines ``<n>epoch results: [train] a=1.0, …, [valid] …`` of train*.log, older files first."""
+    history: History = {}
+    for log in sorted(run_dir.glob("train*.log"), key=lambda p: p.stat().st_mtime):
+        for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
+            match = re.search(r"(\d+)epoch results: (.*)", line)
+            if match:
+                parts = re.split(r"(?:^|, )\[(\w+)\] ", match[2])[1:]
+                history[int(match[1])] = {k: _parse_stats(v) for k, v in zip(parts[::2], parts[1::2])}
+    return history
+
+
+def _parse_stats(text: str) -> Dict[str, float]:
+    found = {}
+    # A duration holds commas ("1 hour, 2 minutes and 3.5 seconds"), so split only before the next "name=".
+    for item in re.split(r", (?=\w+=)", text):
+        key, _, value = item.partition("=")
+        if key == "time":
+            found[key] = _parse_duration(value)
+            continue
+        try:
+            found[key] = float(value)
+        except ValueError:
+            continue
+    return found
+
+
+def _parse_duration(text: str) -> float:
+    """Seconds of ``humanfriendly.format_timespan``'s output, which its own parser doesn't read."""
+    import humanfriendly
+
+    parts = re.findall(r"[\d.]+ [a-z]+", text)
+    return sum(humanfriendly.parse_timespan(part) for part in parts) if parts else math.nan

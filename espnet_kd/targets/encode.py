@@ -1,0 +1,132 @@
+"""What an ESPnet encoder says about a batch: logits, hidden states at taps, lengths, frame shift."""
+
+from __future__ import annotations
+
+import contextlib
+from dataclasses import dataclass, field
+from typing import Any, Dict, Iterator, List, Sequence, Tuple
+
+import torch
+from torch import Tensor
+
+from espnet_kd.cli import UserError
+from espnet_kd.frames import nearest_multiple
+
+#: Encoders whose layers can be tapped one by one: their layers hand on ((x, pos_emb), mask) or (x, mask).
+LAYERED = ("TransformerEncoder", "ConformerEncoder", "BranchformerEncoder", "EBranchformerEncoder")
+#: Encoders with the tap ``encoder`` only.
+WHOLE = (
+    "RNNEncoder",
+    "VGGRNNEncoder",
+    "ContextualBlockTransformerEncoder",
+    "ContextualBlockConformerEncoder",
+)
+
+
+@dataclass
+class EncoderOutputs:
+    """One batch through an encoder and its CTC head."""
+
+    logits: Tensor  #: (B, T, V) logits or log-probabilities
+    lengths: Tensor  #: (B,) frames
+    frame_shift: float  #: seconds
+    hidden: Dict[str, Tensor] = field(default_factory=dict)  #: tap → (B, T, D)
+
+
+def taps_of(encoder: torch.nn.Module) -> List[str]:
+    """Names of the taps an ESPnet encoder has.
+
+    Raises:
+        UserError: an encoder this toolkit does not know.
+    """
+    name = type(encoder).__name__
+    if name in LAYERED:
+        return ["encoder"] + [f"encoder.{n}" for n in range(1, len(encoder.encoders) + 1)]
+    if name in WHOLE:
+        return ["encoder"]
+    raise UserError(f"cannot take hidden states from a {name}; known: {', '.join(LAYERED + WHOLE)}")
+
+
+def check_taps(encoder: torch.nn.Module, wanted: Sequence[str], whose: str) -> None:
+    """Refuse taps that an encoder lacks.
+
+    Raises:
+        UserError: naming the tap and those there are.
+    """
+    if not wanted:
+        return
+    there = taps_of(encoder)
+    for tap in wanted:
+        if tap not in there:
+            raise UserError(f"the {whose} ({type(encoder).__name__}) has no tap {tap!r}; it has: {', '.join(there)}")
+
+
+@contextlib.contextmanager
+def recording(encoder: torch.nn.Module, taps: Sequence[str]) -> Iterator[Dict[str, Tensor]]:
+    """Fill the yielded dict with the hidden states (B, T, D) at ``taps`` while the encoder runs.
+
+    ``encoder.<n>`` is layer n's output after the encoder's ``after_norm``, as in ESPnet's InterCTC, so that an encoder
+    cut after layer n computes the same. ``encoder`` is left to the caller, who has the encoder's output.
+    """
+    hidden: Dict[str, Tensor] = {}
+
+    def keep(tap: str):
+        def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
+            x = output[0]
+            x = x[0] if isinstance(x, tuple) else x  # relative positions travel along: ((x, pos_emb), mask)
+            hidden[tap] = encoder.after_norm(x) if encoder.normalize_before else x
+
+        return hook
+
+    layers = [(tap, encoder.encoders[int(tap.split(".")[1]) - 1]) for tap in taps if tap != "encoder"]
+    handles = [layer.register_forward_hook(keep(tap)) for tap, layer in layers]
+    try:
+        yield hidden
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def encode(
+    model: torch.nn.Module, speech: Tensor, speech_lengths: Tensor, taps: Sequence[str]
+) -> Tuple[Tensor, Tensor, List[Tuple[int, Tensor]], Dict[str, Tensor]]:
+    """Run an ESPnetASRModel's own ``encode``.
+
+    Returns:
+        encoder output (B, T, D), lengths (B,), InterCTC's intermediate outputs, hidden states by tap
+    """
+    with recording(model.encoder, taps) as hidden:
+        out, lengths = model.encode(speech, speech_lengths)
+    out, intermediate = out if isinstance(out, tuple) else (out, [])
+    if "encoder" in taps:
+        hidden["encoder"] = out
+    return out, lengths, intermediate, hidden
+
+
+@torch.no_grad()
+def measure_frame_shift(model: torch.nn.Module, sampling_rate: float) -> float:
+    """Seconds per encoder frame: no ESPnet encoder reports it, so it is measured from two input lengths.
+
+    ``sampling_rate`` is in Hz. A model without frontend gets feature frames of 10 ms.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        if model.frontend is None:
+            sampling_rate, width = 100.0, (model.normalize.mean.numel(),)
+        else:
+            width = ()
+        # Ten seconds and thirty: edge effects of a few frames stay under 1 % of the difference.
+        samples = [int(10 * sampling_rate), int(30 * sampling_rate)]
+        p = next(model.parameters())
+        lengths = []
+        for n in samples:
+            # Not silence: utterance-wise normalisation divides by the deviation.
+            speech = torch.sin(torch.arange(n, device=p.device, dtype=p.dtype)).view(1, n, *[1] * len(width))
+            speech = speech.expand(1, n, *width)
+            lengths.append(model.encode(speech, torch.tensor([n], device=p.device))[1].item())
+    finally:
+        model.train(was_training)
+    shift = (samples[1] - samples[0]) / sampling_rate / (lengths[1] - lengths[0])
+    # In quarter milliseconds: hop lengths are, rounding of lengths is not.
+    return nearest_multiple(shift, 0.0005) * 0.0005

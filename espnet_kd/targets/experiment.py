@@ -1,0 +1,113 @@
+"""Find and load a finished ESPnet ASR experiment: as a teacher, for decoding, for export."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+from pathlib import Path
+from typing import Dict, Tuple, Union
+
+import torch
+import yaml
+
+from espnet_kd.cli import UserError
+
+#: Prefix of what is trained beside a student (projections, heads) and dropped from it afterwards.
+KD_PREFIX = "kd_heads."
+
+
+def find_experiment(path: Union[str, Path]) -> Tuple[Path, Path]:
+    """Return (config.yaml, model file) of an experiment ``EXP`` or ``EXP/FILE.pth``.
+
+    Without a file: the averaged model of the first ``best_model_criterion``, else its best epoch, else
+    ``latest.pth``; in an exported directory ``model.pth``.
+
+    Raises:
+        UserError: nothing there, no config.yaml, or no model in it.
+    """
+    path = Path(path)
+    if path.suffix == ".pth":
+        config, candidates = path.parent / "config.yaml", [path]
+    elif path.is_dir():
+        config, candidates = path / "config.yaml", []
+    else:
+        raise UserError(f"no experiment at {path}: give a directory with config.yaml and a .pth file, or the .pth file")
+    if not config.is_file():
+        raise UserError(f"{config} is missing: an ESPnet experiment has a config.yaml beside its .pth files")
+    if not candidates:
+        candidates = [path / "model.pth"]
+        for phase, key, *_ in read_config(config).get("best_model_criterion") or []:
+            candidates += sorted(path.glob(f"{phase}.{key}.ave.pth"))
+            candidates += sorted(path.glob(f"{phase}.{key}.ave_*best.pth"))
+            candidates.append(path / f"{phase}.{key}.best.pth")
+        candidates.append(path / "latest.pth")
+    for model in candidates:
+        if model.is_file():
+            return config, model
+    raise UserError(f"no finished model in {path}: looked for {', '.join(c.name for c in candidates)}")
+
+
+def read_config(config: Union[str, Path]) -> Dict:
+    """Read an ESPnet config.yaml (safe loader).
+
+    Raises:
+        UserError: unreadable, or not a mapping.
+    """
+    try:
+        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise UserError(f"cannot read {config}: {e}") from e
+    if not isinstance(content, dict):
+        raise UserError(f"{config} is not a mapping of options")
+    return content
+
+
+def load_state(model_file: Union[str, Path]) -> Dict[str, torch.Tensor]:
+    """Load a state dict, refusing anything but tensors (``weights_only=True``).
+
+    Raises:
+        UserError: unreadable, damaged, or holding other objects.
+    """
+    try:
+        state = torch.load(model_file, map_location="cpu", weights_only=True)
+    except Exception as e:  # pickle, zip, runtime or OS error: all of them say that this file is no good
+        reason = str(e).splitlines()[0]
+        raise UserError(f"cannot load {model_file}: {reason}; is the file damaged, or not a model?") from e
+    if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
+        raise UserError(f"{model_file} is not a model (a mapping of names to tensors); give an …epoch.pth or ….ave.pth")
+    return state
+
+
+def student_only(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Leave out what is trained beside the student (keys under ``kd_heads.``)."""
+    return {k: v for k, v in state.items() if not k.startswith(KD_PREFIX)}
+
+
+def load_model(config: Union[str, Path], model_file: Union[str, Path], device: str = "cpu"):
+    """Build the ESPnet ASR model of ``config`` and load ``model_file`` into it, in eval mode.
+
+    Every key must match (ESPnet's own loader lets missing ones pass); keys under ``kd_heads.`` are left out.
+
+    Returns:
+        (ESPnetASRModel, argparse.Namespace of the config)
+
+    Raises:
+        UserError: the files don't fit each other, or cannot be read.
+    """
+    from espnet2.tasks.asr import ASRTask
+
+    import espnet_kd.offline  # noqa: F401  (before espnet2.tasks)
+
+    args = argparse.Namespace(**read_config(config))
+    args.init = None  # the values come from the file
+    try:
+        model = ASRTask.build_model(args)
+    except Exception as e:
+        raise UserError(f"cannot build the model of {config}: {type(e).__name__}: {e}") from e
+    state = student_only(load_state(model_file))
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as e:  # torch's message lists missing keys, unexpected keys and sizes
+        raise UserError(f"{model_file} does not fit {config}: {e}") from e
+    logging.info("loaded %s", model_file)
+    return model.to(device).eval(), args

@@ -1,0 +1,73 @@
+"""A teacher that runs beside the student: any finished ESPnet ASR experiment, frozen."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Callable, Sequence, Union
+
+import torch
+from torch import Tensor
+
+from espnet_kd.cli import UserError
+from espnet_kd.targets.encode import EncoderOutputs, check_taps, encode, measure_frame_shift
+from espnet_kd.targets.experiment import find_experiment, load_model
+
+
+class OnlineTeacher:
+    """Targets from a teacher run now.
+
+    Deliberately no ``torch.nn.Module``: hidden from registration, the teacher is in no checkpoint, optimizer or DDP
+    bucket, and ``model.train()`` cannot switch its dropout and batch normalisation on. It hears the batch's ``speech``
+    as it is: SpecAugment acts inside the student.
+    """
+
+    def __init__(self, experiment: Union[str, Path]):
+        """Load ``EXP[/FILE.pth]``.
+
+        Raises:
+            UserError: missing or unreadable, or without a CTC head.
+        """
+        config, model_file = find_experiment(experiment)
+        self.name = str(model_file)
+        self._model, args = load_model(config, model_file)
+        if self._model.ctc is None:
+            raise UserError(f"the teacher {model_file} has no CTC head (ctc_weight: 0.0): nothing to distil from")
+        for p in self._model.parameters():
+            p.requires_grad_(False)
+        self.token_list = list(self._model.token_list)
+        self.blank_id = self._model.blank_id
+        self.sampling_rate = sampling_rate(args)
+        self.frame_shift = measure_frame_shift(self._model, self.sampling_rate)
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of its hidden states."""
+        return self._model.encoder.output_size()
+
+    def check_taps(self, taps: Sequence[str]) -> None:
+        """Refuse taps that this teacher lacks (:class:`UserError`)."""
+        check_taps(self._model.encoder, taps, "teacher")
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow the student to another device or type (``torch.nn.Module._apply``)."""
+        self._model._apply(fn)
+
+    # no_grad, not inference_mode: what that makes cannot be saved for backward.
+    @torch.no_grad()
+    def targets(
+        self, utt_ids: Sequence[str], speech: Tensor, speech_lengths: Tensor, taps: Sequence[str] = ()
+    ) -> EncoderOutputs:
+        """What the teacher says of a batch: speech (B, samples), speech_lengths (B,), hidden states at ``taps``."""
+        del utt_ids  # a cache looks them up
+        self._model.eval()
+        out, lengths, _, hidden = encode(self._model, speech, speech_lengths, taps)
+        return EncoderOutputs(self._model.ctc.ctc_lo(out), lengths, self.frame_shift, hidden)
+
+
+def sampling_rate(args: argparse.Namespace) -> float:
+    """Sampling rate in Hz that an ESPnet configuration's frontend expects (``16k`` and 16000 alike)."""
+    import humanfriendly
+
+    fs = (getattr(args, "frontend_conf", None) or {}).get("fs", 16000)
+    return float(humanfriendly.parse_size(fs) if isinstance(fs, str) else fs)

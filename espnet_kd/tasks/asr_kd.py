@@ -1,0 +1,125 @@
+"""The task ``asr_kd``: ESPnet's ASR task with a KD stage around the student. Command line to objects, nothing else."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import List, Optional, Tuple
+
+from espnet2.asr.espnet_model import ESPnetASRModel
+from espnet2.iterators.abs_iter_factory import AbsIterFactory
+from espnet2.tasks.asr import ASRTask
+from espnet2.train.distributed_utils import DistributedOption
+from espnet2.utils.types import str2bool, str_or_none
+
+import espnet_kd.offline  # noqa: F401  (before espnet2.tasks)
+from espnet_kd.cli import UserError
+from espnet_kd.distill.checkpoints import keep_previous
+from espnet_kd.distill.model import ESPnetASRKDModel
+from espnet_kd.distill.page import load_page
+from espnet_kd.distill.schedule import EpochHooks, Progress
+from espnet_kd.targets.online import OnlineTeacher, sampling_rate
+
+
+class ASRKDTask(ASRTask):
+    """ASRTask plus ``--teacher``, ``--kd_config`` and ``--kd_stage``."""
+
+    #: Of the run in this process: ESPnet builds model and iterators by separate class methods, in one process.
+    progress: Progress = Progress()
+
+    @classmethod
+    def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        """Add ESPnet's ASR options and this task's."""
+        super().add_task_arguments(parser)
+        group = parser.add_argument_group(description="Distillation related")
+        group.add_argument(
+            "--teacher", nargs="*", default=[], metavar="EXP[/FILE.pth]", help="A finished ESPnet ASR experiment"
+        )
+        group.add_argument("--kd_config", type=str_or_none, help="Method page: a name in conf/methods, or a path")
+        group.add_argument("--kd_stage", type=int, help="Train this KD stage only, into --output_dir")
+        group.add_argument(
+            "--kd_stages",
+            type=int,
+            nargs="+",
+            help="Use only these KD stages of the page; the epochs of those left out go to the last one",
+        )
+        group.add_argument(
+            "--augmented_teacher",
+            type=str2bool,
+            default=False,
+            help="Let an online teacher hear noise and reverberation that the data loader adds",
+        )
+
+    @classmethod
+    def required_data_names(cls, train: bool = True, inference: bool = False) -> Tuple[str, ...]:
+        """Speech alone: text is needed only where the KD stage uses labels."""
+        return ("speech",)
+
+    @classmethod
+    def optional_data_names(cls, train: bool = True, inference: bool = False) -> Tuple[str, ...]:
+        """ASRTask's, and text."""
+        return ("text",) + super().optional_data_names(train, inference)
+
+    @classmethod
+    def build_model(cls, args: argparse.Namespace) -> ESPnetASRModel:
+        """Build the student as ESPnet does, and make the KD model of ``--kd_stage`` of it.
+
+        Without ``--kd_config``, and for statistics, the student stays as it is and no teacher is loaded.
+
+        Raises:
+            UserError: student, teacher and page don't fit.
+        """
+        student = super().build_model(args)
+        if getattr(args, "kd_config", None) is None or getattr(args, "collect_stats", False):
+            return student
+        page = load_page(args.kd_config)
+        stage = 1 if args.kd_stage is None else args.kd_stage
+        if not 1 <= stage <= len(page.stages):
+            raise UserError(f"--kd_stage {stage}: {page.path} has KD stages 1 to {len(page.stages)}")
+        check_data(args, page.stages[stage - 1].ctc_weight)
+        teacher = cls._teacher(args) if page.teacher == "required" else None
+        cls.progress = Progress(max_epoch=args.max_epoch or 1)
+        return ESPnetASRKDModel.adopt(student, page, stage, teacher, cls.progress, sampling_rate(args))
+
+    @staticmethod
+    def _teacher(args: argparse.Namespace) -> Optional[OnlineTeacher]:
+        if not args.teacher:
+            return None
+        if len(args.teacher) > 1:
+            raise UserError(f"--teacher: one experiment, got {len(args.teacher)}")
+        if not args.augmented_teacher:
+            conf = getattr(args, "preprocessor_conf", None) or {}
+            found = [o for o in ("rir_scp", "noise_scp") if getattr(args, o, None)]
+            found += [f"preprocessor_conf: {o}" for o in conf if "aug" in o]
+            if found:
+                raise UserError(
+                    f"{', '.join(found)} act before the model, so that an online teacher would hear augmented audio; "
+                    "take them out, or say --augmented_teacher true"
+                )
+        return OnlineTeacher(args.teacher[0])
+
+    @classmethod
+    def build_iter_factory(
+        cls, args: argparse.Namespace, distributed_option: DistributedOption, mode: str, kwargs: Optional[dict] = None
+    ) -> AbsIterFactory:
+        """ASRTask's; in training it also tells the epoch, and keeps the last finished checkpoint."""
+        factory = super().build_iter_factory(args, distributed_option, mode, kwargs)
+        if mode != "train":
+            return factory
+        first_rank = not distributed_option.distributed or distributed_option.dist_rank == 0
+
+        def at_epoch(epoch: int) -> None:
+            if first_rank and epoch > 1:
+                keep_previous(Path(args.output_dir))
+
+        return EpochHooks(factory, cls.progress, at_epoch)
+
+
+def check_data(args: argparse.Namespace, ctc_weight: float) -> None:
+    """Refuse training data without text where the KD stage's CTC needs it (:class:`UserError`)."""
+    names: List[str] = [name for _, name, _ in args.train_data_path_and_name_and_type or []]
+    if names and ctc_weight and "text" not in names:
+        raise UserError(
+            "this KD stage trains with CTC, but --train_data_path_and_name_and_type has no text; add it, or choose a "
+            "method without labels"
+        )

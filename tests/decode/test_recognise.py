@@ -1,0 +1,196 @@
+"""Batched recognition: the same as one by one, as stock ESPnet, and refusing what doesn't fit."""
+
+import argparse
+import json
+
+import numpy as np
+import pytest
+import tiny_asr
+import torch
+
+from espnet_kd.bin import asr_kd_inference
+from espnet_kd.cli import UserError
+from espnet_kd.decode.recognise import Recogniser, Utterance, build_detokeniser, make_batches, read_utterances
+from espnet_kd.targets.experiment import find_experiment, load_model
+
+SECONDS = (2.17, 1.503, 1.0, 0.9, 0.31)
+
+
+@pytest.fixture(scope="module")
+def waves():
+    return [tiny_asr.audio(s, seed) for seed, s in enumerate(SECONDS)]
+
+
+@pytest.fixture(scope="module")
+def expdir(tmp_path_factory):
+    conf = tiny_asr.config()
+    return tiny_asr.save(tiny_asr.build(conf, sharpen=100.0), conf, tmp_path_factory.mktemp("exp"))
+
+
+@pytest.fixture
+def recogniser(expdir):
+    return Recogniser(*load_model(*find_experiment(expdir)), expdir)
+
+
+@pytest.mark.parametrize(
+    "encoder, options",
+    [
+        ("conformer", {}),
+        ("conformer", {"input_layer": "conv2d6", "positionwise_layer_type": "conv1d"}),
+        ("conformer", {"input_layer": "linear"}),
+        ("conformer", {"interctc_layer_idx": [1], "interctc_use_conditioning": True}),
+        ("transformer", {"input_layer": "conv2d2"}),
+        ("e_branchformer", {}),
+    ],
+)
+def test_batched_equals_stock_encoder_alone(encoder, options, waves):
+    conf = tiny_asr.config(encoder, **options)
+    model = tiny_asr.build(conf, sharpen=1.0)
+    alone = []
+    with torch.inference_mode():
+        for wave in waves:
+            encoded, length = model.encode(torch.from_numpy(wave)[None], torch.tensor([len(wave)]))
+            encoded = encoded[0] if isinstance(encoded, tuple) else encoded
+            alone.append(model.ctc.ctc_lo(encoded)[0, :length])
+    logits, frames = Recogniser(model, argparse.Namespace(**conf)).logits(waves)
+    assert frames.tolist() == [len(a) for a in alone]
+    for got, n, expected in zip(logits, frames, alone):
+        torch.testing.assert_close(got[:n], expected, rtol=0, atol=1e-5)
+
+
+def test_same_text_as_stock_asr_inference(expdir, recogniser, waves):
+    from espnet2.bin.asr_inference import Speech2Text
+
+    stock = Speech2Text(expdir / "config.yaml", expdir / "valid.loss.ave.pth", ctc_weight=1.0, beam_size=1)
+    # A hypothesis as long as its frames gets a spurious end symbol from ESPnet's beam search.
+    expected = [stock(wave)[0][0].replace("<sos/eos>", "") for wave in waves]
+    assert [h.text for h in recogniser(waves)] == expected
+    assert all(expected)
+
+
+def test_audio_too_short_gives_an_empty_hypothesis_and_leaves_others_alone(recogniser, waves):
+    short = [np.zeros(0, np.float32), waves[0][:50], waves[0][:700]]
+    found = recogniser([*waves, *short])
+    assert [h.text for h in found[: len(waves)]] == [h.text for h in recogniser(waves)]
+    for h in found[len(waves) :] + recogniser(short):
+        assert (h.token_ids, h.tokens, h.text, h.score) == ([], [], "", 0.0)
+
+
+def test_heads_trained_beside_a_student_are_dropped(tmp_path, expdir, recogniser, waves):
+    state = torch.load(expdir / "valid.loss.ave.pth", weights_only=True)
+    model = torch.nn.Module()
+    model.state_dict = lambda: {**state, "kd_heads.0.weight": torch.zeros(3, 3)}
+    tiny_asr.save(model, tiny_asr.config(), tmp_path)
+    other = Recogniser(*load_model(*find_experiment(tmp_path)))
+    assert other.num_parameters == recogniser.num_parameters
+    assert [h.text for h in other(waves)] == [h.text for h in recogniser(waves)]
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected"])
+def test_wrong_keys_are_refused_by_name(tmp_path, expdir, change):
+    state = torch.load(expdir / "valid.loss.ave.pth", weights_only=True)
+    if change == "missing":
+        del state["ctc.ctc_lo.bias"]
+    else:
+        state["ctc.ctc_lo.bias2"] = torch.zeros(1)
+    model = torch.nn.Module()
+    model.state_dict = lambda: state
+    tiny_asr.save(model, tiny_asr.config(), tmp_path)
+    with pytest.raises(UserError, match="ctc.ctc_lo.bias"):
+        load_model(*find_experiment(tmp_path))
+
+
+def test_batches_are_bounded_sorted_and_complete():
+    lengths = [3, 50, 7, 7, 1, 20, 19]
+    utterances = [Utterance(f"u{i}", "", n * 16000, 16000) for i, n in enumerate(lengths)]
+    batches = make_batches(utterances, 40.0)
+    assert sorted(u.utt_id for b in batches for u in b) == sorted(u.utt_id for u in utterances)
+    flat = [u.samples for b in batches for u in b]
+    assert flat == sorted(flat, reverse=True)
+    assert [len(b) * b[0].samples / 16000 for b in batches] == [50, 40, 28]  # one alone is over the limit, legally
+
+
+def test_volume_normalisation_is_that_of_the_preprocessor(recogniser):
+    recogniser.volume = 0.5
+    assert recogniser._normalise(np.array([0.1, -0.2], np.float32)) == pytest.approx([0.25, -0.5])
+    assert recogniser._normalise(np.zeros(2, np.float32)).tolist() == [0, 0]
+
+
+def test_detokenise(tmp_path):
+    args = argparse.Namespace(token_type="char", bpemodel=None)
+    assert build_detokeniser(args, ".")(["a", "<space>", "<unk>", "b"]) == "a <unk>b"
+    args.token_type = "word"
+    assert build_detokeniser(args, ".")(["on", "off"]) == "on off"
+    args.token_type, args.bpemodel = "bpe", "elsewhere/bpe.model"
+    with pytest.raises(UserError, match="elsewhere/bpe.model"):
+        build_detokeniser(args, tmp_path)
+    import sentencepiece
+
+    text = tmp_path / "text"
+    text.write_text("one two three\ntwo three four\n" * 20)
+    sentencepiece.SentencePieceTrainer.Train(
+        input=str(text), model_prefix=str(tmp_path / "bpe"), vocab_size=14, minloglevel=2
+    )
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "bpe.model")).EncodeAsPieces("two four")
+    assert build_detokeniser(args, tmp_path)(pieces) == "two four"  # found beside the configuration
+    assert build_detokeniser(args, tmp_path)([]) == ""
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("u1 nowhere.wav", "u1.*nowhere.wav"),
+        ("u1 sph2pipe x.sph |", "u1 is a command"),
+        ("u1", "wav.scp:1: utterance u1 has nothing"),
+        ("", "wav.scp is empty"),
+    ],
+)
+def test_bad_data_dirs_are_refused(tmp_path, line, message):
+    (tmp_path / "wav.scp").write_text(line + "\n" if line else "")
+    with pytest.raises(UserError, match=message):
+        read_utterances(tmp_path)
+
+
+def test_another_sampling_rate_is_refused(tmp_path):
+    tiny_asr.data_dir(tmp_path, {"u1": tiny_asr.audio(0.1, 0)})
+    with pytest.raises(UserError, match="u1 has 16000 Hz and the model wants 8000"):
+        read_utterances(tmp_path, 8000)
+
+
+def test_command(tmp_path, expdir, recogniser, waves, caplog):
+    data = tiny_asr.data_dir(tmp_path / "test", {**{f"u{i}": w for i, w in enumerate(waves)}, "e": waves[0][:0]})
+    out = tmp_path / "decode_test"
+    argv = ["--expdir", str(expdir), "--data_dir", str(data), "--output_dir", str(out), "--batch_seconds", "3"]
+    asr_kd_inference.main(argv)
+
+    expected = recogniser(waves)
+    read = {n: (out / "1best_recog" / n).read_text().split("\n") for n in ("text", "token", "token_int", "score")}
+    assert read["text"] == [*(f"u{i} {h.text}" for i, h in enumerate(expected)), "e ", ""]
+    assert read["token"][0] == f"u0 {' '.join(expected[0].tokens)}"
+    assert read["token_int"][0] == f"u0 {' '.join(map(str, expected[0].token_ids))}"
+    assert float(read["score"][0].split()[1]) == pytest.approx(expected[0].score, abs=1e-4)
+
+    facts = json.loads((out / "decode.json").read_text())
+    assert facts["params"] == recogniser.num_parameters
+    assert facts["utterances"] == len(waves) + 1
+    assert facts["audio_seconds"] == pytest.approx(sum(map(len, waves)) / 16000, abs=1e-3)
+    assert facts["rtf"] == pytest.approx(facts["decode_seconds"] / facts["audio_seconds"], rel=0.05)
+
+    before = (out / "decode.json").stat().st_mtime_ns
+    asr_kd_inference.main(argv)  # finished: kept
+    assert (out / "decode.json").stat().st_mtime_ns == before
+    asr_kd_inference.main([*argv, "--force", "--nj", "2"])  # done again, and threads change nothing
+    assert (out / "decode.json").stat().st_mtime_ns > before
+    assert (out / "1best_recog" / "text").read_text().split("\n") == read["text"]
+    (data / "wav.scp").write_text((data / "wav.scp").read_text().replace("u0 ", "v0 ", 1))
+    asr_kd_inference.main(argv)  # other data: not taken for finished
+    assert (out / "1best_recog" / "text").read_text().startswith("v0 ")
+
+
+def test_command_refuses_what_it_cannot_do(tmp_path, expdir):
+    base = ["--expdir", str(expdir), "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="wav.scp"):
+        asr_kd_inference.main([*base, "--data_dir", str(tmp_path)])
+    with pytest.raises(UserError, match="--nj"):
+        asr_kd_inference.main([*base, "--data_dir", str(tmp_path), "--nj", "0"])
+    assert not (tmp_path / "out").exists()

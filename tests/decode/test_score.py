@@ -1,0 +1,113 @@
+"""Scoring against counts made by hand, and the bootstrap against what is known of it."""
+
+import json
+
+import numpy as np
+import pytest
+
+from espnet_kd.bin import asr_kd_score
+from espnet_kd.cli import UserError
+from espnet_kd.decode.score import bootstrap_interval, count_errors, pair_texts, paired_bootstrap, summarise
+
+PAIRS = {  # hypothesis, reference
+    "same": ("a b c", "a b c"),
+    "one_of_each": ("a x c d", "a b c"),
+    "deleted": ("a", "a b"),
+    "empty_hyp": ("", "a b c"),
+    "empty_ref": ("uh oh", ""),
+    "both_empty": ("", ""),
+}
+
+
+def test_word_counts():
+    counts = count_errors(PAIRS, "word")
+    assert counts.table.tolist() == [[3, 0, 0, 0], [2, 1, 0, 1], [1, 0, 1, 0], [0, 0, 3, 0], [0, 0, 0, 2], [0, 0, 0, 0]]
+    summary = summarise(counts)
+    assert summary["n"] == 11
+    assert summary["err"] == pytest.approx(100 * 8 / 11)
+    percent = [summary[k] for k in ("corr", "sub", "del", "ins")]
+    assert percent == pytest.approx([600 / 11, 100 / 11, 400 / 11, 300 / 11])
+    assert summary["s_err"] == pytest.approx(100 * 4 / 6)
+    assert summary["low"] <= summary["err"] <= summary["high"]
+
+
+def test_character_counts_count_blanks():
+    counts = count_errors({"u": ("kitten s", "sitting"), "v": ("uh oh", "")}, "char")
+    assert counts.errors.tolist() == [4, 5]
+    assert counts.lengths.tolist() == [7, 0]
+
+
+def test_nothing_but_empty_references():
+    summary = summarise(count_errors({"u": ("a", "")}, "word"))
+    assert (summary["err"], summary["low"], summary["n"]) == (None, None, 0)
+
+
+def test_interval_agrees_with_the_binomial_one():
+    rng = np.random.default_rng(1)
+    errors = (rng.random(1000) < 0.2).astype(int)
+    low, high = bootstrap_interval(errors, np.ones(1000, int))
+    half = 196 * np.sqrt(errors.mean() * (1 - errors.mean()) / 1000)
+    assert (high - low) / 2 == pytest.approx(half, rel=0.08)
+    assert (low + high) / 2 == pytest.approx(100 * errors.mean(), abs=0.3)
+    assert (low, high) == bootstrap_interval(errors, np.ones(1000, int))  # seeded
+    assert (low, high) != bootstrap_interval(errors, np.ones(1000, int), seed=1)
+
+
+def test_paired_bootstrap_sees_a_steady_gain_that_single_intervals_hide():
+    rng = np.random.default_rng(2)
+    words = rng.integers(5, 30, 300)
+    b = rng.binomial(words, rng.beta(1, 3, 300))
+    a = np.maximum(b - (rng.random(300) < 0.3), 0)
+    difference, low, high, p = paired_bootstrap(a, b, words)
+    assert difference == pytest.approx(100 * (a.sum() - b.sum()) / words.sum())
+    assert low < difference < high < 0
+    assert p < 0.01
+    assert bootstrap_interval(a, words)[1] > bootstrap_interval(b, words)[0]
+
+
+def test_paired_bootstrap_of_equal_systems():
+    words = np.full(50, 10)
+    same = np.arange(50) % 4
+    assert paired_bootstrap(same, same, words) == (0.0, 0.0, 0.0, 1.0)
+    shuffled = np.random.default_rng(0).permutation(same)
+    _, low, high, p = paired_bootstrap(same, shuffled, words)
+    assert low < 0 < high and p > 0.1
+    with pytest.raises(ValueError, match="arrays"):
+        paired_bootstrap(same, same[:3], words)
+
+
+def write(path, texts):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(f"{k} {v}\n" for k, v in texts.items()))
+    return str(path)
+
+
+def test_missing_and_extra_utterances_are_named(tmp_path):
+    ref = write(tmp_path / "ref", {"u1": "a", "u2": "b"})
+    with pytest.raises(UserError, match="lacks utterances.*u2"):
+        pair_texts(write(tmp_path / "hyp", {"u1": "a"}), ref)
+    with pytest.raises(UserError, match="u3"):
+        pair_texts(write(tmp_path / "hyp", {"u1": "a", "u2": "b", "u3": "c"}), ref)
+    with pytest.raises(UserError, match="hyp:2: utterance u1 stands there twice"):
+        (tmp_path / "hyp").write_text("u1 a\nu1 b\n")
+        pair_texts(tmp_path / "hyp", ref)
+    with pytest.raises(UserError, match="does not exist"):
+        pair_texts(tmp_path / "nowhere", ref)
+
+
+def test_command(tmp_path):
+    hyp = write(tmp_path / "decode_x" / "text", {u: h for u, (h, _) in reversed(PAIRS.items())})
+    ref = write(tmp_path / "test_clean" / "text", {u: r for u, (_, r) in PAIRS.items()})
+    argv = ["--hyp", hyp, "--ref", ref, "--output_dir", str(tmp_path / "decode_x")]
+    asr_kd_score.main(argv)
+    score = json.loads((tmp_path / "decode_x" / "score.json").read_text())
+    assert (score["testset"], score["utterances"]) == ("test_clean", 6)
+    assert score["wer"]["err"] == pytest.approx(100 * 8 / 11)
+    assert {"err", "corr", "sub", "del", "ins", "n", "low", "high"} <= score["cer"].keys()
+    table = (tmp_path / "decode_x" / "score.txt").read_text()
+    assert "|test_clean|6|11|54.5|9.1|36.4|27.3|72.7|66.7|" in table
+    lines = (tmp_path / "decode_x" / "per_utt.tsv").read_text().splitlines()
+    assert lines[0].split("\t")[5:] == ["wer_corr", "wer_sub", "wer_del", "wer_ins"]
+    assert lines[2].split("\t")[0] == "one_of_each" and lines[2].split("\t")[5:] == ["2", "1", "0", "1"]
+    with pytest.raises(UserError, match="1000"):
+        asr_kd_score.main([*argv, "--resamples", "10"])
