@@ -74,8 +74,8 @@ def align(
             f"the lengths of teacher and student differ by more than two frames: teacher {lengths.tolist()} frames of "
             f"{frame_shift * 1000:g} ms, student {student_lengths.tolist()} frames of {student_shift * 1000:g} ms"
         )
-    both = torch.minimum(student_lengths, torch.ceil(lengths / ratio).to(student_lengths.dtype))
     if ratio == 1:
+        both = torch.minimum(student_lengths, lengths)
         return _fit(logits, student_frames), {k: _fit(h, student_frames) for k, h in hidden.items()}, both
 
     start = torch.arange(student_frames, device=logits.device)
@@ -88,11 +88,16 @@ def align(
         covered = first[:, None] + torch.arange(math.ceil(ratio), device=logits.device)  # (T, K)
         inside = covered < last[:, None]
     inside = inside & (covered < lengths[:, None, None])  # (B, T, K)
+    # A student frame counts only where it covers a teacher frame: with r = 1.5 the last may begin after the last one.
+    both = torch.minimum(student_lengths, inside.any(-1).sum(-1).to(student_lengths.dtype))
     covered = covered.clamp(max=logits.size(1) - 1)
     batch = torch.arange(logits.size(0), device=logits.device)[:, None]
 
     weights = inside / inside.sum(-1, keepdim=True).clamp(min=1)  # (B, T, K)
-    hidden = {k: (h[:, covered] * weights[..., None].to(h.dtype)).sum(2) for k, h in hidden.items()}
+    hidden = {
+        k: (h[:, covered].masked_fill(~inside[..., None], 0.0) * weights[..., None].to(h.dtype)).sum(2)
+        for k, h in hidden.items()
+    }
     if pool == "mean":
         log_probs = logits.log_softmax(-1)[:, covered]  # (B, T, K, V)
         log_weights = weights.to(log_probs.dtype).log()[..., None]

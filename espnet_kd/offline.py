@@ -1,6 +1,7 @@
-"""Keep ESPnet off the network: importing ``espnet2.text`` would try to download NLTK data for a phonemizer.
+"""ESPnet's ASR task, imported without touching the network; import it from here.
 
-Import this module before ``espnet2.tasks``. Who uses ``g2p_en`` runs ``nltk.download`` once, by hand.
+``espnet2.text``, which it imports, would try to download NLTK data for a phonemizer: delay and noise offline.
+Who uses ``g2p_en`` runs ``nltk.download`` once, by hand.
 """
 
 from __future__ import annotations
@@ -13,3 +14,7 @@ def _no_download(*args: object, **kwargs: object) -> bool:
 
 
 nltk.download = _no_download
+
+from espnet2.tasks.asr import ASRTask  # noqa: E402
+
+__all__ = ["ASRTask"]

@@ -1,0 +1,1 @@
+"""Commands: thin entry points, one per verb."""

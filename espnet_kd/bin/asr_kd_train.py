@@ -156,7 +156,7 @@ def _finish(output_dir: Path, page: Page, record: Dict[str, Any]) -> None:
     """Write the student-only file that the next KD stage starts from, then the record."""
     states = read_checkpoint(output_dir / "checkpoint.pth")
     if states is None:
-        raise UserError(f"error: training left no readable checkpoint in {output_dir}; see its log")
+        raise UserError(f"training left no readable checkpoint in {output_dir}; see its log")
     state = load_state(find_experiment(output_dir)[1]) if page.init_from == "best" else states["model"]
     with replacing(output_dir / STUDENT, "wb") as f:
         torch.save(student_only(state), f)

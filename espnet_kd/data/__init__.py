@@ -1,0 +1,1 @@
+"""Corpora: from their original layout to validated data dirs."""

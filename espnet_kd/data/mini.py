@@ -32,10 +32,10 @@ DEFAULT_SIZES = {"train": 1200, "valid": 100, "test": 250}
 VARIANTS = {
     "train": words(
         "Alex Alicia Andrea Andy Annie AnxiousAndy Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mario "
-    "Michael Mike Nguyen RicishayMax RicishayMax2 RicishayMax3 Storm adam anika announcer antonio aunty belinda "
-    "benjamin boris caleb david ed edward edward2 f1 f2 f3 f4 fast grandma grandpa ian iven iven2 iven3 john klatt "
-    "klatt2 klatt3 linda m1 m2 m3 m4 m5 m6 marcelo michel norbert pablo paul pedro rob robert sandro steph "
-    "steph2 travis zac"
+        "Michael Mike Nguyen RicishayMax RicishayMax2 RicishayMax3 Storm adam anika announcer antonio aunty belinda "
+        "benjamin boris caleb david ed edward edward2 f1 f2 f3 f4 fast grandma grandpa ian iven iven2 iven3 john klatt "
+        "klatt2 klatt3 linda m1 m2 m3 m4 m5 m6 marcelo michel norbert pablo paul pedro rob robert sandro steph "
+        "steph2 travis zac"
     ),
     "valid": words("Reed Tweaky f5 m7 iven4 klatt4 miguel shelby"),
     "test": words("gustave kaukovalta klatt5 klatt6 m8 quincy steph3 victor Mr_serious croak max mike2"),

@@ -19,15 +19,21 @@ def words(text: str) -> List[str]:
 ENGLISH: Dict[str, List[str]] = {
     "put": words("put place keep leave move take bring find pack hide"),
     "turn": words("turn switch keep leave"),
-    "adjective": words("red green grey blue black old cold gold small tall long wrong big thick thin dark light white "
-    "wide clean lean round brown hot wet sweet"),
-    "thing": words("pan fan van can bell ball bill desk disk file pile tile boat coat goat note lamp ramp lamb cap cup "
-    "map bag bed bread book hook cook plate plane train chain chair bear pear sheep ship chip key tea tree glass grass "
-    "clock block box fox socks rock lock rope soap bean bin pin pen shoe ring king string"),
+    "adjective": words(
+        "red green grey blue black old cold gold small tall long wrong big thick thin dark light white "
+        "wide clean lean round brown hot wet sweet"
+    ),
+    "thing": words(
+        "pan fan van can bell ball bill desk disk file pile tile boat coat goat note lamp ramp lamb cap cup "
+        "map bag bed bread book hook cook plate plane train chain chair bear pear sheep ship chip key tea tree glass "
+        "grass clock block box fox socks rock lock rope soap bean bin pin pen shoe ring king string"
+    ),
     "room": words("kitchen bedroom bathroom hall garden garage office attic basement cellar"),
     "device": words("light heater fan timer alarm radio speaker camera oven door window printer"),
-    "name": words("Ann Dan Jan Stan Ben Ken Glen Jim Tim Kim Rose Joan Jane James Jack Jake Luke Ruth Mark Mary Harry "
-    "Larry Carol Karen Sharon Aaron Peter Anita Rita Lisa"),
+    "name": words(
+        "Ann Dan Jan Stan Ben Ken Glen Jim Tim Kim Rose Joan Jane James Jack Jake Luke Ruth Mark Mary Harry "
+        "Larry Carol Karen Sharon Aaron Peter Anita Rita Lisa"
+    ),
     "place": words("behind beside above below under near inside outside"),
     "unit": words("seconds minutes hours days degrees percent"),
     "month": words("january february march april may june july august september october november december"),

@@ -23,9 +23,7 @@ BLANK, UNKNOWN, SOS_EOS, SPACE = "<blank>", "<unk>", "<sos/eos>", "<space>"
 VERSION = 1
 
 
-def make_token_list(
-    texts: Sequence[PathLike], out_dir: PathLike, token_type: str = "char", nbpe: int = 500
-) -> Path:
+def make_token_list(texts: Sequence[PathLike], out_dir: PathLike, token_type: str = "char", nbpe: int = 500) -> Path:
     """Make ``out_dir/tokens.txt`` (and ``bpe.model``) from Kaldi-style texts and return its path.
 
     Args:

@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 from typing import Any, Dict, Optional
 
+import numpy as np
 import torch
 
 from espnet_kd.files import replacing
@@ -26,13 +27,24 @@ def keep_previous(output_dir: Path) -> None:
         os.replace(part, output_dir / PREVIOUS)
 
 
+def load_checkpoint(path: Path) -> Dict[str, Any]:
+    """Load what ESPnet's trainer wrote: tensors, and of other objects only the numbers and times of its reporter.
+
+    Raises whatever torch raises for an absent or damaged file, or one that holds anything else.
+    """
+    scalars = [type(np.dtype(t)) for t in ("float32", "float64", "int64")]
+    allowed = [datetime.timedelta, np.dtype, np.float64(0).__reduce__()[0], *scalars]
+    with torch.serialization.safe_globals(allowed):
+        # Memory-mapped: who wants the reporter's few numbers does not read model and optimizer.
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+
+
 def read_checkpoint(path: Path) -> Optional[Dict[str, Any]]:
-    """A trainer's checkpoint, or None where it is absent or damaged. Loads tensors and ESPnet's statistics only."""
+    """As :func:`load_checkpoint`, but None where the file is absent or damaged."""
     if not path.is_file():
         return None
     try:
-        with torch.serialization.safe_globals([datetime.timedelta]):
-            states = torch.load(path, map_location="cpu", weights_only=True)
+        states = load_checkpoint(path)
         states["model"], states["reporter"]["epoch"]
         return states
     except Exception as e:  # whatever a damaged archive raises, the answer is the same: not this one

@@ -38,7 +38,7 @@ def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> P
         # GlobalMVN opens its statistics when it is built, although they are in the model as well.
         stats = (config.get("normalize_conf") or {}).get("stats_file")
         if stats:
-            config["normalize_conf"] = {**config["normalize_conf"], "stats_file": _bring(stats, part, "feats_stats.npz", out)}
+            config["normalize_conf"]["stats_file"] = _bring(stats, part, "feats_stats.npz", out)
         if config.get("bpemodel"):
             config["bpemodel"] = _bring(config["bpemodel"], part, "bpe.model", out)
         torch.save(student_only(load_state(model_file)), part / "model.pth")
@@ -54,7 +54,7 @@ def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> P
 def _bring(source: str, part: Path, name: str, out: Path) -> str:
     """Copy a file the config names into the export; return the path it will have."""
     if not Path(source).is_file():
-        raise UserError(f"{source}, which config.yaml names, is missing; run from the directory the paths are relative to")
+        raise UserError(f"{source}, which config.yaml names, is missing; run from the directory that its paths start at")
     shutil.copyfile(source, part / name)
     return str(out / name)
 

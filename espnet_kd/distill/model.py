@@ -46,11 +46,11 @@ class ESPnetASRKDModel(ESPnetASRModel):
             UserError: student, teacher and page don't fit.
         """
         if type(student) is not ESPnetASRModel:
-            raise UserError(f"the student must be a plain ESPnet ASR model (model: espnet), not {type(student).__name__}")
+            raise UserError(f"the student must be a plain ESPnet model (model: espnet), not {type(student).__name__}")
         if student.ctc is None or student.use_transducer_decoder:
-            raise UserError("the student has no CTC branch to distil into: ctc_weight must be above 0, and no transducer")
+            raise UserError("the student has no CTC branch to distil into: use ctc_weight above 0, and no transducer")
         if student.blank_id != 0:
-            raise UserError(f"<blank> must be the first token, as CTC in ESPnet takes it; it is token {student.blank_id}")
+            raise UserError(f"<blank> must be the first token, as ESPnet's CTC takes it; it is token {student.blank_id}")
         if page.teacher == "required" and teacher is None:
             raise UserError(f"{page.path} needs a teacher: give --teacher EXP")
         if teacher is not None:
@@ -131,7 +131,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
             loss = loss + self.ctc_weight * self._objectives(student, speech, speech_lengths, batch, stats)
         if self.ctc_weight < 1.0 and self.kd_stage.attention_weight:
             if text is None:
-                raise UserError("error: the attention decoder needs text; set attention: {weight: 0} or ctc_weight: 1.0")
+                raise UserError("the attention decoder needs text; set attention: {weight: 0} or ctc_weight: 1.0")
             loss_att, stats["acc"], stats["cer"], stats["wer"] = self._calc_att_loss(out, lengths, text, text_lengths)
             stats["loss_att"] = loss_att.detach()
             loss = loss + (1 - self.ctc_weight) * self.kd_stage.attention_weight * loss_att

@@ -44,6 +44,9 @@ def split_blank(logits: Tensor, blank_id: int, temperature: float) -> BlankSplit
     else:
         tokens = torch.cat([scaled[:, :blank_id], scaled[:, blank_id + 1 :]], dim=1)
     norm = torch.logsumexp(tokens, -1)
+    empty = norm == -torch.inf
+    if empty.any():  # certain of blank to the last bit: the gradient of logsumexp would be exp(−∞ − −∞) = NaN there
+        norm = torch.logsumexp(tokens.masked_fill(empty[:, None], 0.0), -1).masked_fill(empty, -torch.inf)
     total = torch.logaddexp(blank, norm)
     return BlankSplit(blank - total, norm - total, tokens, norm)
 

@@ -88,7 +88,7 @@ def factorized_representation(
         teacher_hidden: (B, T, D); no gradient flows to it.
         teacher_logits: (B, T, V), to tell NB from BL.
         lengths: (B,) frames.
-        distance: ``cosine`` (1 − cosine; public port) or ``l2`` (mean over D of the squared difference; reconstruction).
+        distance: ``cosine`` (1 − cosine; public port) or ``l2`` (squared difference, mean over D; reconstruction).
         frames: (B, T) bool in place of the valid frames.
 
     Returns:
@@ -103,16 +103,19 @@ def factorized_representation(
     student, teacher = pick(student_hidden, teacher_hidden, counted)
     student, teacher = full_precision(student), full_precision(teacher)
     if distance == "cosine":
-        # Both norms are bounded below, so that an all-zero vector gives distance 1 and a zero gradient.
-        unit_s = student / student.norm(dim=-1, keepdim=True).clamp(min=1e-8)
-        unit_t = teacher / teacher.norm(dim=-1, keepdim=True).clamp(min=1e-8)
-        d = 1 - (unit_s * unit_t).sum(-1)
+        d = 1 - (_unit(student) * _unit(teacher)).sum(-1)
     elif distance == "l2":
         d = (student - teacher).square().mean(-1)
     else:
         raise ValueError(f"distance must be cosine or l2, not {distance!r}")
     is_nonblank = fr.nonblank(teacher_logits, counted, blank_id)[counted]
     return 0.5 * (mean(d[is_nonblank], student_hidden) + mean(d[~is_nonblank], student_hidden))
+
+
+def _unit(x: Tensor) -> Tensor:
+    """(N, D) on the unit sphere; a zero vector stays zero (distance 1), with a gradient of length 1 rather than 1/ε."""
+    norm = x.norm(dim=-1, keepdim=True)
+    return x / norm.masked_fill(norm < 1e-8, 1.0)
 
 
 def _binary(p: BlankSplit, q: BlankSplit) -> Tensor:

@@ -9,6 +9,8 @@ import re
 from pathlib import Path
 from typing import Dict, List, Optional
 
+from espnet_kd.distill.checkpoints import load_checkpoint
+
 #: {epoch: {"train" | "valid": {statistic: value}}}; "time" is in seconds.
 History = Dict[int, Dict[str, Dict[str, float]]]
 
@@ -39,17 +41,8 @@ def seconds(history: History) -> float:
 
 
 def _from_checkpoint(path: Path) -> Optional[History]:
-    import numpy as np
-    import torch
-
-    # What ESPnet's reporter puts beside tensors; nothing else in the file may run code.
-    allowed = [datetime.timedelta, np.dtype, np.float64(0).__reduce__()[0]]  # the last makes NumPy's scalars
-    allowed += [type(np.dtype(t)) for t in ("float32", "float64", "int64")]
     try:
-        with torch.serialization.safe_globals(allowed):
-            # Memory-mapped: only the few numbers of the reporter are read, not model and optimizer.
-            states = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        stats = states["reporter"]["stats"]
+        stats = load_checkpoint(path)["reporter"]["stats"]
         return {int(epoch): {k: _numbers(v) for k, v in phases.items()} for epoch, phases in stats.items()}
     except Exception as e:  # torch raises many kinds here; the log is tried next, so this is no error
         logging.warning("no statistics from %s (%s); trying the log", path, str(e).split("\n")[0][:100])

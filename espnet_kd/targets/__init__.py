@@ -1,0 +1,1 @@
+"""Where targets come from: a teacher that runs beside the student."""

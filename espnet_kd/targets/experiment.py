@@ -94,9 +94,8 @@ def load_model(config: Union[str, Path], model_file: Union[str, Path], device: s
     Raises:
         UserError: the files don't fit each other, or cannot be read.
     """
-    from espnet2.tasks.asr import ASRTask
+    from espnet_kd.offline import ASRTask
 
-    import espnet_kd.offline  # noqa: F401  (before espnet2.tasks)
 
     args = argparse.Namespace(**read_config(config))
     args.init = None  # the values come from the file

@@ -1,0 +1,1 @@
+"""The task asr_kd, on ESPnet's ASR task."""

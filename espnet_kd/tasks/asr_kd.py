@@ -8,16 +8,15 @@ from typing import List, Optional, Tuple
 
 from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
-from espnet2.tasks.asr import ASRTask
 from espnet2.train.distributed_utils import DistributedOption
 from espnet2.utils.types import str2bool, str_or_none
 
-import espnet_kd.offline  # noqa: F401  (before espnet2.tasks)
 from espnet_kd.cli import UserError
 from espnet_kd.distill.checkpoints import keep_previous
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.page import load_page
 from espnet_kd.distill.schedule import EpochHooks, Progress
+from espnet_kd.offline import ASRTask
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate
 
 

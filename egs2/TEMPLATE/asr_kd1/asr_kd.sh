@@ -200,17 +200,22 @@ elif running 4; then
     touch "${stats_dir}/.done"
 fi
 
-# train DIR CONFIG OPTIONS…: one training run through ESPnet's launcher
+# train DIR CONFIG LOG OPTIONS…: one training run, on several GPUs or machines through ESPnet's launcher
 train() {
-    local dir=$1 config=$2
-    shift 2
+    local dir=$1 config=$2 log=$1/$3 launch=()
+    shift 3
     needs "${stats_dir}/.done" 4
     mkdir -p "${dir}"
-    # shellcheck disable=SC2154
-    ${python} -m espnet2.bin.launch --cmd "${cuda_cmd} --name $(basename "${dir}")" --log "${dir}/train.log" \
-        --ngpu "${ngpu}" --num_nodes "${num_nodes}" --init_file_prefix "${dir}/.dist_init_" \
-        --multiprocessing_distributed true -- \
-        ${python} -m espnet_kd.bin.asr_kd_train --config "${config}" "${train_opts[@]}" --output_dir "${dir}" "$@"
+    if [ "${ngpu}" -gt 1 ] || [ "${num_nodes}" -gt 1 ]; then
+        # shellcheck disable=SC2206,SC2154
+        launch=(${python} -m espnet2.bin.launch --cmd "${cuda_cmd} --name $(basename "${dir}")" --log "${log}"
+            --ngpu "${ngpu}" --num_nodes "${num_nodes}" --init_file_prefix "${dir}/.dist_init_"
+            --multiprocessing_distributed true --)
+    else
+        # shellcheck disable=SC2206
+        launch=(${cuda_cmd} --gpu "${ngpu}" "${log}")
+    fi
+    "${launch[@]}" ${python} -m espnet_kd.bin.asr_kd_train --config "${config}" "${train_opts[@]}" --output_dir "${dir}" "$@"
 }
 # describe DIR ROLE SEED: what the results table says of an experiment
 describe() {
@@ -225,7 +230,7 @@ if running 5; then
         log "stage 5: the teacher is trained, ${teacher_exp}"
     else
         log "stage 5: teacher training, log in ${teacher_exp}/train.log"
-        train "${teacher_exp}" "${teacher_config}" --seed "${seed}" "${teacher_args_list[@]}"
+        train "${teacher_exp}" "${teacher_config}" train.log --seed "${seed}" "${teacher_args_list[@]}"
         describe "${teacher_exp}" teacher "${seed}"
         touch "${teacher_exp}/.done"
     fi
@@ -237,7 +242,7 @@ if running 6; then
         log "stage 6: the plain student is trained, ${plain_exp}"
     else
         log "stage 6: student without KD, log in ${plain_exp}/train.log"
-        train "${plain_exp}" "${student_config}" --seed "${seed}" "${train_args_list[@]}"
+        train "${plain_exp}" "${student_config}" train.log --seed "${seed}" "${train_args_list[@]}"
         describe "${plain_exp}" plain "${seed}"
         touch "${plain_exp}/.done"
     fi
@@ -249,11 +254,11 @@ fi
 
 for k in 1 2 3; do
     if running $((7 + k)); then
-        log "stage $((7 + k)): KD stage ${k} of ${method}, log in ${student_exp}/train.log"
+        log "stage $((7 + k)): KD stage ${k} of ${method}, log in ${student_exp}/train.kd_stage${k}.log"
         if [ "${teacher}" = "${teacher_exp}" ]; then
             needs "${teacher_exp}/.done" 5
         fi
-        train "${student_exp}" "${student_config}" --seed "${seed}" "${train_args_list[@]}" \
+        train "${student_exp}" "${student_config}" "train.kd_stage${k}.log" --seed "${seed}" "${train_args_list[@]}" \
             --teacher "${teacher}" --kd_config "${method}" --kd_stage "${k}" ${kd_stages:+--kd_stages "${kd_stages_list[@]}"}
     fi
 done

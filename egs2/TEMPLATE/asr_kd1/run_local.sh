@@ -2,7 +2,8 @@
 # Run jobs on this machine, with the calling convention of Kaldi's run.pl:
 #   run_local.sh [--option value …] [JOB=1:N] LOG COMMAND …
 # The letters JOB in the log's name and in the command become the job's number. Options such as --gpu or --mem mean
-# something on a cluster and nothing here. A single job's epochs are shown while it runs; the rest is in the log.
+# something on a cluster and nothing here. A single job's epochs are shown while it runs; its log is continued, so that
+# a resumed run keeps what it said before.
 set -euo pipefail
 
 while [[ "${1:-}" == --* ]]; do
@@ -37,7 +38,7 @@ for ((job = first; job <= last; job++)); do
     job_log=${log//JOB/${job}}
     mkdir -p "$(dirname "${job_log}")"
     if [ "${first}" = "${last}" ]; then
-        ("${@//JOB/${job}}" 2>&1 | tee "${job_log}" | progress) &
+        ("${@//JOB/${job}}" 2>&1 | tee -a "${job_log}" | progress) &
     else
         "${@//JOB/${job}}" >"${job_log}" 2>&1 &
     fi

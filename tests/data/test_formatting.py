@@ -1,0 +1,152 @@
+"""Stage 2: rates, segments, speed perturbation, limits, and running it again."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import Utterance, read_data_dir, validate, write_data_dir
+from espnet_kd.data.formatting import format_data
+
+FS = 16000
+
+
+def tone(path: Path, seconds: float, hz: float = 440, fs: int = FS, channels: int = 1) -> str:
+    x = 0.3 * np.sin(2 * np.pi * hz * np.arange(int(seconds * fs)) / fs)
+    soundfile.write(path, np.stack([x] * channels, axis=1), fs)
+    return str(path)
+
+
+def pitch_of(path: str) -> float:
+    x, fs = soundfile.read(path)
+    return float(np.argmax(np.abs(np.fft.rfft(x))) * fs / len(x))
+
+
+@pytest.fixture
+def src(tmp_path: Path) -> Path:
+    seconds = (1.0, 2.0, 3.0)
+    utts = [
+        Utterance(f"a-{i}", "a", tone(tmp_path / f"{i}.flac", s), f"T {i}", int(s * FS)) for i, s in enumerate(seconds)
+    ]
+    write_data_dir(tmp_path / "src", utts)
+    return tmp_path / "src"
+
+
+def test_right_files_are_referenced(src: Path, tmp_path: Path) -> None:
+    assert format_data(src, tmp_path / "dump") == 3
+    assert list(read_data_dir(tmp_path / "dump")) == list(read_data_dir(src))
+    assert not (tmp_path / "dump" / "audio").exists()
+
+
+@pytest.mark.parametrize("nj", [1, 2])
+def test_speed_perturbation(src: Path, tmp_path: Path, nj: int) -> None:
+    assert format_data(src, tmp_path / "dump", speed_factors=(0.9, 1.0, 1.1), nj=nj) == 9
+    utts = {u.utt_id: u for u in read_data_dir(tmp_path / "dump")}
+    assert set(utts) == {f"{p}a-{i}" for p in ("", "sp0.9-", "sp1.1-") for i in range(3)}
+    for factor, prefix in ((0.9, "sp0.9-"), (1.1, "sp1.1-")):
+        for i, seconds in enumerate((1.0, 2.0, 3.0)):
+            u = utts[f"{prefix}a-{i}"]
+            assert u.speaker == f"{prefix}a" and u.text == f"T {i}"
+            assert u.num_samples == pytest.approx(seconds * FS / factor, abs=2)
+            info = soundfile.info(u.audio)
+            assert info.frames == u.num_samples and info.samplerate == FS
+            assert info.format == "FLAC" and info.subtype == "PCM_16"
+            # Faster is higher: resampling, as Kaldi's speed.
+            assert pitch_of(u.audio) == pytest.approx(440 * factor, abs=1.5)
+    assert utts["a-0"].audio == str(tmp_path / "0.flac")
+    assert validate(tmp_path / "dump") == 9
+
+
+def test_other_rates_and_channels(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    utts = [
+        Utterance("a-1", "a", tone(tmp_path / "1.wav", 1, fs=8000), "A"),
+        Utterance("a-2", "a", tone(tmp_path / "2.wav", 1, fs=44100), "A"),
+        Utterance("a-3", "a", tone(tmp_path / "3.wav", 1, channels=2), "A"),
+    ]
+    write_data_dir(tmp_path / "src", utts)
+    with caplog.at_level("INFO"):
+        format_data(tmp_path / "src", tmp_path / "dump")
+    assert "1 of 3 utterances resampled from 8000 to 16000 Hz" in caplog.text
+    for u in read_data_dir(tmp_path / "dump"):
+        assert u.num_samples == FS and pitch_of(u.audio) == pytest.approx(440, abs=1.5)
+        assert soundfile.info(u.audio).channels == 1
+    validate(tmp_path / "dump")
+
+
+def test_segments_are_cut(tmp_path: Path) -> None:
+    x = np.concatenate([np.full(FS, 0.1), np.full(FS, 0.2), np.full(FS, 0.3)])
+    soundfile.write(tmp_path / "r.wav", x, FS)
+    wav = str(tmp_path / "r.wav")
+    utts = [Utterance(f"a-{i}", "a", wav, "A", None, "r", i + 0.25, i + 0.75) for i in range(3)]
+    write_data_dir(tmp_path / "src", utts)
+    format_data(tmp_path / "src", tmp_path / "dump")
+    assert not (tmp_path / "dump" / "segments").exists()
+    for i, u in enumerate(read_data_dir(tmp_path / "dump")):
+        y, _ = soundfile.read(u.audio)
+        np.testing.assert_allclose(y, np.full(FS // 2, 0.1 * (i + 1)), atol=1e-3)
+
+
+def test_limits(src: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    options = {"speed_factors": (0.9, 1.0), "min_seconds": 1.05, "max_seconds": 3.1}
+    assert format_data(src, tmp_path / "kept", **options) == 6
+    assert "2 utterances outside 1.05 to 3.1 s kept" in caplog.text
+    assert format_data(src, tmp_path / "dropped", drop_out_of_range=True, **options) == 4
+    assert "dropped: a-0 (1.00 s), sp0.9-a-2 (3.33 s)" in caplog.text
+    assert {u.utt_id for u in read_data_dir(tmp_path / "dropped")} == {"a-1", "a-2", "sp0.9-a-0", "sp0.9-a-1"}
+    with pytest.raises(UserError, match="no utterance is left"):
+        format_data(src, tmp_path / "none", drop_out_of_range=True, min_seconds=10)
+
+
+def test_again(src: Path, tmp_path: Path) -> None:
+    dump = tmp_path / "dump"
+
+    def times():
+        return {p: p.stat().st_mtime_ns for p in dump.rglob("*") if p.is_file()}
+
+    format_data(src, dump, speed_factors=(0.9,))
+    first = times()
+    format_data(src, dump, speed_factors=(0.9,))
+    assert times() == first
+    # Killed before the end: what is whole is kept, what is missing is made.
+    (dump / ".begun").write_text((dump / ".done").read_text())
+    (dump / ".done").unlink()
+    (dump / "wav.scp").unlink()
+    (dump / "audio/sp0.9-a/sp0.9-a-1.flac").unlink()
+    format_data(src, dump, speed_factors=(0.9,))
+    assert set(times()) == set(first)
+    kept = dump / "audio/sp0.9-a/sp0.9-a-0.flac"
+    assert times()[kept] == first[kept]
+    # The same names with other audio: made anew.
+    time.sleep(0.01)
+    tone(tmp_path / "0.flac", 1.0, hz=600)
+    format_data(src, dump, speed_factors=(0.9,))
+    assert pitch_of(str(kept)) == pytest.approx(540, abs=1.5)
+
+
+@pytest.mark.parametrize(("nj", "breakage"), [(1, "cut"), (2, "cut"), (1, "missing"), (1, "pipe"), (1, "empty")])
+def test_faults_name_the_utterance(src: Path, tmp_path: Path, nj: int, breakage: str) -> None:
+    path = tmp_path / "1.flac"
+    if breakage == "cut":
+        path.write_bytes(path.read_bytes()[:60])
+    elif breakage == "missing":
+        path.unlink()
+    elif breakage == "empty":
+        soundfile.write(path, np.zeros(0), FS)
+    else:
+        scp = src / "wav.scp"
+        scp.write_text(scp.read_text().replace(str(path), "flac -d x |"))
+    with pytest.raises(UserError, match="pipe" if breakage == "pipe" else "1.flac") as e:
+        format_data(src, tmp_path / "dump", speed_factors=(0.9,), nj=nj)
+    assert "a-1" in str(e.value)
+    assert not (tmp_path / "dump" / "wav.scp").exists()
+
+
+def test_bad_options(src: Path, tmp_path: Path) -> None:
+    for options in ({"speed_factors": (1.0, 1.0)}, {"speed_factors": (9.0,)}, {"min_seconds": 5, "max_seconds": 1}):
+        with pytest.raises(UserError):
+            format_data(src, tmp_path / "dump", **options)

@@ -1,0 +1,181 @@
+"""Frames that count, and a teacher's frames laid on a student's."""
+
+import math
+
+import pytest
+import torch
+
+from espnet_kd import frames as fr
+
+WIDTH = 4
+
+
+def test_valid():
+    assert fr.valid(torch.tensor([3, 0, 1]), 3).int().tolist() == [[1, 1, 1], [0, 0, 0], [1, 0, 0]]
+
+
+@pytest.mark.parametrize("blank_id", [0, 2])
+def test_nonblank(blank_id):
+    best = torch.tensor([[0, 1, 2, 0], [2, 2, 3, 1]])
+    logits = torch.nn.functional.one_hot(best, WIDTH).float()
+    frames = fr.valid(torch.tensor([4, 2]), 4)
+    expected = [[b != blank_id and t < n for t, b in enumerate(row)] for row, n in zip(best.tolist(), (4, 2))]
+    assert fr.nonblank(logits, frames, blank_id).tolist() == expected
+
+
+@pytest.mark.parametrize(
+    "shift, other, ratio",
+    [(0.04, 0.04, 1), (0.08, 0.04, 2), (0.06, 0.04, 1.5), (0.04, 0.08, 0.5), (0.0401, 0.02, 2), (0.05, 0.04, 1.25)],
+)
+def test_nearest_multiple(shift, other, ratio):
+    assert fr.nearest_multiple(shift, other) == pytest.approx(ratio, abs=1e-12)
+
+
+def teacher(lengths, spikes=(), padding=math.nan, seed=0):
+    """Logits sure of blank but at ``spikes`` {(utterance, frame): token}, hidden states, and padding as given."""
+    g = torch.Generator().manual_seed(seed)
+    num = max(lengths) + 2
+    logits = torch.rand(len(lengths), num, WIDTH, generator=g)
+    logits[..., 0] += 8.0
+    for (b, t), token in dict(spikes).items():
+        logits[b, t, token] += 20.0
+    hidden = torch.randn(len(lengths), num, 3, generator=g)
+    for x in (logits, hidden):
+        x[~fr.valid(torch.tensor(lengths), num)] = padding
+    return logits, hidden
+
+
+def covered_frames(i, ratio, length):
+    """By the definition: the teacher frames in [i·r, (i+1)·r); for r < 1 the one that holds the middle."""
+    if ratio < 1:
+        return [t for t in [int((i + 0.5) * ratio)] if t < length]
+    return [t for t in range(length) if i * ratio <= t < (i + 1) * ratio]
+
+
+def lay(logits, hidden, lengths, ratio, student_lengths, **options):
+    student_lengths = torch.tensor(student_lengths)
+    return fr.align(
+        logits, {"encoder": hidden}, torch.tensor(lengths), 0.04, int(student_lengths.max()), student_lengths,
+        0.04 * ratio, **options,
+    )  # fmt: skip
+
+
+RATIOS = [1, 2, 3, 1.5, 2.5, 0.5, 2 / 3]
+each_ratio = pytest.mark.parametrize("ratio", RATIOS)
+
+
+@each_ratio
+@pytest.mark.parametrize("short", [0, 1])
+def test_align_by_its_definition(ratio, short):
+    """Every student frame, for all lengths from 1: the covered frame with the least blank, the mean hidden state."""
+    lengths = list(range(1, 14))
+    logits, hidden = teacher(lengths)
+    student_lengths = [max(1, math.ceil(n / ratio) - short) for n in lengths]
+    got, got_hidden, both = lay(logits, hidden, lengths, ratio, student_lengths)
+    p_blank = logits.softmax(-1)[..., 0]
+    assert got.shape == (len(lengths), max(student_lengths), WIDTH)
+    for b, (n, m) in enumerate(zip(lengths, student_lengths)):
+        filled = 0
+        for i in range(m):
+            frames = covered_frames(i, ratio, n)
+            if not frames:
+                break
+            filled += 1
+            least = min(frames, key=lambda t: p_blank[b, t])
+            assert torch.equal(got[b, i], logits[b, least]), (b, i)
+            torch.testing.assert_close(got_hidden["encoder"][b, i], hidden[b, frames].mean(0))
+        # The frames both have: those that cover a teacher frame, so that padding (NaN here) is never chosen.
+        assert both[b] == filled
+        assert filled >= m - 1
+    inside = fr.valid(both, got.size(1))
+    assert got[inside].isfinite().all() and got_hidden["encoder"][inside].isfinite().all()
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 3, 1.5])
+@pytest.mark.parametrize("blank_id", [0, 3])
+def test_every_spike_survives(ratio, blank_id):
+    length = 24
+    step = math.ceil(ratio)
+    spikes = {(0, t): 1 + (t // step) % 2 for t in range(0, length, step)}
+    logits, hidden = teacher([length], spikes)
+    logits[..., [0, blank_id]] = logits[..., [blank_id, 0]]
+    got, _, both = lay(logits, hidden, [length], ratio, [math.ceil(length / ratio)], blank_id=blank_id)
+    best = got[0, : both[0]].argmax(-1)
+    # Spikes at least r apart: none shares a student frame with another.
+    assert best[best != blank_id].tolist() == list(spikes.values())
+
+
+def test_mean_pooling_averages_probabilities():
+    logits, hidden = teacher([6])
+    got, _, both = lay(logits, hidden, [6], 2, [3], pool="mean")
+    assert both.tolist() == [3]
+    expected = logits[:, :6].softmax(-1).unflatten(1, (3, 2)).mean(2)
+    torch.testing.assert_close(got.exp(), expected)
+
+
+def test_mean_pooling_over_an_odd_end_and_an_impossible_token():
+    logits, hidden = teacher([5, 3])
+    logits[..., 3] = -math.inf
+    got, _, both = lay(logits, hidden, [5, 3], 2, [3, 2], pool="mean")
+    assert both.tolist() == [3, 2]
+    torch.testing.assert_close(got[0, 2].exp(), logits[0, 4].softmax(-1))
+    torch.testing.assert_close(got[1, 1].exp(), logits[1, 2].softmax(-1))
+    assert not got[0, :3].isnan().any()
+
+
+@pytest.mark.parametrize(
+    "ratio, lengths, student_lengths",
+    [(1, [70], [73]), (1, [73], [70]), (2, [45], [20]), (1.5, [30], [24]), (0.5, [20], [45]), (1, [9, 50], [9, 47])],
+)
+def test_lengths_too_far_apart_are_refused(ratio, lengths, student_lengths):
+    logits, hidden = teacher(lengths)
+    with pytest.raises(ValueError, match="more than two frames") as e:
+        lay(logits, hidden, lengths, ratio, student_lengths)
+    for part in (str(lengths), str(student_lengths), "40 ms", f"{40 * ratio:g} ms"):
+        assert part in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "ratio, lengths, student_lengths, both",
+    [
+        (1, [71], [73], [71]),
+        (1, [73], [71], [71]),
+        (2, [45], [21], [21]),
+        (2, [40], [22], [20]),
+        (1.5, [30], [22], [20]),
+        (0.5, [20], [42], [40]),
+        (0.5, [20], [38], [38]),
+    ],
+)
+def test_small_leftovers_are_trimmed(ratio, lengths, student_lengths, both):
+    logits, hidden = teacher(lengths)
+    got, got_hidden, there = lay(logits, hidden, lengths, ratio, student_lengths)
+    assert there.tolist() == both
+    assert got.size(1) == got_hidden["encoder"].size(1) == student_lengths[0]
+    assert got[0, : both[0]].isfinite().all()
+
+
+def test_equal_rates_change_nothing():
+    logits, hidden = teacher([5, 3], padding=0.0)
+    got, got_hidden, both = lay(logits, hidden, [5, 3], 1, [5, 3])
+    assert torch.equal(got, logits[:, :5]) and torch.equal(got_hidden["encoder"], hidden[:, :5])
+    assert both.tolist() == [5, 3]
+
+
+def test_a_shorter_padded_teacher_is_filled_up_outside_the_common_lengths():
+    logits, hidden = teacher([5])
+    got, got_hidden, both = lay(logits[:, :5], hidden[:, :5], [5], 1, [7])
+    assert both.tolist() == [5]
+    assert got.shape[1] == got_hidden["encoder"].shape[1] == 7
+
+
+@pytest.mark.parametrize("ratio", [1, 2, 1.5, 0.5])
+def test_rounding_of_the_shifts_does_not_matter(ratio):
+    """Shifts are measured: 39.9 and 80.1 ms are a ratio of 2."""
+    lengths, student = [400], [math.ceil(400 / ratio)]
+    logits, hidden = teacher(lengths)
+    exact = lay(logits, hidden, lengths, ratio, student)
+    args = (logits, {"encoder": hidden}, torch.tensor(lengths), 0.0399, student[0], torch.tensor(student))
+    measured = fr.align(*args, 0.04 * ratio * 1.002)
+    assert torch.equal(exact[2], measured[2])
+    assert torch.equal(exact[0][0, : exact[2][0]], measured[0][0, : exact[2][0]])
