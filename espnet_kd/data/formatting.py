@@ -128,8 +128,10 @@ def _fingerprint(src: Path, utts: Iterable[Utterance]) -> str:
             try:
                 stat = os.stat(u.audio)
             except OSError as e:
-                read_audio_info(u.audio)  # says what is wrong: a pipe, or no such file
-                raise UserError(f"{src / 'wav.scp'}: utterance '{u.utt_id}': {u.audio}: {e.strerror}") from e
+                why = f"{u.audio}: {e.strerror}"
+                if "|" in u.audio:
+                    why = f"'{u.audio}' is a shell pipe, which is not run here: convert the audio to a file (flac, wav)"
+                raise UserError(f"{src / 'wav.scp'}: utterance '{u.utt_id}': {why}") from e
             digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
     return digest.hexdigest()
 

@@ -54,7 +54,7 @@ def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> P
 def _bring(source: str, part: Path, name: str, out: Path) -> str:
     """Copy a file the config names into the export; return the path it will have."""
     if not Path(source).is_file():
-        raise UserError(f"{source}, which config.yaml names, is missing; run from the directory that its paths start at")
+        raise UserError(f"{source}, named in config.yaml, is missing; run from the directory that its paths start at")
     shutil.copyfile(source, part / name)
     return str(out / name)
 

@@ -50,7 +50,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         if student.ctc is None or student.use_transducer_decoder:
             raise UserError("the student has no CTC branch to distil into: use ctc_weight above 0, and no transducer")
         if student.blank_id != 0:
-            raise UserError(f"<blank> must be the first token, as ESPnet's CTC takes it; it is token {student.blank_id}")
+            raise UserError(f"<blank> must be token 0, as ESPnet's CTC takes it; it is token {student.blank_id}")
         if page.teacher == "required" and teacher is None:
             raise UserError(f"{page.path} needs a teacher: give --teacher EXP")
         if teacher is not None:

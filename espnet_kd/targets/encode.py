@@ -74,7 +74,8 @@ def recording(encoder: torch.nn.Module, taps: Sequence[str]) -> Iterator[Dict[st
         def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             x = output[0]
             x = x[0] if isinstance(x, tuple) else x  # relative positions travel along: ((x, pos_emb), mask)
-            hidden[tap] = encoder.after_norm(x) if encoder.normalize_before else x
+            # Branchformers, which have no such choice, always normalise.
+            hidden[tap] = encoder.after_norm(x) if getattr(encoder, "normalize_before", True) else x
 
         return hook
 
@@ -113,7 +114,10 @@ def measure_frame_shift(model: torch.nn.Module, sampling_rate: float) -> float:
     model.eval()
     try:
         if model.frontend is None:
-            sampling_rate, width = 100.0, (model.normalize.mean.numel(),)
+            mean = getattr(model.normalize, "mean", None)
+            if mean is None:
+                raise UserError("a model fed with features (input_size) needs normalize: global_mvn, which has their width")
+            sampling_rate, width = 100.0, (mean.numel(),)
         else:
             width = ()
         # Ten seconds and thirty: edge effects of a few frames stay under 1 % of the difference.
@@ -123,7 +127,7 @@ def measure_frame_shift(model: torch.nn.Module, sampling_rate: float) -> float:
         for n in samples:
             # Not silence: utterance-wise normalisation divides by the deviation.
             speech = torch.sin(torch.arange(n, device=p.device, dtype=p.dtype)).view(1, n, *[1] * len(width))
-            speech = speech.expand(1, n, *width)
+            speech = speech.repeat(1, 1, *width)  # not expand: normalisation works in place
             lengths.append(model.encode(speech, torch.tensor([n], device=p.device))[1].item())
     finally:
         model.train(was_training)

@@ -71,7 +71,7 @@ def load_state(model_file: Union[str, Path]) -> Dict[str, torch.Tensor]:
     try:
         state = torch.load(model_file, map_location="cpu", weights_only=True)
     except Exception as e:  # pickle, zip, runtime or OS error: all of them say that this file is no good
-        reason = str(e).splitlines()[0]
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
         raise UserError(f"cannot load {model_file}: {reason}; is the file damaged, or not a model?") from e
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{model_file} is not a model (a mapping of names to tensors); give an …epoch.pth or ….ave.pth")

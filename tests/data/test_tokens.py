@@ -39,16 +39,16 @@ def test_espnet_reads_the_characters_back(tmp_path: Path) -> None:
 def test_bpe(tmp_path: Path) -> None:
     sentencepiece = pytest.importorskip("sentencepiece")
     texts = [f"SET THE KITCHEN TIMER TO {w} MINUTES" for w in ("FIVE", "NINE", "FIFTY", "SIXTEEN")] * 5
-    path = make_token_list([write_text(tmp_path / "text", *texts)], tmp_path / "bpe", "bpe", 40)
+    path = make_token_list([write_text(tmp_path / "text", *texts)], tmp_path / "bpe", "bpe", 24)
     tokens = path.read_text(encoding="utf-8").split("\n")[:-1]
-    assert len(tokens) == len(set(tokens)) == 40
+    assert len(tokens) == len(set(tokens)) == 24
     assert tokens[:2] == ["<blank>", "<unk>"] and tokens[-1] == "<sos/eos>" and "<s>" not in tokens
     model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "bpe" / "bpe.model"))
     for text in texts:
         pieces = model.encode(text, out_type=str)
         assert set(pieces) <= set(tokens) and model.decode(pieces) == text
     # Made again from the same texts: the same list.
-    again = make_token_list([tmp_path / "text"], tmp_path / "bpe2", "bpe", 40)
+    again = make_token_list([tmp_path / "text"], tmp_path / "bpe2", "bpe", 24)
     assert again.read_bytes() == path.read_bytes()
 
 

@@ -1,0 +1,46 @@
+# Make the project's environment, or use the active one. Sourced by run_all.sh and tests/run.sh, which set
+# ROOT (of the project) and EXTRAS (of setup.py, in quotes).
+# shellcheck shell=bash
+
+# The newest Python on the path that the project supports.
+find_python() {
+    local name
+    for name in python3.12 python3.11 python3.10 python3 python; do
+        if command -v "${name}" >/dev/null &&
+            "${name}" -c 'import sys; sys.exit(not (3, 10) <= sys.version_info < (3, 13))' 2>/dev/null; then
+            echo "${name}"
+            return
+        fi
+    done
+    echo "error: no Python 3.10, 3.11 or 3.12 on the path; install one (for instance python3.11 with its venv module)" >&2
+    return 1
+}
+
+if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
+    echo "using the active environment ${VIRTUAL_ENV:-${CONDA_PREFIX}}" >&2
+else
+    if [ ! -x "${ROOT:?}/.venv/bin/python" ]; then
+        python=$(find_python)
+        echo "making ${ROOT}/.venv with $("${python}" --version)" >&2
+        "${python}" -m venv "${ROOT}/.venv"
+    fi
+    # shellcheck disable=SC1091
+    . "${ROOT}/.venv/bin/activate"
+fi
+
+# Installed already, for this setup.py and these extras? ESPNET_KD_INSTALLED=1 says so for an environment made by other
+# means, for instance on cluster nodes without network.
+_stamp="$(python -c 'import sys; print(sys.prefix)')/.espnet_kd.$(cksum <<<"${ROOT} $(<"${ROOT}/setup.py")" | cut -d ' ' -f 1)"
+_missing=
+for _extra in ${EXTRAS:?}; do
+    [ -n "${ESPNET_KD_INSTALLED:-}" ] || [ -f "${_stamp}.${_extra}" ] || _missing=1
+done
+if [ -n "${_missing}" ]; then
+    echo "installing espnet_kd[${EXTRAS// /,}] and what it needs: about 5 GB and a few minutes the first time" >&2
+    python -m pip install --disable-pip-version-check -e "${ROOT}[${EXTRAS// /,}]" >&2
+    for _extra in ${EXTRAS}; do
+        touch "${_stamp}.${_extra}"
+    done
+fi
+unset _stamp _missing _extra
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

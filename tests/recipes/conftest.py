@@ -1,0 +1,55 @@
+"""A copy of the recipes to run in, and its stage scripts as a function."""
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+#: Models that train in seconds; the recipes' own YAML is read first, so that it is checked as well.
+TINY = (
+    "--encoder_conf num_blocks=1 --encoder_conf output_size=16 --encoder_conf linear_units=32 "
+    "--encoder_conf attention_heads=2 --batch_bins 1000000 --use_tensorboard false --use_matplotlib false"
+)
+
+
+class Recipe:
+    """``run.sh`` of a recipe in a copy of egs2/."""
+
+    def __init__(self, egs2: Path, name: str):
+        self.dir = egs2 / name / "asr_kd1"
+        self.env = {**os.environ, "OMP_NUM_THREADS": "1", "ESPNET_KD_INSTALLED": "1"}
+
+    def command(self, *options: str) -> list:
+        return ["./run.sh", *options]
+
+    def run(self, *options: str, check: bool = True, timeout: float = 900) -> subprocess.CompletedProcess:
+        done = subprocess.run(
+            self.command(*options),
+            cwd=self.dir,
+            env=self.env,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout,
+        )
+        assert not check or done.returncode == 0, done.stdout[-6000:]
+        return done
+
+
+@pytest.fixture(scope="module")
+def egs2(tmp_path_factory) -> Path:
+    copy = tmp_path_factory.mktemp("recipes") / "egs2"
+    produced = shutil.ignore_patterns("data", "dump*", "exp*", "downloads")
+    shutil.copytree(ROOT / "egs2", copy, symlinks=True, ignore=produced)
+    shutil.copy(ROOT / "run_all.sh", copy.parent)
+    return copy
+
+
+@pytest.fixture(scope="session")
+def corpora() -> Path:
+    return Path(os.environ.get("ESPNET_KD_TEST_CORPORA", ROOT.parent / "shared"))

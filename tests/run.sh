@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# Run the tests: see --help.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
+
+if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
+    cat <<'EOF'
+Usage: tests/run.sh [--long] [pytest option …]
+Example: tests/run.sh
+         tests/run.sh tests/losses -k gradcheck
+
+Makes .venv where no environment is active, installs, and runs linters, unit tests and the recipes end to end with one
+or two epochs. --long also trains the embedded recipe in full. Optional public corpora are looked for in
+ESPNET_KD_TEST_CORPORA (default: ../shared); what is left out for want of them is said at the end.
+EOF
+    exit 0
+fi
+
+EXTRAS='mini test'
+# shellcheck source=egs2/TEMPLATE/setup_env.sh
+. "${ROOT}/egs2/TEMPLATE/setup_env.sh"
+cd "${ROOT}"
+
+long=0
+if [ "${1:-}" = --long ]; then
+    long=1
+    shift
+fi
+if [ $# -gt 0 ]; then
+    ESPNET_KD_TEST_LONG=${long} exec python -m pytest "$@"
+fi
+
+ruff check .
+git ls-files '*.sh' .ci/run | xargs shellcheck --external-sources
+[ "${long}" = 1 ] || echo "left out: the embedded recipe in full length, 15 minutes (tests/run.sh --long)" >&2
+# -rs: every skip with its reason. Two workers: a recipe test is mostly one process.
+ESPNET_KD_TEST_LONG=${long} exec python -m pytest -n 2 --dist loadfile -rs --durations 10
