@@ -14,6 +14,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from espnet_kd.cli import UserError
 from espnet_kd.files import replacing
+from espnet_kd.report.compare import compare_with_plain
 from espnet_kd.report.curves import Curve
 from espnet_kd.report.history import read_stages, seconds
 
@@ -29,6 +30,7 @@ KEYS = (
 class Gathered:
     """Rows of the table (keys `KEYS`), training curves, and notes on what is missing."""
 
+    expdir: Path
     rows: List[Dict[str, Any]] = field(default_factory=list)
     curves: List[Curve] = field(default_factory=list)
     notes: List[str] = field(default_factory=list)
@@ -52,7 +54,7 @@ def gather(expdir: Path, teachers: Sequence[Path] = ()) -> Gathered:
     inside = [p for p in sorted(expdir.iterdir()) if p.is_dir() and p.resolve() not in known and is_experiment(p)]
     if not inside and not outside:
         raise UserError(f"no experiment in {expdir}: none has experiment.json or decode_*/score.json; train one first")
-    result = Gathered()
+    result = Gathered(expdir)
     for path in outside:
         _add(result, path, {"role": "teacher"})
     for path in inside:
@@ -104,6 +106,12 @@ def write_markdown(gathered: Gathered, path: Path, picture: Optional[str] = None
     if means:
         lines += ["", "## Means over seeds", "", "In brackets the lowest and the highest seed.", ""]
         lines += _table(("experiment", "test set", "seeds", "CER", "WER"), means)
+    against = compare_with_plain(gathered.rows, gathered.expdir, describe)
+    if against:
+        lines += ["", "## Against the plain student of the same seed", ""]
+        lines += ["Points; below 0 is better. Each seed, then the mean, its 95 % interval (paired bootstrap over utterances)"]
+        lines += ["and p.", ""]
+        lines += _table(("student", "test set", "WER by seed", "WER", "p", "CER by seed", "CER", "p"), against)
     if picture:
         lines += ["", "## Training curves", "", f"![training curves]({picture})"]
     if gathered.notes:

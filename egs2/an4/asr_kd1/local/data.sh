@@ -2,6 +2,7 @@
 # Stage 1: CMU AN4 into data/{train,valid,test}. Options: local/data.sh --help
 set -euo pipefail
 
+# shellcheck source=/dev/null
 . ./path.sh
 
 python3 -m espnet_kd.bin.asr_kd_data an4 --out data "$@"

@@ -1,0 +1,243 @@
+"""Method pages: read strictly, every refusal naming the place and what was meant."""
+
+import sys
+from copy import deepcopy
+
+import pytest
+import yaml
+
+from espnet_kd.cli import UserError
+from espnet_kd.distill.objectives import FactorizedRepresentation
+from espnet_kd.distill.page import METHODS_DIR, list_pages, load_page
+from espnet_kd.distill.schedule import Progress, Ramp
+
+GOOD = {
+    "teacher": "required",
+    "stages": [
+        {"share": 0.2, "ctc": {"weight": 0.0}, "objectives": [{"objective": "blank_kl", "weight": 2}]},
+        {"share": 0.8, "name": "second", "objectives": [{"objective": "kl", "temperature": 2, "tau_squared": True}]},
+    ],
+}
+
+
+def edited(*path_and_value):
+    """GOOD with the value at a path replaced (or a key added)."""
+    *path, last, value = path_and_value
+    content = deepcopy(GOOD)
+    place = content
+    for key in path:
+        place = place[key]
+    place[last] = value
+    return content
+
+
+@pytest.mark.parametrize("name", sorted(p.name for p in METHODS_DIR.glob("*.yaml")))
+def test_every_shipped_page_loads(name):
+    page = load_page(str(METHODS_DIR / name))
+    assert load_page(page.method) == page or load_page(page.method).method == page.method
+    for stage in page.stages:
+        for spec in stage.objectives:
+            spec.make()
+
+
+def test_the_main_page():
+    assert "progressive_fkl" in list_pages()
+    page = load_page("progressive_fkl")
+    assert (page.method, page.teacher, page.pool, page.init_from) == ("progressive_fkl", "required", "least_blank", "last")
+    assert [s.share for s in page.stages] == [0.1, 0.1, 0.8]
+    assert [[o.key for o in s.objectives] for s in page.stages] == [
+        ["blank_kl"],
+        ["blank_kl", "factorized_representation"],
+        ["factorized_kl"],
+    ]
+    assert [s.ctc_weight for s in page.stages] == [0.0, 0.0, 1.0]
+    # Without CTC a student parameter has no gradient, and the model is chosen by what is trained.
+    for stage in page.stages[:2]:
+        assert stage.train["unused_parameters"] is True
+        assert stage.train["best_model_criterion"] == [["valid", "loss_kd", "min"]]
+
+
+def test_what_a_page_says(write_page):
+    page = load_page(str(write_page(GOOD, "mine.yaml")))
+    first, second = page.stages
+    assert (page.method, first.number, first.name, second.name) == ("mine", 1, "stage1", "second")
+    assert (first.ctc_weight, first.attention_weight, second.ctc_weight, second.ctc_per) == (0, 0, 1, "utterance")
+    assert first.objectives[0].weight == 2.0
+    kl = second.objectives[0].make()
+    assert kl.factor == 4.0 and kl.options["temperature"] == 2 and kl.per == "utterance"
+    assert kl is not second.objectives[0].make()
+
+
+def test_ctc_of_the_page_holds_where_a_stage_says_nothing(write_page):
+    page = load_page(str(write_page({**GOOD, "ctc": {"weight": 0.5, "per": "label"}, "attention": {"weight": 0.25}})))
+    assert [(s.ctc_weight, s.ctc_per) for s in page.stages] == [(0.0, "utterance"), (0.5, "label")]
+    assert [s.attention_weight for s in page.stages] == [0.25, 0.25]
+
+
+REFUSED = {
+    "key": (edited("techer", "required"), "page.yaml: unknown key 'techer'; did you mean 'teacher'"),
+    "key of a stage": (edited("stages", 0, "shares", 1), r"stages\[0\]: unknown key 'shares'; did you mean 'share'"),
+    "key of ctc": (edited("stages", 0, "ctc", {"wieght": 1}), r"stages\[0\].ctc: unknown key 'wieght'.*'weight'"),
+    "key of the page's ctc": (edited("ctc", {"pre": 1}), r"ctc: unknown key 'pre'; did you mean 'per'"),
+    "option": (
+        edited("stages", 1, "objectives", 0, "temprature", 2),
+        r"stages\[1\].objectives\[0\]: unknown key 'temprature'; did you mean 'temperature'",
+    ),
+    "another objective's option": (
+        edited("stages", 1, "objectives", 0, "blank_weight", 2),
+        r"objectives\[0\]: unknown key 'blank_weight'.*known: objective, weight, temperature, tau_squared, per",
+    ),
+    "objective": (edited("stages", 0, "objectives", 0, "objective", "blank_lk"), "'blank_lk'; did you mean 'blank_kl'"),
+    "no objective": (edited("stages", 0, "objectives", 0, {"weight": 1}), r"objectives\[0\]: objective is missing"),
+    "twice": (edited("stages", 0, "objectives", [{"objective": "kl"}] * 2), r"stages\[0\].*once, got kl, kl"),
+    "number": (edited("stages", 1, "objectives", 0, "temperature", "hot"), r"objectives\[0\].temperature.*number.*'hot'"),
+    "flag for a number": (edited("stages", 1, "objectives", 0, "temperature", True), "temperature must be a number"),
+    "number for a flag": (edited("stages", 1, "objectives", 0, "tau_squared", 1), "tau_squared must be a bool"),
+    "range": (edited("stages", 1, "objectives", 0, "temperature", 0), r"objectives\[0\]: temperature.*above 0, not 0"),
+    "per": (edited("stages", 1, "objectives", 0, "per", "label"), r"objectives\[0\]: per.*frame or utterance"),
+    "per of ctc": (edited("ctc", {"per": "frame"}), "ctc.per must be one of utterance, label, not 'frame'"),
+    "weight": (edited("stages", 0, "objectives", 0, "weight", "big"), r"objectives\[0\].weight must be"),
+    "ramp without end": (edited("stages", 0, "objectives", 0, "weight", {"start": 1}), "weight: a ramp needs start and end"),
+    "ramp's key": (edited("stages", 0, "objectives", 0, "weight", {"strat": 1}), "'strat'; did you mean 'start'"),
+    "ramp backwards": (
+        edited("stages", 0, "objectives", 0, "weight", {"start": 0, "end": 1, "begin": 0.7, "until": 0.3}),
+        "0 <= begin < until <= 1, got 0.7 and 0.3",
+    ),
+    "share sum": (edited("stages", 0, "share", 0.3), "add up to 1.1, not 1"),
+    "share": (edited("stages", 0, "share", 0), r"stages\[0\].share must be above 0"),
+    "share not a number": (edited("stages", 0, "share", float("nan")), "share"),
+    "choice": (edited("teacher", "maybe"), "teacher must be one of required, none, not 'maybe'"),
+    "pool": (edited("pool", "max"), "pool must be one of least_blank, mean"),
+    "init_from": (edited("init_from", "first"), "init_from must be one of last, best"),
+    "no stages": (edited("stages", []), "stages must be a list of at least one"),
+    "stages a mapping": (edited("stages", {"share": 1}), "stages must be a list"),
+    "stage a word": (edited("stages", 0, "binary"), r"stages\[0\] must be a mapping, not str"),
+    "objectives a word": (edited("stages", 0, "objectives", "kl"), r"stages\[0\].objectives must be a list"),
+    "train a list": (edited("stages", 0, "train", ["--max_epoch"]), r"stages\[0\].train must be a mapping"),
+    "not a page": (["teacher"], "page.yaml must be a mapping, not list"),
+    "distance": (
+        edited("stages", 0, "objectives", 0, {"objective": "factorized_representation", "distance": "l1"}),
+        "distance: must be cosine or l2, not 'l1'",
+    ),
+    "taps": (
+        edited("stages", 0, "objectives", 0, {"objective": "factorized_representation", "taps": ["encoder", "encoder"]}),
+        "taps: must be pairs",
+    ),
+}
+
+
+@pytest.mark.parametrize("content, message", REFUSED.values(), ids=REFUSED)
+def test_refused(write_page, content, message):
+    with pytest.raises(UserError, match=message) as e:
+        load_page(str(write_page(content)))
+    assert "page.yaml" in str(e.value)
+
+
+def test_the_good_page_is_good(write_page):
+    load_page(str(write_page(GOOD)))  # else the refusals above mean nothing
+
+
+def test_unknown_method_names_the_nearest():
+    with pytest.raises(UserError, match="unknown method 'progresive_fkl'; did you mean 'progressive_fkl'"):
+        load_page("progresive_fkl")
+
+
+def test_unreadable_pages(tmp_path):
+    with pytest.raises(UserError, match="cannot read the method page .*absent.yaml"):
+        load_page(str(tmp_path / "absent.yaml"))
+    (tmp_path / "broken.yaml").write_text("stages: [")
+    with pytest.raises(UserError, match="cannot read the method page .*broken.yaml"):
+        load_page(str(tmp_path / "broken.yaml"))
+    (tmp_path / "code.yaml").write_text("stages: !!python/object/apply:os.getcwd []")
+    with pytest.raises(UserError, match="cannot read"):
+        load_page(str(tmp_path / "code.yaml"))
+
+
+@pytest.mark.parametrize(
+    "max_epoch, chosen, epochs",
+    [
+        (100, [1, 2, 3], {1: 10, 2: 10, 3: 80}),
+        (40, [1, 2, 3], {1: 4, 2: 4, 3: 32}),
+        (40, [1, 3], {1: 4, 3: 36}),
+        (40, [2, 3], {2: 4, 3: 36}),
+        (40, [3], {3: 40}),
+        (40, [1, 2], {1: 4, 2: 36}),
+        (3, [1, 2, 3], {1: 1, 2: 1, 3: 1}),
+        (7, [1, 2, 3], {1: 1, 2: 1, 3: 5}),
+        (1, [3], {3: 1}),
+    ],
+)
+def test_epochs(max_epoch, chosen, epochs):
+    got = load_page("progressive_fkl").epochs(max_epoch, chosen)
+    assert got == epochs
+    assert sum(got.values()) == max_epoch
+
+
+def test_too_few_epochs():
+    with pytest.raises(UserError, match="max_epoch 2 is too few for 3 KD stages"):
+        load_page("progressive_fkl").epochs(2, [1, 2, 3])
+
+
+def test_ramp(write_page):
+    page = edited("stages", 0, "objectives", 0, "weight", {"start": 1, "end": 3, "begin": 0.25, "until": 0.75})
+    ramp = load_page(str(write_page(page))).stages[0].objectives[0].weight
+    assert ramp == Ramp(1.0, 3.0, 0.25, 0.75)
+    at = [ramp(Progress(epoch=e, max_epoch=8)) for e in range(1, 10)]
+    assert at == [1, 1, 1, 1.5, 2, 2.5, 3, 3, 3]
+
+
+OUTSIDE = """
+from espnet_kd.distill.objectives import Objective
+class Mine(Objective):
+    def __init__(self, strength: float = 1.0, layer: int = None, per="frame"):
+        super().__init__(per)
+        self.strength, self.layer = strength, layer
+class Needy(Objective):
+    def __init__(self, size: int):
+        super().__init__()
+        self.size = size
+class Other: pass
+"""
+
+
+@pytest.fixture
+def outside(tmp_path, monkeypatch):
+    (tmp_path / "outside_kd.py").write_text(OUTSIDE)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield
+    sys.modules.pop("outside_kd", None)
+
+
+@pytest.mark.parametrize(
+    "options, attributes",
+    [({}, {"strength": 1.0}), ({"strength": 3}, {"strength": 3}), ({"layer": 2}, {"layer": 2}), ({"size": 5}, {"size": 5})],
+)
+def test_an_objective_from_outside(write_page, outside, options, attributes):
+    name = "outside_kd.Needy" if "size" in options else "outside_kd.Mine"
+    page = load_page(str(write_page(edited("stages", 0, "objectives", 0, {"objective": name, **options}))))
+    spec = page.stages[0].objectives[0]
+    assert spec.key == name.split(".")[1]  # in statistics and under kd_heads, where dots are forbidden
+    assert attributes.items() <= vars(spec.make()).items()
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"objective": "outside_kd.Absent"}, "cannot import objective outside_kd.Absent"),
+        ({"objective": "nowhere_kd.Mine"}, "cannot import objective nowhere_kd.Mine.*PYTHONPATH"),
+        ({"objective": "outside_kd.Other"}, "outside_kd.Other is not a subclass of .*Objective"),
+        ({"objective": "outside_kd.Mine", "strenght": 1}, "unknown key 'strenght'; did you mean 'strength'"),
+        ({"objective": "outside_kd.Needy"}, "size"),
+    ],
+)
+def test_refused_from_outside(write_page, outside, entry, message):
+    with pytest.raises(UserError, match=message):
+        load_page(str(write_page(edited("stages", 0, "objectives", 0, entry))))
+
+
+def test_taps_reach_the_objective(write_page):
+    entry = {"objective": "factorized_representation", "taps": [["encoder.1", "encoder.2"], ["encoder", "encoder"]]}
+    text = yaml.safe_load(yaml.safe_dump(edited("stages", 0, "objectives", 0, entry)))
+    objective = load_page(str(write_page(text))).stages[0].objectives[0].make()
+    assert isinstance(objective, FactorizedRepresentation)
+    assert objective.student_taps == ("encoder.1", "encoder") and objective.teacher_taps == ("encoder.2", "encoder")

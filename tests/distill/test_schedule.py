@@ -1,0 +1,44 @@
+"""Where training stands, by the wrapper of the iterator factory."""
+
+import pytest
+
+from espnet_kd.distill.schedule import EpochHooks, Progress, Ramp
+
+
+class Factory:
+    def __init__(self, num):
+        self.num, self.asked = num, []
+
+    def build_iter(self, epoch, shuffle=None):
+        self.asked.append((epoch, shuffle))
+        return iter(range(self.num))
+
+
+def test_epochs_and_steps_are_counted():
+    progress, epochs, factory = Progress(max_epoch=2), [], Factory(4)
+    hooks = EpochHooks(factory, progress, epochs.append)
+    seen = []
+    for epoch in (1, 2):
+        for batch in hooks.build_iter(epoch, True):
+            seen.append((batch, progress.epoch, progress.step, progress.fraction))
+    assert factory.asked == [(1, True), (2, True)] and epochs == [1, 2]
+    assert [s[:3] for s in seen] == [(b, e, b) for e in (1, 2) for b in range(4)]
+    # The first epoch's length is not known before its end.
+    assert [s[3] for s in seen] == [0, 0, 0, 0, 0.5, 0.625, 0.75, 0.875]
+    assert progress.fraction == 1.0
+
+
+def test_a_resume_sets_it_anew():
+    progress = Progress(max_epoch=4)
+    next(EpochHooks(Factory(4), progress, lambda e: None).build_iter(3))
+    assert (progress.epoch, progress.step, progress.fraction) == (3, 0, 0.5)
+
+
+@pytest.mark.parametrize("epoch, step, of, max_epoch, fraction", [(1, 0, None, 1, 0), (3, 9, 3, 2, 1), (1, 1, 2, 1, 0.5)])
+def test_fraction_stays_within_bounds(epoch, step, of, max_epoch, fraction):
+    assert Progress(epoch, max_epoch, step, of).fraction == fraction
+
+
+def test_ramp_reaches_both_ends():
+    ramp = Ramp(0.0, 2.0)
+    assert [ramp(Progress(1, 1, s, 4)) for s in range(5)] == [0, 0.5, 1, 1.5, 2]
