@@ -59,6 +59,8 @@ class ESPnetASRKDModel(ESPnetASRModel):
         for stage in page.stages:
             for spec in stage.objectives:
                 objective = spec.make()
+                if teacher is None and objective.needs_teacher:
+                    raise UserError(f"{page.path}: {spec.name} needs a teacher, but the page says teacher: none")
                 check_taps(student.encoder, objective.student_taps, "student")
                 if teacher is not None:
                     teacher.check_taps(objective.teacher_taps)

@@ -40,6 +40,8 @@ class Objective:
             utterance averaged over the batch) or ``frame`` (mean per frame).
     """
 
+    #: Whether it reads the target; one that does is refused on a page with ``teacher: none``.
+    needs_teacher: bool = True
     #: Taps it reads, of the student and of the teacher.
     student_taps: Tuple[str, ...] = ()
     teacher_taps: Tuple[str, ...] = ()

@@ -153,13 +153,17 @@ def _objective(content: Any, where: str) -> ObjectiveSpec:
     weight = _weight(entry.pop("weight", 1.0), f"{where}.weight")
     entry.pop("objective")
     cls = objective_class(name, where)
-    known = [p.name for p in inspect.signature(cls).parameters.values() if p.kind == p.POSITIONAL_OR_KEYWORD]
-    _mapping(entry, where, ["objective", "weight"] + known)
-    defaults = {p.name: p.default for p in inspect.signature(cls).parameters.values()}
+    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    defaults = {p.name: p.default for p in inspect.signature(cls).parameters.values() if p.kind in named}
+    _mapping(entry, where, ["objective", "weight", *defaults])
+    for key, default in defaults.items():
+        if default is inspect.Parameter.empty and key not in entry:
+            raise UserError(f"{where}: {key} is missing")
     for key, value in entry.items():
-        kind = type(defaults[key])
-        kind = {float: _NUMBER, tuple: list}.get(kind, kind)
-        _typed(entry, key, kind, value, where)
+        # Without a default, or with None, a class from outside checks its values itself.
+        if defaults[key] not in (None, inspect.Parameter.empty):
+            kind = type(defaults[key])
+            _typed(entry, key, {float: _NUMBER, tuple: list}.get(kind, kind), value, where)
 
     def make() -> Objective:
         try:

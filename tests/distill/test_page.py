@@ -227,7 +227,7 @@ def test_an_objective_from_outside(write_page, outside, options, attributes):
         ({"objective": "nowhere_kd.Mine"}, "cannot import objective nowhere_kd.Mine.*PYTHONPATH"),
         ({"objective": "outside_kd.Other"}, "outside_kd.Other is not a subclass of .*Objective"),
         ({"objective": "outside_kd.Mine", "strenght": 1}, "unknown key 'strenght'; did you mean 'strength'"),
-        ({"objective": "outside_kd.Needy"}, "size"),
+        ({"objective": "outside_kd.Needy"}, r"objectives\[0\]: size is missing"),
     ],
 )
 def test_refused_from_outside(write_page, outside, entry, message):

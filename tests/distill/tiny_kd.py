@@ -32,15 +32,6 @@ def student_config(encoder: str = "conformer", **model_conf) -> dict:
     return conf
 
 
-def save_teacher(directory: Path, seed: int = 1, blank_bias: float = 0.3, **encoder_conf) -> Path:
-    """A random experiment whose argmax is blank on part of the frames."""
-    conf = tiny_asr.config("conformer", **{"output_size": 24, "num_blocks": 3, **encoder_conf})
-    model = tiny_asr.build(conf, seed=seed, sharpen=4.0)
-    with torch.no_grad():
-        model.ctc.ctc_lo.bias[0] += blank_bias
-    return tiny_asr.save(model, conf, directory)
-
-
 def batch(lengths=(16000, 12345, 9000), dtype=torch.float32, seed=0) -> dict:
     """What the trainer hands to forward()."""
     g = torch.Generator().manual_seed(seed)
@@ -55,6 +46,18 @@ def batch(lengths=(16000, 12345, 9000), dtype=torch.float32, seed=0) -> dict:
         "utt_id": [f"utt{i}" for i in range(len(lengths))], "speech": speech,
         "speech_lengths": torch.tensor(lengths), "text": text, "text_lengths": text_lengths,
     }  # fmt: skip
+
+
+def save_teacher(directory: Path, seed: int = 1, blank_share: float = 0.6, **encoder_conf) -> Path:
+    """A random experiment whose argmax is blank on about ``blank_share`` of the frames."""
+    conf = tiny_asr.config("conformer", **{"output_size": 24, "num_blocks": 3, **encoder_conf})
+    model = tiny_asr.build(conf, seed=seed, sharpen=4.0)
+    speech = batch()
+    with torch.no_grad():
+        logits = model.ctc.ctc_lo(model.encode(speech["speech"], speech["speech_lengths"])[0])
+        lead = logits[..., 1:].amax(-1) - logits[..., 0]
+        model.ctc.ctc_lo.bias[0] += lead.flatten().quantile(blank_share)
+    return tiny_asr.save(model, conf, directory)
 
 
 class Corpus:

@@ -112,7 +112,7 @@ read -r -a train_args_list <<<"${train_args}"
 if running 1; then
     log "stage 1: data preparation"
     # shellcheck disable=SC2086
-    local/data.sh --nj "${nj}" ${local_data_opts}
+    nj="${nj}" local/data.sh ${local_data_opts}
 fi
 
 if running 2; then

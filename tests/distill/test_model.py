@@ -1,0 +1,415 @@
+"""The KD model: ESPnet's own loss where no objective is on, a teacher that stays out of the way, one scale."""
+
+import copy
+
+import pytest
+import tiny_asr
+import tiny_kd
+import torch
+
+from espnet_kd import losses
+from espnet_kd.cli import UserError
+from espnet_kd.distill.model import ESPnetASRKDModel
+from espnet_kd.distill.objectives import Batch, Objective, lay_on
+from espnet_kd.distill.page import METHODS_DIR, load_page
+from espnet_kd.distill.schedule import Progress, Ramp
+from espnet_kd.targets.encode import EncoderOutputs
+from espnet_kd.targets.online import OnlineTeacher
+
+PLAIN = {"teacher": "none", "stages": [{"share": 1.0}]}
+
+
+def one_stage(*objectives, **stage):
+    return {"stages": [{"share": 1.0, "objectives": list(objectives), **stage}]}
+
+
+def adopt(conf, page, stage=1, teacher=None, progress=None, seed=0, sharpen=1.0):
+    """The plain student, and the same adopted."""
+    plain = tiny_asr.build(conf, seed=seed, sharpen=sharpen)
+    with torch.no_grad():
+        plain.ctc.ctc_lo.bias[-1] = 0.0  # tiny_asr's ban of <sos/eos> is for decoding
+    page = page if hasattr(page, "stages") else load_page(str(page))
+    return plain, ESPnetASRKDModel.adopt(
+        copy.deepcopy(plain), page, stage, teacher, progress or Progress(), 16000.0
+    )
+
+
+HYBRID = dict(ctc_weight=0.3)
+INTERCTC = dict(interctc_layer_idx=[1], interctc_use_conditioning=True)
+
+
+@pytest.mark.parametrize("training", [False, True])
+@pytest.mark.parametrize(
+    "model_conf, encoder_conf, ctc_conf",
+    [
+        ({}, {}, {}),
+        (HYBRID, {}, {}),
+        (dict(interctc_weight=0.4), INTERCTC, {}),
+        (dict(ctc_weight=0.5, interctc_weight=0.3), INTERCTC, {}),
+        ({}, {}, {"dropout_rate": 0.2}),
+    ],
+    ids=["ctc", "hybrid", "interctc", "hybrid interctc", "ctc dropout"],
+)
+def test_without_objectives_it_is_espnets_model(write_page, training, model_conf, encoder_conf, ctc_conf):
+    conf = tiny_kd.student_config(**model_conf)
+    conf["encoder_conf"].update(encoder_conf)
+    conf["ctc_conf"] = ctc_conf
+    plain, model = adopt(conf, write_page(PLAIN))
+    plain.train(training), model.train(training)
+    grads = []
+    for m in (plain, model):
+        torch.manual_seed(3)
+        loss, stats, weight = m(**copy.deepcopy(tiny_kd.batch()))
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in m.parameters() if p.grad is not None]))
+        assert weight == 3
+        if m is plain:
+            expected, expected_stats = loss, stats
+    torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6 * max(1, expected.item()))
+    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
+    for key, value in expected_stats.items():
+        # ESPnet's character error rates read the padding (cer_ctc), or are not kept (InterCTC's).
+        if value is not None and not key.startswith("cer_"):
+            torch.testing.assert_close(stats[key], value, rtol=1e-6, atol=1e-6, check_dtype=False)
+    assert ("loss_att" in stats) == (model_conf.get("ctc_weight", 1.0) < 1)
+    assert not {"loss_kd", "agreement"} & set(stats)
+
+
+def test_names_of_parameters_are_the_plain_students(write_page, teacher):
+    plain, model = adopt(tiny_kd.student_config(), write_page(one_stage({"objective": "kl"})), teacher=teacher)
+    assert list(model.state_dict()) == list(plain.state_dict())
+    assert not hasattr(model, "kd_heads")
+
+
+@pytest.fixture
+def fkl():
+    return load_page("progressive_fkl")
+
+
+def test_the_teacher_is_out_of_sight(fkl, teacher_dir):
+    teacher = OnlineTeacher(teacher_dir)
+    plain, model = adopt(tiny_kd.student_config(), fkl, 2, teacher)
+    before = {k: v.clone() for k, v in teacher._model.state_dict().items()}
+    expected = set(plain.state_dict()) | {f"kd_heads.factorized_representation.0.{n}" for n in ("weight", "bias")}
+    assert set(model.state_dict()) == expected
+    own = {id(p) for p in model.parameters()}
+    assert not own & {id(p) for p in teacher._model.parameters()}
+    assert len(own) == len(list(plain.parameters())) + 2
+    model.train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss, _, _ = model(**tiny_kd.batch())
+    loss.backward()
+    optimizer.step()
+    assert not teacher._model.training and not any(m.training for m in teacher._model.modules())
+    after = teacher._model.state_dict()
+    assert any("running_mean" in k for k in after)
+    assert all(torch.equal(v, before[k]) for k, v in after.items())
+    assert all(p.grad is None for p in teacher._model.parameters())
+
+
+def test_the_optimiser_sees_the_heads(fkl, teacher):
+    _, model = adopt(tiny_kd.student_config(), fkl, 2, teacher)
+    model.train()
+    head = model.kd_heads["factorized_representation"][0]
+    assert (head.in_features, head.out_features) == (16, teacher.hidden_size)
+    assert any(p is head.weight for p in model.parameters())
+    before = head.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(**tiny_kd.batch())[0].backward()
+    optimizer.step()
+    assert not torch.equal(head.weight, before)
+    # What is stepped is what the objective uses.
+    assert model.objectives[1][1].heads[0].weight is head.weight
+
+
+def spied(teacher, monkeypatch):
+    heard = []
+    original = teacher.targets
+
+    def targets(utt_ids, speech, speech_lengths, taps=()):
+        heard.append((list(utt_ids), speech.clone(), speech_lengths, list(taps)))
+        heard.append(original(utt_ids, speech, speech_lengths, taps))
+        return heard[-1]
+
+    monkeypatch.setattr(teacher, "targets", targets)
+    return heard
+
+
+def test_the_teacher_hears_unaugmented_audio(fkl, teacher_dir, monkeypatch):
+    """SpecAugment changes what the student says from call to call, and never what the teacher does."""
+    teacher = OnlineTeacher(teacher_dir)
+    alone = teacher.targets((), *(tiny_kd.batch()[k] for k in ("speech", "speech_lengths"))).logits
+    heard = spied(teacher, monkeypatch)
+    _, model = adopt(tiny_kd.student_config(), fkl, 3, teacher)
+    model.train()
+    batch = tiny_kd.batch()
+    student = []
+    model.ctc.ctc_lo.register_forward_hook(lambda m, i, o: student.append(o.detach()))
+    for _ in range(2):
+        model(**copy.deepcopy(batch))
+    assert heard[0][0] == batch["utt_id"]
+    assert torch.equal(heard[0][1], batch["speech"]) and torch.equal(heard[2][1], batch["speech"])
+    assert torch.equal(heard[1].logits, alone) and torch.equal(heard[3].logits, alone)
+    assert not torch.allclose(student[0], student[1], atol=1e-3)
+
+
+def test_the_teacher_moves_with_the_student(fkl, teacher_dir):
+    teacher = OnlineTeacher(teacher_dir)
+    _, model = adopt(tiny_kd.student_config(), fkl, 2, teacher)
+    moved = model.to(torch.float64)
+    assert moved is model
+    floats = [p for p in teacher._model.state_dict().values() if p.is_floating_point()]
+    assert {p.dtype for p in floats} == {torch.float64}
+    assert model.kd_heads["factorized_representation"][0].weight.dtype == torch.float64
+    # In float64 the whole step runs, to the last statistic.
+    loss, stats, _ = model.eval()(**tiny_kd.batch(dtype=torch.float64))
+    assert loss.dtype == torch.float64 and stats["loss_kd"].isfinite()
+    loss.backward()
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_statistics(fkl, teacher, stage):
+    _, model = adopt(tiny_kd.student_config(), fkl, stage, teacher)
+    batch = tiny_kd.batch()
+    with torch.no_grad():
+        loss, stats, _ = model(**batch)
+        out, lengths = model.encode(batch["speech"], batch["speech_lengths"])
+        student = model.ctc.ctc_lo(out).argmax(-1)
+        best = teacher.targets((), batch["speech"], batch["speech_lengths"]).logits.argmax(-1)
+    frames = [(b, t) for b, n in enumerate(lengths.tolist()) for t in range(n)]
+    nonblank = sum(best[f].item() != 0 for f in frames) / len(frames)
+    assert 0.1 < nonblank < 0.9
+    assert stats["nonblank_share"].item() == pytest.approx(nonblank)
+    assert stats["agreement"].item() == pytest.approx(sum((best[f] == student[f]).item() for f in frames) / len(frames))
+    named = [{"blank_kl"}, {"blank_kl", "factorized_representation"}, {"factorized_kl"}][stage - 1]
+    assert {k for k in stats if k.startswith("loss")} == {f"loss_{n}" for n in named} | {"loss", "loss_ctc", "loss_kd"}
+    assert stats["loss_kd"].item() == pytest.approx(sum(stats[f"loss_{n}"].item() for n in named), rel=1e-5)
+    expected = stats["loss_kd"] + (stats["loss_ctc"] if stage == 3 else 0)
+    assert loss.item() == stats["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_an_objective_is_its_loss_on_the_scale_of_per(write_page, teacher):
+    batch = tiny_kd.batch()
+    for per in ("frame", "utterance"):
+        entry = {"objective": "factorized_kl", "temperature": 2.0, "tau_squared": True, "per": per, "weight": 0.5}
+        _, model = adopt(tiny_kd.student_config(), write_page(one_stage(entry, ctc={"weight": 0})), teacher=teacher)
+        with torch.no_grad():
+            loss = model(**copy.deepcopy(batch))[0]
+            out, lengths = model.encode(batch["speech"], batch["speech_lengths"])
+            target = teacher.targets((), batch["speech"], batch["speech_lengths"])
+            expected = losses.factorized_kl(model.ctc.ctc_lo(out), target.logits, lengths, temperature=2.0) * 4 * 0.5
+        if per == "utterance":
+            expected = expected * lengths.sum() / 3
+        assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def with_ctc():
+    pages = [load_page(str(p)) for p in sorted(METHODS_DIR.glob("*.yaml"))]
+    return [(p, s) for p in pages for s in p.stages if s.ctc_weight and s.objectives]
+
+
+@pytest.mark.parametrize("page, stage", with_ctc(), ids=lambda x: getattr(x, "method", getattr(x, "name", "")))
+def test_kd_and_ctc_are_on_one_scale(page, stage, teacher):
+    """At initialisation their gradients on the logits are within a factor of 10, for every page."""
+    model = adopt(tiny_kd.student_config(), page, stage.number, teacher)[1].train()
+    seconds = (5.0, 3.0, 4.0)  # of real utterances' length: per frame, KD would be far too weak
+    batch = tiny_kd.batch(tuple(int(s * 16000) for s in seconds))
+    norms = {}
+    for which in ("ctc", "kd"):
+        logits = []
+        handle = model.ctc.ctc_lo.register_forward_hook(lambda m, i, o: logits.append(o) or o.retain_grad())
+        torch.manual_seed(0)
+        kept, objectives = stage.ctc_weight, model.objectives
+        model.kd_stage = copy.copy(stage)
+        if which == "kd":
+            model.kd_stage.ctc_weight = 0.0
+        else:
+            model.objectives = []
+        model(**copy.deepcopy(batch))[0].backward()
+        norms[which] = logits[0].grad.norm().item()
+        model.objectives, stage.ctc_weight = objectives, kept
+        handle.remove()
+    assert 0.1 < norms["kd"] / norms["ctc"] < 10, norms
+
+
+@pytest.mark.parametrize("model_conf", [{}, HYBRID, dict(interctc_weight=0.4)])
+def test_ctc_weight_0_learns_nothing_from_labels(write_page, teacher, model_conf):
+    conf = tiny_kd.student_config(**model_conf)
+    if "interctc_weight" in model_conf:
+        conf["encoder_conf"].update(INTERCTC)
+    _, model = adopt(conf, write_page(one_stage({"objective": "kl"}, ctc={"weight": 0.0})), teacher=teacher)
+    model.train()
+    grads = []
+    for text in ("as it is", "other", "none"):
+        batch = tiny_kd.batch()
+        if text == "other":
+            batch["text"] = batch["text"].clamp(max=2) + 1
+        if text == "none":
+            del batch["text"], batch["text_lengths"]
+        model.zero_grad()
+        torch.manual_seed(0)
+        loss, stats, _ = model(**batch)
+        loss.backward()
+        grads.append({k: p.grad for k, p in model.named_parameters() if p.grad is not None})
+        assert ("loss_ctc" in stats) == (text != "none")
+        assert not (text != "none" and stats["loss_ctc"].requires_grad)
+        assert stats["loss"] == stats["loss_kd"] * model.ctc_weight
+    for other in grads[1:]:
+        assert other.keys() == grads[0].keys()
+        assert all(torch.equal(g, grads[0][k]) for k, g in other.items())
+    assert not any("decoder" in k for k in grads[0])
+
+
+def test_ctc_per_label(write_page):
+    batch = tiny_kd.batch((16000,) * 3)
+    each = []
+    for per in ("label", "utterance"):
+        page = write_page({"teacher": "none", "stages": [{"share": 1.0, "ctc": {"weight": 2.0, "per": per}}]})
+        _, model = adopt(tiny_kd.student_config(), page)
+        with torch.no_grad():
+            loss, stats, _ = model(**copy.deepcopy(batch))
+            singles = [
+                model(**{k: v[i : i + 1] for k, v in batch.items()})[1]["loss_ctc"].item() for i in range(3)
+            ]
+        assert loss.item() == pytest.approx(2 * stats["loss_ctc"].item(), rel=1e-6)
+        assert stats["loss_ctc"].item() == pytest.approx(sum(singles) / 3, rel=1e-5)
+        each.append(singles)
+    lengths = batch["text_lengths"].tolist()
+    assert each[0] == pytest.approx([x / n for x, n in zip(each[1], lengths)], rel=1e-5)
+
+
+def test_character_errors_do_not_count_the_padding(write_page):
+    """ESPnet's own cer_ctc reads padded frames."""
+    _, model = adopt(tiny_kd.student_config(), write_page(PLAIN), sharpen=30.0)
+    batch = tiny_kd.batch((16000, 6000))
+    with torch.no_grad():
+        model.ctc.ctc_lo.bias[0] -= 50  # no blanks: every change of token is an error
+        stats = model(**copy.deepcopy(batch))[1]
+        out, lengths = model.encode(batch["speech"], batch["speech_lengths"])
+        best = model.ctc.ctc_lo(out).argmax(-1)
+    for b, n in enumerate(lengths):
+        best[b, n:] = 0
+    expected = model.error_calculator(best, batch["text"][:, :5], is_ctc=True)
+    assert stats["cer_ctc"].item() == pytest.approx(expected)
+
+
+def test_ramped_weights_follow_progress(write_page, teacher):
+    entry = {"objective": "blank_kl", "weight": {"start": 0.0, "end": 4.0}}
+    progress = Progress(max_epoch=4)
+    page = write_page(one_stage(entry, ctc={"weight": 0.0}))
+    _, model = adopt(tiny_kd.student_config(), page, teacher=teacher, progress=progress)
+    assert isinstance(model.objectives[0][0].weight, Ramp)
+    ratios = []
+    for progress.epoch in (1, 2, 4, 5):
+        stats = model(**tiny_kd.batch())[1]
+        ratios.append((stats["loss_kd"] / stats["loss_blank_kl"]).item())
+    assert ratios == pytest.approx([0, 1, 3, 4])
+
+
+def test_a_slower_student(write_page, teacher):
+    """60 ms against the teacher's 40: aligned, and every objective runs."""
+    conf = tiny_kd.student_config()
+    conf["encoder_conf"]["input_layer"] = "conv2d6"
+    entry = [{"objective": "factorized_kl"}, {"objective": "factorized_representation"}]
+    _, model = adopt(conf, write_page(one_stage(*entry)), teacher=teacher)
+    assert model.frame_shift == pytest.approx(0.06)
+    loss, stats, _ = model(**tiny_kd.batch())
+    loss.backward()
+    assert loss.isfinite() and 0 < stats["nonblank_share"] < 1
+
+
+def outputs(lengths, num, shift=0.04, width=5, hidden=()):
+    g = torch.Generator().manual_seed(len(lengths) + num)
+    logits = torch.randn(len(lengths), num, width, generator=g)
+    return EncoderOutputs(logits, torch.tensor(lengths), shift, {h: torch.randn(len(lengths), num, 3) for h in hidden})
+
+
+def test_lay_on():
+    student, target = outputs([5, 4], 5, 0.08), outputs([10, 7], 10, 0.04, hidden=["encoder"])
+    got = lay_on(student, target, "least_blank")
+    assert got.logits.shape == student.logits.shape and got.lengths.tolist() == [5, 4]
+    assert got.frame_shift == 0.08 and got.hidden["encoder"].shape == (2, 5, 3)
+    assert target.logits.shape == (2, 10, 5)
+
+
+def test_the_protocols_base_class():
+    with pytest.raises(NotImplementedError, match="Objective needs a compute method"):
+        Objective()(outputs([2], 2), None, Batch(()), Progress())
+
+    class Constant(Objective):
+        def compute(self, student, target, batch, progress):
+            return torch.tensor(3.0), torch.tensor(8)
+
+    assert Constant("frame")(outputs([4, 4], 4), None, Batch(()), Progress()) == (3.0, {})
+    assert Constant("utterance")(outputs([4, 4], 4), None, Batch(()), Progress())[0] == 12.0
+
+
+# What doesn't fit is refused before training starts.
+
+
+def changed_teacher(tmp_path, edit):
+    conf = tiny_asr.config()
+    edit(conf)
+    return OnlineTeacher(tiny_asr.save(tiny_asr.build(conf), conf, tmp_path / "other"))
+
+
+def set_tokens(tokens):
+    return lambda conf: conf.update(token_list=tokens)
+
+
+@pytest.mark.parametrize(
+    "edit, message",
+    [
+        (
+            set_tokens(["<blank>", "<unk>", "<space>", *"abcdefghiX", "<sos/eos>"]),
+            r"token lists differ: student 14 tokens.*only the student has \['j'\], only the teacher has \['X'\]",
+        ),
+        (set_tokens(["<blank>", "<unk>", "<space>", *"bacdefghij", "<sos/eos>"]), "moved .*'a' is 3 / 4"),
+        (set_tokens([*tiny_asr.TOKENS[:-1], "k", "<sos/eos>"]), "student 14 tokens.*15; .*only the teacher.*'k'"),
+        (lambda conf: conf["frontend_conf"].update(fs=8000), "student hears 16000 Hz, the teacher .* 8000 Hz"),
+    ],
+)
+def test_a_teacher_that_does_not_fit(tmp_path, fkl, edit, message):
+    with pytest.raises(UserError, match=message):
+        adopt(tiny_kd.student_config(), fkl, teacher=changed_teacher(tmp_path, edit))
+
+
+def test_no_teacher(fkl):
+    with pytest.raises(UserError, match="progressive_fkl.yaml needs a teacher: give --teacher"):
+        adopt(tiny_kd.student_config(), fkl)
+
+
+def test_a_student_without_ctc(fkl, teacher):
+    with pytest.raises(UserError, match="no CTC branch"):
+        adopt_with_ctc_weight_0(fkl, teacher)
+
+
+def adopt_with_ctc_weight_0(fkl, teacher):
+    import argparse
+
+    from espnet_kd.offline import ASRTask
+
+    student = ASRTask.build_model(argparse.Namespace(**tiny_kd.student_config(ctc_weight=0.0)))
+    return ESPnetASRKDModel.adopt(student, fkl, 1, teacher, Progress(), 16000.0)
+
+
+def test_blank_must_be_token_0(write_page):
+    conf = tiny_kd.student_config()
+    conf["token_list"] = ["<unk>", "<blank>", *tiny_asr.TOKENS[2:]]
+    with pytest.raises(UserError, match="<blank> must be .*it is token 1"):
+        adopt(conf, write_page(PLAIN))
+
+
+@pytest.mark.parametrize("taps, who", [(["encoder.7", "encoder"], "student"), (["encoder", "encoder.7"], "teacher")])
+def test_taps_of_a_later_stage_are_checked_up_front(write_page, teacher, taps, who):
+    page = one_stage({"objective": "blank_kl"})
+    page["stages"][0]["share"] = 0.5
+    page["stages"].append({"share": 0.5, "objectives": [{"objective": "factorized_representation", "taps": [taps]}]})
+    with pytest.raises(UserError, match=f"the {who} .ConformerEncoder. has no tap 'encoder.7'; it has: encoder, encoder.1"):
+        adopt(tiny_kd.student_config(), write_page(page), 1, teacher)
+
+
+def test_an_objective_that_needs_a_teacher_on_a_page_without_one(write_page):
+    page = {"teacher": "none", **one_stage({"objective": "kl"})}
+    with pytest.raises(UserError, match="page.yaml: kl needs a teacher, but the page says teacher: none"):
+        adopt(tiny_kd.student_config(), write_page(page))
