@@ -45,3 +45,13 @@ def write_page(tmp_path):
         return tiny_kd.write_yaml(tmp_path / name, content)
 
     return write
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, corpus, teacher_dir):
+    """A student after all three KD stages of the main method, an epoch each."""
+    from espnet_kd.bin import asr_kd_train
+
+    out = tmp_path_factory.mktemp("trained") / "student"
+    asr_kd_train.main(corpus.options(out, "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl"))
+    return out

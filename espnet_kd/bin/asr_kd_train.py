@@ -115,6 +115,10 @@ def _train_stage(
         *("--resume", "true"),
         *(["--init_param", str(before / STUDENT)] if before is not None else []),
     ]
+    # The student's learning-rate schedule at the KD stage's length: else a short one would never leave the warm-up.
+    warmup = (args.scheduler_conf or {}).get("warmup_steps")
+    if warmup and "scheduler_conf" not in stage.train:
+        own += ["--scheduler_conf", f"warmup_steps={max(1, round(warmup * epochs / args.max_epoch))}"]
     # Every KD stage of an externally launched job forms a process group of its own, hence its own file.
     if args.dist_init_method.startswith("file://"):
         own += ["--dist_init_method", f"{args.dist_init_method}.kd_stage{stage.number}"]

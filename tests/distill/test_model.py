@@ -362,7 +362,7 @@ def set_tokens(tokens):
     [
         (
             set_tokens(["<blank>", "<unk>", "<space>", *"abcdefghiX", "<sos/eos>"]),
-            r"token lists differ: student 14 tokens.*only the student has \['j'\], only the teacher has \['X'\]",
+            r"token lists differ: student 14 tokens.*only the student has \['j'\], only the teacher \['X'\]",
         ),
         (set_tokens(["<blank>", "<unk>", "<space>", *"bacdefghij", "<sos/eos>"]), "moved .*'a' is 3 / 4"),
         (set_tokens([*tiny_asr.TOKENS[:-1], "k", "<sos/eos>"]), "student 14 tokens.*15; .*only the teacher.*'k'"),

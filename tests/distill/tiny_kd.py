@@ -87,11 +87,12 @@ class Corpus:
         content = {
             **{k: conf[k] for k in keep}, "normalize": "global_mvn",
             "normalize_conf": {"stats_file": str(self.dir / "feats_stats.npz")}, "optim": "adam",
-            "optim_conf": {"lr": 0.01}, "max_epoch": 3, "batch_type": "folded", "batch_size": 3,
+            "optim_conf": {"lr": 0.01}, "max_epoch": 3, "batch_type": "unsorted", "batch_size": 3,
             "best_model_criterion": [["valid", "loss_ctc", "min"]], "keep_nbest_models": 1,
             "num_workers": 0, "num_att_plot": 0, "use_matplotlib": False, "log_interval": 1, "ngpu": 0, **changes,
         }  # fmt: skip
-        return write_yaml(self.dir / f"config{abs(hash(str(changes)))}.yaml", content)
+        name = "_".join(map(str, changes.values())) or "student"
+        return write_yaml(self.dir / f"{name}.yaml", content)
 
     def options(self, output_dir: Path, *more: str, text: bool = True, **changes: Any) -> List[str]:
         """Command line of asr_kd_train, but for teacher and page."""
