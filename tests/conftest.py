@@ -10,9 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 for helpers in ("decode", "distill"):
     sys.path.insert(0, str(Path(__file__).parent / helpers))
 
-import pytest
-import tiny_kd
-import torch
+import pytest  # noqa: E402
+import tiny_kd  # noqa: E402
+import torch  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -15,7 +15,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.targets.experiment import find_experiment, load_model, load_state, read_config, student_only
 
 #: Options that the task adds to ESPnet's; an exported config.yaml has none of them.
-KD_OPTIONS = ("teacher", "kd_config", "kd_stage", "kd_stages", "augmented_teacher")
+KD_OPTIONS = ("teacher", "kd_config", "kd_stage", "kd_stages", "teacher_memory", "augmented_teacher")
 
 
 def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> Path:

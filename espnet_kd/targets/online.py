@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Callable, Sequence, Union
+from typing import Callable, Dict, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -22,8 +22,13 @@ class OnlineTeacher:
     as it is: SpecAugment acts inside the student.
     """
 
-    def __init__(self, experiment: Union[str, Path]):
+    def __init__(self, experiment: Union[str, Path], memory: float = 0.0):
         """Load ``EXP[/FILE.pth]``.
+
+        Args:
+            memory: bytes of targets to remember, by the utterance ids of the batch: ESPnet shuffles whole batches, so
+                that on a small corpus the teacher runs in the first epoch only. 0 where the audio of an utterance may
+                change from epoch to epoch.
 
         Raises:
             UserError: missing or unreadable, or without a CTC head.
@@ -39,6 +44,8 @@ class OnlineTeacher:
         self.blank_id = self._model.blank_id
         self.sampling_rate = sampling_rate(args)
         self.frame_shift = measure_frame_shift(self._model, self.sampling_rate)
+        self._room = memory
+        self._said: Dict[Tuple[Tuple[str, ...], Tuple[str, ...]], EncoderOutputs] = {}
 
     @property
     def hidden_size(self) -> int:
@@ -52,6 +59,7 @@ class OnlineTeacher:
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow the student to another device or type (``torch.nn.Module._apply``)."""
         self._model._apply(fn)
+        self._said.clear()
 
     # no_grad, not inference_mode: what that makes cannot be saved for backward.
     @torch.no_grad()
@@ -59,10 +67,17 @@ class OnlineTeacher:
         self, utt_ids: Sequence[str], speech: Tensor, speech_lengths: Tensor, taps: Sequence[str] = ()
     ) -> EncoderOutputs:
         """What the teacher says of a batch: speech (B, samples), speech_lengths (B,), hidden states at ``taps``."""
-        del utt_ids  # a cache looks them up
+        key = (tuple(utt_ids), tuple(taps))
+        if key in self._said:
+            return self._said[key]
         self._model.eval()
         out, lengths, _, hidden = encode(self._model, speech, speech_lengths, taps)
-        return EncoderOutputs(self._model.ctc.ctc_lo(out), lengths, self.frame_shift, hidden)
+        said = EncoderOutputs(self._model.ctc.ctc_lo(out), lengths, self.frame_shift, hidden)
+        size = sum(x.nbytes for x in (said.logits, *hidden.values()))
+        if utt_ids and size <= self._room:
+            self._said[key] = said
+            self._room -= size
+        return said
 
 
 def sampling_rate(args: argparse.Namespace) -> float:

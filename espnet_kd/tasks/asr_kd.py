@@ -43,6 +43,13 @@ class ASRKDTask(ASRTask):
             help="Use only these KD stages of the page; the epochs of those left out go to the last one",
         )
         group.add_argument(
+            "--teacher_memory",
+            type=float,
+            default=1000.0,
+            metavar="MB",
+            help="Remember what an online teacher said of a batch, up to this size: on a small corpus it runs once",
+        )
+        group.add_argument(
             "--augmented_teacher",
             type=str2bool,
             default=False,
@@ -89,13 +96,16 @@ class ASRKDTask(ASRTask):
         if not args.augmented_teacher:
             conf = getattr(args, "preprocessor_conf", None) or {}
             found = [o for o in ("rir_scp", "noise_scp") if getattr(args, o, None)]
-            found += [f"preprocessor_conf: {o}" for o in conf if "aug" in o]
+            if conf.get("data_aug_effects") and conf.get("data_aug_prob"):
+                found.append("preprocessor_conf: data_aug_effects")
             if found:
                 raise UserError(
                     f"{', '.join(found)} act before the model, so that an online teacher would hear augmented audio; "
                     "take them out, or say --augmented_teacher true"
                 )
-        return OnlineTeacher(args.teacher[0])
+        # Augmented in the data loader, an utterance sounds different in every epoch.
+        memory = 0.0 if args.augmented_teacher else args.teacher_memory * 1e6
+        return OnlineTeacher(args.teacher[0], memory)
 
     @classmethod
     def build_iter_factory(

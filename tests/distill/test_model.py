@@ -29,9 +29,7 @@ def adopt(conf, page, stage=1, teacher=None, progress=None, seed=0, sharpen=1.0)
     with torch.no_grad():
         plain.ctc.ctc_lo.bias[-1] = 0.0  # tiny_asr's ban of <sos/eos> is for decoding
     page = page if hasattr(page, "stages") else load_page(str(page))
-    return plain, ESPnetASRKDModel.adopt(
-        copy.deepcopy(plain), page, stage, teacher, progress or Progress(), 16000.0
-    )
+    return plain, ESPnetASRKDModel.adopt(copy.deepcopy(plain), page, stage, teacher, progress or Progress(), 16000.0)
 
 
 HYBRID = dict(ctc_weight=0.3)
@@ -203,6 +201,14 @@ def test_an_objective_is_its_loss_on_the_scale_of_per(write_page, teacher):
         assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def keep_gradient(outputs):
+    def hook(module, inputs, output):
+        output.retain_grad()
+        outputs.append(output)
+
+    return hook
+
+
 def with_ctc():
     pages = [load_page(str(p)) for p in sorted(METHODS_DIR.glob("*.yaml"))]
     return [(p, s) for p in pages for s in p.stages if s.ctc_weight and s.objectives]
@@ -217,7 +223,7 @@ def test_kd_and_ctc_are_on_one_scale(page, stage, teacher):
     norms = {}
     for which in ("ctc", "kd"):
         logits = []
-        handle = model.ctc.ctc_lo.register_forward_hook(lambda m, i, o: logits.append(o) or o.retain_grad())
+        handle = model.ctc.ctc_lo.register_forward_hook(keep_gradient(logits))
         torch.manual_seed(0)
         kept, objectives = stage.ctc_weight, model.objectives
         model.kd_stage = copy.copy(stage)
@@ -268,9 +274,7 @@ def test_ctc_per_label(write_page):
         _, model = adopt(tiny_kd.student_config(), page)
         with torch.no_grad():
             loss, stats, _ = model(**copy.deepcopy(batch))
-            singles = [
-                model(**{k: v[i : i + 1] for k, v in batch.items()})[1]["loss_ctc"].item() for i in range(3)
-            ]
+            singles = [model(**{k: v[i : i + 1] for k, v in batch.items()})[1]["loss_ctc"].item() for i in range(3)]
         assert loss.item() == pytest.approx(2 * stats["loss_ctc"].item(), rel=1e-6)
         assert stats["loss_ctc"].item() == pytest.approx(sum(singles) / 3, rel=1e-5)
         each.append(singles)
@@ -405,7 +409,7 @@ def test_taps_of_a_later_stage_are_checked_up_front(write_page, teacher, taps, w
     page = one_stage({"objective": "blank_kl"})
     page["stages"][0]["share"] = 0.5
     page["stages"].append({"share": 0.5, "objectives": [{"objective": "factorized_representation", "taps": [taps]}]})
-    with pytest.raises(UserError, match=f"the {who} .ConformerEncoder. has no tap 'encoder.7'; it has: encoder, encoder.1"):
+    with pytest.raises(UserError, match=f"the {who} .* has no tap 'encoder.7'; it has: encoder, encoder.1"):
         adopt(tiny_kd.student_config(), write_page(page), 1, teacher)
 
 

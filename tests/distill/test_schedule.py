@@ -34,7 +34,9 @@ def test_a_resume_sets_it_anew():
     assert (progress.epoch, progress.step, progress.fraction) == (3, 0, 0.5)
 
 
-@pytest.mark.parametrize("epoch, step, of, max_epoch, fraction", [(1, 0, None, 1, 0), (3, 9, 3, 2, 1), (1, 1, 2, 1, 0.5)])
+@pytest.mark.parametrize(
+    "epoch, step, of, max_epoch, fraction", [(1, 0, None, 1, 0), (3, 9, 3, 2, 1), (1, 1, 2, 1, 0.5)]
+)
 def test_fraction_stays_within_bounds(epoch, step, of, max_epoch, fraction):
     assert Progress(epoch, max_epoch, step, of).fraction == fraction
 

@@ -81,7 +81,7 @@ def test_identity_frame_by_frame(temperature):
 
 @each_loss
 def test_sums_over_the_vocabulary(name):
-    """``kl_div(reduction="mean")`` would divide by V too: copies of a batch must not change the loss, nor V scale it."""
+    """``kl_div(reduction="mean")`` would divide by V too. Neither V nor copies of the batch may scale the loss."""
     student, teacher, lengths, _ = reference.batch()
     # Splitting every token's mass in two equal tokens leaves all three divergences as they were.
     wide_s, wide_t = (torch.cat([x, x[..., 1:]], -1) for x in (student, teacher))
@@ -230,9 +230,7 @@ def test_no_gradient_to_the_teacher(name):
 def test_log_probabilities_may_stand_for_logits(name, temperature):
     student, teacher, lengths, _ = reference.batch()
     of_logits = LOSSES[name](student, teacher, lengths, temperature=temperature)
-    of_log_probs = LOSSES[name](
-        student.log_softmax(-1), teacher.log_softmax(-1), lengths, temperature=temperature
-    )
+    of_log_probs = LOSSES[name](student.log_softmax(-1), teacher.log_softmax(-1), lengths, temperature=temperature)
     torch.testing.assert_close(of_log_probs, of_logits, rtol=1e-12, atol=0)
 
 
@@ -245,7 +243,7 @@ def test_zero_for_equal_posteriors(name):
 
 
 def test_student_most_wrong_still_learns():
-    """Student sure of blank by 20, teacher sure of a token: BKL 16.6 with gradient 1; log1p(-exp) would give NaN or 0."""
+    """Student sure of blank by 20, teacher of a token: BKL 16.6, gradient 1; log1p(-exp) would give NaN or 0."""
     student, teacher = torch.zeros(1, 1, 31), torch.zeros(1, 1, 31)
     student[..., 0] = 20.0
     teacher[..., 3] = 60.0

@@ -1,44 +1,11 @@
-"""A copy of the recipes to run in, and its stage scripts as a function."""
+"""A copy of the recipes to run in."""
 
 import os
 import shutil
-import subprocess
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[2]
-
-#: Models that train in seconds; the recipes' own YAML is read first, so that it is checked as well.
-TINY = (
-    "--encoder_conf num_blocks=1 --encoder_conf output_size=16 --encoder_conf linear_units=32 "
-    "--encoder_conf attention_heads=2 --batch_bins 1000000 --use_tensorboard false --use_matplotlib false"
-)
-
-
-class Recipe:
-    """``run.sh`` of a recipe in a copy of egs2/."""
-
-    def __init__(self, egs2: Path, name: str):
-        self.dir = egs2 / name / "asr_kd1"
-        self.env = {**os.environ, "OMP_NUM_THREADS": "1", "ESPNET_KD_INSTALLED": "1"}
-
-    def command(self, *options: str) -> list:
-        return ["./run.sh", *options]
-
-    def run(self, *options: str, check: bool = True, timeout: float = 900) -> subprocess.CompletedProcess:
-        done = subprocess.run(
-            self.command(*options),
-            cwd=self.dir,
-            env=self.env,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=timeout,
-        )
-        assert not check or done.returncode == 0, done.stdout[-6000:]
-        return done
+from recipe import ROOT
 
 
 @pytest.fixture(scope="module")

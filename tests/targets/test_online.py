@@ -1,8 +1,8 @@
 """The teacher that runs beside the student."""
 
+import pytest
 import tiny_asr
 import tiny_kd
-import pytest
 import torch
 
 from espnet_kd.cli import UserError

@@ -7,8 +7,7 @@ import subprocess
 import time
 
 import pytest
-
-from .conftest import TINY, Recipe
+from recipe import TINY, Recipe
 
 SIZES = "--train 24 --valid 6 --test 8"
 TEACHER = f"{TINY} --max_epoch 2"

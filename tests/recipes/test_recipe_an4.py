@@ -6,8 +6,7 @@ import subprocess
 import sys
 
 import pytest
-
-from .conftest import ROOT, TINY, Recipe
+from recipe import ROOT, TINY, Recipe
 
 STUDENT = f"{TINY} --max_epoch 3"
 
@@ -107,7 +106,10 @@ def test_stock_decoding_and_pack(recipe, student, tmp_path):
     )
     export.rename(student / "moved")  # nothing may be found at the old place
     try:
-        code = "import json, sys; from espnet2.main_funcs.pack_funcs import unpack as u; print(json.dumps(u(*sys.argv[1:])))"
+        code = (
+            "import json, sys; from espnet2.main_funcs.pack_funcs import unpack\n"
+            "print(json.dumps(unpack(*sys.argv[1:])))"
+        )
         found = subprocess.run(
             [sys.executable, "-c", code, str(packed), str(elsewhere)], check=True, capture_output=True, text=True
         )

@@ -1,0 +1,97 @@
+"""Two processes on CPU (gloo): an epoch of each KD stage leaves both ranks with the same parameters, bit for bit."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+# What a rank runs: the real command; the teacher of rank 1 is made to say blank everywhere.
+DRIVER = """
+import hashlib, json, sys
+import torch
+torch.set_num_threads(1)
+from espnet_kd.bin import asr_kd_train
+from espnet_kd.distill.model import ESPnetASRKDModel
+from espnet_kd.targets.online import OnlineTeacher
+from espnet_kd.tasks.asr_kd import ASRKDTask
+
+rank, out, *cmd = sys.argv[1:]
+models, nonblank, sizes = [], [], []
+build, targets = ASRKDTask.build_model.__func__, OnlineTeacher.targets
+
+def build_model(cls, args):
+    models.append(build(cls, args))
+    return models[-1]
+
+def say_blank(self, utt_ids, *args, **kwargs):
+    result = targets(self, utt_ids, *args, **kwargs)
+    if rank == "1":
+        result.logits[..., 0] += 1e4
+    nonblank.append(int((result.logits.argmax(-1) != 0).sum()))
+    sizes.append(len(utt_ids))
+    return result
+
+ASRKDTask.build_model, OnlineTeacher.targets = classmethod(build_model), say_blank
+asr_kd_train.main(cmd + ["--dist_rank", rank])
+def digest(items):
+    h = hashlib.sha256()
+    for name, x in items:
+        h.update(name.encode() + x.detach().numpy().tobytes())
+    return h.hexdigest()
+result = {
+    "parameters": [digest(m.named_parameters()) for m in models],
+    "names": [[n for n, _ in m.named_parameters()] for m in models],
+    "nonblank": nonblank, "sizes": sizes,
+}
+json.dump(result, open(out, "w"))
+"""
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, corpus, teacher_dir):
+    directory = tmp_path_factory.mktemp("ddp")
+    cmd = corpus.options(directory / "student", "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")
+    cmd += ["--dist_backend", "gloo", "--dist_world_size", "2", "--dist_init_method", f"file://{directory}/meet"]
+    cmd += ["--multiprocessing_distributed", "false", "--use_tensorboard", "false"]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    processes = []
+    for rank in "01":
+        command = [sys.executable, "-c", DRIVER, rank, str(directory / f"rank{rank}.json"), *cmd]
+        with open(directory / f"log{rank}", "w") as log:
+            processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env))
+    try:
+        codes = [p.wait(timeout=400) for p in processes]
+    finally:
+        for p in processes:
+            p.kill()
+    logs = [(directory / f"log{rank}").read_text()[-4000:] for rank in "01"]
+    assert codes == [0, 0], "\n\n".join(logs)
+    return directory, [json.loads((directory / f"rank{rank}.json").read_text()) for rank in "01"]
+
+
+def test_parameters_of_both_ranks_are_bit_equal(ranks):
+    _, (first, second) = ranks
+    assert len(first["parameters"]) == 3
+    assert first["names"] == second["names"]
+    assert any(n.startswith("kd_heads.") for n in first["names"][1])
+    assert first["parameters"] == second["parameters"]
+    assert len(set(first["parameters"])) == 3  # each KD stage did train
+
+
+def test_the_case_was_the_hard_one(ranks):
+    """An odd number of utterances, and a rank that never saw a non-blank frame."""
+    _, (first, second) = ranks
+    assert sum(first["sizes"] + second["sizes"]) == 3 * (9 + 3)  # three KD stages, training and validation
+    assert first["sizes"] != second["sizes"]
+    assert min(first["nonblank"]) > 0 and max(second["nonblank"]) == 0
+
+
+def test_only_the_first_rank_wrote(ranks):
+    directory, _ = ranks
+    out = directory / "student"
+    for sub in ("kd_stage1", "kd_stage2", ""):
+        assert json.loads((out / sub / "kd_stage.json").read_text())["finished"]
+        assert (out / sub / "student.pth").is_file() and (out / sub / "1epoch.pth").is_file()
+    assert not list(out.glob("**/*.part"))

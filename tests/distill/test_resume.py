@@ -1,0 +1,175 @@
+"""Resuming after a kill, also one in the middle of a checkpoint's writing."""
+
+import datetime
+import shutil
+
+import pytest
+import torch
+
+from espnet_kd.bin import asr_kd_train
+from espnet_kd.distill.checkpoints import keep_previous, mend, read_checkpoint
+from espnet_kd.distill.schedule import EpochHooks
+
+
+def checkpoint(path, epoch):
+    """What ESPnet's trainer writes, and the epoch's model."""
+    model = {"weight": torch.full((50,), float(epoch))}
+    stats = {e: {"train": {"loss": 1.0, "time": datetime.timedelta(seconds=e)}} for e in range(1, epoch + 1)}
+    optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
+    states = {"model": model, "reporter": {"epoch": epoch, "stats": stats}, "optimizers": [optimizer]}
+    torch.save({**states, "schedulers": [None], "scaler": None}, path / "checkpoint.pth")
+    torch.save(model, path / f"{epoch}epoch.pth")
+    return model
+
+
+def truncate(path, share=0.5):
+    content = path.read_bytes()
+    path.write_bytes(content[: int(share * len(content))])
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A run after its second epoch."""
+    checkpoint(tmp_path, 1)
+    keep_previous(tmp_path)
+    checkpoint(tmp_path, 2)
+    return tmp_path
+
+
+def test_nothing_to_mend(tmp_path, two):
+    assert mend(tmp_path / "absent") == 0
+    before = {p: p.stat().st_mtime_ns for p in two.iterdir()}
+    assert mend(two) == 2
+    assert {p: p.stat().st_mtime_ns for p in two.iterdir()} == before
+
+
+def test_keep_previous(tmp_path):
+    keep_previous(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+    checkpoint(tmp_path, 1)
+    keep_previous(tmp_path)
+    assert (tmp_path / "checkpoint.prev.pth").read_bytes() == (tmp_path / "checkpoint.pth").read_bytes()
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
+def test_a_damaged_checkpoint_gives_way_to_the_previous_one(two, share, caplog):
+    truncate(two / "checkpoint.pth", share)
+    assert mend(two) == 1
+    assert "checkpoint.pth is damaged" in caplog.text
+    assert f"going back to {two / 'checkpoint.prev.pth'}, epoch 1" in caplog.text
+    assert read_checkpoint(two / "checkpoint.pth")["reporter"]["epoch"] == 1
+    # The second epoch will be trained again; the first's model stays.
+    assert not (two / "2epoch.pth").exists() and (two / "1epoch.pth").exists()
+    assert mend(two) == 1
+
+
+def test_a_kill_in_the_first_epochs_writing(tmp_path):
+    checkpoint(tmp_path, 1)
+    truncate(tmp_path / "checkpoint.pth")
+    assert mend(tmp_path) == 0
+    assert not (tmp_path / "checkpoint.pth").exists()
+
+
+def test_both_damaged(two):
+    truncate(two / "checkpoint.pth")
+    truncate(two / "checkpoint.prev.pth")
+    assert mend(two) == 0
+    assert not (two / "checkpoint.pth").exists()
+
+
+@pytest.mark.parametrize("harm", ["missing", "half", "another's"])
+def test_an_epochs_model_is_written_again(two, harm, caplog):
+    file = two / "2epoch.pth"
+    if harm == "missing":
+        file.unlink()
+    elif harm == "half":
+        truncate(file)
+    else:
+        torch.save({"weight": torch.zeros(50)}, file)
+    assert mend(two) == 2
+    assert f"writing {file} again" in caplog.text
+    assert torch.equal(torch.load(file)["weight"], torch.full((50,), 2.0))
+
+
+class Malicious:
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return open, (str(self.mark), "w")
+
+
+def test_a_checkpoint_with_code_is_not_run(tmp_path):
+    torch.save({"model": {}, "reporter": {"epoch": 1}, "x": Malicious(tmp_path / "ran")}, tmp_path / "checkpoint.pth")
+    assert read_checkpoint(tmp_path / "checkpoint.pth") is None
+    assert not (tmp_path / "ran").exists()
+
+
+def test_something_else_is_no_checkpoint(tmp_path):
+    torch.save({"model": {}}, tmp_path / "checkpoint.pth")
+    assert read_checkpoint(tmp_path / "checkpoint.pth") is None
+    assert read_checkpoint(tmp_path / "absent.pth") is None
+
+
+class Killed(BaseException):
+    """Nobody catches it, as nobody catches kill -9."""
+
+
+ORIGINAL = EpochHooks.build_iter
+
+
+def train(corpus, teacher_dir, out, kill_at=None):
+    """KD stages 1 and 3, one epoch and four; killed after the first batch of an epoch of stage 3."""
+
+    def build_iter(self, epoch, shuffle=None):
+        batches = ORIGINAL(self, epoch, shuffle)
+        if epoch == kill_at:
+            next(batches)
+            raise Killed
+        return batches
+
+    more = ["--teacher", str(teacher_dir), "--kd_config", "progressive_fkl", "--kd_stages", "1", "3"]
+    more += ["--max_epoch", "5", "--use_tensorboard", "false", "--keep_nbest_models", "5"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EpochHooks, "build_iter", build_iter)
+        asr_kd_train.main(corpus.options(out, *more))
+
+
+@pytest.fixture(scope="module")
+def whole(corpus, teacher_dir, tmp_path_factory):
+    """A run that nobody killed."""
+    out = tmp_path_factory.mktemp("runs") / "whole"
+    train(corpus, teacher_dir, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def killed(corpus, teacher_dir, whole):
+    """The same, killed in the third epoch of the last KD stage."""
+    out = whole.with_name("killed")
+    with pytest.raises(Killed):
+        train(corpus, teacher_dir, out, kill_at=3)
+    return out
+
+
+@pytest.mark.parametrize("damage", ["none", "checkpoint", "model"])
+def test_training_resumes_to_the_same_student(corpus, teacher_dir, whole, killed, tmp_path, caplog, damage):
+    """The same command again ends as if nothing had happened."""
+    out = tmp_path / "student"
+    shutil.copytree(killed, out, symlinks=True)
+    assert read_checkpoint(out / "checkpoint.pth")["reporter"]["epoch"] == 2
+    assert not (out / "student.pth").exists()
+    if damage == "checkpoint":  # as if the kill had come while it was written
+        truncate(out / "checkpoint.pth")
+    if damage == "model":
+        (out / "2epoch.pth").unlink()
+    with caplog.at_level("INFO"):
+        train(corpus, teacher_dir, out)
+    assert "KD stage 1 (binary) is finished" in caplog.text and "from epoch 3" in caplog.text
+    assert ("going back to" in caplog.text) == (damage == "checkpoint")
+    assert ("2epoch.pth again" in caplog.text) == (damage == "model")
+    for name in ("student.pth", "4epoch.pth", "2epoch.pth"):
+        one, other = torch.load(whole / name), torch.load(out / name)
+        assert one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items()), name
+    assert sorted(read_checkpoint(out / "checkpoint.pth")["reporter"]["stats"]) == [1, 2, 3, 4]

@@ -1,0 +1,177 @@
+"""The task: its options, and what it refuses before anything is trained."""
+
+import subprocess
+import sys
+
+import pytest
+import tiny_kd
+import yaml
+from espnet2.asr.espnet_model import ESPnetASRModel
+
+from espnet_kd.bin import asr_kd_train
+from espnet_kd.cli import UserError
+from espnet_kd.distill.export import KD_OPTIONS
+from espnet_kd.distill.model import ESPnetASRKDModel
+from espnet_kd.offline import ASRTask
+from espnet_kd.tasks.asr_kd import ASRKDTask
+
+AUGMENTED = ["--preprocessor_conf", "data_aug_effects=[[1.0, lowpass, {}]]", "--preprocessor_conf", "data_aug_prob=0.5"]
+ATTENTION_ONLY = ["--decoder", "transformer", "--model_conf", "ctc_weight=0.0"]
+LABEL_FREE = {"stages": [{"share": 1.0, "ctc": {"weight": 0.0}, "objectives": [{"objective": "kl"}]}]}
+
+
+def options_of(task):
+    return {a.dest for a in task.get_parser()._actions}
+
+
+def test_kd_options_are_those_that_export_drops():
+    assert options_of(ASRKDTask) - options_of(ASRTask) == set(KD_OPTIONS)
+    assert options_of(ASRTask) <= options_of(ASRKDTask)
+
+
+def test_print_config_goes_in_again(corpus, teacher_dir, tmp_path):
+    """What ESPnet's own tasks promise; and augmentation that is named but off does not count as one."""
+    with pytest.raises(SystemExit) as e:
+        asr_kd_train.main(["--print_config"])
+    assert e.value.code == 0
+    with open(tmp_path / "printed.yaml", "w") as f:
+        ASRKDTask.print_config(file=f)
+    content = yaml.safe_load((tmp_path / "printed.yaml").read_text())
+    assert set(KD_OPTIONS) <= set(content) and "data_aug_effects" in content["preprocessor_conf"]
+    args = ASRKDTask.get_parser().parse_args(["--config", str(tmp_path / "printed.yaml")])
+    assert args.teacher == [] and args.kd_config is None
+    args.teacher = [str(teacher_dir)]
+    assert ASRKDTask._teacher(args) is not None
+
+
+def test_unknown_option_of_a_students_yaml(tmp_path, capsys):
+    tiny_kd.write_yaml(tmp_path / "x.yaml", {"kd_wieght": 1})
+    with pytest.raises(SystemExit) as e:
+        asr_kd_train.main(["--config", str(tmp_path / "x.yaml")])
+    assert e.value.code == 2 and "kd_wieght" in capsys.readouterr().err
+
+
+def parsed(corpus, tmp_path, *more, **changes):
+    return ASRKDTask.get_parser().parse_args(corpus.options(tmp_path / "out", *more, **changes))
+
+
+def test_builds_the_kd_model(corpus, teacher_dir, tmp_path):
+    args = parsed(corpus, tmp_path, "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl", "--kd_stage", "3")
+    model = ASRKDTask.build_model(args)
+    assert type(model) is ESPnetASRKDModel
+    assert (model.kd_stage.number, model.progress.max_epoch) == (3, 3)
+    assert model.progress is ASRKDTask.progress
+    # What is saved names a plain ESPnet model, and its tokens.
+    assert args.model == "espnet" and args.token_list == tiny_kd.TOKENS
+
+
+@pytest.mark.parametrize("more", [[], ["--kd_config", "progressive_fkl", "--collect_stats", "true", "--teacher", "no"]])
+def test_plain_and_statistics_load_no_teacher(corpus, tmp_path, more):
+    assert type(ASRKDTask.build_model(parsed(corpus, tmp_path, *more))) is ESPnetASRModel
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--kd_config", "progressive_fkl"], "needs a teacher: give --teacher"),
+        (["--kd_config", "progressive_fkl", "--teacher", "nowhere/exp"], "no experiment at nowhere/exp"),
+        (["--kd_config", "progressive_fkl", "--teacher", "{teacher}", "{teacher}"], "--teacher: one experiment, got 2"),
+        (["--kd_config", "progressive_fk", "--teacher", "{teacher}"], "did you mean 'progressive_fkl'"),
+        (["--kd_config", "progressive_fkl", "--teacher", "{teacher}", "--kd_stage", "4"], "has KD stages 1 to 3"),
+        (["--kd_config", "progressive_fkl", "--teacher", "{teacher}", "--kd_stage", "0"], "has KD stages 1 to 3"),
+        (
+            ["--kd_config", "progressive_fkl", "--teacher", "{teacher}", "--rir_scp", "rirs.scp"],
+            "rir_scp act before the model.*--augmented_teacher true",
+        ),
+        (["--kd_config", "progressive_fkl", "--teacher", "{teacher}", "--noise_scp", "n.scp"], "noise_scp act before"),
+        (
+            ["--kd_config", "progressive_fkl", "--teacher", "{teacher}", *AUGMENTED],
+            "preprocessor_conf: data_aug_effects act before",
+        ),
+        (
+            ["--kd_config", "progressive_fkl", "--teacher", "{teacher}", *ATTENTION_ONLY],
+            "no CTC branch",
+        ),
+    ],
+)
+def test_refused(corpus, teacher_dir, tmp_path, more, message):
+    more = [str(teacher_dir) if m == "{teacher}" else m for m in more]
+    with pytest.raises(UserError, match=message):
+        ASRKDTask.build_model(parsed(corpus, tmp_path, *more))
+
+
+def test_an_augmented_teacher_on_request(corpus, teacher_dir, tmp_path):
+    more = ["--kd_config", "progressive_fkl", "--teacher", str(teacher_dir), "--rir_scp", "rirs.scp"]
+    ASRKDTask.build_model(parsed(corpus, tmp_path, *more, "--augmented_teacher", "true"))
+
+
+def test_ctc_needs_text(corpus, teacher_dir, tmp_path, write_page):
+    common = ["--teacher", str(teacher_dir)]
+
+    def build(page, *more):
+        args = corpus.options(tmp_path, *common, "--kd_config", str(page), *more, text=False)
+        return ASRKDTask.build_model(ASRKDTask.get_parser().parse_args(args))
+
+    with pytest.raises(UserError, match="has no text"):
+        build("progressive_fkl", "--kd_stage", "3")
+    build("progressive_fkl", "--kd_stage", "1")
+    build(write_page(LABEL_FREE))
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--kd_stages", "1", "4"], "--kd_stages .1, 4.: .*has KD stages 1 to 3"),
+        (["--kd_stages", "0"], "has KD stages 1 to 3"),
+        (["--max_epoch", "2"], "too few for 3 KD stages"),
+        (["--kd_stage", "2"], "KD stage 2 .* starts from .*kd_stage1/student.pth, which is missing"),
+        (["--kd_config", "nowhere.yaml"], "cannot read the method page"),
+    ],
+)
+def test_the_command_refuses(corpus, teacher_dir, tmp_path, more, message):
+    base = ["--teacher", str(teacher_dir), "--kd_config", "progressive_fkl"]
+    with pytest.raises(UserError, match=message):
+        asr_kd_train.main(corpus.options(tmp_path / "out", *base, *more))
+
+
+def test_a_stage_left_out_has_nothing_to_do(corpus, teacher_dir, tmp_path, caplog):
+    base = ["--teacher", str(teacher_dir), "--kd_config", "progressive_fkl", "--kd_stages", "1", "3", "--kd_stage", "2"]
+    with caplog.at_level("INFO"):
+        asr_kd_train.main(corpus.options(tmp_path / "out", *base))
+    assert "KD stage 2: nothing to do" in caplog.text
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_pages_train_block_as_options():
+    block = {
+        "best_model_criterion": [["valid", "loss_kd", "min"], ["valid", "acc", "max"]], "unused_parameters": True,
+        "freeze_param": ["encoder.embed", "frontend"], "optim_conf": {"lr": 0.5, "betas": [0.9, 0.99]},
+        "accum_grad": 2,
+    }  # fmt: skip
+    args = ASRKDTask.get_parser().parse_args(asr_kd_train.to_options(block))
+    assert [list(c) for c in args.best_model_criterion] == block["best_model_criterion"]
+    assert args.unused_parameters is True and args.freeze_param == block["freeze_param"] and args.accum_grad == 2
+    assert args.optim_conf == block["optim_conf"]
+    # In front of the user's options, so that these win.
+    cmd = [*asr_kd_train.to_options(block), "--accum_grad", "4", "--unused_parameters", "false"]
+    args = ASRKDTask.get_parser().parse_args(cmd)
+    assert args.accum_grad == 4 and args.unused_parameters is False
+
+
+IMPORTING = """
+import os, sys
+class Watch:
+    def find_spec(self, name, path=None, target=None):
+        if name.startswith(("espnet2.text", "espnet2.tasks")):
+            import nltk
+            print(nltk.download.__module__, file=sys.stderr, flush=True)
+            os._exit(0)
+sys.meta_path.insert(0, Watch())
+from espnet_kd.tasks.asr_kd import ASRKDTask
+"""
+
+
+def test_imports_stay_off_the_network():
+    """NLTK's download is replaced before what would start it (espnet2.text) is imported."""
+    done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0 and done.stderr.endswith("espnet_kd.offline\n"), done.stderr
