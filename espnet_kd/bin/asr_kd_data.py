@@ -40,9 +40,9 @@ def _add_mini(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--train", type=int, default=1200, help="utterances")
     sub.add_argument("--valid", type=int, default=100, help="utterances, of voices unseen in train")
     sub.add_argument("--test", type=int, default=250, help="utterances, of voices unseen in train and valid")
-    sub.add_argument("--snr_low", type=float, default=5.0, help="lowest signal-to-noise ratio, dB")
-    sub.add_argument("--snr_high", type=float, default=20.0, help="highest signal-to-noise ratio, dB")
-    sub.add_argument("--reverb_ratio", type=float, default=0.3, help="share of utterances with reverberation, 0 to 1")
+    sub.add_argument("--snr_low", type=float, default=15.0, help="lowest signal-to-noise ratio, dB")
+    sub.add_argument("--snr_high", type=float, default=30.0, help="highest signal-to-noise ratio, dB")
+    sub.add_argument("--reverb_ratio", type=float, default=0.2, help="share of utterances with reverberation, 0 to 1")
 
 
 def _mini(args: argparse.Namespace) -> None:

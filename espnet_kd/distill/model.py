@@ -184,7 +184,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
                     inner.append(self._ctc(self._log_probs(x), lengths, aux, aux_lengths, per))
                     stats[f"loss_interctc_layer{layer}"] = inner[-1].detach()
                 loss = (1 - self.interctc_weight) * loss + self.interctc_weight * sum(inner) / len(inner)
-        return weight * loss
+        return weight * loss if weight else torch.zeros_like(loss)  # 0 · ∞ would be NaN
 
     def _aux_labels(
         self, layer: int, batch: Dict[str, Any], text: Tensor, text_lengths: Tensor

@@ -116,7 +116,7 @@ def measure_frame_shift(model: torch.nn.Module, sampling_rate: float) -> float:
         if model.frontend is None:
             mean = getattr(model.normalize, "mean", None)
             if mean is None:
-                raise UserError("a model fed with features (input_size) needs normalize: global_mvn, which knows their width")
+                raise UserError("a model fed with features needs normalize: global_mvn, which knows their width")
             sampling_rate, width = 100.0, (mean.numel(),)
         else:
             width = ()

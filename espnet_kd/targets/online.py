@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Callable, Dict, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -44,8 +44,8 @@ class OnlineTeacher:
         self.blank_id = self._model.blank_id
         self.sampling_rate = sampling_rate(args)
         self.frame_shift = measure_frame_shift(self._model, self.sampling_rate)
-        self._room = memory
-        self._said: Dict[Tuple[Tuple[str, ...], Tuple[str, ...]], EncoderOutputs] = {}
+        self._memory = self._room = memory
+        self._said: Dict[Tuple[Any, ...], EncoderOutputs] = {}
 
     @property
     def hidden_size(self) -> int:
@@ -60,6 +60,7 @@ class OnlineTeacher:
         """Follow the student to another device or type (``torch.nn.Module._apply``)."""
         self._model._apply(fn)
         self._said.clear()
+        self._room = self._memory
 
     # no_grad, not inference_mode: what that makes cannot be saved for backward.
     @torch.no_grad()
@@ -67,14 +68,17 @@ class OnlineTeacher:
         self, utt_ids: Sequence[str], speech: Tensor, speech_lengths: Tensor, taps: Sequence[str] = ()
     ) -> EncoderOutputs:
         """What the teacher says of a batch: speech (B, samples), speech_lengths (B,), hidden states at ``taps``."""
-        key = (tuple(utt_ids), tuple(taps))
-        if key in self._said:
-            return self._said[key]
+        key: Tuple[Any, ...] = ()
+        if utt_ids and self._memory:
+            # Not the names alone: chunks of one utterance share them, and so may training and validation data.
+            key = (*utt_ids, *taps, *speech.shape, *speech_lengths.tolist(), speech.sum().item())
+            if key in self._said:
+                return self._said[key]
         self._model.eval()
         out, lengths, _, hidden = encode(self._model, speech, speech_lengths, taps)
         said = EncoderOutputs(self._model.ctc.ctc_lo(out), lengths, self.frame_shift, hidden)
         size = sum(x.nbytes for x in (said.logits, *hidden.values()))
-        if utt_ids and size <= self._room:
+        if key and size <= self._room:
             self._said[key] = said
             self._room -= size
         return said

@@ -66,7 +66,7 @@ def test_voices_and_sentences_are_disjoint(engine: None) -> None:
     assert len({job.text for job in jobs}) == len(jobs) == sum(mini.DEFAULT_SIZES.values())
     assert {job.speaker for job in jobs if job.split == "test"} <= {n.replace(" ", "_") for n in names["test"]}
     words = {word for job in jobs for word in job.text.split()}
-    assert 150 <= len(words) <= 350
+    assert 100 <= len(words) <= 350
 
 
 def test_finished_is_kept_and_unfinished_made_anew(tmp_path: Path, engine: None) -> None:

@@ -38,6 +38,49 @@ def test_dropout_and_batch_normalisation_stay_off(tmp_path):
     assert torch.equal(say(), first)
 
 
+def counted(teacher):
+    """How often the model itself ran."""
+    runs = []
+    teacher._model.encoder.register_forward_hook(lambda m, i, o: runs.append(1))
+    return runs
+
+
+def test_memory(teacher_dir):
+    """The same batch again is not computed again; another batch, other taps or other audio are."""
+    teacher = OnlineTeacher(teacher_dir, memory=1e8)
+    plain = OnlineTeacher(teacher_dir)
+    runs = counted(teacher)
+    batch = tiny_kd.batch()
+    args = (batch["utt_id"], batch["speech"], batch["speech_lengths"])
+    first = teacher.targets(*args)
+    again = teacher.targets(*args)
+    assert len(runs) == 1 and torch.equal(first.logits, again.logits)
+    assert "encoder" in teacher.targets(*args, ["encoder"]).hidden
+    assert len(runs) == 2
+    for other in (
+        (batch["utt_id"][::-1], batch["speech"].flip(0), args[2].flip(0)),
+        (args[0], batch["speech"] * 0.5, args[2]),
+        (args[0], batch["speech"], args[2] - 2000),
+        ((), *args[1:]),
+    ):
+        assert torch.equal(teacher.targets(*other).logits, plain.targets(*other).logits)
+    teacher.move(lambda x: x)
+    before = len(runs)
+    teacher.targets(*args)
+    assert len(runs) == before + 1
+
+
+@pytest.mark.parametrize("memory, runs_of_four", [(0, 4), (10_000, 4), (1e8, 2)])
+def test_memory_is_bounded(teacher_dir, memory, runs_of_four):
+    teacher = OnlineTeacher(teacher_dir, memory)
+    runs = counted(teacher)
+    for _ in range(2):
+        for seed in (0, 1):
+            batch = tiny_kd.batch(seed=seed)
+            teacher.targets([f"{seed}"], batch["speech"], batch["speech_lengths"], ["encoder"])
+    assert len(runs) == runs_of_four
+
+
 def test_a_teacher_without_ctc_is_refused(tmp_path):
     conf = tiny_asr.config()
     conf["model_conf"] = {"ctc_weight": 0.0}
