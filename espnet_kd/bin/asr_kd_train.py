@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import logging
-import os
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence
@@ -53,6 +52,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
             mend(Path(args.output_dir))
         ASRKDTask.main(cmd=cmd)
         return
+    if args.ngpu > 1 and not args.multiprocessing_distributed and args.dist_world_size is None:
+        raise UserError("--ngpu above 1 needs --multiprocessing_distributed true (one process per GPU)")
     page = load_page(args.kd_config)
     chosen = choose_stages(page, args.kd_stages)
     epochs = page.epochs(args.max_epoch, chosen)
@@ -69,8 +70,10 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
 
 
 def first_rank(args: argparse.Namespace) -> bool:
-    """Whether this process is the one of an externally launched job that writes."""
-    return not args.dist_rank and not int(os.environ.get("RANK", 0))
+    """Whether this process is the one of an externally launched job (torchrun, slurm) that writes."""
+    from espnet2.train.distributed_utils import get_rank
+
+    return not get_rank(args.dist_rank, args.dist_launcher)
 
 
 def choose_stages(page: Page, wanted: Optional[Sequence[int]]) -> List[int]:
@@ -148,7 +151,6 @@ def _finished(output_dir: Path, record: Dict[str, Any], label: str) -> bool:
     except ValueError as e:
         raise UserError(f"{output_dir / RECORD} is damaged ({e}); remove {output_dir} to train {label} anew") from e
     finished = found.pop("finished", False)
-    # An extended run (more epochs) may go on where it stopped; a finished one of another length is another run.
     differing = [k for k in record if found.get(k) != record[k]]
     if differing:
         what = "; ".join(f"{k}: {found.get(k)} there, {record[k]} now" for k in differing)

@@ -16,7 +16,7 @@ from espnet_kd.distill.objectives import Batch, Objective, lay_on
 from espnet_kd.distill.page import KDStage, ObjectiveSpec, Page
 from espnet_kd.distill.schedule import Progress
 from espnet_kd.losses.common import full_precision
-from espnet_kd.targets.encode import EncoderOutputs, check_taps, encode, measure_frame_shift
+from espnet_kd.targets.encode import EncoderOutputs, check_taps, encode, measure_frame_shift, probe
 from espnet_kd.targets.online import OnlineTeacher
 
 
@@ -74,6 +74,8 @@ class ESPnetASRKDModel(ESPnetASRModel):
         model.teacher = teacher
         model.frame_shift = measure_frame_shift(student, sampling_rate)
         model.objectives = [(spec, spec.make()) for spec in stage.objectives]
+        if teacher is not None:
+            check_rates(student, model.frame_shift, teacher, sampling_rate)
         heads = {spec.key: objective.build(student, teacher) for spec, objective in model.objectives}
         heads = {k: h for k, h in heads.items() if h is not None}
         if heads:
@@ -231,6 +233,24 @@ def _agreement(student: EncoderOutputs, target: EncoderOutputs) -> Dict[str, Ten
         "nonblank_share": ((best != 0) & valid).sum() / count,
         "agreement": ((best == student.logits.argmax(-1)) & valid).sum() / count,
     }
+
+
+def check_rates(student: ESPnetASRModel, frame_shift: float, teacher: OnlineTeacher, rate: float) -> None:
+    """Refuse a teacher whose frames cannot be laid beside the student's: tried on a test signal.
+
+    Raises:
+        UserError: naming lengths and frame shifts of both.
+    """
+    speech, lengths, frames = probe(student, rate, seconds=3.0)
+    logits = speech.new_zeros(1, frames, 1)
+    try:
+        lay_on(
+            EncoderOutputs(logits, torch.tensor([frames], device=speech.device), frame_shift),
+            teacher.targets((), speech, lengths),
+            pool="least_blank",
+        )
+    except ValueError as e:
+        raise UserError(f"teacher {teacher.name}: {e}") from e
 
 
 def check_pair(student: ESPnetASRModel, teacher: OnlineTeacher, rate: float) -> None:

@@ -109,8 +109,8 @@ def write_markdown(gathered: Gathered, path: Path, picture: Optional[str] = None
     against = compare_with_plain(gathered.rows, gathered.expdir, describe)
     if against:
         lines += ["", "## Against the plain student of the same seed", ""]
-        lines += ["Points; below 0 is better. Each seed, then the mean, its 95 % interval (paired bootstrap over utterances)"]
-        lines += ["and p.", ""]
+        lines += ["Points; below 0 is better. Each seed, then the mean, its 95 % interval (paired bootstrap over"]
+        lines += ["utterances) and p.", ""]
         lines += _table(("student", "test set", "WER by seed", "WER", "p", "CER by seed", "CER", "p"), against)
     if picture:
         lines += ["", "## Training curves", "", f"![training curves]({picture})"]

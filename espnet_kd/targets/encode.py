@@ -21,6 +21,8 @@ WHOLE = (
     "ContextualBlockTransformerEncoder",
     "ContextualBlockConformerEncoder",
 )
+#: Hz; of a model that is fed with features.
+FEATURE_RATE = 100.0
 
 
 @dataclass
@@ -105,32 +107,44 @@ def encode(
 
 
 @torch.no_grad()
-def measure_frame_shift(model: torch.nn.Module, sampling_rate: float) -> float:
-    """Seconds per encoder frame: no ESPnet encoder reports it, so it is measured from two input lengths.
+def probe(model: torch.nn.Module, sampling_rate: float, seconds: float) -> Tuple[Tensor, Tensor, int]:
+    """Encode a test signal alone, in eval mode.
 
-    ``sampling_rate`` is in Hz. A model without frontend gets feature frames of 10 ms.
+    Returns:
+        speech (1, samples), or (1, frames, D) for a model without frontend, which gets feature frames of 10 ms;
+        its length (1,); the encoder's number of frames
+
+    Raises:
+        UserError: a model without frontend whose input width is not known.
     """
+    width: Tuple[int, ...] = ()
+    if model.frontend is None:
+        mean = getattr(model.normalize, "mean", None)
+        if mean is None:
+            raise UserError("a model fed with features needs normalize: global_mvn, which knows their width")
+        sampling_rate, width = FEATURE_RATE, (mean.numel(),)
+    p = next(model.parameters())
+    n = int(seconds * sampling_rate)
+    # Not silence: utterance-wise normalisation divides by the deviation.
+    speech = torch.sin(torch.arange(n, device=p.device, dtype=p.dtype)).view(1, n, *[1] * len(width))
+    speech = speech.repeat(1, 1, *width)  # not expand: normalisation works in place
+    lengths = torch.tensor([n], device=p.device)
     was_training = model.training
     model.eval()
     try:
-        if model.frontend is None:
-            mean = getattr(model.normalize, "mean", None)
-            if mean is None:
-                raise UserError("a model fed with features needs normalize: global_mvn, which knows their width")
-            sampling_rate, width = 100.0, (mean.numel(),)
-        else:
-            width = ()
-        # Ten seconds and thirty: edge effects of a few frames stay under 1 % of the difference.
-        samples = [int(10 * sampling_rate), int(30 * sampling_rate)]
-        p = next(model.parameters())
-        lengths = []
-        for n in samples:
-            # Not silence: utterance-wise normalisation divides by the deviation.
-            speech = torch.sin(torch.arange(n, device=p.device, dtype=p.dtype)).view(1, n, *[1] * len(width))
-            speech = speech.repeat(1, 1, *width)  # not expand: normalisation works in place
-            lengths.append(model.encode(speech, torch.tensor([n], device=p.device))[1].item())
+        return speech, lengths, model.encode(speech.clone(), lengths)[1].item()
     finally:
         model.train(was_training)
-    shift = (samples[1] - samples[0]) / sampling_rate / (lengths[1] - lengths[0])
+
+
+def measure_frame_shift(model: torch.nn.Module, sampling_rate: float) -> float:
+    """Seconds per encoder frame: no ESPnet encoder reports it, so it is measured from two input lengths.
+
+    ``sampling_rate`` is in Hz. Raises UserError as :func:`probe`.
+    """
+    # Ten seconds and thirty: edge effects of a few frames stay under 1 % of the difference.
+    (_, short, few), (_, long, many) = (probe(model, sampling_rate, s) for s in (10.0, 30.0))
+    rate = FEATURE_RATE if model.frontend is None else sampling_rate
+    shift = (long - short).item() / rate / (many - few)
     # In quarter milliseconds: hop lengths are, rounding of lengths is not.
     return nearest_multiple(shift, 0.0005) * 0.0005

@@ -137,8 +137,8 @@ def test_the_teacher_hears_unaugmented_audio(fkl, teacher_dir, monkeypatch):
     """SpecAugment changes what the student says from call to call, and never what the teacher does."""
     teacher = OnlineTeacher(teacher_dir)
     alone = teacher.targets((), *(tiny_kd.batch()[k] for k in ("speech", "speech_lengths"))).logits
-    heard = spied(teacher, monkeypatch)
     _, model = adopt(tiny_kd.student_config(), fkl, 3, teacher)
+    heard = spied(teacher, monkeypatch)
     model.train()
     batch = tiny_kd.batch()
     student = []
@@ -437,3 +437,10 @@ def test_an_objective_that_needs_a_teacher_on_a_page_without_one(write_page):
     page = {"teacher": "none", **one_stage({"objective": "kl"})}
     with pytest.raises(UserError, match="page.yaml: kl needs a teacher, but the page says teacher: none"):
         adopt(tiny_kd.student_config(), write_page(page))
+
+
+def test_frames_that_cannot_be_aligned_are_refused_before_training(fkl, teacher_dir, monkeypatch):
+    teacher = OnlineTeacher(teacher_dir)
+    monkeypatch.setattr(teacher, "frame_shift", 3 * teacher.frame_shift)  # claims lengths that it does not give
+    with pytest.raises(UserError, match="differ by more than two frames"):
+        adopt(tiny_kd.student_config(), fkl, 1, teacher)
