@@ -34,6 +34,7 @@ def draw_curves(curves: Sequence[Curve], path: Path) -> List[str]:
     """
     every = [stats for c in curves for history in c.stages for phases in history.values() for stats in phases.values()]
     names = sorted({name for stats in every for name in stats if name == "loss" or name.startswith("loss_")})
+    names = [n for n in names if n != "loss_scale"]  # of mixed precision: no loss
     names = [n for n in names if any(_points(c, phase, n)[0] for c in curves for phase in ("train", "valid"))]
     if not names:
         return []
