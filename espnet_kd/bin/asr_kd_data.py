@@ -37,7 +37,7 @@ def _add_mini(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--nj", type=int, default=1, help="processes; the bytes do not depend on it")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--language", choices=("en", "cmn"), default="en", help="cmn: Mandarin, characters as tokens")
-    sub.add_argument("--train", type=int, default=800, help="utterances")
+    sub.add_argument("--train", type=int, default=1600, help="utterances")
     sub.add_argument("--valid", type=int, default=100, help="utterances, of voices unseen in train")
     sub.add_argument("--test", type=int, default=250, help="utterances, of voices unseen in train and valid")
     sub.add_argument("--snr_low", type=float, default=15.0, help="lowest signal-to-noise ratio, dB")
