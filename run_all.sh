@@ -24,9 +24,12 @@ EXTRAS='mini'
 recipe=${ROOT}/egs2/mini/asr_kd1
 "${recipe}/run.sh" --stage 1 --stop_stage 4 "$@"
 # Teacher and plain student need nothing of each other: side by side on two cores.
+# A process group of its own, so that all of it ends when this script does.
+set -m
 "${recipe}/run.sh" --stage 5 --stop_stage 5 "$@" &
 teacher=$!
-trap 'kill "${teacher}" 2>/dev/null || true' INT TERM
+set +m
+trap 'kill -- "-${teacher}" 2>/dev/null || true' EXIT
 "${recipe}/run.sh" --stage 6 --stop_stage 6 "$@"
 wait "${teacher}"
 "${recipe}/run.sh" --stage 7 "$@"

@@ -19,7 +19,7 @@ find_python() {
 if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
     echo "using the active environment ${VIRTUAL_ENV:-${CONDA_PREFIX}}" >&2
 else
-    if [ ! -x "${ROOT:?}/.venv/bin/python" ]; then
+    if [ ! -f "${ROOT:?}/.venv/bin/activate" ]; then # written last
         python=$(find_python)
         echo "making ${ROOT}/.venv with $("${python}" --version)" >&2
         "${python}" -m venv "${ROOT}/.venv"

@@ -12,17 +12,20 @@ was stopped; finished KD stages are skipped.
 from __future__ import annotations
 
 import argparse
+import contextlib
+import fcntl
+import hashlib
 import json
 import logging
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 
 import torch
 
 from espnet_kd.cli import UserError, run
-from espnet_kd.distill.checkpoints import mend, read_checkpoint
-from espnet_kd.distill.page import KDStage, Page, load_page
+from espnet_kd.distill.checkpoints import CHECKPOINT, mend, read_checkpoint
+from espnet_kd.distill.page import KDStage, Page, list_pages, load_page
 from espnet_kd.files import replacing
 from espnet_kd.targets.experiment import find_experiment, load_state, student_only
 
@@ -42,10 +45,21 @@ def get_parser() -> argparse.ArgumentParser:
 
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Train (see the module's docstring)."""
-    from espnet_kd.tasks.asr_kd import ASRKDTask
-
     cmd = list(sys.argv[1:] if cmd is None else cmd)
     args = get_parser().parse_args(cmd)
+    if args.kd_config is None and not (args.collect_stats or args.print_config):
+        given = [o for o in ("teacher", "kd_stage", "kd_stages") if getattr(args, o)]
+        if given:
+            raise UserError(f"--{given[0]} needs a method: give --kd_config (known: {', '.join(list_pages())})")
+    with contextlib.ExitStack() as stack:
+        if args.output_dir and not args.collect_stats and not args.print_config and first_rank(args):
+            stack.enter_context(locked(Path(args.output_dir)))
+        _run(cmd, args)
+
+
+def _run(cmd: List[str], args: argparse.Namespace) -> None:
+    from espnet_kd.tasks.asr_kd import ASRKDTask
+
     if args.kd_config is None or args.print_config or args.collect_stats or args.dry_run or not args.output_dir:
         # Statistics need no teacher, and without a page this is ESPnet's own training, made safe against kills.
         if args.resume and args.output_dir and first_rank(args):
@@ -71,9 +85,41 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
 
 def first_rank(args: argparse.Namespace) -> bool:
     """Whether this process is the one of an externally launched job (torchrun, slurm) that writes."""
-    from espnet2.train.distributed_utils import get_rank
+    from espnet2.train.distributed_utils import get_node_rank, get_rank
 
+    if args.multiprocessing_distributed:  # one such process per machine, whose children are the ranks
+        return not get_node_rank(args.dist_rank, args.dist_launcher)
     return not get_rank(args.dist_rank, args.dist_launcher)
+
+
+#: Options of ESPnet that decide what is trained, on what.
+DECISIVE = (
+    *("frontend", "frontend_conf", "specaug", "specaug_conf", "normalize", "encoder", "encoder_conf", "decoder"),
+    *("decoder_conf", "ctc_conf", "model_conf", "preprocessor_conf", "token_type", "bpemodel", "optim", "optim_conf"),
+    *("scheduler", "scheduler_conf", "batch_type", "batch_bins", "batch_size", "accum_grad", "grad_clip", "max_epoch"),
+    *("train_data_path_and_name_and_type", "valid_data_path_and_name_and_type", "freeze_param", "init_param"),
+)
+
+
+def fingerprint(args: argparse.Namespace) -> str:
+    """Short hash of the student's configuration, its tokens and the list of its training data."""
+    digest = hashlib.sha256(repr([(k, getattr(args, k, None)) for k in DECISIVE]).encode())
+    for path in (args.token_list, *(p for p, _, _ in args.train_data_path_and_name_and_type or [])):
+        if path is not None and Path(path).is_file():
+            digest.update(Path(path).read_bytes())
+    return digest.hexdigest()[:12]
+
+
+@contextlib.contextmanager
+def locked(output_dir: Path) -> Iterator[None]:
+    """Hold ``output_dir`` for this run: two at once would overwrite each other's checkpoints (:class:`UserError`)."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with open(output_dir / ".lock", "w") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, also after a kill
+        except OSError as e:
+            raise UserError(f"{output_dir} is in use by another run; wait, or choose another --output_dir") from e
+        yield
 
 
 def choose_stages(page: Page, wanted: Optional[Sequence[int]]) -> List[int]:
@@ -105,6 +151,10 @@ def _train_stage(
         "ctc": {"weight": stage.ctc_weight, "per": stage.ctc_per},
         "seed": args.seed,
         "teacher": args.teacher,
+        "student": fingerprint(args),
+        "pool": page.pool,
+        "init_from": page.init_from,
+        "train": stage.train,
     }
     if _finished(output_dir, record, label):
         logging.info("%s is finished in %s", label, output_dir)
@@ -118,7 +168,7 @@ def _train_stage(
         *("--resume", "true"),
         *(["--init_param", str(before / STUDENT)] if before is not None else []),
     ]
-    # The student's learning-rate schedule at the KD stage's length: else a short one would never leave the warm-up.
+    # The student's learning-rate schedule at the KD stage's length [ours]: a short one would never leave the warm-up.
     warmup = (args.scheduler_conf or {}).get("warmup_steps")
     if warmup and "scheduler_conf" not in stage.train:
         own += ["--scheduler_conf", f"warmup_steps={max(1, round(warmup * epochs / args.max_epoch))}"]
@@ -138,7 +188,7 @@ def _train_stage(
             _finish(output_dir, page, record)
         torch.distributed.barrier()
         torch.distributed.destroy_process_group()
-    else:
+    elif first_rank(args):
         _finish(output_dir, page, record)
 
 
@@ -152,7 +202,8 @@ def _finished(output_dir: Path, record: Dict[str, Any], label: str) -> bool:
         raise UserError(f"{output_dir / RECORD} is damaged ({e}); remove {output_dir} to train {label} anew") from e
     finished = found.pop("finished", False)
     differing = [k for k in record if found.get(k) != record[k]]
-    if differing:
+    # A directory in which nothing was trained yet may take a mended command.
+    if differing and (output_dir / CHECKPOINT).exists():
         what = "; ".join(f"{k}: {found.get(k)} there, {record[k]} now" for k in differing)
         raise UserError(f"{output_dir} holds {label} with other settings ({what}); choose another --output_dir")
     return finished and (output_dir / STUDENT).is_file()

@@ -71,6 +71,10 @@ def format_data(
     src, dst = Path(src), Path(dst)
     factors = _check(speed_factors, fs, min_seconds, max_seconds, nj)
     utts = list(read_data_dir(src))
+    silent = [u.utt_id for u in utts if u.text is None]
+    if silent and len(silent) < len(utts):
+        shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+        raise UserError(f"{Path(src) / 'text'} has no line for {shown}; add them, or take them out of wav.scp")
     settings = {
         "version": VERSION, "fs": fs, "speed_factors": list(factors), "min_seconds": min_seconds,
         "max_seconds": max_seconds, "drop_out_of_range": drop_out_of_range, "source": _fingerprint(src, utts),

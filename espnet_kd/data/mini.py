@@ -202,9 +202,9 @@ def prepare_mini(
     nj: int = 1,
     seed: int = 0,
     language: str = "en",
-    snr_low: float = 5.0,
-    snr_high: float = 20.0,
-    reverb_ratio: float = 0.3,
+    snr_low: float = 15.0,
+    snr_high: float = 30.0,
+    reverb_ratio: float = 0.2,
 ) -> Dict[str, int]:
     """Write ``out/{train,valid,test}`` with the audio in ``out/wav`` and return the numbers of utterances.
 

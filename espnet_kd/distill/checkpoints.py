@@ -47,6 +47,8 @@ def read_checkpoint(path: Path) -> Optional[Dict[str, Any]]:
         states = load_checkpoint(path)
         states["model"], states["reporter"]["epoch"]
         return states
+    except (OSError, MemoryError):
+        raise  # the file may be well: nothing is to be concluded from a disk that did not answer
     except Exception as e:  # whatever a damaged archive raises, the answer is the same: not this one
         logging.warning("%s is damaged (%s)", path, str(e).splitlines()[0] if str(e) else type(e).__name__)
         return None
@@ -64,7 +66,8 @@ def mend(output_dir: Path) -> int:
     states = read_checkpoint(output_dir / CHECKPOINT)
     if states is None:
         states = read_checkpoint(output_dir / PREVIOUS)
-        (output_dir / CHECKPOINT).unlink(missing_ok=True)
+        if (output_dir / CHECKPOINT).exists():
+            os.replace(output_dir / CHECKPOINT, output_dir / "checkpoint.damaged.pth")
         if states is None:
             return 0
         logging.warning("going back to %s, epoch %d", output_dir / PREVIOUS, states["reporter"]["epoch"])

@@ -211,7 +211,10 @@ class ESPnetASRKDModel(ESPnetASRModel):
         if self.teacher is not None:
             taps = [t for _, o in self.objectives for t in o.teacher_taps]
             target = self.teacher.targets(batch.utt_ids, speech, speech_lengths, taps)
-            target = lay_on(student, target, self.pool)
+            try:
+                target = lay_on(student, target, self.pool)
+            except ValueError as e:
+                raise UserError(f"{e}, in the batch of {', '.join(batch.utt_ids)}") from e
             stats.update(_agreement(student, target))
         total = student.logits.new_zeros(())
         for spec, objective in self.objectives:

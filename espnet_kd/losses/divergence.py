@@ -25,7 +25,7 @@ def kl(
         teacher_logits: (B, T, V); no gradient flows to it.
         lengths: (B,) frames.
         blank_id: unused; every loss takes it.
-        temperature: τ ≥ 0 for both; not followed by a factor τ².
+        temperature: τ > 0 for both; not followed by a factor τ².
         frames: (B, T) bool in place of the valid frames.
 
     Returns:

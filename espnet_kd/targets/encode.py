@@ -99,7 +99,8 @@ def encode(
         encoder output (B, T, D), lengths (B,), InterCTC's intermediate outputs, hidden states by tap
     """
     with recording(model.encoder, taps) as hidden:
-        out, lengths = model.encode(speech, speech_lengths)
+        # Without a frontend, normalisation and SpecAugment work in place on what was given.
+        out, lengths = model.encode(speech if model.frontend is not None else speech.clone(), speech_lengths)
     out, intermediate = out if isinstance(out, tuple) else (out, [])
     if "encoder" in taps:
         hidden["encoder"] = out

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import tempfile
 from pathlib import Path
-from typing import Dict, Tuple, Union
+from typing import Dict, Iterator, Tuple, Union
 
+import numpy as np
 import torch
 import yaml
 
@@ -99,14 +102,38 @@ def load_model(config: Union[str, Path], model_file: Union[str, Path], device: s
 
     args = argparse.Namespace(**read_config(config))
     args.init = None  # the values come from the file
+    state = student_only(load_state(model_file))
     try:
-        model = ASRTask.build_model(args)
+        with _statistics(args, Path(config).parent, state):
+            model = ASRTask.build_model(args)
     except Exception as e:
         raise UserError(f"cannot build the model of {config}: {type(e).__name__}: {e}") from e
-    state = student_only(load_state(model_file))
     try:
         model.load_state_dict(state)
     except RuntimeError as e:  # torch's message lists missing keys, unexpected keys and sizes
         raise UserError(f"{model_file} does not fit {config}: {e}") from e
     logging.info("loaded %s", model_file)
     return model.to(device).eval(), args
+
+
+@contextlib.contextmanager
+def _statistics(args: argparse.Namespace, directory: Path, state: Dict[str, torch.Tensor]) -> Iterator[None]:
+    """Give GlobalMVN a file to open: it insists on one, although mean and deviation are in the model.
+
+    ESPnet writes its path relative to the recipe's directory, so that from elsewhere it is not found: then the one
+    beside config.yaml serves, or one made of the model's own values.
+    """
+    conf = getattr(args, "normalize_conf", None) or {}
+    stats, mean = conf.get("stats_file"), state.get("normalize.mean")
+    if not stats or Path(stats).is_file() or mean is None:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        beside = directory / Path(stats).name
+        if not beside.is_file():
+            beside = Path(scratch) / "feats_stats.npz"
+            mean, std = mean.double().numpy(), state["normalize.std"].double().numpy()
+            np.savez(beside, count=1, sum=mean, sum_square=std**2 + mean**2)
+        args.normalize_conf = {**conf, "stats_file": str(beside)}
+        yield
+        args.normalize_conf = conf

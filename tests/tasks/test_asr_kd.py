@@ -139,7 +139,18 @@ def test_a_stage_left_out_has_nothing_to_do(corpus, teacher_dir, tmp_path, caplo
     with caplog.at_level("INFO"):
         asr_kd_train.main(corpus.options(tmp_path / "out", *base))
     assert "KD stage 2: nothing to do" in caplog.text
-    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out").glob("[!.]*"))  # nothing but the lock
+
+
+def test_two_runs_in_one_directory_are_refused(corpus, teacher_dir, tmp_path):
+    options = corpus.options(tmp_path / "out", "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")
+    with asr_kd_train.locked(tmp_path / "out"), pytest.raises(UserError, match="in use by another run"):
+        asr_kd_train.main(options)
+
+
+def test_a_teacher_without_a_method_is_refused(corpus, teacher_dir, tmp_path):
+    with pytest.raises(UserError, match="--teacher needs a method"):
+        asr_kd_train.main(corpus.options(tmp_path / "out", "--teacher", str(teacher_dir)))
 
 
 def test_a_pages_train_block_as_options():

@@ -98,11 +98,13 @@ needs() {
 }
 
 raw=${dumpdir}/raw
-stats_dir=${expdir}/stats_${token_type}
+stats_dir=${expdir}/stats_${token_type}$([ "${token_type}" = bpe ] && echo "${nbpe}" || true)
 token_dir=data/token_list/${token_type}$([ "${token_type}" = bpe ] && echo "_unigram${nbpe}" || true)
 tokens=${token_dir}/tokens.txt
 tag=${tag:-$([ "${seed}" = 0 ] || echo "seed${seed}")}
 teacher_exp=${expdir}/teacher
+# A given teacher is decoded beside the recipe's own experiments, not into somebody else's directory.
+[ -z "${teacher}" ] || teacher_exp=${expdir}/teacher_given
 plain_exp=${expdir}/student_plain${tag:+_${tag}}
 student_exp=${expdir}/student_$(basename "${method}" .yaml)${kd_stages:+_${kd_stages// /}}${tag:+_${tag}}
 read -r -a kd_stages_list <<<"${kd_stages}"
@@ -138,6 +140,9 @@ if running 3; then
     needs "${raw}/${train_set}/text" 2
     ${python} -m espnet_kd.bin.asr_kd_data tokens --text "${raw}/${train_set}/text" --out "${token_dir}" \
         --token_type "${token_type}" --nbpe "${nbpe}"
+    # Before any training: files sorted, unique and complete, audio readable, text covered by the tokens.
+    ${python} -m espnet_kd.bin.asr_kd_data validate "${raw}/${train_set}" "${raw}/${valid_set}" \
+        --token_type "${token_type}" --token_list "${tokens}" --min_seconds "${min_seconds}" --max_seconds "${max_seconds}"
 fi
 
 # Options that teacher and students share. Paths are relative to the recipe, as ESPnet writes them.
@@ -217,6 +222,17 @@ train() {
     fi
     "${launch[@]}" ${python} -m espnet_kd.bin.asr_kd_train --config "${config}" "${train_opts[@]}" --output_dir "${dir}" "$@"
 }
+# done_with DIR CONFIG OPTIONS…: whether DIR was trained already, with these very settings; others are refused
+done_with() {
+    local dir=$1 settings
+    shift
+    settings=$(cat "$1" "${tokens}" "${raw}/${train_set}/wav.scp" - <<<"$*" | cksum)
+    [ -f "${dir}/.done" ] || { mkdir -p "${dir}" && echo "${settings}" >"${dir}/.settings" && return 1; }
+    if [ "$(cat "${dir}/.done")" != "${settings}" ]; then
+        echo "error: ${dir} was trained with another configuration, token list or data; choose another --expdir, or remove it" >&2
+        exit 1
+    fi
+}
 # describe DIR ROLE SEED: what the results table says of an experiment
 describe() {
     mkdir -p "$1"
@@ -224,27 +240,29 @@ describe() {
 }
 
 if running 5; then
+    [ -n "${teacher}" ] || needs "${stats_dir}/.done" 4
     if [ -n "${teacher}" ]; then
         log "stage 5: skipped, the teacher is ${teacher}"
-    elif [ -f "${teacher_exp}/.done" ]; then
+    elif done_with "${teacher_exp}" "${teacher_config}" "${seed}" "${teacher_args}"; then
         log "stage 5: the teacher is trained, ${teacher_exp}"
     else
         log "stage 5: teacher training, log in ${teacher_exp}/train.log"
         train "${teacher_exp}" "${teacher_config}" train.log --seed "${seed}" "${teacher_args_list[@]}"
         describe "${teacher_exp}" teacher "${seed}"
-        touch "${teacher_exp}/.done"
+        mv "${teacher_exp}/.settings" "${teacher_exp}/.done"
     fi
 fi
 teacher=${teacher:-${teacher_exp}}
 
 if running 6; then
-    if [ -f "${plain_exp}/.done" ]; then
+    needs "${stats_dir}/.done" 4
+    if done_with "${plain_exp}" "${student_config}" "${seed}" "${train_args}"; then
         log "stage 6: the plain student is trained, ${plain_exp}"
     else
         log "stage 6: student without KD, log in ${plain_exp}/train.log"
         train "${plain_exp}" "${student_config}" train.log --seed "${seed}" "${train_args_list[@]}"
         describe "${plain_exp}" plain "${seed}"
-        touch "${plain_exp}/.done"
+        mv "${plain_exp}/.settings" "${plain_exp}/.done"
     fi
 fi
 
@@ -255,7 +273,7 @@ fi
 for k in 1 2 3; do
     if running $((7 + k)); then
         log "stage $((7 + k)): KD stage ${k} of ${method}, log in ${student_exp}/train.kd_stage${k}.log"
-        if [ "${teacher}" = "${teacher_exp}" ]; then
+        if [ "${teacher}" = "${expdir}/teacher" ]; then
             needs "${teacher_exp}/.done" 5
         fi
         train "${student_exp}" "${student_config}" "train.kd_stage${k}.log" --seed "${seed}" "${train_args_list[@]}" \

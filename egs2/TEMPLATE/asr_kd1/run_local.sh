@@ -9,10 +9,11 @@ set -euo pipefail
 while [[ "${1:-}" == --* ]]; do
     shift 2
 done
-first=1 last=1
+first=1 last=1 name="" # no number to fill in unless one was asked for
 if [[ "${1:-}" =~ ^JOB=([0-9]+)(:([0-9]+))?$ ]]; then
     first=${BASH_REMATCH[1]}
     last=${BASH_REMATCH[3]:-${first}}
+    name=JOB
     shift
 fi
 if [ $# -lt 2 ]; then
@@ -35,12 +36,15 @@ progress() {
 pids=()
 trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
 for ((job = first; job <= last; job++)); do
-    job_log=${log//JOB/${job}}
+    job_log=${log} command=("$@")
+    if [ -n "${name}" ]; then
+        job_log=${log//JOB/${job}} command=("${@//JOB/${job}}")
+    fi
     mkdir -p "$(dirname "${job_log}")"
     if [ "${first}" = "${last}" ]; then
-        ("${@//JOB/${job}}" 2>&1 | tee -a "${job_log}" | progress) &
+        ("${command[@]}" 2>&1 | tee -a "${job_log}" | progress) &
     else
-        "${@//JOB/${job}}" >"${job_log}" 2>&1 &
+        "${command[@]}" >"${job_log}" 2>&1 &
     fi
     pids+=($!)
 done
@@ -48,8 +52,10 @@ failed=0
 for i in "${!pids[@]}"; do
     if ! wait "${pids[i]}"; then
         failed=1
-        echo "error: job $((first + i)) failed; the end of ${log//JOB/$((first + i))}:" >&2
-        tail -n 5 "${log//JOB/$((first + i))}" >&2
+        job_log=${log//${name:-JOB}/$((first + i))}
+        [ -n "${name}" ] || job_log=${log}
+        echo "error: job $((first + i)) failed; the end of ${job_log}:" >&2
+        tail -n 5 "${job_log}" >&2
     fi
 done
 exit "${failed}"
