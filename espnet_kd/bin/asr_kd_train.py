@@ -96,7 +96,7 @@ def first_rank(args: argparse.Namespace) -> bool:
 DECISIVE = (
     *("frontend", "frontend_conf", "specaug", "specaug_conf", "normalize", "encoder", "encoder_conf", "decoder"),
     *("decoder_conf", "ctc_conf", "model_conf", "preprocessor_conf", "token_type", "bpemodel", "optim", "optim_conf"),
-    *("scheduler", "scheduler_conf", "batch_type", "batch_bins", "batch_size", "accum_grad", "grad_clip", "max_epoch"),
+    *("scheduler", "scheduler_conf", "batch_type", "batch_bins", "batch_size", "accum_grad", "grad_clip"),
     *("train_data_path_and_name_and_type", "valid_data_path_and_name_and_type", "freeze_param", "init_param"),
 )
 

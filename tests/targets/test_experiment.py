@@ -3,6 +3,7 @@
 import pickle
 import re
 
+import numpy as np
 import pytest
 import tiny_asr
 import torch
@@ -154,3 +155,25 @@ def test_a_config_that_builds_nothing(saved):
     config.write_text(yaml.safe_dump({**content, "encoder": "conformr"}))
     with pytest.raises(UserError, match="cannot build the model of .*conformr"):
         load_model(*find_experiment(saved[1]))
+
+
+@pytest.mark.parametrize("beside", [True, False])
+def test_statistics_of_a_recipe_that_lies_elsewhere(tmp_path, monkeypatch, beside):
+    """config.yaml names them relative to a directory this is not: the file beside it serves, or the model's values."""
+    stats = tmp_path / "stats" / "feats_stats.npz"
+    stats.parent.mkdir()
+    rng = np.random.default_rng(0)
+    total = rng.normal(size=40)
+    np.savez(stats, count=4, sum=total, sum_square=total**2 + 1.0)
+    conf = tiny_asr.config()
+    conf.update(normalize="global_mvn", normalize_conf={"stats_file": str(stats)})
+    model = tiny_asr.build(conf)
+    elsewhere = tmp_path / "elsewhere"
+    tiny_asr.save(model, {**conf, "normalize_conf": {"stats_file": "gone/feats_stats.npz"}}, elsewhere)
+    if beside:
+        (elsewhere / stats.name).write_bytes(stats.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    loaded, args = load_model(*find_experiment(elsewhere))
+    assert torch.equal(loaded.normalize.mean, model.normalize.mean)
+    assert torch.equal(loaded.normalize.std, model.normalize.std)
+    assert args.normalize_conf["stats_file"] == "gone/feats_stats.npz"
