@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import tarfile
 import urllib.error
@@ -101,7 +102,9 @@ def find_root(path: Path) -> Path:
 def find_audio(root: Path) -> Dict[str, Path]:
     """Map each recording's name (``an251-fash-b``) to its file; of several forms the first of SUFFIXES is taken."""
     found: Dict[str, Path] = {}
-    for path in sorted(root.rglob("*")):
+    # Not rglob: corpora are often assembled of links, which it does not follow.
+    files = (Path(d) / name for d, _, names in os.walk(root, followlinks=True) for name in names)
+    for path in sorted(files):
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES:
             continue

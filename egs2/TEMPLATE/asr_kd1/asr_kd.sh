@@ -140,9 +140,12 @@ if running 3; then
     needs "${raw}/${train_set}/text" 2
     ${python} -m espnet_kd.bin.asr_kd_data tokens --text "${raw}/${train_set}/text" --out "${token_dir}" \
         --token_type "${token_type}" --nbpe "${nbpe}"
-    # Before any training: files sorted, unique and complete, audio readable, text covered by the tokens.
-    ${python} -m espnet_kd.bin.asr_kd_data validate "${raw}/${train_set}" "${raw}/${valid_set}" \
-        --token_type "${token_type}" --token_list "${tokens}" --min_seconds "${min_seconds}" --max_seconds "${max_seconds}"
+    # Before any training: files sorted, unique and complete, audio readable, training text covered by the tokens (in
+    # validation an unseen character is <unk>, and no fault).
+    limits=(--min_seconds "${min_seconds}" --max_seconds "${max_seconds}")
+    ${python} -m espnet_kd.bin.asr_kd_data validate "${raw}/${train_set}" "${limits[@]}" \
+        --token_type "${token_type}" --token_list "${tokens}"
+    ${python} -m espnet_kd.bin.asr_kd_data validate "${raw}/${valid_set}" "${limits[@]}"
 fi
 
 # Options that teacher and students share. Paths are relative to the recipe, as ESPnet writes them.
