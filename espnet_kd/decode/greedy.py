@@ -6,6 +6,8 @@ from typing import List, Sequence, Tuple
 
 import torch
 
+from espnet_kd import frames
+
 
 def ctc_collapse(token_ids: torch.Tensor, blank_id: int = 0) -> List[int]:
     """Merge repeats, then drop blanks.
@@ -39,8 +41,8 @@ def ctc_greedy(
     """
     best, ids = logits.float().max(dim=-1)
     frame_score = best - logits.float().logsumexp(dim=-1)
-    valid = torch.arange(logits.size(1), device=logits.device) < lengths.to(logits.device)[:, None]
-    scores = frame_score.masked_fill(~valid, 0.0).sum(dim=1).tolist()
+    inside = frames.valid(lengths.to(logits.device), logits.size(1))
+    scores = frame_score.masked_fill(~inside, 0.0).sum(dim=1).tolist()
     ids, banned = ids.cpu(), set(drop)
     return [
         ([t for t in ctc_collapse(row[:n], blank_id) if t not in banned], score)

@@ -20,9 +20,10 @@ import torch
 from tqdm import tqdm
 
 from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import read_map
 from espnet_kd.decode.greedy import ctc_greedy
 from espnet_kd.decode.padding import make_batch_exact
-from espnet_kd.decode.tables import read_table
+from espnet_kd.targets.online import sampling_rate
 
 BLANK_ID = 0  # ESPnet's CTC: the first token of every token list
 
@@ -167,7 +168,7 @@ def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> L
     if (data_dir / "segments").exists():
         raise UserError(f"{data_dir} has a segments file: use the formatted data dir (stage 2 writes one file each)")
     utterances = []
-    for utt_id, path in read_table(data_dir / "wav.scp").items():
+    for utt_id, path in read_map(data_dir / "wav.scp").items():
         if path.endswith("|"):
             raise UserError(f"{data_dir}/wav.scp: {utt_id} is a command; use the formatted data dir (stage 2 makes it)")
         try:
@@ -246,11 +247,4 @@ def recognise(
 
 def _sampling_rate(args: argparse.Namespace) -> Optional[int]:
     """Sampling rate in Hz of the model's own frontend, or None where it doesn't say."""
-    if getattr(args, "frontend", None) != "default":
-        return None
-    rate = (args.frontend_conf or {}).get("fs", 16000)
-    if isinstance(rate, str):
-        import humanfriendly  # ESPnet reads "16k" with it
-
-        rate = humanfriendly.parse_size(rate)
-    return int(rate)
+    return int(sampling_rate(args)) if getattr(args, "frontend", None) == "default" else None

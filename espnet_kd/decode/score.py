@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple, Union
+from typing import Dict, Iterable, List, Sequence, Tuple, Union
 
 import jiwer
 import numpy as np
 
 from espnet_kd.cli import UserError
-from espnet_kd.decode.tables import name_some, read_table
+from espnet_kd.data.datadir import read_map
 
 #: Columns of `Counts.table`.
 COUNTS = ("corr", "sub", "del", "ins")
@@ -43,7 +43,7 @@ def pair_texts(hyp: Union[str, Path], ref: Union[str, Path]) -> Dict[str, Tuple[
     Raises:
         UserError: utterances of one file are missing in the other (names them), or no utterance at all.
     """
-    hyps, refs = read_table(hyp, empty_values=True), read_table(ref, empty_values=True)
+    hyps, refs = read_map(hyp), read_map(ref)
     missing, extra = refs.keys() - hyps.keys(), hyps.keys() - refs.keys()
     if missing:
         raise UserError(f"{hyp} lacks utterances of {ref}: {name_some(missing)}; decode the same data dir again")
@@ -165,3 +165,9 @@ def _resample(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
         times_drawn = rng.multinomial(u, np.full(u, 1.0 / u), size=min(step, resamples - start))
         chunks.append(times_drawn.astype(np.float64) @ rows)  # float64 is exact here, and has a fast product
     return np.concatenate(chunks)
+
+
+def name_some(ids: Iterable[str], limit: int = 5) -> str:
+    """List a few ids for a message: ``a, b, … (12 in all)``."""
+    ids = sorted(ids)
+    return ", ".join(ids) if len(ids) <= limit else f"{', '.join(ids[:limit])}, … ({len(ids)} in all)"

@@ -141,7 +141,7 @@ def test_detokenise(tmp_path):
     [
         ("u1 nowhere.wav", "u1.*nowhere.wav"),
         ("u1 sph2pipe x.sph |", "u1 is a command"),
-        ("u1", "wav.scp:1: utterance u1 has nothing"),
+        ("u1", "cannot read the audio of u1"),
         ("", "wav.scp is empty"),
     ],
 )

@@ -88,10 +88,10 @@ def test_missing_and_extra_utterances_are_named(tmp_path):
         pair_texts(write(tmp_path / "hyp", {"u1": "a"}), ref)
     with pytest.raises(UserError, match="u3"):
         pair_texts(write(tmp_path / "hyp", {"u1": "a", "u2": "b", "u3": "c"}), ref)
-    with pytest.raises(UserError, match="hyp:2: utterance u1 stands there twice"):
+    with pytest.raises(UserError, match="hyp:2: utterance 'u1' stands twice"):
         (tmp_path / "hyp").write_text("u1 a\nu1 b\n")
         pair_texts(tmp_path / "hyp", ref)
-    with pytest.raises(UserError, match="does not exist"):
+    with pytest.raises(UserError, match="no such file"):
         pair_texts(tmp_path / "nowhere", ref)
 
 
