@@ -72,6 +72,11 @@ def test_finished_stages_are_harmless(finished):
     assert "is trained" in done.stdout
 
 
+def test_a_model_of_other_settings_is_refused(finished):
+    done = finished.run(*SMALL, "--stage", "6", "--stop_stage", "6", "--train_args", f"{TINY} --max_epoch 7", check=False)
+    assert done.returncode == 1 and "holds a model of other options" in done.stdout
+
+
 def test_a_stage_names_the_one_that_makes_its_input(egs2, finished):
     fresh = Recipe(egs2, "mini")
     for stage, text in ((2, "stage 1 makes it"), (6, "stage 4 makes it")):

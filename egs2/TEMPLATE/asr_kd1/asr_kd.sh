@@ -98,8 +98,12 @@ needs() {
 }
 
 raw=${dumpdir}/raw
-stats_dir=${expdir}/stats_${token_type}$([ "${token_type}" = bpe ] && echo "${nbpe}" || true)
-token_dir=data/token_list/${token_type}$([ "${token_type}" = bpe ] && echo "_unigram${nbpe}" || true)
+tokens_name=${token_type}
+if [ "${token_type}" = bpe ]; then
+    tokens_name=bpe_unigram${nbpe}
+fi
+stats_dir=${expdir}/stats_${tokens_name}
+token_dir=data/token_list/${tokens_name}
 tokens=${token_dir}/tokens.txt
 tag=${tag:-$([ "${seed}" = 0 ] || echo "seed${seed}")}
 teacher_exp=${expdir}/teacher
@@ -225,48 +229,46 @@ train() {
     fi
     "${launch[@]}" ${python} -m espnet_kd.bin.asr_kd_train --config "${config}" "${train_opts[@]}" --output_dir "${dir}" "$@"
 }
-# done_with DIR CONFIG OPTIONS…: whether DIR was trained already, with these very settings; others are refused
-done_with() {
-    local dir=$1 settings
-    shift
-    settings=$(cat "$1" "${tokens}" "${raw}/${train_set}/wav.scp" - <<<"$*" | cksum)
-    [ -f "${dir}/.done" ] || { mkdir -p "${dir}" && echo "${settings}" >"${dir}/.settings" && return 1; }
-    if [ "$(cat "${dir}/.done")" != "${settings}" ]; then
-        echo "error: ${dir} was trained with another configuration, token list or data; choose another --expdir, or remove it" >&2
-        exit 1
-    fi
-}
 # describe DIR ROLE SEED: what the results table says of an experiment
 describe() {
     mkdir -p "$1"
     printf '{"role": "%s", "method": null, "kd_stages": null, "seed": %s}\n' "$2" "$3" >"$1/experiment.json"
 }
 
+# train_once ROLE DIR CONFIG OPTIONS…: teacher or plain student, unless DIR has it; a DIR of other settings is refused
+train_once() {
+    local role=$1 dir=$2 config=$3 settings
+    shift 3
+    needs "${stats_dir}/.done" 4
+    settings=$(cat "${config}" "${tokens}" "${raw}/${train_set}/wav.scp" - <<<"${seed} $*" | cksum)
+    if [ -f "${dir}/checkpoint.pth" ] && [ "$(cat "${dir}/.settings")" != "${settings}" ]; then
+        echo "error: ${dir} holds a model of other options, configuration, tokens or data; choose another --expdir, or remove it" >&2
+        exit 1
+    fi
+    if [ -f "${dir}/.done" ]; then
+        log "the ${role} is trained, ${dir}"
+        return
+    fi
+    mkdir -p "${dir}"
+    echo "${settings}" >"${dir}/.settings"
+    train "${dir}" "${config}" train.log --seed "${seed}" "$@"
+    describe "${dir}" "${role}" "${seed}"
+    touch "${dir}/.done"
+}
+
 if running 5; then
-    [ -n "${teacher}" ] || needs "${stats_dir}/.done" 4
     if [ -n "${teacher}" ]; then
         log "stage 5: skipped, the teacher is ${teacher}"
-    elif done_with "${teacher_exp}" "${teacher_config}" "${seed}" "${teacher_args}"; then
-        log "stage 5: the teacher is trained, ${teacher_exp}"
     else
         log "stage 5: teacher training, log in ${teacher_exp}/train.log"
-        train "${teacher_exp}" "${teacher_config}" train.log --seed "${seed}" "${teacher_args_list[@]}"
-        describe "${teacher_exp}" teacher "${seed}"
-        mv "${teacher_exp}/.settings" "${teacher_exp}/.done"
+        train_once teacher "${teacher_exp}" "${teacher_config}" "${teacher_args_list[@]}"
     fi
 fi
 teacher=${teacher:-${teacher_exp}}
 
 if running 6; then
-    needs "${stats_dir}/.done" 4
-    if done_with "${plain_exp}" "${student_config}" "${seed}" "${train_args}"; then
-        log "stage 6: the plain student is trained, ${plain_exp}"
-    else
-        log "stage 6: student without KD, log in ${plain_exp}/train.log"
-        train "${plain_exp}" "${student_config}" train.log --seed "${seed}" "${train_args_list[@]}"
-        describe "${plain_exp}" plain "${seed}"
-        mv "${plain_exp}/.settings" "${plain_exp}/.done"
-    fi
+    log "stage 6: student without KD, log in ${plain_exp}/train.log"
+    train_once plain "${plain_exp}" "${student_config}" "${train_args_list[@]}"
 fi
 
 if running 7; then
