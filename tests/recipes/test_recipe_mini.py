@@ -73,7 +73,8 @@ def test_finished_stages_are_harmless(finished):
 
 
 def test_a_model_of_other_settings_is_refused(finished):
-    done = finished.run(*SMALL, "--stage", "6", "--stop_stage", "6", "--train_args", f"{TINY} --max_epoch 7", check=False)
+    other = ["--train_args", f"{TINY} --max_epoch 7"]
+    done = finished.run(*SMALL, "--stage", "6", "--stop_stage", "6", *other, check=False)
     assert done.returncode == 1 and "holds a model of other options" in done.stdout
 
 
