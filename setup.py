@@ -19,6 +19,7 @@ setup(
         "espnet>=202509,<202601",
         "torch>=2.4,<2.13",
         "torchaudio>=2.4,<2.12",  # espnet2.tasks.asr imports it, espnet does not ask for it
+        "flashlight-text>=0.0.7,<0.1",  # torchaudio's CTC beam search runs on it but does not ask for it
         "kaldiio",
         "sentencepiece",
         "pyyaml",

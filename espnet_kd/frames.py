@@ -7,10 +7,22 @@ unless said otherwise; frame shifts are in seconds.
 from __future__ import annotations
 
 import math
-from typing import Tuple
+from numbers import Integral, Real
+from typing import Any, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor
+
+#: Rules of :func:`select` and the options each takes. ``n``, ``theta`` and ``ratio`` must be given where they stand.
+SELECTIONS: Mapping[str, Tuple[str, ...]] = {
+    "all": (),
+    "elimination": ("log_prior", "prior_scale"),
+    "symmetric": ("n",),
+    "trim": (),
+    "threshold": ("theta",),
+    "random": ("ratio", "generator"),
+}
+_REQUIRED = ("n", "theta", "ratio")
 
 
 def valid(lengths: Tensor, num_frames: int) -> Tensor:
@@ -26,6 +38,132 @@ def nonblank(teacher_logits: Tensor, frames: Tensor, blank_id: int = 0) -> Tenso
         frames: (B, T) bool, usually ``valid(...)``.
     """
     return frames & (teacher_logits.argmax(-1) != blank_id)
+
+
+def check_rule(rule: str, options: Mapping[str, Any]) -> None:
+    """Check a rule of :func:`select` and its options, without any tensor of a batch.
+
+    Raises:
+        ValueError: unknown rule; unknown, missing or bad option; the message names the rule and the option.
+    """
+    if not isinstance(rule, str) or rule not in SELECTIONS:
+        raise ValueError(f"unknown frame selection {rule!r}; there are {', '.join(SELECTIONS)}")
+    known = SELECTIONS[rule]
+    for name in options:
+        if name not in known:
+            takes = f"takes {', '.join(known)}" if known else "takes no options"
+            raise ValueError(f"frame selection {rule}: unknown option {name!r}; it {takes}")
+    for name in known:
+        if name in _REQUIRED and name not in options:
+            raise ValueError(f"frame selection {rule}: {name} must be given")
+    for name, value in options.items():
+        good, what = _OPTIONS[name]
+        if not good(value):
+            raise ValueError(f"frame selection {rule}: {name} must be {what}, not {value!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+#: Option of ``select`` → whether a value will do, and what it must be.
+_OPTIONS = {
+    "n": (lambda v: isinstance(v, Integral) and _is_number(v) and v >= 0, "a whole number of frames, at least 0"),
+    "theta": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
+    "ratio": (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0"),
+    "prior_scale": (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0"),
+    # A token of prior 0 would win every frame.
+    "log_prior": (
+        lambda v: v is None or (isinstance(v, Tensor) and v.dim() == 1 and bool(v.isfinite().all())),
+        "a tensor (V,) of finite log-probabilities, or None",
+    ),
+    "generator": (lambda v: v is None or isinstance(v, torch.Generator), "a torch.Generator or None"),
+}
+
+
+@torch.no_grad()
+def select(teacher_logits: Tensor, lengths: Tensor, rule: str, *, blank_id: int = 0, **options: Any) -> Tensor:
+    """Choose the frames on which a student is distilled, by the teacher's blanks.
+
+    Args:
+        teacher_logits: (B, T, V), log-probabilities just as well; all rules look at temperature 1.
+        lengths: (B,) frames.
+        rule: one of
+
+            - ``all``: every valid frame;
+            - ``elimination``: NB, the valid frames whose argmax is not blank; with ``log_prior`` (V,) by the argmax of
+              log p − ``prior_scale`` · log_prior (default 0.5);
+            - ``symmetric``: NB and the ``n`` frames to the left and to the right of each;
+            - ``trim``: from the first to the last NB frame;
+            - ``threshold``: NB, and blank frames with p(blank) ≤ 1 − ``theta``;
+            - ``random``: NB, and per utterance round(``ratio`` · |NB|) blank frames (half to even; all of them where
+              there are fewer), drawn anew in each call, from ``generator`` (on any device) where given.
+        blank_id: index of blank.
+        options: those of the rule, see :data:`SELECTIONS`.
+
+    Returns:
+        (B, T) bool, True only inside ``lengths``; an utterance without NB frame keeps none under ``elimination``,
+        ``symmetric``, ``trim`` and ``random``.
+
+    Raises:
+        ValueError: as :func:`check_rule`; or ``log_prior`` has not V entries.
+
+    Source: Hilmes, Rossenbach, Schlüter, Interspeech 2025, arXiv 2506.01503 (the paper).
+    """
+    check_rule(rule, options)
+    inside = valid(lengths, teacher_logits.size(1))
+    if rule == "all":
+        return inside
+    if rule == "elimination":
+        return nonblank(_less_prior(teacher_logits, **options), inside, blank_id)
+    speech = nonblank(teacher_logits, inside, blank_id)
+    if rule == "symmetric":
+        return inside & _dilate(speech, options["n"])
+    if rule == "trim":
+        return (speech.cumsum(1) > 0) & (speech.flip(1).cumsum(1).flip(1) > 0)
+    if rule == "threshold":
+        logits = _full(teacher_logits)
+        p_blank = (logits[..., blank_id] - logits.logsumexp(-1)).exp()
+        return speech | (inside & (p_blank <= 1 - options["theta"]))
+    return speech | _draw(inside & ~speech, speech.sum(1), **options)
+
+
+def _full(logits: Tensor) -> Tensor:
+    """float32 or better."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+def _less_prior(logits: Tensor, log_prior: Optional[Tensor] = None, prior_scale: float = 0.5) -> Tensor:
+    if log_prior is None:
+        return logits
+    if len(log_prior) != logits.size(-1):
+        raise ValueError(
+            f"frame selection elimination: log_prior has {len(log_prior)} entries, the teacher {logits.size(-1)} tokens"
+        )
+    # The argmax needs no normalisation of the posterior.
+    return _full(logits) - prior_scale * _full(log_prior.to(logits.device))
+
+
+def _dilate(mask: Tensor, n: int) -> Tensor:
+    """``mask`` (B, T) widened by ``n`` frames to both sides, each row by itself."""
+    num = mask.size(1)
+    n = min(n, num)
+    before = torch.nn.functional.pad(mask.cumsum(1), (1, 0))  # (B, T + 1): how many are set in [0, t)
+    t = torch.arange(num, device=mask.device)
+    return before[:, (t + n + 1).clamp(max=num)] > before[:, (t - n).clamp(min=0)]
+
+
+def _draw(
+    candidates: Tensor, speech_frames: Tensor, ratio: float, generator: Optional[torch.Generator] = None
+) -> Tensor:
+    """Of each row of ``candidates`` (B, T) round(ratio · speech_frames) at random, or all."""
+    device = candidates.device
+    where = device if generator is None else generator.device
+    scores = torch.rand(candidates.shape, generator=generator, device=where).to(device)
+    rank = scores.masked_fill(~candidates, torch.inf).argsort(1).argsort(1)
+    # float64, so that the product rounds as Python's would.
+    quota = (speech_frames.double() * ratio).round()
+    return candidates & (rank < quota[:, None])
 
 
 def nearest_multiple(shift: float, other: float) -> float:

@@ -24,13 +24,12 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
 import torch
 
 from espnet_kd.cli import UserError, run
-from espnet_kd.distill.checkpoints import CHECKPOINT, mend, read_checkpoint
+from espnet_kd.distill.checkpoints import CHECKPOINT, RECORD, mend, read_checkpoint
 from espnet_kd.distill.page import KDStage, Page, list_pages, load_page
 from espnet_kd.files import replacing
 from espnet_kd.targets.experiment import find_experiment, load_state, student_only
 
 STUDENT = "student.pth"
-RECORD = "kd_stage.json"
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -148,9 +147,10 @@ def _train_stage(
         "kd_stage": stage.number,
         "epochs": epochs,
         "objectives": [{"objective": o.name, "weight": str(o.weight), **o.conf} for o in stage.objectives],
-        "ctc": {"weight": stage.ctc_weight, "per": stage.ctc_per},
+        "ctc": {"weight": str(stage.ctc_weight), "per": stage.ctc_per},
         "seed": args.seed,
-        "teacher": args.teacher,
+        "teacher": args.teacher if page.teacher == "required" else [],
+        "teacher_weights": page.teacher_weights,
         "student": fingerprint(args),
         "pool": page.pool,
         "init_from": page.init_from,

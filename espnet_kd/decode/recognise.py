@@ -9,10 +9,11 @@ from __future__ import annotations
 import argparse
 import logging
 import time
+from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
 import soundfile
@@ -26,6 +27,7 @@ from espnet_kd.decode.padding import make_batch_exact
 from espnet_kd.targets.online import sampling_rate
 
 BLANK_ID = 0  # ESPnet's CTC: the first token of every token list
+Found = TypeVar("Found")
 
 
 @dataclass
@@ -126,6 +128,45 @@ class Recogniser:
         return samples.astype(np.float32, copy=False)
 
 
+class NbestRecogniser(Recogniser):
+    """A recogniser that gives each utterance its N-best instead, as `espnet_kd.targets.nbest` writes them."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        args: argparse.Namespace,
+        config_dir: Union[str, Path] = ".",
+        *,
+        nbest: int,
+        beam_size: int,
+        beam_size_token: Optional[int] = None,
+    ):
+        """Take what `Recogniser` takes, and the options of `espnet_kd.decode.beam.ctc_nbest`."""
+        super().__init__(model, args, config_dir)
+        self._options = {"nbest": nbest, "beam_size": beam_size, "beam_size_token": beam_size_token}
+        self._where = config_dir
+
+    def __call__(self, speech: Sequence[np.ndarray]) -> List[List[Tuple[float, array]]]:
+        """Search utterances, each (N_i,) float samples at ``rate`` Hz, as one batch.
+
+        Returns:
+            For each utterance (log-probability in nats, token ids) of up to ``nbest`` hypotheses, best first.
+
+        Raises:
+            UserError: the model gives NaN.
+        """
+        from espnet_kd.decode.beam import ctc_nbest  # only here: greedy decoding does without its libraries
+
+        logits, frames = self.logits(speech)
+        log_probs = logits.float().log_softmax(dim=-1)
+        try:
+            found = ctc_nbest(log_probs, frames, blank_id=BLANK_ID, drop=self._no_text, **self._options)
+        except FloatingPointError as e:
+            raise UserError(f"the model of {self._where}: {e}; it has diverged, or its file is damaged") from e
+        # Arrays, since the hypotheses of the whole corpus are held at once.
+        return [[(score, array("i", ids)) for ids, score in hypotheses] for hypotheses in found]
+
+
 def build_detokeniser(args: argparse.Namespace, config_dir: Union[str, Path]) -> Callable[[List[str]], str]:
     """Function from tokens to text for the token type of a configuration.
 
@@ -206,26 +247,27 @@ def make_batches(utterances: Sequence[Utterance], batch_seconds: float) -> List[
 
 
 def recognise(
-    recogniser: Callable[[Sequence[np.ndarray]], List[Hypothesis]],
+    recogniser: Callable[[Sequence[np.ndarray]], List[Found]],
     utterances: Sequence[Utterance],
     batch_seconds: float = 120.0,
     nj: int = 1,
     progress: bool = True,
-) -> Tuple[Dict[str, Hypothesis], Timing]:
+) -> Tuple[Dict[str, Found], Timing]:
     """Decode utterances in batches.
 
     Args:
-        recogniser: maps a batch of samples to hypotheses, usually a `Recogniser`; called from ``nj`` threads.
+        recogniser: maps a batch of samples to what is found in each, usually a `Recogniser` or `NbestRecogniser`;
+            called from ``nj`` threads.
         utterances: in the order wanted in the result.
         batch_seconds: audio in a batch, padding included; a longer utterance is a batch of its own.
         nj: batches decoded at the same time (threads: torch releases Python's lock).
         progress: show a bar.
 
     Returns:
-        Hypotheses by utterance id, and the times: decoding and reading are measured apart.
+        What was found by utterance id, and the times: decoding and reading are measured apart.
     """
     batches, timing = make_batches(utterances, batch_seconds), Timing()
-    found: Dict[str, Hypothesis] = {}
+    found: Dict[str, Found] = {}
     with (
         tqdm(total=len(utterances), unit="utt", desc="decoding", disable=not progress) as bar,
         ThreadPoolExecutor(nj) as pool,

@@ -16,6 +16,7 @@ from espnet_kd.files import replacing
 
 CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "checkpoint.prev.pth"
+RECORD = "kd_stage.json"  #: what a KD stage was trained with, and whether it is finished
 
 
 def keep_previous(output_dir: Path) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Optional, Union
+from typing import Any, Dict, Optional, Tuple, Union
 
 import torch
 import yaml
 
 from espnet_kd.cli import UserError
+from espnet_kd.distill.checkpoints import RECORD
+from espnet_kd.distill.page import objective_class
 from espnet_kd.targets.experiment import find_experiment, load_model, load_state, read_config, student_only
 
 #: Options that the task adds to ESPnet's; an exported config.yaml has none of them.
-KD_OPTIONS = ("teacher", "kd_config", "kd_stage", "kd_stages", "teacher_memory", "augmented_teacher")
+KD_OPTIONS = ("teacher", "kd_config", "kd_stage", "kd_stages", "teacher_memory", "augmented_teacher", "nbest")
 
 
 def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> Path:
@@ -28,7 +31,7 @@ def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> P
     """
     config_file, model_file = find_experiment(experiment)
     out = output_dir or config_file.parent / "export"
-    config = {k: v for k, v in read_config(config_file).items() if k not in KD_OPTIONS}
+    config, state = plain_student(config_file, load_state(model_file))
     # What only training needed, and what must not be looked for where the model is used.
     config.update(output_dir=str(out), init_param=[], resume=False)
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -41,7 +44,7 @@ def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> P
             config["normalize_conf"]["stats_file"] = _bring(stats, part, "feats_stats.npz", out)
         if config.get("bpemodel"):
             config["bpemodel"] = _bring(config["bpemodel"], part, "bpe.model", out)
-        torch.save(student_only(load_state(model_file)), part / "model.pth")
+        torch.save(state, part / "model.pth")
         (part / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
         _replace(part, out)
     except BaseException:
@@ -49,6 +52,28 @@ def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> P
         raise
     load_model(out / "config.yaml", out / "model.pth")
     return out
+
+
+def plain_student(
+    config_file: Path, state: Dict[str, torch.Tensor]
+) -> Tuple[Dict[str, Any], Dict[str, torch.Tensor]]:
+    """Configuration and parameters without what distillation added, as the KD stage's objectives have it.
+
+    Raises:
+        UserError: a damaged record of the KD stage, or an objective of it that cannot be imported.
+    """
+    config = {k: v for k, v in read_config(config_file).items() if k not in KD_OPTIONS}
+    record = config_file.parent / RECORD
+    if record.is_file():
+        try:
+            objectives = json.loads(record.read_text(encoding="utf-8"))["objectives"]
+        except (OSError, ValueError, KeyError, TypeError) as e:
+            raise UserError(f"{record} is damaged: {e}") from e
+        for spec in objectives:
+            options = {k: v for k, v in spec.items() if k not in ("objective", "weight")}
+            name = spec["objective"]
+            config, state = objective_class(name, str(record)).export(name.rsplit(".", 1)[-1], options, config, state)
+    return config, student_only(state)
 
 
 def _bring(source: str, part: Path, name: str, out: Path) -> str:

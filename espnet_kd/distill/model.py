@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Callable, Dict, List, Optional, Tuple
+import contextlib
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -12,12 +13,13 @@ from torch import Tensor
 
 from espnet_kd import frames as fr
 from espnet_kd.cli import UserError
+from espnet_kd.distill.checks import check_objective, check_pair, check_rates
 from espnet_kd.distill.objectives import Batch, Objective, lay_on
 from espnet_kd.distill.page import KDStage, ObjectiveSpec, Page
-from espnet_kd.distill.schedule import Progress
+from espnet_kd.distill.schedule import Progress, weight_at
 from espnet_kd.losses.common import full_precision
-from espnet_kd.targets.encode import EncoderOutputs, check_taps, encode, measure_frame_shift, probe
-from espnet_kd.targets.online import OnlineTeacher
+from espnet_kd.targets.encode import EncoderOutputs, depth_of, encode, measure_frame_shift, recording_decoder
+from espnet_kd.targets.teacher import Teacher
 
 
 class ESPnetASRKDModel(ESPnetASRModel):
@@ -33,14 +35,15 @@ class ESPnetASRKDModel(ESPnetASRModel):
         student: ESPnetASRModel,
         page: Page,
         kd_stage: int,
-        teacher: Optional[OnlineTeacher],
+        teacher: Optional[Teacher],
         progress: Progress,
         sampling_rate: float,
+        nbest: Optional[Mapping[str, List[Tuple[float, Sequence[int]]]]] = None,
     ) -> ESPnetASRKDModel:
         """Turn the student that ESPnet built into the KD model of one KD stage.
 
-        ``sampling_rate`` (Hz) is what the student's frontend expects. All KD stages of the page are checked, so that a
-        mistake in the third shows before the first has trained.
+        ``sampling_rate`` (Hz) is what the student's frontend expects, ``nbest`` the teacher's N-best by utterance. All
+        KD stages of the page are checked, so that a mistake in the third shows before the first has trained.
 
         Raises:
             UserError: student, teacher and page don't fit.
@@ -56,14 +59,14 @@ class ESPnetASRKDModel(ESPnetASRModel):
         if teacher is not None:
             check_pair(student, teacher, sampling_rate)
 
-        for stage in page.stages:
+        for k, stage in enumerate(page.stages, 1):
             for spec in stage.objectives:
                 objective = spec.make()
-                if teacher is None and objective.needs_teacher:
-                    raise UserError(f"{page.path}: {spec.name} needs a teacher, but the page says teacher: none")
-                check_taps(student.encoder, objective.student_taps, "student")
-                if teacher is not None:
-                    teacher.check_taps(objective.teacher_taps)
+                try:
+                    objective.place(depth_of(student.encoder))
+                    check_objective(objective, spec.name, student, teacher, nbest is not None)
+                except UserError as e:
+                    raise UserError(f"{page.path}: KD stage {k}: {spec.name}: {e}") from e
 
         model = cls.__new__(cls)
         model.__dict__ = student.__dict__  # parameters, buffers and modules, under their own names
@@ -73,9 +76,14 @@ class ESPnetASRKDModel(ESPnetASRModel):
         model.pool = page.pool
         model.teacher = teacher
         model.frame_shift = measure_frame_shift(student, sampling_rate)
+        model.nbest = nbest
         model.objectives = [(spec, spec.make()) for spec in stage.objectives]
         if teacher is not None:
             check_rates(student, model.frame_shift, teacher, sampling_rate)
+        for _, objective in model.objectives:
+            objective.place(depth_of(student.encoder))
+            # A resume and the student of the KD stage before are loaded over it later.
+            objective.init_student(student, teacher)
         heads = {spec.key: objective.build(student, teacher) for spec, objective in model.objectives}
         heads = {k: h for k, h in heads.items() if h is not None}
         if heads:
@@ -86,9 +94,10 @@ class ESPnetASRKDModel(ESPnetASRModel):
     kd_stage: KDStage
     progress: Progress
     pool: str
-    teacher: Optional[OnlineTeacher]
+    teacher: Optional[Teacher]
     frame_shift: float  #: seconds
     objectives: List[Tuple[ObjectiveSpec, Objective]]
+    nbest: Optional[Mapping[str, List[Tuple[float, Sequence[int]]]]]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ESPnetASRKDModel:
         if self.teacher is not None:
@@ -107,56 +116,115 @@ class ESPnetASRKDModel(ESPnetASRModel):
 
         Args:
             speech: (B, samples) · speech_lengths: (B,)
-            text: (B, L) · text_lengths: (B,); both absent in training without labels
+            text: (B, L) · text_lengths: (B,), 0 where an utterance is not transcribed; both absent in training
+                without labels
             kwargs: ``utt_id``, and auxiliary labels of InterCTC
 
         Returns:
             loss, statistics, batch size, as ESPnet's trainer wants them
 
-        The loss is ctc_weight · (w_ctc · CTC + Σ weight · objective) + (1 − ctc_weight) · w_att · attention; without
-        objectives and with weights 1 it is ESPnetASRModel's.
+        The loss is ctc_weight · (w_ctc · CTC + Σ weight · objective) + (1 − ctc_weight) · (w_att · attention + Σ weight
+        · objective of the decoder); without objectives and with weights 1 it is ESPnetASRModel's.
         """
+        batch_size = speech.size(0)
         if text is not None:
             text[text == -1] = self.ignore_id
             text = text[:, : text_lengths.max()]
+        # SpecAugment draws anew for every row, so that rows said twice are two views. None in validation.
+        views = max((o.views for _, o in self.objectives), default=1) if self.training else 1
+        speech, speech_lengths, text, text_lengths, kwargs = _repeat(
+            views, (speech, speech_lengths, text, text_lengths, kwargs)
+        )
+
         taps = [t for _, o in self.objectives for t in o.student_taps]
         out, lengths, intermediate, hidden = encode(self, speech, speech_lengths, taps)
         log_probs = self._log_probs(out)
+        student = EncoderOutputs(log_probs, lengths, self.frame_shift, hidden)
+        batch = Batch(
+            kwargs.get("utt_id", ()), text, text_lengths, self._hypotheses(kwargs.get("utt_id", ())), views,
+            ctc=lambda *args: self._ctc(*args if len(args) > 2 else (*args, text, text_lengths)),
+            ctc_head=self._log_probs,
+        )  # fmt: skip
         stats: Dict[str, Optional[Tensor]] = {}
-
         loss = log_probs.new_zeros(())
         if text is not None:
             loss = loss + self.ctc_weight * self._ctc_branch(
                 out, log_probs, lengths, intermediate, text, text_lengths, stats, kwargs
             )
+        if self.ctc_weight < 1.0:
+            loss = loss + (1 - self.ctc_weight) * self._attention_branch(out, student, text, text_lengths, taps, stats)
         if self.objectives:
-            student = EncoderOutputs(log_probs, lengths, self.frame_shift, hidden)
-            batch = Batch(kwargs.get("utt_id", ()), text, text_lengths)
-            loss = loss + self.ctc_weight * self._objectives(student, speech, speech_lengths, batch, stats)
-        if self.ctc_weight < 1.0 and self.kd_stage.attention_weight:
-            if text is None:
-                raise UserError("the attention decoder needs text; set attention: {weight: 0} or ctc_weight: 1.0")
-            loss_att, stats["acc"], stats["cer"], stats["wer"] = self._calc_att_loss(out, lengths, text, text_lengths)
-            stats["loss_att"] = loss_att.detach()
-            loss = loss + (1 - self.ctc_weight) * self.kd_stage.attention_weight * loss_att
+            loss = loss + self._objectives(student, speech, speech_lengths, batch, stats)
 
         stats["loss"] = loss.detach()
-        return force_gatherable((loss, stats, speech.size(0)), loss.device)
+        return force_gatherable((loss, stats, batch_size), loss.device)
+
+    def _hypotheses(self, utt_ids: Sequence[str]) -> Optional[List[List[Tuple[float, Sequence[int]]]]]:
+        """The N-best of a batch."""
+        if self.nbest is None:
+            return None
+        try:
+            return [self.nbest[utt_id] for utt_id in utt_ids]
+        except KeyError as e:
+            raise UserError(f"utterance {e} is not in the N-best file; make it anew for this data (stage 7)") from e
+
+    def _attention_branch(
+        self,
+        out: Tensor,
+        student: EncoderOutputs,
+        text: Optional[Tensor],
+        text_lengths: Optional[Tensor],
+        taps: Sequence[str],
+        stats: Dict[str, Optional[Tensor]],
+    ) -> Tensor:
+        """Weighted attention loss of the transcribed utterances; the decoder's outputs where a tap asks for them."""
+        weight = weight_at(self.kd_stage.attention_weight, self.progress)
+        loss = out.new_zeros(())
+        if not weight and "decoder" not in taps:
+            return loss
+        if text is None:
+            raise UserError("the attention decoder needs text; set attention: {weight: 0} or ctc_weight: 1.0")
+        rows = text_lengths > 0
+        stats.update(acc=None, cer=None, wer=None, loss_att=loss)
+        if not rows.any():
+            return loss
+        with recording_decoder(self) if "decoder" in taps else contextlib.nullcontext([None]) as outputs:
+            loss, stats["acc"], stats["cer"], stats["wer"] = self._calc_att_loss(
+                out[rows], student.lengths[rows], text[rows], text_lengths[rows]
+            )
+        student.decoder = outputs[0]
+        loss = loss * (rows.sum() / len(rows))  # ESPnet averages over its rows
+        stats["loss_att"] = loss.detach()
+        return weight * loss if weight else torch.zeros_like(loss)
 
     def _log_probs(self, out: Tensor) -> Tensor:
         """(B, T, V), once for CTC and every objective; dropout as in ESPnet's CTC, which has it in eval too."""
         return full_precision(self.ctc.ctc_lo(F.dropout(out, p=self.ctc.dropout_rate))).log_softmax(-1)
 
-    def _ctc(self, log_probs: Tensor, lengths: Tensor, text: Tensor, text_lengths: Tensor, per: str) -> Tensor:
-        """ESPnet's CTC (sum over the utterance, averaged over the batch), or that per label."""
+    def _ctc(
+        self, log_probs: Tensor, lengths: Tensor, text: Tensor, text_lengths: Tensor, weights: Optional[Tensor] = None
+    ) -> Tensor:
+        """ESPnet's CTC (sum over the utterance, averaged over the batch), or that per label, as the page says.
+
+        ``weights`` (B,) of the utterances; by default 1, or 0 where there are no labels.
+        """
+        per_label = self.kd_stage.ctc_per == "label"
+        if weights is None and not text_lengths.all():
+            weights = (text_lengths > 0).to(log_probs.dtype)
         labels = torch.cat([t[:n] for t, n in zip(text, text_lengths)])
         by_time = log_probs.transpose(0, 1)
         if self.ctc.ctc_type != "builtin":
-            if per == "label":
-                raise UserError(f"ctc: per: label needs ctc_type builtin, not {self.ctc.ctc_type}")
+            if per_label or weights is not None:
+                raise UserError(
+                    f"ctc_type {self.ctc.ctc_type} gives no loss of single utterances, which ctc: per: label, N-best "
+                    "and untranscribed audio need; use ctc_type: builtin"
+                )
             return self.ctc.loss_fn(by_time, labels, lengths, text_lengths)
         each = self.ctc.ctc_loss(by_time, labels, lengths, text_lengths)
-        return (each / text_lengths.clamp(min=1)).mean() if per == "label" else each.mean()
+        if per_label:
+            each = each / text_lengths.clamp(min=1)
+        # where, not a product: 0 · ∞ would be NaN
+        return each.mean() if weights is None else torch.where(weights > 0, each, 0.0).mul(weights).mean()
 
     def _ctc_branch(
         self,
@@ -170,9 +238,9 @@ class ESPnetASRKDModel(ESPnetASRModel):
         batch: Dict[str, Any],
     ) -> Tensor:
         """Weighted CTC and InterCTC; with weight 0 CTC is computed for the statistics alone."""
-        weight, per = self.kd_stage.ctc_weight, self.kd_stage.ctc_per
+        weight = weight_at(self.kd_stage.ctc_weight, self.progress)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
-            loss = self._ctc(log_probs, lengths, text, text_lengths, per)
+            loss = self._ctc(log_probs, lengths, text, text_lengths)
             stats["loss_ctc"] = loss.detach()
             stats["cer_ctc"] = None
             if not self.training and self.error_calculator is not None:
@@ -183,7 +251,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
                 inner = []
                 for layer, x in intermediate:
                     aux, aux_lengths = self._aux_labels(layer, batch, text, text_lengths)
-                    inner.append(self._ctc(self._log_probs(x), lengths, aux, aux_lengths, per))
+                    inner.append(self._ctc(self._log_probs(x), lengths, aux, aux_lengths))
                     stats[f"loss_interctc_layer{layer}"] = inner[-1].detach()
                 loss = (1 - self.interctc_weight) * loss + self.interctc_weight * sum(inner) / len(inner)
         return weight * loss if weight else torch.zeros_like(loss)  # 0 · ∞ would be NaN
@@ -210,21 +278,36 @@ class ESPnetASRKDModel(ESPnetASRModel):
         target = None
         if self.teacher is not None:
             taps = [t for _, o in self.objectives for t in o.teacher_taps]
-            target = self.teacher.targets(batch.utt_ids, speech, speech_lengths, taps)
+            target = self.teacher.targets(batch.utt_ids, speech, speech_lengths, taps, batch.text, batch.text_lengths)
             try:
                 target = lay_on(student, target, self.pool)
             except ValueError as e:
                 raise UserError(f"{e}, in the batch of {', '.join(batch.utt_ids)}") from e
             stats.update(_agreement(student, target))
-        total = student.logits.new_zeros(())
+        total = pulled = student.logits.new_zeros(())
+        branches = {"ctc": self.ctc_weight, "attention": 1 - self.ctc_weight}
         for spec, objective in self.objectives:
             value, extra = objective(student, target, batch, self.progress)
-            weight = spec.weight if isinstance(spec.weight, float) else spec.weight(self.progress)
-            total = total + weight * value
+            weighted = weight_at(spec.weight, self.progress) * value
+            total = total + branches[objective.branch] * weighted
+            pulled = pulled + weighted.detach()
             stats[f"loss_{spec.key}"] = value.detach()
             stats.update(extra)
-        stats["loss_kd"] = total.detach()
+        stats["loss_kd"] = pulled
         return total
+
+
+def _repeat(times: int, x: Any) -> Any:
+    """Everything in ``x`` that has a row per utterance, ``times`` times over, the whole batch after the whole batch."""
+    if times == 1:
+        return x
+    if isinstance(x, Tensor):
+        return x.repeat(times, *[1] * (x.dim() - 1))
+    if isinstance(x, tuple):
+        return tuple(_repeat(times, y) for y in x)
+    if isinstance(x, dict):
+        return {k: _repeat(times, v) for k, v in x.items()}
+    return x * times if isinstance(x, list) else x
 
 
 def _agreement(student: EncoderOutputs, target: EncoderOutputs) -> Dict[str, Tensor]:
@@ -236,42 +319,3 @@ def _agreement(student: EncoderOutputs, target: EncoderOutputs) -> Dict[str, Ten
         "nonblank_share": ((best != 0) & valid).sum() / count,
         "agreement": ((best == student.logits.argmax(-1)) & valid).sum() / count,
     }
-
-
-def check_rates(student: ESPnetASRModel, frame_shift: float, teacher: OnlineTeacher, rate: float) -> None:
-    """Refuse a teacher whose frames cannot be laid beside the student's: tried on a test signal.
-
-    Raises:
-        UserError: naming lengths and frame shifts of both.
-    """
-    speech, lengths, frames = probe(student, rate, seconds=3.0)
-    logits = speech.new_zeros(1, frames, 1)
-    try:
-        lay_on(
-            EncoderOutputs(logits, torch.tensor([frames], device=speech.device), frame_shift),
-            teacher.targets((), speech, lengths),
-            pool="least_blank",
-        )
-    except ValueError as e:
-        raise UserError(f"teacher {teacher.name}: {e}") from e
-
-
-def check_pair(student: ESPnetASRModel, teacher: OnlineTeacher, rate: float) -> None:
-    """Refuse a teacher whose tokens or sampling rate are not the student's.
-
-    Raises:
-        UserError: naming the tokens or the rates that differ.
-    """
-    if rate != teacher.sampling_rate:
-        raise UserError(f"the student hears {rate:g} Hz, the teacher {teacher.name} {teacher.sampling_rate:g} Hz")
-    mine, theirs = list(student.token_list), teacher.token_list
-    if mine == theirs:
-        return
-    only_mine = [t for t in mine if t not in set(theirs)][:5]
-    only_theirs = [t for t in theirs if t not in set(mine)][:5]
-    moved = [f"{t!r} is {i} / {theirs.index(t)}" for i, t in enumerate(mine) if t in theirs and theirs.index(t) != i]
-    raise UserError(
-        f"the token lists differ: student {len(mine)} tokens, teacher {teacher.name} {len(theirs)}; "
-        f"only the student has {only_mine}, only the teacher {only_theirs}, moved {moved[:3]}. "
-        "Train the student with the teacher's token list (and BPE model)"
-    )

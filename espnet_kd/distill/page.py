@@ -7,13 +7,13 @@ import importlib
 import inspect
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Union
+from typing import Any, Callable, Dict, List, Mapping, Sequence
 
 import yaml
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives import OBJECTIVES, Objective
-from espnet_kd.distill.schedule import Ramp
+from espnet_kd.distill.schedule import Ramp, Weight
 
 METHODS_DIR = Path(__file__).resolve().parent.parent / "conf" / "methods"
 
@@ -23,7 +23,7 @@ class ObjectiveSpec:
     """One entry of a KD stage's ``objectives``."""
 
     name: str
-    weight: Union[float, Ramp]
+    weight: Weight
     conf: Dict[str, Any]
     make: Callable[[], Objective]
 
@@ -40,11 +40,21 @@ class KDStage:
     number: int  #: from 1
     name: str
     share: float  #: of the student's max_epoch
-    ctc_weight: float
+    ctc_weight: Weight
     ctc_per: str
-    attention_weight: float
+    attention_weight: Weight
     objectives: List[ObjectiveSpec]
     train: Dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def needs_text(self) -> bool:
+        """Whether it trains with transcripts."""
+        return self.ctc_weight != 0.0 or any(o.make().needs_text for o in self.objectives)
+
+    @property
+    def nbest(self) -> int:
+        """Hypotheses per utterance of the teacher's N-best that it reads."""
+        return max((o.make().nbest for o in self.objectives), default=0)
 
 
 @dataclass
@@ -56,6 +66,7 @@ class Page:
     teacher: str  #: required | none
     pool: str
     init_from: str  #: last | best epoch of the KD stage before
+    teacher_weights: List[float]  #: of several teachers; empty: equal
     stages: List[KDStage]
 
     def epochs(self, max_epoch: int, chosen: Sequence[int]) -> Dict[int, int]:
@@ -101,7 +112,7 @@ _NUMBER = (int, float)
 
 def _page(path: Path, content: Any) -> Page:
     where = str(path)
-    top = _mapping(content, where, ["teacher", "pool", "init_from", "ctc", "attention", "stages"])
+    top = _mapping(content, where, ["teacher", "teacher_weights", "pool", "init_from", "ctc", "attention", "stages"])
     if not isinstance(top.get("stages"), list) or not top["stages"]:
         raise UserError(f"{where}: stages must be a list of at least one KD stage")
     page = Page(
@@ -110,10 +121,14 @@ def _page(path: Path, content: Any) -> Page:
         teacher=_choice(top, "teacher", ["required", "none"], "required", where),
         pool=_choice(top, "pool", ["least_blank", "mean"], "least_blank", where),
         init_from=_choice(top, "init_from", ["last", "best"], "last", where),
+        teacher_weights=_typed(top, "teacher_weights", list, [], where),
         stages=[
             _stage(n, stage, top, f"{where}: stages[{n - 1}]") for n, stage in enumerate(top["stages"], 1)
         ],
     )
+    for weight in page.teacher_weights:
+        if isinstance(weight, bool) or not isinstance(weight, _NUMBER) or weight <= 0:
+            raise UserError(f"{where}: teacher_weights must be numbers above 0, not {page.teacher_weights}")
     total = sum(s.share for s in page.stages)
     if abs(total - 1) > 1e-6:
         raise UserError(f"{where}: the shares of the KD stages add up to {total:g}, not 1")
@@ -127,7 +142,7 @@ def _stage(number: int, content: Any, top: Mapping[str, Any], where: str) -> KDS
     objectives = stage.get("objectives", [])
     if not isinstance(objectives, list):
         raise UserError(f"{where}.objectives must be a list")
-    ctc_weight = _typed(ctc, "weight", _NUMBER, 1.0, f"{where}.ctc")
+    ctc_weight = _weight(ctc.get("weight", 1.0), f"{where}.ctc.weight")
     result = KDStage(
         number=number,
         name=_typed(stage, "name", str, f"stage{number}", where),
@@ -135,7 +150,7 @@ def _stage(number: int, content: Any, top: Mapping[str, Any], where: str) -> KDS
         ctc_weight=ctc_weight,
         ctc_per=_choice(ctc, "per", ["utterance", "label"], "utterance", f"{where}.ctc"),
         # A hybrid student's attention branch uses the labels as CTC does: off with it unless said otherwise.
-        attention_weight=_typed(attention, "weight", _NUMBER, ctc_weight, f"{where}.attention"),
+        attention_weight=_weight(attention["weight"], f"{where}.attention.weight") if attention else ctc_weight,
         objectives=[_objective(o, f"{where}.objectives[{i}]") for i, o in enumerate(objectives)],
         train=_mapping(stage.get("train", {}), f"{where}.train", None),
     )
@@ -195,15 +210,16 @@ def objective_class(name: str, where: str) -> type:
     return cls
 
 
-def _weight(value: Any, where: str) -> Union[float, Ramp]:
+def _weight(value: Any, where: str) -> Weight:
     if isinstance(value, _NUMBER) and not isinstance(value, bool):
         return float(value)
-    keys = ["start", "end", "begin", "until"]
-    ramp = _mapping(value, where, keys)
-    numbers = {k: float(_typed(ramp, k, _NUMBER, 0.0, where)) for k in ramp}
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where} must be a number, or a ramp {{start: …, end: …}}, not {value!r}")
+    ramp = _mapping(value, where, ["start", "end", "begin", "until", "by"])
+    numbers = {k: float(_typed(ramp, k, _NUMBER, 0.0, where)) for k in ramp if k != "by"}
     if not {"start", "end"} <= set(numbers):
         raise UserError(f"{where}: a ramp needs start and end (and may have begin and until, shares of the KD stage)")
-    result = Ramp(**numbers)
+    result = Ramp(**numbers, by=_choice(ramp, "by", ["step", "epoch"], "step", where))
     if not 0 <= result.begin < result.until <= 1:
         raise UserError(f"{where}: needs 0 <= begin < until <= 1, got {result.begin:g} and {result.until:g}")
     return result

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Iterator, Optional
+from typing import Callable, Iterator, Optional, Union
 
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 
@@ -15,30 +15,45 @@ class Progress:
     epoch: int = 1
     max_epoch: int = 1
     step: int = 0  #: of this epoch, from 0
-    steps_per_epoch: Optional[int] = None  #: known after the first epoch of a process
+    steps_per_epoch: Optional[int] = None  #: where the iterator factory tells; else known after the first epoch
 
     @property
     def fraction(self) -> float:
-        """Share of the KD stage that is done, 0…1; moves once an epoch until an epoch's length is known."""
+        """Share of the KD stage that is done, 0…1."""
         within = min(self.step / self.steps_per_epoch, 1.0) if self.steps_per_epoch else 0.0
         return min((self.epoch - 1 + within) / max(self.max_epoch, 1), 1.0)
+
+    @property
+    def epoch_fraction(self) -> float:
+        """The same, moving once an epoch."""
+        return min((self.epoch - 1) / max(self.max_epoch, 1), 1.0)
 
 
 @dataclass
 class Ramp:
-    """A weight that moves linearly from ``start`` to ``end`` between two fractions of the KD stage."""
+    """A weight that moves linearly from ``start`` to ``end`` between two shares of the KD stage, by step or epoch."""
 
     start: float
     end: float
     begin: float = 0.0
     until: float = 1.0
+    by: str = "step"
 
     def __call__(self, progress: Progress) -> float:
         """The weight at ``progress``."""
-        if progress.fraction >= self.until:
+        fraction = progress.fraction if self.by == "step" else progress.epoch_fraction
+        if fraction >= self.until:
             return self.end
-        done = max(progress.fraction - self.begin, 0.0) / (self.until - self.begin)
+        done = max(fraction - self.begin, 0.0) / (self.until - self.begin)
         return self.start + (self.end - self.start) * done
+
+
+Weight = Union[float, Ramp]
+
+
+def weight_at(weight: Weight, progress: Progress) -> float:
+    """A constant weight, or where a ramp stands."""
+    return weight(progress) if isinstance(weight, Ramp) else weight
 
 
 class EpochHooks(AbsIterFactory):
@@ -57,6 +72,9 @@ class EpochHooks(AbsIterFactory):
         """The wrapped factory's batches, counted."""
         self.at_epoch(epoch)
         self.progress.epoch, self.progress.step = epoch, 0
+        # Known beforehand, a ramp goes on after a resume as if it had not been interrupted.
+        steps = getattr(self.factory, "num_iters_per_epoch", None) or len(getattr(self.factory, "sampler", ()))
+        self.progress.steps_per_epoch = steps or self.progress.steps_per_epoch
         return self._count(self.factory.build_iter(epoch, shuffle))
 
     def _count(self, batches: Iterator) -> Iterator:

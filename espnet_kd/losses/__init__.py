@@ -1,12 +1,34 @@
 """Distillation losses: pure functions of tensors.
 
-All are called ``f(student_logits, teacher_logits, lengths, *, blank_id, temperature, frames, …) → scalar`` with logits
-or log-probabilities (B, T, V), lengths (B,) and, in place of the valid frames, ``frames`` (B, T) bool. They sum over
-V, average over the frames that count, send no gradient to the teacher, compute in float32 or better, and give 0 with a
-gradient path when no frame counts. None multiplies by τ².
+Those of posteriors are called ``f(student_logits, teacher_logits, lengths, *, blank_id, temperature, frames, …) →
+scalar`` with logits or log-probabilities (B, T, V); those of hidden representations take (B, T, D) instead and no
+temperature. ``lengths`` is (B,); ``frames`` (B, T) bool stands in place of the valid frames. All sum over V (mean over
+D), average over the frames that count, send no gradient to the teacher (``consistency`` has two students and none),
+compute in float32 or better, and give 0 with a gradient path when no frame counts. None multiplies by τ².
+
+``nonblank_mass`` and ``activation_energy`` are frame weights (B, T) for ``weighted_representation``.
 """
 
-from espnet_kd.losses.divergence import kl
-from espnet_kd.losses.factorized import blank_kl, factorized_kl, factorized_representation
+from espnet_kd.losses.divergence import consistency, delayed_kl, kl, softmax_l2
+from espnet_kd.losses.factorized import blank_kl, factorized_kl
+from espnet_kd.losses.guided import guided_ctc
+from espnet_kd.losses.representation import (
+    activation_energy,
+    factorized_representation,
+    nonblank_mass,
+    weighted_representation,
+)
 
-__all__ = ["blank_kl", "factorized_kl", "factorized_representation", "kl"]
+__all__ = [
+    "activation_energy",
+    "blank_kl",
+    "consistency",
+    "delayed_kl",
+    "factorized_kl",
+    "factorized_representation",
+    "guided_ctc",
+    "kl",
+    "nonblank_mass",
+    "softmax_l2",
+    "weighted_representation",
+]

@@ -1,11 +1,13 @@
-"""Frame-level divergences on the whole softmax: Kullback–Leibler."""
+"""Frame-level distances between whole posteriors: Kullback–Leibler, as it is and in variants, and squared."""
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Optional, Tuple
 
+import torch
 from torch import Tensor
 
+from espnet_kd import frames as fr
 from espnet_kd.losses.common import counted_frames, cross, full_precision, mean, pick
 
 
@@ -35,6 +37,112 @@ def kl(
     """
     del blank_id
     student, teacher = pick(student_logits, teacher_logits, counted_frames(teacher_logits, lengths, frames))
+    return mean(_kl_rows(student, teacher, temperature), student_logits)
+
+
+def softmax_l2(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    lengths: Tensor,
+    *,
+    blank_id: int = 0,
+    temperature: float = 1.0,
+    frames: Optional[Tensor] = None,
+) -> Tensor:
+    """Σ_k (p(k) − q(k))², averaged over the frames that count: bounded by 2, steady on peaky posteriors.
+
+    Arguments and result as in :func:`espnet_kd.losses.kl`, but without unit.
+
+    Source: TutorNet, arXiv 2008.00671, and Inter-KD, arXiv 2211.15075 (the papers), at τ = 1.
+    """
+    del blank_id
+    student, teacher = pick(student_logits, teacher_logits, counted_frames(teacher_logits, lengths, frames))
+    q = (full_precision(student) / temperature).softmax(-1)
+    p = (full_precision(teacher) / temperature).softmax(-1)
+    return mean((p - q).square().sum(-1), student_logits)
+
+
+def delayed_kl(
+    student_logits: Tensor,
+    teacher_logits: Tensor,
+    lengths: Tensor,
+    *,
+    blank_id: int = 0,
+    temperature: float = 1.0,
+    frames: Optional[Tensor] = None,
+    max_delay: int = 2,
+) -> Tensor:
+    """KL of a streaming student that may speak later: per utterance the least over delays of mean_t KL(p_t‖q_{t+d}).
+
+    The mean is over the frames t that count and have t + d inside the utterance. Utterances are then averaged, each
+    weighted by its frames that count (whatever its delay), so that ``max_delay`` 0 is :func:`espnet_kd.losses.kl`.
+    Gradient flows through the chosen delay alone; of equal delays the least is chosen.
+
+    Args:
+        frames: (B, T) bool in place of the valid frames t; frames past ``lengths`` never count.
+        max_delay: the largest delay d, in frames; one that leaves an utterance no frame is not considered for it.
+        others: as in :func:`espnet_kd.losses.kl`.
+
+    Raises:
+        ValueError: ``max_delay`` is not a whole number of at least 0.
+
+    Source: the idea is Delayed-KD's, arXiv 2505.22069; one delay per utterance is reconstruction.
+    """
+    del blank_id
+    if not isinstance(max_delay, int) or max_delay < 0:
+        raise ValueError(f"max_delay must be a whole number of frames, at least 0, not {max_delay!r}")
+    counted = counted_frames(teacher_logits, lengths, frames)
+    counts = (counted & fr.valid(lengths, counted.size(1))).sum(1)
+    chosen, least = torch.zeros_like(lengths), torch.full_like(lengths, torch.inf, dtype=torch.float64)
+    with torch.no_grad():  # choosing first keeps the graph of one delay, not of all
+        for d in range(max_delay + 1):
+            delay = torch.full_like(lengths, d)
+            rows, mask = _delayed_rows(student_logits, teacher_logits, counted, lengths, delay, temperature)
+            per_frame = least.new_zeros(mask.shape)
+            per_frame[mask] = rows.double()
+            average = per_frame.sum(1) / mask.sum(1)  # where no frame is left: 0/0, which is never less
+            chosen = torch.where(average < least, delay, chosen)
+            least = torch.where(average < least, average, least)
+    rows, mask = _delayed_rows(student_logits, teacher_logits, counted, lengths, chosen, temperature)
+    # The mean below weighs an utterance by the frames that its delay leaves; this brings it back to its own count.
+    left = mask.sum(1).double()
+    weight = ((counts / counts.sum().double()) / (left / left.sum())).to(rows.dtype)
+    return mean(rows * weight[mask.nonzero()[:, 0]], student_logits)
+
+
+def consistency(
+    first_logits: Tensor,
+    second_logits: Tensor,
+    lengths: Tensor,
+    *,
+    blank_id: int = 0,
+    temperature: float = 1.0,
+    frames: Optional[Tensor] = None,
+) -> Tensor:
+    """½ (KL(sg p₂‖p₁) + KL(sg p₁‖p₂)): two views of the same utterances teach each other.
+
+    Args:
+        first_logits, second_logits: (B, T, V), or log-probabilities; gradient flows to both, each as a student.
+        others: as in :func:`espnet_kd.losses.kl`.
+
+    Source: CR-CTC, Yao et al., ICLR 2025 (the paper); the mean over frames is the convention here.
+    """
+    first = kl(first_logits, second_logits, lengths, blank_id=blank_id, temperature=temperature, frames=frames)
+    second = kl(second_logits, first_logits, lengths, blank_id=blank_id, temperature=temperature, frames=frames)
+    return 0.5 * (first + second)
+
+
+def _kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
+    """(N,) KL of (N, V) rows."""
     log_q = (full_precision(student) / temperature).log_softmax(-1)
     log_p = (full_precision(teacher) / temperature).log_softmax(-1)
-    return mean(cross(log_p, log_p, log_q).sum(-1), student_logits)
+    return cross(log_p, log_p, log_q).sum(-1)
+
+
+def _delayed_rows(
+    student: Tensor, teacher: Tensor, counted: Tensor, lengths: Tensor, delay: Tensor, temperature: float
+) -> Tuple[Tensor, Tensor]:
+    """(N,) KL of teacher frames t and student frames t + ``delay`` (B,), and which t: (B, T) bool."""
+    mask = counted & fr.valid(lengths - delay, counted.size(1))
+    b, t = mask.nonzero(as_tuple=True)
+    return _kl_rows(student[b, t + delay[b]], teacher.detach()[b, t], temperature), mask

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from espnet_kd import frames as fr
-from espnet_kd.losses.common import BlankSplit, counted_frames, cross, full_precision, mean, pick, split_blank
+from espnet_kd.losses.common import BlankSplit, counted_frames, cross, mean, pick, split_blank
 
 
 def blank_kl(
@@ -69,53 +69,6 @@ def factorized_kl(
         if weight:
             loss = loss + weight * mean(_tokens(p, q, half), student_logits)
     return loss
-
-
-def factorized_representation(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    teacher_logits: Tensor,
-    lengths: Tensor,
-    *,
-    blank_id: int = 0,
-    distance: str = "cosine",
-    frames: Optional[Tensor] = None,
-) -> Tensor:
-    """½ (mean_NB d + mean_BL d): few non-blank frames count as much as the many blank ones.
-
-    Args:
-        student_hidden: (B, T, D), already projected to the teacher's width.
-        teacher_hidden: (B, T, D); no gradient flows to it.
-        teacher_logits: (B, T, V), to tell NB from BL.
-        lengths: (B,) frames.
-        distance: ``cosine`` (1 − cosine; public port) or ``l2`` (squared difference, mean over D; reconstruction).
-        frames: (B, T) bool in place of the valid frames.
-
-    Returns:
-        scalar; an empty half counts 0.
-
-    Raises:
-        ValueError: another ``distance``.
-
-    Source: stage 2 of the progressive method (the paper); the distance is a choice.
-    """
-    counted = counted_frames(teacher_logits, lengths, frames)
-    student, teacher = pick(student_hidden, teacher_hidden, counted)
-    student, teacher = full_precision(student), full_precision(teacher)
-    if distance == "cosine":
-        d = 1 - (_unit(student) * _unit(teacher)).sum(-1)
-    elif distance == "l2":
-        d = (student - teacher).square().mean(-1)
-    else:
-        raise ValueError(f"distance must be cosine or l2, not {distance!r}")
-    is_nonblank = fr.nonblank(teacher_logits, counted, blank_id)[counted]
-    return 0.5 * (mean(d[is_nonblank], student_hidden) + mean(d[~is_nonblank], student_hidden))
-
-
-def _unit(x: Tensor) -> Tensor:
-    """(N, D) on the unit sphere; a zero vector stays zero (distance 1), with a gradient of length 1 rather than 1/ε."""
-    norm = x.norm(dim=-1, keepdim=True)
-    return x / norm.masked_fill(norm < 1e-8, 1.0)
 
 
 def _binary(p: BlankSplit, q: BlankSplit) -> Tensor:

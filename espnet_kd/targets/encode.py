@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -33,6 +33,7 @@ class EncoderOutputs:
     lengths: Tensor  #: (B,) frames
     frame_shift: float  #: seconds
     hidden: Dict[str, Tensor] = field(default_factory=dict)  #: tap → (B, T, D)
+    decoder: Optional[Tensor] = None  #: (B, L + 1, V) logits of the attention decoder, for each label and <sos/eos>
 
 
 def taps_of(encoder: torch.nn.Module) -> List[str]:
@@ -49,18 +50,27 @@ def taps_of(encoder: torch.nn.Module) -> List[str]:
     raise UserError(f"cannot take hidden states from a {name}; known: {', '.join(LAYERED + WHOLE)}")
 
 
-def check_taps(encoder: torch.nn.Module, wanted: Sequence[str], whose: str) -> None:
-    """Refuse taps that an encoder lacks.
+def depth_of(encoder: torch.nn.Module) -> int:
+    """How many layers of an ESPnet encoder can be tapped; 0 where only its output can."""
+    return len(encoder.encoders) if type(encoder).__name__ in LAYERED else 0
+
+
+def check_taps(model: torch.nn.Module, wanted: Sequence[str], whose: str) -> None:
+    """Refuse taps that an ESPnetASRModel lacks. ``decoder`` stands for the outputs of its attention decoder.
 
     Raises:
         UserError: naming the tap and those there are.
     """
+    if "decoder" in wanted and (model.decoder is None or model.use_transducer_decoder):
+        raise UserError(f"the {whose} has no attention decoder: attention_kl needs one in student and teacher")
+    wanted = [tap for tap in wanted if tap != "decoder"]
     if not wanted:
         return
-    there = taps_of(encoder)
+    there = taps_of(model.encoder)
     for tap in wanted:
         if tap not in there:
-            raise UserError(f"the {whose} ({type(encoder).__name__}) has no tap {tap!r}; it has: {', '.join(there)}")
+            name = type(model.encoder).__name__
+            raise UserError(f"the {whose} ({name}) has no tap {tap!r}; it has: {', '.join(there)}")
 
 
 @contextlib.contextmanager
@@ -81,7 +91,7 @@ def recording(encoder: torch.nn.Module, taps: Sequence[str]) -> Iterator[Dict[st
 
         return hook
 
-    layers = [(tap, encoder.encoders[int(tap.split(".")[1]) - 1]) for tap in taps if tap != "encoder"]
+    layers = [(tap, encoder.encoders[int(tap.split(".")[1]) - 1]) for tap in set(taps) if "." in tap]
     handles = [layer.register_forward_hook(keep(tap)) for tap, layer in layers]
     try:
         yield hidden
@@ -105,6 +115,17 @@ def encode(
     if "encoder" in taps:
         hidden["encoder"] = out
     return out, lengths, intermediate, hidden
+
+
+@contextlib.contextmanager
+def recording_decoder(model: torch.nn.Module) -> Iterator[List[Tensor]]:
+    """Fill the yielded list with what the attention decoder gives while it runs: logits (B, L + 1, V)."""
+    said: List[Tensor] = []
+    handle = model.decoder.register_forward_hook(lambda module, inputs, output: said.append(output[0]))
+    try:
+        yield said
+    finally:
+        handle.remove()
 
 
 @torch.no_grad()

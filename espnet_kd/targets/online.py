@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, Callable, Dict, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
 
 import torch
+from espnet.nets.pytorch_backend.transformer.add_sos_eos import add_sos_eos
 from torch import Tensor
 
 from espnet_kd.cli import UserError
@@ -54,7 +55,11 @@ class OnlineTeacher:
 
     def check_taps(self, taps: Sequence[str]) -> None:
         """Refuse taps that this teacher lacks (:class:`UserError`)."""
-        check_taps(self._model.encoder, taps, "teacher")
+        check_taps(self._model, taps, "teacher")
+
+    def state_dict(self) -> Dict[str, Tensor]:
+        """Its parameters and buffers by name."""
+        return self._model.state_dict()
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow the student to another device or type (``torch.nn.Module._apply``)."""
@@ -65,9 +70,22 @@ class OnlineTeacher:
     # no_grad, not inference_mode: what that makes cannot be saved for backward.
     @torch.no_grad()
     def targets(
-        self, utt_ids: Sequence[str], speech: Tensor, speech_lengths: Tensor, taps: Sequence[str] = ()
+        self,
+        utt_ids: Sequence[str],
+        speech: Tensor,
+        speech_lengths: Tensor,
+        taps: Sequence[str] = (),
+        text: Optional[Tensor] = None,
+        text_lengths: Optional[Tensor] = None,
     ) -> EncoderOutputs:
-        """What the teacher says of a batch: speech (B, samples), speech_lengths (B,), hidden states at ``taps``."""
+        """What the teacher says of a batch.
+
+        Args:
+            utt_ids: B names.
+            speech: (B, samples) · speech_lengths: (B,)
+            taps: where hidden states are wanted; ``decoder`` for the attention decoder's outputs
+            text: (B, L) · text_lengths: (B,); what the decoder is led by
+        """
         key: Tuple[Any, ...] = ()
         if utt_ids and self._memory:
             # Not the names alone: chunks of one utterance share them, and so may training and validation data.
@@ -77,7 +95,11 @@ class OnlineTeacher:
         self._model.eval()
         out, lengths, _, hidden = encode(self._model, speech, speech_lengths, taps)
         said = EncoderOutputs(self._model.ctc.ctc_lo(out), lengths, self.frame_shift, hidden)
-        size = sum(x.nbytes for x in (said.logits, *hidden.values()))
+        if "decoder" in taps:
+            model = self._model
+            labels, _ = add_sos_eos(text, model.sos, model.eos, model.ignore_id)
+            said.decoder = model.decoder(out, lengths, labels, text_lengths + 1)[0]
+        size = sum(x.nbytes for x in (said.logits, said.decoder, *hidden.values()) if x is not None)
         if key and size <= self._room:
             self._said[key] = said
             self._room -= size

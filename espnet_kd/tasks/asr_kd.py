@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import Dict, List, Mapping, Optional, Sequence, Tuple
 
 from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
@@ -14,10 +14,12 @@ from espnet2.utils.types import str2bool, str_or_none
 from espnet_kd.cli import UserError
 from espnet_kd.distill.checkpoints import keep_previous
 from espnet_kd.distill.model import ESPnetASRKDModel
-from espnet_kd.distill.page import load_page
+from espnet_kd.distill.page import KDStage, Page, load_page
 from espnet_kd.distill.schedule import EpochHooks, Progress
 from espnet_kd.offline import ASRTask
+from espnet_kd.targets.nbest import read_nbest
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate
+from espnet_kd.targets.teacher import SeveralTeachers, Teacher
 
 
 class ASRKDTask(ASRTask):
@@ -32,7 +34,11 @@ class ASRKDTask(ASRTask):
         super().add_task_arguments(parser)
         group = parser.add_argument_group(description="Distillation related")
         group.add_argument(
-            "--teacher", nargs="*", default=[], metavar="EXP[/FILE.pth]", help="A finished ESPnet ASR experiment"
+            "--teacher",
+            nargs="*",
+            default=[],
+            metavar="EXP[/FILE.pth]",
+            help="A finished ESPnet ASR experiment; of several the probabilities are averaged",
         )
         group.add_argument("--kd_config", type=str_or_none, help="Method page: a name in conf/methods, or a path")
         group.add_argument("--kd_stage", type=int, help="Train this KD stage only, into --output_dir")
@@ -48,6 +54,9 @@ class ASRKDTask(ASRTask):
             default=1000.0,
             metavar="MB",
             help="Remember what an online teacher said of a batch, up to this size: on a small corpus it runs once",
+        )
+        group.add_argument(
+            "--nbest", type=str_or_none, help="The teacher's N-best of training and validation data (asr_kd_nbest)"
         )
         group.add_argument(
             "--augmented_teacher",
@@ -82,17 +91,24 @@ class ASRKDTask(ASRTask):
         stage = 1 if args.kd_stage is None else args.kd_stage
         if not 1 <= stage <= len(page.stages):
             raise UserError(f"--kd_stage {stage}: {page.path} has KD stages 1 to {len(page.stages)}")
-        check_data(args, page.stages[stage - 1].ctc_weight)
-        teacher = cls._teacher(args) if page.teacher == "required" else None
+        check_data(args, page.stages[stage - 1])
+        nbest = cls._nbest(args) if any(s.nbest for s in page.stages) else None
+        teacher = cls._teacher(args, page) if page.teacher == "required" else None
         cls.progress = Progress(max_epoch=args.max_epoch or 1)
-        return ESPnetASRKDModel.adopt(student, page, stage, teacher, cls.progress, sampling_rate(args))
+        return ESPnetASRKDModel.adopt(student, page, stage, teacher, cls.progress, sampling_rate(args), nbest)
 
     @staticmethod
-    def _teacher(args: argparse.Namespace) -> Optional[OnlineTeacher]:
+    def _nbest(args: argparse.Namespace) -> Optional[Dict[str, List[Tuple[float, Sequence[int]]]]]:
+        if args.nbest is None:
+            return None
+        nbest = read_nbest(Path(args.nbest), args.token_list)
+        check_nbest(args, nbest)
+        return nbest
+
+    @staticmethod
+    def _teacher(args: argparse.Namespace, page: Page) -> Optional[Teacher]:
         if not args.teacher:
             return None
-        if len(args.teacher) > 1:
-            raise UserError(f"--teacher: one experiment, got {len(args.teacher)}")
         if not args.augmented_teacher:
             conf = getattr(args, "preprocessor_conf", None) or {}
             found = [o for o in ("rir_scp", "noise_scp") if getattr(args, o, None)]
@@ -105,7 +121,10 @@ class ASRKDTask(ASRTask):
                 )
         # Augmented in the data loader, an utterance sounds different in every epoch.
         memory = 0.0 if args.augmented_teacher else args.teacher_memory * 1e6
-        return OnlineTeacher(args.teacher[0], memory)
+        teachers = [OnlineTeacher(path, memory / len(args.teacher)) for path in args.teacher]
+        if len(teachers) == 1 and not page.teacher_weights:
+            return teachers[0]
+        return SeveralTeachers(teachers, page.teacher_weights)
 
     @classmethod
     def build_iter_factory(
@@ -124,11 +143,26 @@ class ASRKDTask(ASRTask):
         return EpochHooks(factory, cls.progress, at_epoch)
 
 
-def check_data(args: argparse.Namespace, ctc_weight: float) -> None:
-    """Refuse training data without text where the KD stage's CTC needs it (:class:`UserError`)."""
+def check_data(args: argparse.Namespace, stage: KDStage) -> None:
+    """Refuse training data without text where the KD stage needs it (:class:`UserError`)."""
     names: List[str] = [name for _, name, _ in args.train_data_path_and_name_and_type or []]
-    if names and ctc_weight and "text" not in names:
+    if names and stage.needs_text and "text" not in names:
         raise UserError(
-            "this KD stage trains with CTC, but --train_data_path_and_name_and_type has no text; add it, or choose a "
-            "method without labels"
+            f"KD stage {stage.number} ({stage.name}) trains with transcripts, but --train_data_path_and_name_and_type "
+            "has no text; add it, or choose a method without labels (label_free)"
         )
+
+
+def check_nbest(args: argparse.Namespace, nbest: Mapping[str, object]) -> None:
+    """Refuse an N-best that lacks utterances of the training or validation data (:class:`UserError`)."""
+    for option in ("train_data_path_and_name_and_type", "valid_data_path_and_name_and_type"):
+        for path, name, _ in getattr(args, option) or []:
+            if name != "speech":
+                continue
+            with open(path, encoding="utf-8") as f:
+                missing = [u for u in (line.split(maxsplit=1)[0] for line in f if line.strip()) if u not in nbest]
+            if missing:
+                raise UserError(
+                    f"{args.nbest} lacks {len(missing)} utterances of {path} ({', '.join(missing[:5])} …); "
+                    "make it anew for this data: stage 7 of run.sh, or asr_kd_nbest"
+                )

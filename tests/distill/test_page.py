@@ -86,7 +86,7 @@ REFUSED = {
     ),
     "another objective's option": (
         edited("stages", 1, "objectives", 0, "blank_weight", 2),
-        r"objectives\[0\]: unknown key 'blank_weight'.*known: objective, weight, temperature, tau_squared, per",
+        r"objectives\[0\]: unknown key 'blank_weight'.*known: objective, weight, temperature, tau_squared, frames, per",
     ),
     "objective": (edited("stages", 0, "objectives", 0, "objective", "blank_lk"), "'blank_lk'; did you mean 'blank_kl'"),
     "no objective": (edited("stages", 0, "objectives", 0, {"weight": 1}), r"objectives\[0\]: objective is missing"),

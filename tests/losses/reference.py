@@ -56,6 +56,63 @@ def factorized_kl(student, teacher, counted, blank_id=0, temperature=1.0, weight
     return weights[0] * blank + weights[1] * average(nb) + weights[2] * average(bl)
 
 
+def softmax_l2(student, teacher, counted, blank_id=0, temperature=1.0):
+    return average(
+        sum((a - b) ** 2 for a, b in zip(p, q)) for p, q, _ in rows(student, teacher, counted, temperature)
+    )
+
+
+def guided_ctc(student, teacher, counted, blank_id=0, temperature=1.0, log=False):
+    spikes = [q[best] for _, q, best in rows(student, teacher, counted, temperature) if best != blank_id]
+    return -average(math.log(q) if log else q for q in spikes)
+
+
+def guided_ctc_log(student, teacher, counted, blank_id=0, temperature=1.0):
+    return guided_ctc(student, teacher, counted, blank_id, temperature, log=True)
+
+
+def consistency(first, second, counted, blank_id=0, temperature=1.0):
+    return 0.5 * (kl(first, second, counted, 0, temperature) + kl(second, first, counted, 0, temperature))
+
+
+def delays(student, teacher, counted, lengths, temperature=1.0, max_delay=2):
+    """Per utterance: {delay: mean KL}, of the delays that leave it a frame."""
+    for s, t, c, length in zip(student.tolist(), teacher.tolist(), counted.tolist(), lengths.tolist()):
+        means = {}
+        for d in range(max_delay + 1):
+            frames = [i for i in range(length - d) if c[i]]
+            if frames:
+                pairs = [(softmax(t[i], temperature), softmax(s[i + d], temperature)) for i in frames]
+                means[d] = average(divergence(p, q) for p, q in pairs)
+        yield means
+
+
+def delayed_kl(student, teacher, counted, blank_id=0, temperature=1.0, max_delay=2, lengths=None):
+    lengths = counted.sum(1) if lengths is None else lengths
+    least = [min(m.values(), default=0) for m in delays(student, teacher, counted, lengths, temperature, max_delay)]
+    counts = counted.sum(1).tolist()
+    return sum(n * x for n, x in zip(counts, least)) / sum(counts)
+
+
+def nonblank_mass(logits, blank_id=0):
+    return torch.tensor([[1 - softmax(z)[blank_id] for z in row] for row in logits.tolist()], dtype=torch.float64)
+
+
+def activation_energy(hidden):
+    return torch.tensor([[average(v * v for v in h) for h in row] for row in hidden.tolist()], dtype=torch.float64)
+
+
+def weighted_representation(student, teacher, counted, weights):
+    every = [
+        (w, sum((u - v) ** 2 for u, v in zip(x, y)) / len(x))
+        for xs, ys, ws, cs in zip(student.tolist(), teacher.tolist(), weights.tolist(), counted.tolist())
+        for x, y, w, c in zip(xs, ys, ws, cs)
+        if c
+    ]
+    scale = average(w for w, _ in every)
+    return average(w / scale * d for w, d in every) if scale else 0.0
+
+
 def factorized_representation(student, teacher, logits, counted, distance, blank_id=0):
     halves = ([], [])
     for b in range(len(counted)):

@@ -1,16 +1,31 @@
-"""kl, blank_kl, factorized_kl: against a slow reference, and the traps of methods.md."""
+"""The losses of posteriors: against a slow reference, and the traps of methods.md."""
 
+import functools
 import math
 
 import pytest
 import reference
 import torch
 
-from espnet_kd.losses import blank_kl, factorized_kl, kl
+from espnet_kd.frames import select
+from espnet_kd.losses import blank_kl, consistency, delayed_kl, factorized_kl, guided_ctc, kl, softmax_l2
 
-LOSSES = {"kl": kl, "blank_kl": blank_kl, "factorized_kl": factorized_kl}
+LOSSES = {
+    "kl": kl,
+    "blank_kl": blank_kl,
+    "factorized_kl": factorized_kl,
+    "softmax_l2": softmax_l2,
+    "guided_ctc": guided_ctc,
+    "guided_ctc_log": functools.partial(guided_ctc, log=True),
+    "delayed_kl": delayed_kl,
+    "consistency": consistency,
+}
 ALL_WEIGHTS = dict(blank_weight=1.0, nonblank_weight=1.0, nonblank_on_blank_weight=1.0)
+GUIDED = ["guided_ctc", "guided_ctc_log"]  # read NB frames only, and are not a distance
 each_loss = pytest.mark.parametrize("name", LOSSES)
+# consistency has two students: no gradcheck, and its own tests.
+each_with_teacher = pytest.mark.parametrize("name", [n for n in LOSSES if n != "consistency"])
+each_distance = pytest.mark.parametrize("name", [n for n in LOSSES if n not in GUIDED])
 
 
 def with_gradient(name, student, teacher, lengths, **options):
@@ -28,6 +43,7 @@ def test_equals_reference(name, blank_id, temperature):
     student, teacher, lengths, mask = reference.batch()
     teacher[..., [0, blank_id]] = teacher[..., [blank_id, 0]]
     expected = getattr(reference, name)(student, teacher, mask, blank_id, temperature)
+    assert expected != 0
     got = LOSSES[name](student, teacher, lengths, blank_id=blank_id, temperature=temperature)
     assert got.dtype == torch.float64
     assert got.item() == pytest.approx(expected, rel=1e-12)
@@ -49,10 +65,11 @@ def test_frames_replace_valid_ones(name):
     frames = mask & (torch.rand(mask.shape, generator=torch.Generator().manual_seed(3)) < 0.5)
     assert 2 < frames.sum() < mask.sum()
     got = LOSSES[name](student, teacher, lengths, frames=frames)
-    assert got.item() == pytest.approx(getattr(reference, name)(student, teacher, frames), rel=1e-12)
+    options = {"lengths": lengths} if name == "delayed_kl" else {}
+    assert got.item() == pytest.approx(getattr(reference, name)(student, teacher, frames, **options), rel=1e-12)
 
 
-@each_loss
+@each_with_teacher
 @pytest.mark.parametrize("blank_id, temperature", [(0, 1.0), (3, 2.0)])
 def test_gradcheck(name, blank_id, temperature):
     student, teacher, lengths, _ = reference.batch((4, 2), width=5)
@@ -60,6 +77,15 @@ def test_gradcheck(name, blank_id, temperature):
     assert torch.autograd.gradcheck(
         lambda x: LOSSES[name](x, teacher, lengths, **options), student.requires_grad_(), atol=1e-7
     )
+
+
+def test_identity_over_a_batch():
+    """With each half's share as its weight the means become one sum: plain KL."""
+    student, teacher, lengths, mask = reference.batch()
+    share = (teacher.argmax(-1) != 0)[mask].double().mean().item()
+    assert 0.2 < share < 0.8
+    got = factorized_kl(student, teacher, lengths, nonblank_weight=share, nonblank_on_blank_weight=1 - share)
+    torch.testing.assert_close(got, kl(student, teacher, lengths), rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
@@ -79,11 +105,11 @@ def test_identity_frame_by_frame(temperature):
     assert kinds == {True, False}
 
 
-@each_loss
+@pytest.mark.parametrize("name", ["kl", "blank_kl", "factorized_kl", "delayed_kl", "consistency"])
 def test_sums_over_the_vocabulary(name):
     """``kl_div(reduction="mean")`` would divide by V too. Neither V nor copies of the batch may scale the loss."""
     student, teacher, lengths, _ = reference.batch()
-    # Splitting every token's mass in two equal tokens leaves all three divergences as they were.
+    # Splitting every token's mass in two equal tokens leaves every divergence as it was.
     wide_s, wide_t = (torch.cat([x, x[..., 1:]], -1) for x in (student, teacher))
     wide_s[..., 0] += math.log(2)
     wide_t[..., 0] += math.log(2)
@@ -108,8 +134,20 @@ def test_padding_is_never_read(name, fill):
 
 
 @each_loss
+def test_impossible_tokens_and_copies_of_the_batch_scale_nothing(name):
+    student, teacher, lengths, _ = reference.batch()
+    once = LOSSES[name](student, teacher, lengths)
+    wide = (torch.nn.functional.pad(x, (0, 6), value=-math.inf) for x in (student, teacher))
+    torch.testing.assert_close(LOSSES[name](*wide, lengths), once, rtol=1e-12, atol=0)
+    twice = LOSSES[name](student.repeat(2, 1, 1), teacher.repeat(2, 1, 1), lengths.repeat(2))
+    torch.testing.assert_close(twice, once, rtol=1e-12, atol=0)
+
+
+@each_loss
 def test_one_frame_utterance(name):
     student, teacher, lengths, mask = reference.batch((1,))
+    if name in GUIDED:
+        teacher[..., 3] = teacher.amax(-1) + 1  # a blank frame tells them nothing
     got, grad = with_gradient(name, student, teacher, lengths)
     assert got.item() == pytest.approx(getattr(reference, name)(student, teacher, mask), rel=1e-12)
     assert grad.abs().sum() > 0
@@ -125,7 +163,11 @@ def test_a_half_may_be_empty(name, winner):
     expected = {"weights": (1, 1, 1)} if options else {}
     got, grad = with_gradient(name, student, teacher, lengths, **options)
     assert got.item() == pytest.approx(getattr(reference, name)(student, teacher, mask, **expected), rel=1e-12)
-    assert grad.isfinite().all() and grad.abs().sum() > 0
+    assert grad.isfinite().all()
+    if winner == 0 and name in GUIDED:
+        assert got == 0 and (grad == 0).all()
+    else:
+        assert grad.abs().sum() > 0
 
 
 @each_loss
@@ -144,29 +186,57 @@ def one_hot(token, width=5, dtype=torch.float64):
     return torch.full((1, 1, width), -math.inf, dtype=dtype).index_fill(2, torch.tensor([token]), 0.0)
 
 
-@each_loss
+@each_with_teacher
 @pytest.mark.parametrize("token", [0, 2])
 @pytest.mark.parametrize("blank_id", [0, 2, 4])
 def test_certain_teacher(name, token, blank_id):
     """Posteriors of exactly 0 and 1."""
     student = reference.batch((1,), width=5)[0]
-    options = ALL_WEIGHTS if name == "factorized_kl" else {}
-    got, grad = with_gradient(name, student, one_hot(token), torch.tensor([1]), blank_id=blank_id, **options)
+    options = dict(blank_id=blank_id, **(ALL_WEIGHTS if name == "factorized_kl" else {}))
+    got, grad = with_gradient(name, student, one_hot(token), torch.tensor([1]), **options)
     q = reference.softmax(student[0, 0].tolist())
-    against = q[token]
-    if name == "blank_kl" and token != blank_id:
-        against = 1 - q[blank_id]
-    assert got.item() == pytest.approx(-math.log(against), rel=1e-10)
-    assert grad.isfinite().all() and grad.abs().sum() > 0
+    is_spike = token != blank_id
+    expected = {
+        "blank_kl": -math.log(1 - q[blank_id] if is_spike else q[token]),
+        "softmax_l2": sum((v - (k == token)) ** 2 for k, v in enumerate(q)),
+        "guided_ctc": -q[token] * is_spike,
+        "guided_ctc_log": -math.log(q[token]) * is_spike,
+    }.get(name, -math.log(q[token]))
+    assert got.item() == pytest.approx(expected, rel=1e-10)
+    assert grad.isfinite().all()
+    assert (grad.abs().sum() > 0) == (is_spike or name not in GUIDED)
+    assert torch.autograd.gradcheck(
+        lambda x: LOSSES[name](x, one_hot(token), torch.tensor([1]), **options), student.requires_grad_()
+    )
+
+
+@each_with_teacher
+@pytest.mark.parametrize("big, dtype", [(1e4, torch.float64), (1e4, torch.float16), (6e4, torch.bfloat16)])
+def test_certain_student_who_is_wrong(name, big, dtype):
+    """Gradients by hand: q − p of the divergences and of log q; 0 of a saturated softmax."""
+    student = torch.full((1, 1, 5), -big, dtype=dtype).index_fill(2, torch.tensor([1]), big)
+    teacher = torch.tensor([[[1.0, -2.0, 3.0, 0.5, 0.0]]], dtype=dtype)
+    options = ALL_WEIGHTS if name == "factorized_kl" else {}
+    got, grad = with_gradient(name, student, teacher, torch.tensor([1]), **options)
+    p, q = teacher.double().softmax(-1), student.double().softmax(-1)
+    expected = {
+        # d/dz of log((1−b)/b) per blank, shared among tokens as the student's: all of it on token 1.
+        "blank_kl": torch.cat([-p[..., :1], p[..., :1] * q[..., 1:]], -1),
+        "softmax_l2": torch.zeros_like(p),
+        "guided_ctc": torch.zeros_like(p),
+        "guided_ctc_log": q - torch.nn.functional.one_hot(p.argmax(-1), 5),
+    }.get(name, q - p)
+    assert got.isfinite()
+    torch.testing.assert_close(grad.double(), expected, rtol=0, atol=1e-10 if dtype == torch.float64 else 4e-3)
 
 
 @each_loss
 @pytest.mark.parametrize("token", [0, 2])
 def test_certain_student_and_teacher_who_agree(name, token):
-    """−∞ on both sides is agreement: loss 0, and no NaN in the gradient."""
+    """−∞ on both sides is agreement: no loss, and no NaN in the gradient."""
     options = ALL_WEIGHTS if name == "factorized_kl" else {}
     got, grad = with_gradient(name, one_hot(token), one_hot(token), torch.tensor([1]), **options)
-    assert got == 0
+    assert got == (-1 if name == "guided_ctc" and token else 0)  # −q at its least
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
@@ -207,15 +277,15 @@ def test_half_precision_with_big_logits(name, dtype, big):
     options = ALL_WEIGHTS if name == "factorized_kl" else {}
     got, grad = with_gradient(name, student, teacher, lengths, **options)
     assert got.isfinite() and grad.isfinite().all()
-    expected = getattr(reference, "kl" if name == "kl" else "blank_kl")(student.double(), teacher.double(), mask)
-    if name != "factorized_kl":
+    if name not in ("factorized_kl", "consistency"):  # whose references would divide by 0
+        expected = getattr(reference, name)(student.double(), teacher.double(), mask)
         assert got.item() == pytest.approx(expected, rel=1e-4)
     else:
         alone = LOSSES[name](student.double(), teacher.double(), lengths, **options).item()
         assert got.item() == pytest.approx(alone, rel=1e-4)
 
 
-@each_loss
+@each_with_teacher
 def test_no_gradient_to_the_teacher(name):
     student, teacher, lengths, _ = reference.batch()
     student.requires_grad_()
@@ -223,6 +293,37 @@ def test_no_gradient_to_the_teacher(name):
     LOSSES[name](student, teacher, lengths).backward()
     assert teacher.grad is None
     assert student.grad.abs().sum() > 0
+
+
+@each_loss
+@pytest.mark.parametrize("rule, options", [("all", {}), ("symmetric", {"n": 1}), ("threshold", {"theta": 0.3})])
+def test_selected_frames(name, rule, options):
+    """What ``select`` gives goes into ``frames``; under ``all`` nothing changes."""
+    student, teacher, lengths, mask = reference.batch((9, 5, 1), scale=1.0)
+    frames = select(teacher, lengths, rule, **options)
+    got, grad = with_gradient(name, student, teacher, lengths, frames=frames)
+    if rule == "all":
+        plain, plain_grad = with_gradient(name, student, teacher, lengths)
+        assert got == plain and torch.equal(grad, plain_grad)
+    else:
+        assert 0 < frames.sum() < mask.sum()
+        more = {"lengths": lengths} if name == "delayed_kl" else {}
+        expected = getattr(reference, name)(student, teacher, frames, **more)
+        assert got.item() == pytest.approx(expected, rel=1e-12)
+
+
+@each_loss
+@pytest.mark.parametrize(
+    "rule, options", [("elimination", {}), ("symmetric", {"n": 3}), ("trim", {}), ("random", {"ratio": 2.0})]
+)
+def test_selection_of_a_batch_without_nonblank_frames(name, rule, options):
+    student, teacher, lengths, _ = reference.batch()
+    teacher[..., 0] = teacher.amax(-1) + 1
+    frames = select(teacher, lengths, rule, **options)
+    assert not frames.any()
+    got, grad = with_gradient(name, student, teacher, lengths, frames=frames)
+    assert got == 0
+    assert torch.equal(grad, torch.zeros_like(student))
 
 
 @each_loss
@@ -234,7 +335,7 @@ def test_log_probabilities_may_stand_for_logits(name, temperature):
     torch.testing.assert_close(of_log_probs, of_logits, rtol=1e-12, atol=0)
 
 
-@each_loss
+@each_distance
 def test_zero_for_equal_posteriors(name):
     student, _, lengths, _ = reference.batch()
     got, grad = with_gradient(name, student, student + 7.0, lengths)

@@ -1,5 +1,7 @@
 """Hidden states at taps, and the frame shift, of real ESPnet encoders."""
 
+from types import SimpleNamespace
+
 import pytest
 import tiny_asr
 import torch
@@ -87,17 +89,27 @@ def test_whole_encoders_have_one_tap(name):
     assert taps_of(model.encoder) == ["encoder"]
     out, _, _, hidden = encode(model, *speech(), ["encoder"])
     assert hidden["encoder"] is out
-    check_taps(model.encoder, ["encoder"], "teacher")
+    check_taps(model, ["encoder"], "teacher")
     named = type(model.encoder).__name__
     with pytest.raises(UserError, match=rf"teacher \({named}\) has no tap 'encoder.1'; it has: encoder$"):
-        check_taps(model.encoder, ["encoder.1"], "teacher")
+        check_taps(model, ["encoder.1"], "teacher")
 
 
-@pytest.mark.parametrize("tap", ["encoder.0", "encoder.3", "encoder.-1", "encoder.x", "decoder", "encoders.1"])
+def only(encoder):
+    """A model of which only the encoder is there."""
+    return SimpleNamespace(encoder=encoder, decoder=None)
+
+
+def test_a_decoder_is_asked_for():
+    with pytest.raises(UserError, match="student has no attention decoder"):
+        check_taps(only(torch.nn.Identity()), ["decoder"], "student")
+
+
+@pytest.mark.parametrize("tap", ["encoder.0", "encoder.3", "encoder.-1", "encoder.x", "encoders.1"])
 def test_unknown_taps_are_refused_listing_what_there_is(tap):
     encoder = tiny_asr.build(tiny_asr.config()).encoder
     with pytest.raises(UserError, match=f"student.*'{tap}'; it has: encoder, encoder.1, encoder.2$"):
-        check_taps(encoder, ["encoder", tap], "student")
+        check_taps(only(encoder), ["encoder", tap], "student")
 
 
 def test_unknown_encoders_are_refused_by_name():
@@ -105,8 +117,8 @@ def test_unknown_encoders_are_refused_by_name():
         pass
 
     with pytest.raises(UserError, match="WhisperEncoder.*ConformerEncoder.*RNNEncoder"):
-        check_taps(WhisperEncoder(), ["encoder"], "student")
-    check_taps(WhisperEncoder(), [], "student")  # without a tap it is as good as any
+        check_taps(only(WhisperEncoder()), ["encoder"], "student")
+    check_taps(only(WhisperEncoder()), [], "student")  # without a tap it is as good as any
 
 
 @pytest.mark.parametrize(

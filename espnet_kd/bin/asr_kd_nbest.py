@@ -1,0 +1,141 @@
+r"""Write the N-best of a teacher for data dirs, the targets of sequence-level distillation.
+
+    python -m espnet_kd.bin.asr_kd_nbest --teacher exp/teacher --data_dir dump/raw/train dump/raw/valid \
+        --output exp/teacher/nbest --nbest 5 --beam_size 10
+
+FILE gets a line 'utt_id rank score tokens…' for each hypothesis (see espnet_kd.targets.nbest), found by CTC prefix
+beam search without lexicon or language model; FILE.json says how it was made. Only wav.scp is read, no text. A
+finished file of the same teacher, data and search is kept; --force makes it again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence
+
+from espnet_kd import cli
+from espnet_kd.bin.asr_kd_inference import describe_inputs
+from espnet_kd.files import replacing
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Command line of asr_kd_nbest."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, metavar="EXP[/FILE.pth]", help="experiment or export")
+    parser.add_argument(
+        "--data_dir", required=True, nargs="+", action="extend", metavar="DIR", help="data dirs with wav.scp, several"
+    )
+    parser.add_argument("--output", required=True, metavar="FILE", help="e.g. exp/teacher/nbest")
+    parser.add_argument("--nbest", type=int, default=5, help="hypotheses of an utterance, at most")
+    parser.add_argument("--beam_size", type=int, default=10, help="hypotheses kept per frame; 4 × --nbest misses few")
+    parser.add_argument("--beam_size_token", type=int, default=20, help="likeliest tokens of a frame that are tried")
+    parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="0: CPU, 1: GPU (the search is on the CPU)")
+    parser.add_argument("--batch_seconds", type=float, default=120.0, help="audio in a batch, padding included")
+    parser.add_argument("--nj", type=int, default=1, help="batches encoded at the same time; 1 on a GPU")
+    parser.add_argument("--force", action="store_true", help="search again even if it is done")
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    args = get_parser().parse_args(argv)
+    for name in ("nj", "nbest", "beam_size_token"):
+        if getattr(args, name) < 1:
+            raise cli.UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
+    if args.beam_size < args.nbest:
+        raise cli.UserError(f"--beam_size is {args.beam_size}; for --nbest {args.nbest} it must be that or more")
+    if not (args.batch_seconds > 0 and math.isfinite(args.batch_seconds)):
+        raise cli.UserError(f"--batch_seconds is {args.batch_seconds}; it must be a number above 0")
+    output = Path(args.output)
+    if output.is_dir():
+        raise cli.UserError(f"--output {output} is a directory; give a file, e.g. {output / 'nbest'}")
+    search = {"nbest": args.nbest, "beam_size": args.beam_size, "beam_size_token": args.beam_size_token}
+    inputs = {**search, "data": [describe_inputs(Path(args.teacher), Path(d)) for d in args.data_dir]}
+    sidecar = Path(f"{output}.json")
+    if not args.force and output.is_file() and _read_inputs(sidecar) == inputs:
+        logging.info("%s is done already with this teacher, data and search (--force makes it again)", output)
+        return
+
+    # Imported here: --help, mistakes in the command line and finished files are answered at once.
+    import torch
+
+    from espnet_kd.decode.recognise import NbestRecogniser, recognise
+    from espnet_kd.targets.experiment import find_experiment, load_model
+    from espnet_kd.targets.nbest import write_nbest
+
+    if args.ngpu and not torch.cuda.is_available():
+        raise cli.UserError("--ngpu 1, but torch sees no GPU; use --ngpu 0")
+    if args.ngpu:
+        args.nj = 1  # a GPU gains nothing from batches side by side; recipes pass both options
+    if args.nj > 1:
+        torch.set_num_threads(1)  # batches run side by side instead
+    config, model_file = find_experiment(args.teacher)
+    model, train_args = load_model(config, model_file, "cuda" if args.ngpu else "cpu")
+    recogniser = NbestRecogniser(model, train_args, config.parent, **search)
+    utterances = read_all_utterances(args.data_dir, recogniser.rate)
+    found, timing = recognise(recogniser, utterances, args.batch_seconds, args.nj)
+
+    # The sidecar vouches for the file: it goes before that is replaced, and comes back last.
+    sidecar.unlink(missing_ok=True)
+    write_nbest(output, found, recogniser.token_list)
+    facts = {
+        "teacher": str(model_file),
+        "data_dirs": args.data_dir,
+        "utterances": len(found),
+        "hypotheses": sum(map(len, found.values())),
+        "audio_seconds": round(timing.audio_seconds, 3),
+        "decode_seconds": round(timing.decode_seconds, 4),
+        "read_seconds": round(timing.read_seconds, 4),
+        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "inputs": inputs,
+    }
+    with replacing(sidecar) as f:
+        json.dump(facts, f, indent=2)
+        f.write("\n")
+    logging.info(
+        "%d hypotheses of %d utterances → %s, in %.0f s for %.0f s of audio",
+        facts["hypotheses"], len(found), output, timing.decode_seconds + timing.read_seconds, timing.audio_seconds,
+    )  # fmt: skip
+
+
+def read_all_utterances(data_dirs: Sequence[str], rate: Optional[int]) -> List:
+    """List the utterances of several data dirs as one (see `espnet_kd.decode.recognise.read_utterances`).
+
+    Raises:
+        UserError: an utterance stands in two of them, or what `read_utterances` refuses.
+    """
+    from espnet_kd.decode.recognise import read_utterances
+
+    utterances: List = []
+    home: Dict[str, str] = {}
+    for data_dir in data_dirs:
+        for utterance in read_utterances(data_dir, rate):
+            if utterance.utt_id in home:
+                other = home[utterance.utt_id]
+                raise cli.UserError(
+                    f"{data_dir}/wav.scp: {utterance.utt_id} stands in {other}/wav.scp too; leave one data dir out"
+                )
+            home[utterance.utt_id] = data_dir
+            utterances.append(utterance)
+    return utterances
+
+
+def _read_inputs(sidecar: Path) -> Optional[Dict]:
+    """What a finished file was made from; None where nothing vouches for it."""
+    try:
+        return json.loads(sidecar.read_text(encoding="utf-8"))["inputs"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,42 @@
+"""Check a method page, and print what it needs, as name=value lines that a shell can read.
+
+    python -m espnet_kd.bin.asr_kd_page self_kd
+    python -m espnet_kd.bin.asr_kd_page conf/my_method.yaml
+
+teacher: required or none · stages: number of KD stages · labels: 1 where transcripts are trained with, else 0 ·
+nbest: hypotheses per utterance that it reads of the teacher's N-best, 0 for none
+"""
+
+from __future__ import annotations
+
+import argparse
+from typing import Optional, Sequence
+
+from espnet_kd import cli
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Command line of asr_kd_page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", help="a name in conf/methods, or a path")
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: no such page, or a mistake in it.
+    """
+    args = get_parser().parse_args(argv)
+    from espnet_kd.distill.page import load_page
+
+    page = load_page(args.page)
+    print(f"teacher={page.teacher}")
+    print(f"stages={len(page.stages)}")
+    print(f"labels={int(any(stage.needs_text for stage in page.stages))}")
+    print(f"nbest={max(stage.nbest for stage in page.stages)}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

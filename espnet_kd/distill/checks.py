@@ -1,0 +1,71 @@
+"""What is refused before training begins: students, teachers and pages that don't fit each other."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import torch
+from espnet2.asr.espnet_model import ESPnetASRModel
+
+from espnet_kd.cli import UserError
+from espnet_kd.distill.objectives import Objective, lay_on
+from espnet_kd.targets.encode import EncoderOutputs, check_taps, probe
+from espnet_kd.targets.teacher import Teacher
+
+
+def check_objective(
+    objective: Objective, name: str, student: ESPnetASRModel, teacher: Optional[Teacher], has_nbest: bool
+) -> None:
+    """Refuse an objective that lacks what it needs of student, teacher or N-best.
+
+    Raises:
+        UserError: naming what is missing.
+    """
+    if teacher is None and objective.needs_teacher:
+        raise UserError("needs a teacher, but the page says teacher: none")
+    if objective.nbest and not has_nbest:
+        raise UserError("needs the teacher's N-best: give --nbest FILE (stage 7 of run.sh writes it)")
+    if objective.branch == "attention" and student.ctc_weight == 1.0:
+        raise UserError("the student has no attention decoder (ctc_weight: 1.0)")
+    check_taps(student, objective.student_taps, "student")
+    if teacher is not None:
+        teacher.check_taps(objective.teacher_taps)
+
+
+def check_rates(student: ESPnetASRModel, frame_shift: float, teacher: Teacher, rate: float) -> None:
+    """Refuse a teacher whose frames cannot be laid beside the student's: tried on a test signal.
+
+    Raises:
+        UserError: naming lengths and frame shifts of both.
+    """
+    speech, lengths, frames = probe(student, rate, seconds=3.0)
+    logits = speech.new_zeros(1, frames, 1)
+    try:
+        lay_on(
+            EncoderOutputs(logits, torch.tensor([frames], device=speech.device), frame_shift),
+            teacher.targets((), speech, lengths),
+            pool="least_blank",
+        )
+    except ValueError as e:
+        raise UserError(f"teacher {teacher.name}: {e}") from e
+
+
+def check_pair(student: ESPnetASRModel, teacher: Teacher, rate: float) -> None:
+    """Refuse a teacher whose tokens or sampling rate are not the student's.
+
+    Raises:
+        UserError: naming the tokens or the rates that differ.
+    """
+    if rate != teacher.sampling_rate:
+        raise UserError(f"the student hears {rate:g} Hz, the teacher {teacher.name} {teacher.sampling_rate:g} Hz")
+    mine, theirs = list(student.token_list), teacher.token_list
+    if mine == theirs:
+        return
+    only_mine = [t for t in mine if t not in set(theirs)][:5]
+    only_theirs = [t for t in theirs if t not in set(mine)][:5]
+    moved = [f"{t!r} is {i} / {theirs.index(t)}" for i, t in enumerate(mine) if t in theirs and theirs.index(t) != i]
+    raise UserError(
+        f"the token lists differ: student {len(mine)} tokens, teacher {teacher.name} {len(theirs)}; "
+        f"only the student has {only_mine}, only the teacher {only_theirs}, moved {moved[:3]}. "
+        "Train the student with the teacher's token list (and BPE model)"
+    )

@@ -1,0 +1,111 @@
+"""The teacher's N-best on disk, for sequence-level distillation.
+
+A text file in UTF-8, one hypothesis a line, the hypotheses of an utterance on lines that follow each other:
+
+    utt_id rank score token token …
+
+``rank`` counts from 1, the best; ``score`` is the log-probability in nats; the tokens are those of the token list,
+so that a file outlives a reordered list. An empty hypothesis has no tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from pathlib import Path
+from typing import Dict, Iterator, List, Mapping, Sequence, Tuple, Union
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import iter_lines
+from espnet_kd.files import replacing
+
+PathLike = Union[str, Path]
+#: Hypotheses of one utterance, best first: (log-probability in nats, token ids).
+Hypotheses = Sequence[Tuple[float, Sequence[int]]]
+
+
+def weights(scores: Sequence[float]) -> List[float]:
+    """Renormalise log-probabilities (N,) in nats over the N-best: their softmax; nothing for nothing.
+
+    These are the weights of the hypotheses in sequence-level KD (Takashima et al.).
+    """
+    if not scores:
+        return []
+    best = max(scores)
+    odds = [math.exp(s - best) for s in scores]
+    total = sum(odds)
+    return [o / total for o in odds]
+
+
+def write_nbest(path: PathLike, nbest: Mapping[str, Hypotheses], token_list: Sequence[str]) -> None:
+    """Write the N-best of utterances, in the order given; the file is whole or absent."""
+    with replacing(path) as f:
+        for utt_id, hypotheses in nbest.items():
+            for rank, (score, ids) in enumerate(hypotheses, 1):
+                f.write(" ".join([utt_id, str(rank), f"{score:.6f}", *(token_list[i] for i in ids)]) + "\n")
+
+
+def read_nbest(
+    path: PathLike, token_list: Sequence[str], blank_id: int = 0
+) -> Dict[str, List[Tuple[float, Sequence[int]]]]:
+    """Read an N-best file whole.
+
+    Args:
+        path: written by `write_nbest`, or by hand.
+        token_list: the V tokens of the model that is to learn from it.
+        blank_id: a token that no hypothesis may hold.
+
+    Returns:
+        For each utterance (score in nats, token ids) best first. The ids are an ``array`` of C ints, which
+        ``torch.tensor`` takes: half of a list's memory, and a large corpus has millions.
+
+    Raises:
+        UserError: naming the line: not UTF-8, too few columns, a rank that isn't the next one, a score that is no
+            number, an unknown token, an utterance or hypothesis that stands twice; or no such file, or an empty one.
+    """
+    id_of = {token: i for i, token in enumerate(token_list) if i != blank_id}
+    found: Dict[str, List[Tuple[float, Sequence[int]]]] = {}
+    current = None
+    for where, fields in _read_fields(Path(path)):
+        if len(fields) < 3:
+            raise UserError(f"{where}: expected 'utterance rank score tokens…', found '{' '.join(fields)}'")
+        utt_id, rank, number, *tokens = fields
+        if utt_id != current:
+            if utt_id in found:
+                raise UserError(f"{where}: utterance '{utt_id}' stands twice; its lines must follow each other")
+            current = utt_id
+            found[utt_id] = []
+        hypotheses = found[utt_id]
+        if rank != str(len(hypotheses) + 1):
+            raise UserError(f"{where}: '{utt_id}' has rank '{rank}' where {len(hypotheses) + 1} must come")
+        try:
+            score = float(number)
+        except ValueError:
+            score = math.nan
+        if not math.isfinite(score):
+            raise UserError(f"{where}: the score '{number}' of '{utt_id}' is not a number (a log-probability in nats)")
+        try:
+            ids = array("i", [id_of[t] for t in tokens])
+        except KeyError as e:
+            raise UserError(
+                f"{where}: token '{e.args[0]}' of '{utt_id}' is no text token of the token list; "
+                "make the N-best with a teacher that has the student's token list"
+            ) from e
+        if any(ids == other for _, other in hypotheses):
+            raise UserError(f"{where}: this hypothesis of '{utt_id}' stands there already; keep one of the lines")
+        hypotheses.append((score, ids))
+    if not found:
+        raise UserError(f"{path}: no hypotheses in it; make it with asr_kd_nbest")
+    return found
+
+
+def _read_fields(path: Path) -> Iterator[Tuple[str, List[str]]]:
+    """Yield ("file:line", columns) of lines that are not blank."""
+    try:
+        for number, line in iter_lines(path):
+            # Not split(): it would also cut at U+3000 and U+00A0, which may be part of a token.
+            fields = [f for f in line.replace("\t", " ").split(" ") if f]
+            if fields:
+                yield f"{path}:{number}", fields
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e

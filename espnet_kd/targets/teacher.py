@@ -1,0 +1,137 @@
+"""What a teacher is to the KD model, and several of them as one."""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Callable, Dict, List, Optional, Protocol, Sequence
+
+import torch
+from torch import Tensor
+
+from espnet_kd.cli import UserError
+from espnet_kd.losses.common import full_precision
+from espnet_kd.targets.encode import EncoderOutputs
+
+
+class Teacher(Protocol):
+    """A source of targets."""
+
+    name: str
+    token_list: List[str]
+    sampling_rate: float  #: Hz
+    frame_shift: float  #: seconds
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of its hidden states."""
+
+    def check_taps(self, taps: Sequence[str]) -> None:
+        """Refuse taps that it lacks (:class:`UserError`)."""
+
+    def state_dict(self) -> Dict[str, Tensor]:
+        """Its parameters and buffers by name."""
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Follow the student to another device or type."""
+
+    def targets(
+        self,
+        utt_ids: Sequence[str],
+        speech: Tensor,
+        speech_lengths: Tensor,
+        taps: Sequence[str] = (),
+        text: Optional[Tensor] = None,
+        text_lengths: Optional[Tensor] = None,
+    ) -> EncoderOutputs:
+        """What it says of a batch (see :meth:`espnet_kd.targets.online.OnlineTeacher.targets`)."""
+
+
+class SeveralTeachers:
+    """The weighted average of several teachers' probabilities (not of their logits); hidden states are the first's.
+
+    Args:
+        teachers: with the same tokens, sampling rate and frame shift.
+        weights: of each, above 0, normalised to 1; default equal.
+
+    Raises:
+        UserError: teachers that differ, or another number of weights.
+    """
+
+    def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float] = ()):
+        self.teachers = list(teachers)
+        first = self.teachers[0]
+        for other in self.teachers[1:]:
+            if other.token_list != first.token_list:
+                raise UserError(f"the teachers {first.name} and {other.name} have different token lists")
+            for what, unit, mine, theirs in (
+                ("frame shifts", "ms", first.frame_shift * 1000, other.frame_shift * 1000),
+                ("sampling rates", "Hz", first.sampling_rate, other.sampling_rate),
+            ):
+                if abs(mine - theirs) > 1e-6 * mine:
+                    raise UserError(
+                        f"the teachers have different {what}: "
+                        f"{first.name} {mine:g} {unit}, {other.name} {theirs:g} {unit}"
+                    )
+        if weights and len(weights) != len(self.teachers):
+            raise UserError(f"teacher_weights has {len(weights)} numbers for {len(self.teachers)} teachers")
+        if any(w <= 0 for w in weights):
+            raise UserError(f"teacher_weights must be above 0, not {list(weights)}")
+        weights = list(weights) or [1.0] * len(self.teachers)
+        self.weights = [w / sum(weights) for w in weights]
+        self.name = ", ".join(t.name for t in self.teachers)
+        self.token_list, self.sampling_rate, self.frame_shift = first.token_list, first.sampling_rate, first.frame_shift
+
+    @property
+    def hidden_size(self) -> int:
+        """Width of the first teacher's hidden states."""
+        return self.teachers[0].hidden_size
+
+    def check_taps(self, taps: Sequence[str]) -> None:
+        """See :class:`Teacher`."""
+        self.teachers[0].check_taps(taps)
+        if "decoder" in taps:
+            for teacher in self.teachers[1:]:
+                teacher.check_taps(["decoder"])
+
+    def state_dict(self) -> Dict[str, Tensor]:
+        """The first teacher's."""
+        return self.teachers[0].state_dict()
+
+    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """See :class:`Teacher`."""
+        for teacher in self.teachers:
+            teacher.move(fn)
+
+    @torch.no_grad()
+    def targets(
+        self,
+        utt_ids: Sequence[str],
+        speech: Tensor,
+        speech_lengths: Tensor,
+        taps: Sequence[str] = (),
+        text: Optional[Tensor] = None,
+        text_lengths: Optional[Tensor] = None,
+    ) -> EncoderOutputs:
+        """Log of the averaged probabilities as logits, over the frames that all teachers have."""
+        decoder = [tap for tap in taps if tap == "decoder"]
+        said = [
+            teacher.targets(utt_ids, speech, speech_lengths, taps if i == 0 else decoder, text, text_lengths)
+            for i, teacher in enumerate(self.teachers)
+        ]
+        frames = min(s.logits.size(1) for s in said)
+        lengths = torch.stack([s.lengths for s in said])
+        if (lengths.max(0).values - lengths.min(0).values).max() > 2:
+            raise UserError(f"the teachers {self.name} differ by more than two frames: {lengths.tolist()}")
+        return EncoderOutputs(
+            self._average([s.logits[:, :frames] for s in said]),
+            lengths.min(0).values.clamp(max=frames),
+            self.frame_shift,
+            {tap: h[:, :frames] for tap, h in said[0].hidden.items()},
+            self._average([s.decoder for s in said]) if decoder else None,
+        )
+
+    def _average(self, logits: Sequence[Tensor]) -> Tensor:
+        """log Σ w · softmax, in float32 or better."""
+        each = [full_precision(x).log_softmax(-1) + math.log(w) for w, x in zip(self.weights, logits)]
+        return functools.reduce(torch.logaddexp, each)

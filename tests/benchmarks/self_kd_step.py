@@ -1,0 +1,95 @@
+"""Time a self-KD training step against a plain one of the same encoder, and count what self-KD adds to train.
+
+    OMP_NUM_THREADS=1 python tests/benchmarks/self_kd_step.py --vocabulary 500 5000
+
+Forward, backward and optimizer step on random speech, plain and self-KD in turn; the figure is the median of the
+ratios of neighbouring steps, so that a machine's moods touch both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from typing import List, Optional, Sequence
+
+import torch
+from tqdm import tqdm
+
+from espnet_kd.distill.model import ESPnetASRKDModel
+from espnet_kd.distill.page import load_page
+from espnet_kd.distill.schedule import Progress
+from espnet_kd.offline import ASRTask
+
+RATE = 16000  # Hz
+
+
+def build(vocabulary: int, blocks: int, width: int) -> torch.nn.Module:
+    """A plain ESPnet Conformer CTC model."""
+    conf = ASRTask.get_default_config()
+    conf.update(
+        token_list=["<blank>", "<unk>", *map(str, range(vocabulary - 3)), "<sos/eos>"],
+        encoder="conformer",
+        encoder_conf=dict(
+            output_size=width, attention_heads=4, linear_units=4 * width, num_blocks=blocks, cnn_module_kernel=15,
+            macaron_style=True, rel_pos_type="latest", pos_enc_layer_type="rel_pos",
+            selfattention_layer_type="rel_selfattn",
+        ),
+        model_conf=dict(ctc_weight=1.0), ctc_conf={}, normalize=None, specaug=None, frontend_conf=dict(fs=RATE),
+    )  # fmt: skip
+    return ASRTask.build_model(argparse.Namespace(**conf))
+
+
+def measure(vocabulary: int, args: argparse.Namespace) -> None:
+    """Print one line."""
+    torch.manual_seed(0)
+    plain = build(vocabulary, args.blocks, args.width)
+    page = load_page("self_kd")
+    progress = Progress(epoch=5, max_epoch=10)
+    student = ESPnetASRKDModel.adopt(copy.deepcopy(plain), page, 1, None, progress, RATE)
+    samples = int(args.seconds * RATE)
+    batch = dict(
+        speech=torch.randn(args.batch, samples),
+        speech_lengths=torch.full((args.batch,), samples),
+        text=torch.randint(2, vocabulary - 1, (args.batch, int(args.seconds * 4))),  # about 4 BPE units a second
+        text_lengths=torch.full((args.batch,), int(args.seconds * 4)),
+    )
+    models = {"plain": plain.train(), "self_kd": student.train()}
+    optimizers = {k: torch.optim.Adam(m.parameters(), lr=1e-4) for k, m in models.items()}
+    times = {k: [] for k in models}
+    for step in tqdm(range(args.steps + 2), desc=f"V = {vocabulary}"):
+        for name in sorted(models, reverse=bool(step % 2)):
+            start = time.perf_counter()
+            loss = models[name](**{k: v.clone() for k, v in batch.items()})[0]
+            optimizers[name].zero_grad()
+            loss.backward()
+            optimizers[name].step()
+            times[name].append(time.perf_counter() - start)
+    ratios: List[float] = [a / b for a, b in zip(times["self_kd"][2:], times["plain"][2:])]
+    low, _, high = statistics.quantiles(ratios, n=4)
+    added = sum(p.numel() for p in student.parameters()) - sum(p.numel() for p in plain.parameters())
+    print(
+        f"V = {vocabulary}: plain step {statistics.median(times['plain'][2:]):.3f} s, self-KD / plain "
+        f"{statistics.median(ratios):.3f} (quartiles {low:.3f}, {high:.3f}; {args.steps} pairs), parameters added in "
+        f"training {added} = one linear layer {args.width} × {vocabulary} + {vocabulary}"
+    )
+    assert added == (args.width + 1) * vocabulary
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the command."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[500, 5000])
+    parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--width", type=int, default=144)
+    parser.add_argument("--batch", type=int, default=16, help="utterances")
+    parser.add_argument("--seconds", type=float, default=5.0, help="of each utterance")
+    parser.add_argument("--steps", type=int, default=15, help="pairs of steps")
+    args = parser.parse_args(argv)
+    for vocabulary in args.vocabulary:
+        measure(vocabulary, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,381 @@
+"""What each objective adds up, from the pieces that are tested elsewhere: losses, taps, ESPnet's own CTC."""
+
+import copy
+
+import pytest
+import tiny_asr
+import tiny_kd
+import torch
+
+from espnet_kd import frames as fr
+from espnet_kd import losses
+from espnet_kd.cli import UserError
+from espnet_kd.distill.model import ESPnetASRKDModel
+from espnet_kd.distill.objectives import OBJECTIVES
+from espnet_kd.distill.objectives.base import resolve_layers
+from espnet_kd.distill.page import list_pages, load_page
+from espnet_kd.distill.schedule import Progress
+from espnet_kd.targets.encode import encode
+from espnet_kd.targets.nbest import weights
+from espnet_kd.targets.online import OnlineTeacher
+from espnet_kd.targets.teacher import SeveralTeachers
+
+HYBRID = dict(ctc_weight=0.3)
+
+
+def page_of(write_page, *objectives, teacher="required", **stage):
+    return load_page(
+        str(write_page({"teacher": teacher, "stages": [{"share": 1.0, "objectives": list(objectives), **stage}]}))
+    )
+
+
+def adopt(page, teacher=None, conf=None, progress=None, **more):
+    """The plain student in eval mode, and the same adopted."""
+    plain = tiny_asr.build(conf or tiny_kd.student_config(), sharpen=1.0)
+    with torch.no_grad():
+        plain.ctc.ctc_lo.bias[-1] = 0.0
+    model = ESPnetASRKDModel.adopt(copy.deepcopy(plain), page, 1, teacher, progress or Progress(), 16000.0, **more)
+    return plain, model.eval()
+
+
+def ctc(plain, log_probs, lengths, batch):
+    """ESPnet's own CTC of other log-probabilities."""
+    labels = torch.cat([t[:n] for t, n in zip(batch["text"], batch["text_lengths"])])
+    return plain.ctc.ctc_loss(log_probs.transpose(0, 1), labels, lengths, batch["text_lengths"]).mean()
+
+
+def speech_of(batch):
+    return batch["speech"], batch["speech_lengths"]
+
+
+def deeper(**more):
+    conf = tiny_kd.student_config(**more)
+    conf["encoder_conf"]["num_blocks"] = 4
+    return conf
+
+
+def run(model, batch):
+    loss, stats, _ = model(**copy.deepcopy(batch))
+    return loss.squeeze(), stats
+
+
+def test_every_objective_is_on_a_page_or_says_why():
+    used = {o.name for p in list_pages() for s in load_page(p).stages for o in s.objectives}
+    assert set(OBJECTIVES.classes) - used == {"attention_kl"}  # an addition for hybrid students, to any page
+
+
+@pytest.mark.parametrize(
+    "layers, depth, expected",
+    [((0.55, 0.73, 0.91), 33, [18, 24, 30]), ((0.55, 0.73, 0.91), 3, [2]), ((0.5,), 12, [6]), ((1, 3), 4, [1, 3])],
+)
+def test_layers_by_share_of_the_depth(layers, depth, expected):
+    assert resolve_layers(layers, depth) == expected
+
+
+@pytest.mark.parametrize("layers, depth", [((4,), 4), ((0,), 4), ((1.5,), 4), ((-1,), 4), ((0.5,), 1), ((0.5,), 0)])
+def test_layers_that_are_not_there(layers, depth):
+    with pytest.raises(UserError, match="no layers to tap|has layers 1 to"):
+        resolve_layers(layers, depth)
+
+
+def test_inter_ctc_is_espnets(write_page):
+    conf = deeper(interctc_weight=0.3)
+    conf["encoder_conf"]["interctc_layer_idx"] = [1, 3]
+    theirs = tiny_asr.build(conf, sharpen=1.0)
+    page = page_of(
+        write_page, {"objective": "inter_ctc", "weight": 0.3, "layers": [1, 3]}, teacher="none", ctc={"weight": 0.7}
+    )
+    _, ours = adopt(page, conf=deeper())
+    ours.load_state_dict(theirs.state_dict())
+    batch = tiny_kd.batch()
+    expected = theirs(**copy.deepcopy(batch))[0]
+    torch.testing.assert_close(run(ours, batch)[0], expected.squeeze(), rtol=1e-6, atol=1e-5)
+
+
+def test_inter_kd(write_page, teacher):
+    page = page_of(write_page, {"objective": "inter_kd", "layers": [1, 2], "l2_weight": 0.25}, ctc={"weight": 1.0})
+    plain, model = adopt(page, teacher, deeper())
+    assert len(model.kd_heads["inter_kd"]) == 2
+    batch = tiny_kd.batch()
+    out, lengths, _, hidden = encode(plain, *speech_of(batch), ["encoder.1", "encoder.2"])
+    target = teacher.targets((), *speech_of(batch))
+    valid = torch.minimum(lengths, target.lengths)
+
+    def l2(q):
+        return losses.softmax_l2(q, target.logits[:, : q.size(1)], valid) * valid.sum() / 3
+
+    final = plain.ctc.ctc_lo(out).log_softmax(-1)
+    inner = [h(hidden[f"encoder.{n}"]).log_softmax(-1) for n, h in enumerate(model.kd_heads["inter_kd"], 1)]
+    expected = ctc(plain, final, lengths, batch) + 0.25 * l2(final)
+    expected = expected + sum(ctc(plain, q, lengths, batch) + 0.25 * l2(q) for q in inner) / 2
+    torch.testing.assert_close(run(model, batch)[0], expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("frames", [{"rule": "all"}, {"rule": "elimination"}])
+def test_self_kd(write_page, frames):
+    objective = {"objective": "self_kd", "weight": 0.4, "layer": 2, "temperature": 2.0, "frames": frames}
+    plain, model = adopt(page_of(write_page, objective, teacher="none", ctc={"weight": 0.6}), conf=deeper())
+    added = [p for k, p in model.named_parameters() if k.startswith("kd_heads")]
+    assert sum(p.numel() for p in added) == plain.ctc.ctc_lo.weight.numel() + plain.ctc.ctc_lo.bias.numel()
+    batch = tiny_kd.batch()
+    out, lengths, _, hidden = encode(plain, *speech_of(batch), ["encoder.2"])
+    p = plain.ctc.ctc_lo(out).log_softmax(-1)
+    q = model.kd_heads["self_kd"](hidden["encoder.2"]).log_softmax(-1)
+    chosen = fr.select(p, lengths, **frames)
+    kl = losses.kl(q, p, lengths, temperature=2.0, frames=chosen) * chosen.sum() / 3
+    expected = 0.6 * ctc(plain, p, lengths, batch) + 0.4 * (ctc(plain, q, lengths, batch) + kl)
+    loss, stats = run(model, batch)
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
+    assert stats["loss_ctc_student"].item() == pytest.approx(ctc(plain, q, lengths, batch).item(), rel=1e-5)
+    # The self-teacher is not pulled: its head learns from its own CTC alone.
+    model.zero_grad()
+    model.kd_stage.ctc_weight = 0.0
+    run(model, batch)[0].backward()
+    assert model.ctc.ctc_lo.weight.grad is None or not model.ctc.ctc_lo.weight.grad.any()
+
+
+@pytest.mark.parametrize("name", ["transformer", "conformer", "branchformer", "e_branchformer"])
+@pytest.mark.parametrize("ctc_weight", [1.0, 0.3])
+def test_self_kds_export_says_what_its_head_said(write_page, name, ctc_weight):
+    conf = {**tiny_asr.config(name, num_blocks=4), "model_conf": {"ctc_weight": ctc_weight}}
+    if name == "branchformer":
+        conf["encoder_conf"].update(cgmlp_linear_units=32, cgmlp_conv_kernel=7)
+        conf["encoder_conf"]["cgmlp_weight"] = [0.5, 0.4, 0.3, 0.2]  # a value per layer
+    page = page_of(write_page, {"objective": "self_kd", "layer": 0.5}, teacher="none", ctc={"weight": 0.5})
+    _, model = adopt(page, conf=conf)
+    with torch.no_grad():
+        for p in model.encoder.parameters():  # make after_norm count
+            p.add_(0.1 * torch.randn_like(p))
+    batch = tiny_kd.batch()
+    _, lengths, _, hidden = encode(model, *speech_of(batch), ["encoder.2"])
+    expected = model.kd_heads["self_kd"](hidden["encoder.2"])
+    cls = OBJECTIVES.get_class("self_kd")
+    exported, state = cls.export("self_kd", {"layer": 0.5}, conf, model.state_dict())
+    plain = tiny_asr.build(exported, seed=5)
+    plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("kd_heads")})  # no key more or less
+    assert len(plain.encoder.encoders) == 2 and plain.decoder is None
+    encoded, encoded_lengths = plain.encode(*speech_of(batch))
+    assert torch.equal(lengths, encoded_lengths)
+    torch.testing.assert_close(plain.ctc.ctc_lo(encoded), expected, rtol=0, atol=1e-6)
+
+
+def test_sequence_kd(write_page):
+    page = page_of(
+        write_page, {"objective": "sequence_kd", "weight": 0.5, "nbest": 2}, teacher="none", ctc={"weight": 0.5}
+    )
+    batch = tiny_kd.batch()
+    # One with three hypotheses (the third is not read), one with an empty one, one with a single one.
+    nbest = {
+        "utt0": [(-1.0, [3, 4]), (-2.0, [3]), (-2.5, [9])],
+        "utt1": [(-0.5, [5, 6, 7]), (-3.0, [])],
+        "utt2": [(-4.0, [8])],
+    }
+    plain, model = adopt(page, nbest=nbest)
+    out, lengths = plain.encode(*speech_of(batch))
+    log_probs = plain.ctc.ctc_lo(out).log_softmax(-1)
+    total = 0.0
+    for b, hypotheses in enumerate(nbest.values()):
+        shares = weights([s for s, _ in hypotheses[:2]])
+        assert sum(shares) == pytest.approx(1.0)
+        for share, (_, labels) in zip(shares, hypotheses):
+            each = plain.ctc.ctc_loss(
+                log_probs[b : b + 1].transpose(0, 1), torch.tensor(labels, dtype=torch.long), lengths[b : b + 1],
+                torch.tensor([len(labels)]),
+            )  # fmt: skip
+            total = total + share * each.sum()
+    expected = 0.5 * ctc(plain, log_probs, lengths, batch) + 0.5 * total / 3
+    torch.testing.assert_close(run(model, batch)[0], expected, rtol=1e-5, atol=1e-4)
+    del nbest["utt1"]
+    with pytest.raises(UserError, match="utterance 'utt1' is not in the N-best file"):
+        run(model, batch)
+    with pytest.raises(UserError, match="sequence_kd: needs the teacher's N-best: give --nbest"):
+        adopt(page)
+
+
+def test_consistency_is_two_views_of_each_utterance(write_page, monkeypatch):
+    page = page_of(write_page, {"objective": "consistency", "weight": 0.2}, teacher="none", ctc={"weight": 1.0})
+    plain, model = adopt(page)
+    batch = tiny_kd.batch()
+    assert run(model, batch)[1]["loss_consistency"] == 0  # validation: one view
+    encoded = []
+    original = model.encode
+
+    def encode_and_keep(speech, lengths):
+        encoded.append((speech, original(speech, lengths)))
+        return encoded[-1][1]
+
+    monkeypatch.setattr(model, "encode", encode_and_keep)
+    model.train()
+    torch.manual_seed(0)
+    loss, stats, weight = model(**copy.deepcopy(batch))
+    assert weight == 3  # utterances, not views
+    speech, (out, lengths) = encoded[0]
+    assert torch.equal(speech[:3], speech[3:]) and torch.equal(lengths[:3], lengths[3:])
+    assert not torch.allclose(out[:3], out[3:], atol=1e-3)  # SpecAugment masked them differently
+    log_probs = model.ctc.ctc_lo(out).log_softmax(-1)
+    twice = {k: torch.cat([batch[k], batch[k]]) for k in ("text", "text_lengths")}
+    value = losses.consistency(log_probs[:3], log_probs[3:], lengths[:3]) * lengths[:3].sum() / 3
+    expected = ctc(plain, log_probs, lengths, twice) + 0.2 * value
+    torch.testing.assert_close(loss.squeeze(), expected, rtol=1e-5, atol=1e-4)
+    assert value > 0
+
+
+def test_layer_pruning_begins_with_the_teachers_layers(write_page, teacher):
+    page = page_of(write_page, {"objective": "layer_pruning"})
+    conf = tiny_kd.student_config()
+    conf["encoder_conf"].update(output_size=24, num_blocks=2)
+    plain, model = adopt(page, teacher, conf)
+    theirs = teacher.state_dict()
+    for name, value in model.state_dict().items():
+        if name.startswith(("encoder.", "ctc.")):
+            assert torch.equal(value, theirs[name]), name
+    assert not torch.equal(plain.ctc.ctc_lo.weight, model.ctc.ctc_lo.weight)
+    with pytest.raises(UserError, match=r"must be as wide: encoder\.\S+ is \(\d.*in the teacher"):
+        adopt(page, teacher)
+    conf["encoder_conf"]["num_blocks"] = 4
+    with pytest.raises(UserError, match="absent in the teacher"):
+        adopt(page, teacher, conf)
+
+
+def hybrid_teacher(directory, seed=1):
+    conf = {**tiny_asr.config("conformer", output_size=24, num_blocks=2), "model_conf": {"ctc_weight": 0.5}}
+    return OnlineTeacher(tiny_asr.save(tiny_asr.build(conf, seed=seed, sharpen=4.0), conf, directory))
+
+
+@pytest.mark.parametrize("transcribed", ["all", "some", "none"])
+def test_attention_kl(write_page, tmp_path, transcribed):
+    teacher = hybrid_teacher(tmp_path / "teacher")
+    entry = {"objective": "attention_kl", "weight": 2.0}
+    page = page_of(write_page, entry, ctc={"weight": 1.0}, attention={"weight": 0.5})
+    plain, model = adopt(page, teacher, tiny_kd.student_config(**HYBRID))
+    batch = tiny_kd.batch()
+    rows = {"all": [0, 1, 2], "some": [0, 2], "none": []}[transcribed]
+    for row in set(range(3)) - set(rows):
+        batch["text_lengths"][row] = 0
+        batch["text"][row] = -1
+    if not rows:
+        batch["text"] = batch["text"][:, :0]
+    loss, stats = run(model, batch)
+    if not rows:
+        assert stats["loss_attention_kl"] == 0 and loss == 0
+        return
+    kl, labels, attention = 0.0, 0, 0.0
+    for row in rows:  # each alone
+        text, n = batch["text"][row : row + 1], batch["text_lengths"][row : row + 1]
+        outs = []
+        for m in (plain, teacher._model):
+            out, lengths = m.encode(batch["speech"], batch["speech_lengths"])
+            words = torch.cat([torch.tensor([[m.sos]]), text[:, : int(n)]], 1)
+            outs.append(m.decoder(out[row : row + 1], lengths[row : row + 1], words, n + 1)[0])
+        kl = kl + losses.kl(*outs, n + 1) * (int(n) + 1)
+        out, lengths = plain.encode(batch["speech"], batch["speech_lengths"])
+        attention += plain._calc_att_loss(out[row : row + 1], lengths[row : row + 1], text[:, : int(n)], n)[0] / 3
+        labels += int(n) + 1
+    expected = 0.7 * (2.0 * kl / 3 + 0.5 * attention) + 0.3 * stats["loss_ctc"]
+    torch.testing.assert_close(loss, expected.squeeze(), rtol=1e-4, atol=1e-4)
+
+
+def test_attention_kl_needs_decoders(write_page, teacher, tmp_path):
+    page = page_of(write_page, {"objective": "attention_kl"})
+    with pytest.raises(UserError, match="attention_kl: the student has no attention decoder"):
+        adopt(page, hybrid_teacher(tmp_path / "t"))
+    with pytest.raises(UserError, match="the teacher has no attention decoder"):
+        adopt(page, teacher, tiny_kd.student_config(**HYBRID))
+
+
+@pytest.mark.parametrize("method", [p for p in list_pages() if p not in ("layer_pruning", "delayed_kd")])
+def test_every_method_works_on_the_ctc_branch_of_a_hybrid(method, tmp_path):
+    """Hybrid student and teacher; a finite loss that reaches encoder and decoder wherever labels are on."""
+    page = load_page(method)
+    batch = tiny_kd.batch()
+    nbest = {u: [(-1.0, [3, 4])] for u in batch["utt_id"]}
+    teacher = hybrid_teacher(tmp_path / "teacher") if page.teacher == "required" else None
+    for stage in page.stages:
+        student = tiny_asr.build(deeper(**HYBRID), sharpen=1.0)
+        model = ESPnetASRKDModel.adopt(student, page, stage.number, teacher, Progress(), 16000.0, nbest)
+        model.train()
+        loss = run(model, batch)[0]
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert any(p.grad is not None and p.grad.any() for p in model.encoder.parameters())
+        assert any(p.grad is not None for p in model.decoder.parameters()) == (stage.ctc_weight != 0)
+
+
+def test_untranscribed_utterances_are_left_out_of_ctc(write_page, teacher):
+    page = page_of(write_page, {"objective": "kl", "weight": 0.0}, ctc={"weight": 1.0})
+    plain, model = adopt(page, teacher)
+    batch = tiny_kd.batch((16000,) * 3)
+    each = []
+    for row in range(3):
+        single = {k: v[row : row + 1] for k, v in batch.items()}
+        each.append(run(plain, single)[0].item())
+    batch["text_lengths"][1] = 0
+    batch["text"][1] = 7  # whatever stands there is not a transcript
+    loss, _ = run(model, batch)
+    assert loss.item() == pytest.approx((each[0] + each[2]) / 3, rel=1e-4)
+    batch["text_lengths"][:] = 0
+    batch["text"] = batch["text"][:, :0]
+    loss, _ = run(model.train(), batch)
+    loss.backward()
+    assert loss.item() == 0.0
+
+
+def test_several_teachers_average_probabilities(teacher, tmp_path):
+    other = OnlineTeacher(tiny_kd.save_teacher(tmp_path / "other", seed=3))
+    both = SeveralTeachers([teacher, other], [3.0, 1.0])
+    batch = tiny_kd.batch()
+    said = both.targets((), *speech_of(batch), ["encoder"])
+    a, b = (t.targets((), *speech_of(batch), ["encoder"]) for t in (teacher, other))
+    expected = 0.75 * a.logits.softmax(-1) + 0.25 * b.logits.softmax(-1)
+    torch.testing.assert_close(said.logits.exp(), expected, rtol=1e-5, atol=1e-7)
+    assert torch.equal(said.hidden["encoder"], a.hidden["encoder"])  # the first's
+    assert both.frame_shift == teacher.frame_shift and both.hidden_size == teacher.hidden_size
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(token_list=["<blank>", "x"]), "different token lists"),
+        (dict(frame_shift=0.06), "different frame shifts: .* 40 ms, .* 60 ms"),
+        (dict(sampling_rate=8000.0), "different sampling rates: .* 16000 Hz, .* 8000 Hz"),
+    ],
+)
+def test_teachers_that_do_not_go_together(teacher, teacher_dir, change, message):
+    other = OnlineTeacher(teacher_dir)
+    vars(other).update(change)
+    with pytest.raises(UserError, match=message):
+        SeveralTeachers([teacher, other])
+
+
+def test_weights_of_teachers(teacher):
+    assert SeveralTeachers([teacher, teacher]).weights == [0.5, 0.5]
+    with pytest.raises(UserError, match="2 numbers for 1 teachers"):
+        SeveralTeachers([teacher], [0.5, 0.5])
+    with pytest.raises(UserError, match="must be above 0"):
+        SeveralTeachers([teacher, teacher], [1.0, 0.0])
+
+
+RNN = dict(num_layers=1, hidden_size=8, output_size=12)
+
+
+@pytest.mark.parametrize(
+    "encoder, conf, ratio",
+    [
+        ("vgg_rnn", RNN, 1),
+        ("rnn", {**RNN, "subsample": [1]}, 0.25),
+        ("conformer", dict(input_layer="conv2d6", output_size=20), 1.5),
+        ("conformer", dict(input_layer="conv2d8", output_size=20), 2),
+    ],
+)
+def test_tutornet_across_topologies_widths_and_frame_rates(teacher, encoder, conf, ratio):
+    page = load_page("tutornet")
+    student = tiny_kd.student_config(encoder)
+    student["encoder_conf"] = conf if "rnn" in encoder else {**student["encoder_conf"], **conf}
+    for stage in page.stages:
+        plain = tiny_asr.build(student, sharpen=1.0)
+        model = ESPnetASRKDModel.adopt(plain, page, stage.number, teacher, Progress(), 16000.0).train()
+        assert model.frame_shift / teacher.frame_shift == pytest.approx(ratio)
+        loss = run(model, tiny_kd.batch((32000, 24000, 16000)))[0]
+        loss.backward()
+        assert torch.isfinite(loss)
+        assert any(p.grad is not None and p.grad.any() for p in model.encoder.parameters())
