@@ -1,9 +1,10 @@
-"""Decode a data dir with the CTC head of an ESPnet experiment, in batches, greedily.
+"""Decode data dirs with the CTC heads of ESPnet experiments, in batches, greedily.
 
-    python -m espnet_kd.bin.asr_kd_inference --expdir exp/student --data_dir dump/raw/test \
-        --output_dir exp/student/decode_test
+    python -m espnet_kd.bin.asr_kd_inference --expdir exp/teacher exp/student_plain exp/student_kl/export \
+        --data_dir dump/raw/test
 
-Writes OUTPUT_DIR/1best_recog/{text,token,token_int,score} in ESPnet's layout and OUTPUT_DIR/decode.json.
+Every experiment decodes every data dir into EXP/decode_<name of the data dir>; what is decoded with EXP/export lies
+beside it, in EXP/decode_…. Each holds 1best_recog/{text,token,token_int,score} in ESPnet's layout and decode.json.
 A finished decoding of the same model and data is kept; --force decodes again.
 """
 
@@ -15,20 +16,26 @@ import hashlib
 import json
 import logging
 import math
+import os
 import time
 from pathlib import Path
-from typing import Dict, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 from espnet_kd import cli
 from espnet_kd.files import replacing
+
+#: The models that `espnet_kd.targets.experiment.find_experiment` chooses from.
+MODELS = ("model.pth", "*.ave.pth", "*.ave_*best.pth", "*.best.pth", "latest.pth")
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Command line of asr_kd_inference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--expdir", required=True, metavar="EXP[/FILE.pth]", help="experiment or export to decode with")
-    parser.add_argument("--data_dir", required=True, help="data dir with wav.scp")
-    parser.add_argument("--output_dir", required=True, help="e.g. EXP/decode_test")
+    parser.add_argument(
+        "--expdir", required=True, nargs="+", metavar="EXP[/FILE.pth]", help="experiments or exports to decode with"
+    )
+    parser.add_argument("--data_dir", required=True, nargs="+", metavar="DIR", help="data dirs with wav.scp")
+    parser.add_argument("--output_dir", help="of one experiment and one data dir; default EXP/decode_<data dir>")
     parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="0: CPU, 1: GPU")
     parser.add_argument("--batch_seconds", type=float, default=120.0, help="audio in a batch, padding included")
     parser.add_argument("--nj", type=int, default=1, help="batches decoded at the same time; 1 on a GPU")
@@ -49,52 +56,102 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise cli.UserError(f"--batch_seconds is {args.batch_seconds}; it must be a number above 0")
     if args.ngpu:
         args.nj = 1  # a GPU gains nothing from batches side by side; recipes pass both options
-    output_dir = Path(args.output_dir)
-    start = time.perf_counter()
-    # Imported here: --help and mistakes in the command line are answered at once.
-    from espnet_kd.targets.experiment import find_experiment
-
-    config, model_file = find_experiment(args.expdir)
-    inputs = describe_inputs(model_file, Path(args.data_dir))
-    if not args.force and is_done(output_dir, inputs):
-        logging.info("%s is decoded already with this model and data (--force decodes again)", output_dir)
+    places = list_decodings(args.expdir, args.data_dir, args.output_dir)
+    # {experiment: [(data dir, output dir, inputs)]} of what is left to do
+    todo: Dict[str, List[Tuple[Path, Path, Dict]]] = {}
+    for expdir, data_dir, output_dir in places:
+        inputs = describe_inputs(Path(expdir), data_dir)
+        if not args.force and is_done(output_dir, inputs):
+            logging.info("%s is decoded already with this model and data (--force decodes again)", output_dir)
+        else:
+            todo.setdefault(expdir, []).append((data_dir, output_dir, inputs))
+    if not todo:
         return
 
+    start = time.perf_counter()
+    # Imported here: --help, mistakes in the command line and finished decodings are answered at once.
     import torch
 
-    from espnet_kd.decode.recognise import Recogniser, read_utterances, recognise
-    from espnet_kd.targets.experiment import load_model
+    from espnet_kd.decode.recognise import Recogniser, read_utterances
+    from espnet_kd.targets.experiment import find_experiment, load_model
 
     if args.ngpu and not torch.cuda.is_available():
         raise cli.UserError("--ngpu 1, but torch sees no GPU; use --ngpu 0")
     if args.nj > 1:
         torch.set_num_threads(1)  # batches run side by side instead
-    model, train_args = load_model(config, model_file, "cuda" if args.ngpu else "cpu")
-    recogniser = Recogniser(model, train_args, config.parent)
-    utterances = read_utterances(args.data_dir, recogniser.rate)
-    _warm_up(recogniser)
-    load_seconds = time.perf_counter() - start
-    hypotheses, timing = recognise(recogniser, utterances, args.batch_seconds, args.nj)
+    found = {expdir: find_experiment(expdir) for expdir in todo}  # all of them, before the first is decoded
+    for number, (expdir, decodings) in enumerate(todo.items(), 1):
+        config, model_file = found[expdir]
+        if len(todo) > 1:
+            logging.info("experiment %d of %d: %s", number, len(todo), expdir)
+        model, train_args = load_model(config, model_file, "cuda" if args.ngpu else "cpu")
+        recogniser = Recogniser(model, train_args, config.parent)
+        _warm_up(recogniser)
+        load_seconds = time.perf_counter() - start
+        for data_dir, output_dir, inputs in decodings:
+            utterances = read_utterances(data_dir, recogniser.rate)
+            facts = {"model": str(model_file), "load_seconds": round(load_seconds, 3), "inputs": inputs}
+            _decode(recogniser, utterances, output_dir, facts, args)
+        start = time.perf_counter()
 
+
+def list_decodings(
+    expdirs: Sequence[str], data_dirs: Sequence[str], output_dir: Optional[str] = None
+) -> List[Tuple[str, Path, Path]]:
+    """Every (experiment, data dir, its output directory).
+
+    Raises:
+        UserError: ``output_dir`` for several, or several that would go to one place.
+    """
+    if output_dir and (len(expdirs) > 1 or len(data_dirs) > 1):
+        raise cli.UserError("--output_dir goes with one --expdir and one --data_dir; leave it out for several")
+    places: List[Tuple[str, Path, Path]] = []
+    taken: Dict[str, str] = {}
+    for expdir in expdirs:
+        for data_dir in data_dirs:
+            place = Path(output_dir) if output_dir else decode_dir(expdir, data_dir)
+            pair = f"{expdir} on {data_dir}"
+            other = taken.setdefault(os.path.abspath(place), pair)
+            if other is not pair:
+                raise cli.UserError(f"{other} and {pair} would both be in {place}; give --output_dir, one at a time")
+            places.append((expdir, Path(data_dir), place))
+    return places
+
+
+def decode_dir(expdir: Union[str, Path], data_dir: Union[str, Path]) -> Path:
+    """``EXP/decode_<name of the data dir>`` of EXP, EXP/FILE.pth or EXP/export."""
+    path = Path(expdir)
+    if path.suffix == ".pth":
+        path = path.parent
+    if path.name == "export":
+        path = path.parent
+    return path / f"decode_{os.path.basename(os.path.abspath(data_dir))}"
+
+
+def _decode(recogniser, utterances: List, output_dir: Path, facts: Dict, args: argparse.Namespace) -> None:
+    """Decode one data dir; ``facts`` go to decode.json with what is measured here."""
+    import torch
+
+    from espnet_kd.decode.recognise import recognise
+
+    hypotheses, timing = recognise(recogniser, utterances, args.batch_seconds, args.nj)
     # decode.json vouches for the rest: it goes before anything is replaced, and comes back last.
     (output_dir / "decode.json").unlink(missing_ok=True)
     write_hypotheses(output_dir / "1best_recog", hypotheses)
     rtf = timing.decode_seconds / timing.audio_seconds if timing.audio_seconds else None
     facts = {
-        "model": str(model_file),
         "params": recogniser.num_parameters,
         "utterances": len(utterances),
         "audio_seconds": round(timing.audio_seconds, 3),
         "decode_seconds": round(timing.decode_seconds, 4),
         "rtf": rtf,
         "read_seconds": round(timing.read_seconds, 4),
-        "load_seconds": round(load_seconds, 3),
         "threads": args.nj * torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if args.ngpu else "cpu",
         "batch_seconds": args.batch_seconds,
         **_versions(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "inputs": inputs,
+        **facts,
     }
     with replacing(output_dir / "decode.json") as f:
         json.dump(facts, f, indent=2)
@@ -102,19 +159,39 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     logging.info("%d utterances → %s, real-time factor %s", len(utterances), output_dir, rtf and f"{rtf:.5f}")
 
 
-def describe_inputs(model_file: Path, data_dir: Path) -> Dict:
-    """What a decoding was made from: model file (name, bytes, mtime in ns) and data dir (hash of wav.scp)."""
-    stat = model_file.stat()
+def describe_inputs(experiment: Path, data_dir: Path) -> Dict:
+    """What a decoding of EXP or EXP/FILE.pth is made from: hashes of the models there are to choose from, and wav.scp.
+
+    Contents, not times: an export that is written again is the same model.
+
+    Raises:
+        UserError: the data dir has no wav.scp.
+    """
     try:
         wav_scp = hashlib.sha256((data_dir / "wav.scp").read_bytes()).hexdigest()
     except OSError as e:
         raise cli.UserError(f"cannot read {data_dir}/wav.scp: {e.strerror}; is --data_dir a data dir?") from e
-    return {
-        "model_file": model_file.name,
-        "model_bytes": stat.st_size,
-        "model_mtime_ns": stat.st_mtime_ns,
-        "wav_scp_sha256": wav_scp,
-    }
+    if experiment.suffix == ".pth":
+        directory, files = experiment.parent, [experiment]
+    else:
+        directory, files = experiment, sorted({f for pattern in MODELS for f in experiment.glob(pattern)})
+    hashes: Dict[Path, str] = {}
+    models = {}
+    for file in (directory / "config.yaml", *files):
+        if file.is_file():
+            target = file.resolve()  # ESPnet's names are mostly links to the same few files
+            if target not in hashes:
+                hashes[target] = _hash(target)
+            models[file.name] = hashes[target]
+    return {"models": models, "wav_scp_sha256": wav_scp}
+
+
+def _hash(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def is_done(output_dir: Path, inputs: Dict) -> bool:

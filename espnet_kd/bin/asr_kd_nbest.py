@@ -32,7 +32,7 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="e.g. exp/teacher/nbest")
     parser.add_argument("--nbest", type=int, default=5, help="hypotheses of an utterance, at most")
-    parser.add_argument("--beam_size", type=int, default=10, help="hypotheses kept per frame; 4 × --nbest misses few")
+    parser.add_argument("--beam_size", type=int, default=20, help="hypotheses kept per frame; 4 × --nbest misses few")
     parser.add_argument("--beam_size_token", type=int, default=20, help="likeliest tokens of a frame that are tried")
     parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="0: CPU, 1: GPU (the search is on the CPU)")
     parser.add_argument("--batch_seconds", type=float, default=120.0, help="audio in a batch, padding included")

@@ -1,54 +1,131 @@
-"""Each kind of student against the plain one, over the seeds that both have."""
+"""Which method helped: means over seeds, and each student against the plain student of the same seed and size."""
 
 from __future__ import annotations
 
 import csv
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from espnet_kd.decode.score import paired_bootstrap
+from espnet_kd.decode.score import bootstrap_interval, paired_bootstrap
+
+Row = Dict[str, Any]  # keys: espnet_kd.report.results.KEYS
+UNITS = ("cer", "wer")
 
 
-def compare_with_plain(rows: Sequence[Dict[str, Any]], expdir: Path, describe: Any) -> List[List[str]]:
-    """Table lines: kind, test set, difference of each seed, mean difference with its 95 % interval and p (WER, CER).
+@dataclass
+class Rate:
+    """An error rate, or a difference of two, in percent, with its 95 % interval and p where there are any."""
 
-    The interval is a paired bootstrap over utterances; the errors of an utterance are summed over the seeds first, so
-    that it stays one observation. It says nothing of other seeds: hence each seed's difference beside it.
+    value: float
+    low: Optional[float] = None
+    high: Optional[float] = None
+    p: Optional[float] = None
+
+
+@dataclass
+class Difference:
+    """A kind of student against the plain one: ``seeds`` that both have, one `Rate` for each of `UNITS`."""
+
+    seeds: List[Any]
+    rates: Dict[str, Rate]
+
+
+@dataclass
+class Kind:
+    """All seeds of one kind of experiment on one test set; ``against`` says why where there is no difference."""
+
+    label: str
+    rows: List[Row]
+    rates: Dict[str, Rate]
+    against: Union[Difference, str, None] = None  #: None: nothing to be compared with (a teacher, a plain student)
+
+
+def find_plain(row: Row, rows: Sequence[Row]) -> Union[Row, str]:
+    """The plain student that a student is fairly compared with, or why there is none.
+
+    It has the same test set, seed and number of parameters; of several the one with as many epochs, then by name.
     """
-    plain = {(r["testset"], r["seed"]): r for r in rows if r["role"] == "plain"}
-    groups: Dict[Tuple[str, str], List[Tuple[Dict, Dict]]] = {}
+    plain = [r for r in rows if r["role"] == "plain" and r["testset"] == row["testset"] and r["wer"] is not None]
+    equal = [r for r in plain if r["params"] == row["params"] is not None]
+    if not equal:
+        return "no plain student of this size"
+    equal = [r for r in equal if r["seed"] == row["seed"]]
+    if not equal:
+        return "no plain student of this seed"
+    return min(equal, key=lambda r: (r["epochs"] != row["epochs"], r["experiment"]))
+
+
+def compare(rows: Sequence[Row], expdir: Path, label: Callable[[Row], str]) -> List[Kind]:
+    """One entry for each kind of scored experiment, by test set: teachers, plain students, then what helped most.
+
+    The intervals are bootstraps over utterances; the errors of an utterance are summed over the seeds first, so that
+    it stays one observation. They say nothing of other seeds.
+    """
+    groups: Dict[Tuple, List[Row]] = {}
     for row in rows:
-        other = plain.get((row["testset"], row["seed"]))
-        if row["role"] == "student" and other is not None:
-            groups.setdefault((describe(row), row["testset"]), []).append((row, other))
-    lines = []
-    for (kind, testset), pairs in groups.items():
-        cells = []
-        for unit in ("wer", "cer"):
-            errors: List[np.ndarray] = []
-            lengths: List[np.ndarray] = []
-            for row, other in pairs:
-                files = [expdir / r["experiment"] / f"decode_{testset}" / "per_utt.tsv" for r in (row, other)]
-                tables = [_counts(f, unit) for f in files]
-                if None in tables or tables[0].keys() != tables[1].keys():
-                    break
-                ids = sorted(tables[0])
-                errors.append(np.array([[t[u][0] for u in ids] for t in tables]))
-                lengths.append(np.array([tables[0][u][1] for u in ids]))
-            else:
-                each = [100.0 * (e[0] - e[1]).sum() / n.sum() for e, n in zip(errors, lengths)]
-                a, b = sum(errors)
-                mean, low, high, p = paired_bootstrap(a, b, sum(lengths))
-                cells += [" ".join(f"{d:+.2f}" for d in each), f"{mean:+.2f} [{low:+.2f}, {high:+.2f}]", f"{p:.3f}"]
-        if len(cells) == 6:
-            lines.append([kind, testset or "–", *cells])
-    return lines
+        if all(row[unit] is not None for unit in UNITS):
+            groups.setdefault((row["testset"], label(row), row["params"]), []).append(row)
+    kinds = []
+    for (_, name, _), members in groups.items():
+        if len({r["seed"] for r in members}) < len(members):  # told apart by their tags alone
+            parts = [(f"{name} ({r['experiment']})", [r]) for r in members]
+        else:
+            parts = [(name, members)]
+        for title, part in parts:
+            rates = {unit: _mean(part, expdir, unit) for unit in UNITS}
+            against = _against(part, rows, expdir) if part[0]["role"] == "student" else None
+            kinds.append(Kind(title, part, rates, against))
+    return sorted(kinds, key=_order)
 
 
-def _counts(path: Path, unit: str) -> Any:
+def _order(kind: Kind) -> Tuple:
+    row, known = kind.rows[0], isinstance(kind.against, Difference)
+    role = {"teacher": 0, "plain": 1, "student": 2}.get(row["role"], 3)
+    gain = kind.against.rates["wer"].value if known else 0.0
+    return row["testset"] or "", role, not known, gain, row["params"] or 0, kind.label
+
+
+def _mean(rows: Sequence[Row], expdir: Path, unit: str) -> Rate:
+    """Mean over the seeds; its interval needs the counts of the same utterances from each."""
+    mean = sum(r[unit] for r in rows) / len(rows)
+    if len(rows) == 1:
+        return Rate(mean, rows[0][f"{unit}_low"], rows[0][f"{unit}_high"])
+    tables = [_counts(expdir, r, unit) for r in rows]
+    if None in tables or any(t.keys() != tables[0].keys() for t in tables):
+        return Rate(mean)
+    errors, lengths = sum(_column(t, 0) for t in tables), sum(_column(t, 1) for t in tables)
+    return Rate(mean, *bootstrap_interval(errors, lengths))
+
+
+def _against(rows: Sequence[Row], everything: Sequence[Row], expdir: Path) -> Union[Difference, str]:
+    found = [(row, find_plain(row, everything)) for row in rows]
+    pairs = [(row, plain) for row, plain in found if not isinstance(plain, str)]
+    if not pairs:
+        return str(found[0][1])
+    rates = {}
+    for unit in UNITS:
+        a, b, lengths = 0, 0, 0
+        ids = None
+        for pair in pairs:
+            ours, theirs = (_counts(expdir, row, unit) for row in pair)
+            if ours is None or theirs is None:
+                return "no per_utt.tsv: score again"
+            ids = ours.keys() if ids is None else ids
+            if not ours.keys() == theirs.keys() == ids:
+                return "scored on other utterances"
+            a, b, lengths = a + _column(ours, 0), b + _column(theirs, 0), lengths + _column(ours, 1)
+        if not np.sum(lengths):
+            return "the references are empty"
+        rates[unit] = Rate(*paired_bootstrap(a, b, lengths))
+    return Difference([row["seed"] for row, _ in pairs], rates)
+
+
+def _counts(expdir: Path, row: Row, unit: str) -> Optional[Dict[str, Tuple[int, int]]]:
     """{utterance: (errors, reference length)}, None where the file is missing."""
+    path = expdir / row["experiment"] / f"decode_{row['testset']}" / "per_utt.tsv"
     if not path.is_file():
         return None
     with path.open(encoding="utf-8", newline="") as f:
@@ -59,3 +136,8 @@ def _counts(path: Path, unit: str) -> Any:
             )
             for r in csv.DictReader(f, delimiter="\t")
         }
+
+
+def _column(table: Dict[str, Tuple[int, int]], index: int) -> np.ndarray:
+    """(U,) errors (0) or lengths (1), by utterance id."""
+    return np.array([table[u][index] for u in sorted(table)])

@@ -10,11 +10,11 @@ import math
 import platform
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 from espnet_kd.cli import UserError
 from espnet_kd.files import replacing
-from espnet_kd.report.compare import compare_with_plain
+from espnet_kd.report.compare import UNITS, Difference, Kind, Rate, compare, find_plain
 from espnet_kd.report.curves import Curve
 from espnet_kd.report.history import read_stages, seconds
 
@@ -60,7 +60,11 @@ def gather(expdir: Path, teachers: Sequence[Path] = ()) -> Gathered:
     for path in inside:
         _add(result, path, {})
     result.rows.sort(key=_order)
-    rank = {describe(row): i for i, row in reversed(list(enumerate(result.rows)))}
+    labels = label_rows(result.rows)
+    named = {row["experiment"]: labels(row) for row in result.rows}
+    rank = {labels(row): i for i, row in reversed(list(enumerate(result.rows)))}
+    for curve in result.curves:
+        curve.label = named[curve.label]
     result.curves.sort(key=lambda curve: rank[curve.label])
     return result
 
@@ -79,6 +83,30 @@ def describe(row: Dict[str, Any]) -> str:
     return name if stages == "–" else f"{name}, KD stages {stages}"
 
 
+def label_rows(rows: Sequence[Dict[str, Any]]) -> Callable[[Dict[str, Any]], str]:
+    """A function like `describe` that says what tells these rows apart, and no more.
+
+    KD stages are left out of methods with a single one; the size is added where one kind has several.
+    """
+    stages: Dict[Any, Set[str]] = {}
+    for row in rows:
+        stages.setdefault(row["method"], set()).add(show_stages(row["kd_stages"]))
+
+    def kind(row: Dict[str, Any]) -> str:
+        single = row["role"] == "student" and row["method"] and stages.get(row["method"]) == {"1"}
+        return row["method"] if single else describe(row)
+
+    sizes: Dict[str, Set[int]] = {}
+    for row in rows:
+        sizes.setdefault(kind(row), set()).update([] if row["params"] is None else [row["params"]])
+
+    def label(row: Dict[str, Any]) -> str:
+        tell = row["params"] is not None and len(sizes.get(kind(row), ())) > 1
+        return f"{kind(row)}, {row['params']:,} parameters" if tell else kind(row)
+
+    return label
+
+
 def show_stages(stages: Any) -> str:
     """KD stages for people: ``1+2+3``."""
     if stages in (None, "", []):
@@ -94,24 +122,24 @@ def write_json(rows: Sequence[Dict[str, Any]], path: Path) -> None:
 
 
 def write_markdown(gathered: Gathered, path: Path, picture: Optional[str] = None) -> None:
-    """Write the page: environment, table, means over seeds, link to the picture of curves, what is missing."""
+    """Write the page: environment, comparison of methods, every run, picture of curves, what is missing."""
     lines = ["# Results", "", "## Environments", "", *(f"- {k}: `{v}`" for k, v in environment().items()), ""]
-    lines += ["## Error rates", "", "Rates in percent; in brackets 95 % bootstrap intervals over utterances.", ""]
+    kinds = compare(gathered.rows, gathered.expdir, label_rows(gathered.rows))
+    if kinds:
+        lines += ["## Comparison of methods", "", *_COMPARISON, ""]
+        lines += _table(
+            ("method", "test set", "seeds", "parameters", "epochs", "CER", "WER", "WER to plain", "p", "CER to plain",
+             "p", "training"),
+            [_compared(kind) for kind in kinds],
+        )  # fmt: skip
+        lines.append("")
+    lines += ["## Error rates", ""]
+    lines += ["Every run. Rates in percent; in brackets 95 % bootstrap intervals over utterances.", ""]
     lines += _table(
         ("experiment", "role", "method", "KD stages", "seed", "test set", "parameters", "CER", "WER", "RTF", "epochs",
-         "training"),
-        [_cells(row) for row in gathered.rows],
+         "training", "CER to plain", "WER to plain"),
+        [[*_cells(row), *_to_plain(row, gathered.rows)] for row in gathered.rows],
     )  # fmt: skip
-    means = mean_over_seeds(gathered.rows)
-    if means:
-        lines += ["", "## Means over seeds", "", "In brackets the lowest and the highest seed.", ""]
-        lines += _table(("experiment", "test set", "seeds", "CER", "WER"), means)
-    against = compare_with_plain(gathered.rows, gathered.expdir, describe)
-    if against:
-        lines += ["", "## Against the plain student of the same seed", ""]
-        lines += ["Points; below 0 is better. Each seed, then the mean, its 95 % interval (paired bootstrap over"]
-        lines += ["utterances) and p.", ""]
-        lines += _table(("student", "test set", "WER by seed", "WER", "p", "CER by seed", "CER", "p"), against)
     if picture:
         lines += ["", "## Training curves", "", f"![training curves]({picture})"]
     if gathered.notes:
@@ -120,19 +148,47 @@ def write_markdown(gathered: Gathered, path: Path, picture: Optional[str] = None
         f.write("\n".join(lines) + "\n")
 
 
-def mean_over_seeds(rows: Sequence[Dict[str, Any]]) -> List[List[str]]:
-    """Table lines for every kind of experiment that was scored with two seeds or more."""
-    groups: Dict[Tuple, List[Dict[str, Any]]] = {}
-    for row in rows:
-        if row["cer"] is not None and row["wer"] is not None:
-            groups.setdefault((describe(row), row["testset"]), []).append(row)
-    lines = []
-    for (kind, testset), members in groups.items():
-        if len(members) > 1:
-            rates = [[r[k] for r in members] for k in ("cer", "wer")]
-            shown = [f"{sum(v) / len(v):.2f} ({min(v):.2f}–{max(v):.2f})" for v in rates]
-            lines.append([kind, _or_dash(testset), str(len(members)), *shown])
-    return lines
+_COMPARISON = (
+    "Means over seeds, in percent. *To plain*: difference in points to the plain student of the same seeds and size;",
+    "below 0 is better. In brackets 95 % bootstrap intervals over utterances, paired for the differences; errors are",
+    "summed over the seeds, so they say nothing of other seeds, each of which stands below. p is that of one method",
+    "alone: of twenty that do nothing, one has p < 0.05.",
+)
+
+
+def _compared(kind: Kind) -> List[str]:
+    """One line of the comparison."""
+    rows, against = kind.rows, kind.against
+    params = rows[0]["params"]
+    epochs = sorted({r["epochs"] for r in rows if r["epochs"] is not None})
+    times = [r["train_seconds"] for r in rows if r["train_seconds"] is not None]
+    if isinstance(against, Difference):
+        seeds = [r["seed"] for r in rows]
+        only = "" if against.seeds == seeds else f" (seeds {' '.join(map(_or_dash, against.seeds))})"
+        differences = []
+        for unit in reversed(UNITS):
+            rate = against.rates[unit]
+            differences += [f"{rate.value:+.2f} [{rate.low:+.2f}, {rate.high:+.2f}]{only}", f"{rate.p:.3f}"]
+    else:
+        differences = [against or "–", "–", "–", "–"]
+    return [
+        _or_dash(kind.label),
+        _or_dash(rows[0]["testset"]),
+        " ".join(_or_dash(r["seed"]) for r in rows),
+        "–" if params is None else f"{params:,}",
+        "/".join(map(str, epochs)) or "–",
+        *(_show(kind.rates[unit]) for unit in UNITS),
+        *differences,
+        _duration(sum(times) / len(times) if times else None),
+    ]
+
+
+def _to_plain(row: Dict[str, Any], rows: Sequence[Dict[str, Any]]) -> List[str]:
+    """Differences of one run to its plain student."""
+    plain = find_plain(row, rows) if row["role"] == "student" and row["wer"] is not None else ""
+    if isinstance(plain, str):
+        return ["–", "–"]
+    return ["–" if None in (row[u], plain[u]) else f"{row[u] - plain[u]:+.2f}" for u in UNITS]
 
 
 def environment() -> Dict[str, str]:
@@ -177,7 +233,7 @@ def _add(result: Gathered, path: Path, forced: Dict[str, Any]) -> None:
         result.notes.append(f"{name}: not scored yet (no decode_*/score.json)")
         rows = [base]
     result.rows += rows
-    result.curves.append(Curve(describe(base), stages))
+    result.curves.append(Curve(name, stages))  # `gather` puts a label in the place of the name
 
 
 def _score(score: Dict[str, Any], score_file: Path, notes: List[str]) -> Dict[str, Any]:
@@ -270,10 +326,12 @@ def _or_dash(value: Any) -> str:
 
 
 def _rate(row: Dict[str, Any], key: str) -> str:
-    if row[key] is None:
-        return "–"
-    low, high = row[f"{key}_low"], row[f"{key}_high"]
-    return f"{row[key]:.2f}" + ("" if low is None or high is None else f" [{low:.2f}, {high:.2f}]")
+    return "–" if row[key] is None else _show(Rate(row[key], row[f"{key}_low"], row[f"{key}_high"]))
+
+
+def _show(rate: Rate) -> str:
+    interval = "" if rate.low is None or rate.high is None else f" [{rate.low:.2f}, {rate.high:.2f}]"
+    return f"{rate.value:.2f}{interval}"
 
 
 def _duration(value: Optional[float]) -> str:

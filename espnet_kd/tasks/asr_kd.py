@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
 
 from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.train.distributed_utils import DistributedOption
 from espnet2.utils.types import str2bool, str_or_none
+from torch import Tensor
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.checkpoints import keep_previous
@@ -85,7 +86,10 @@ class ASRKDTask(ASRTask):
             UserError: student, teacher and page don't fit.
         """
         student = super().build_model(args)
-        if getattr(args, "kd_config", None) is None or getattr(args, "collect_stats", False):
+        if getattr(args, "collect_stats", False):
+            student.__class__ = StatisticsModel
+            return student
+        if getattr(args, "kd_config", None) is None:
             return student
         page = load_page(args.kd_config)
         stage = 1 if args.kd_stage is None else args.kd_stage
@@ -141,6 +145,21 @@ class ASRKDTask(ASRTask):
                 keep_previous(Path(args.output_dir))
 
         return EpochHooks(factory, cls.progress, at_epoch)
+
+
+class StatisticsModel(ESPnetASRModel):
+    """ESPnet's model for ``--collect_stats``, which there insists on text without using it."""
+
+    def collect_feats(
+        self,
+        speech: Tensor,
+        speech_lengths: Tensor,
+        text: Optional[Tensor] = None,
+        text_lengths: Optional[Tensor] = None,
+        **kwargs: Any,
+    ) -> Dict[str, Tensor]:
+        """ESPnetASRModel's features (B, T, D) and their lengths (B,)."""
+        return super().collect_feats(speech, speech_lengths, text, text_lengths, **kwargs)
 
 
 def check_data(args: argparse.Namespace, stage: KDStage) -> None:

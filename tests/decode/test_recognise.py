@@ -2,6 +2,10 @@
 
 import argparse
 import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -194,3 +198,54 @@ def test_command_refuses_what_it_cannot_do(tmp_path, expdir):
     with pytest.raises(UserError, match="--nj"):
         asr_kd_inference.main([*base, "--data_dir", str(tmp_path), "--nj", "0"])
     assert not (tmp_path / "out").exists()
+
+
+def test_several_experiments_decode_several_data_dirs(tmp_path, expdir, waves, recogniser):
+    """One process, each model loaded once, and nothing loaded for what is finished."""
+    one, two = tmp_path / "exp/one", tmp_path / "exp/two"
+    shutil.copytree(expdir, one)
+    conf = tiny_asr.config()
+    tiny_asr.save(tiny_asr.build(conf, seed=1, sharpen=100.0), conf, two / "export", "model.pth")
+    data = [tiny_asr.data_dir(tmp_path / "raw" / name, {"u": w}) for name, w in zip(("clean", "other"), waves)]
+    argv = ["--expdir", str(one), str(two / "export"), "--data_dir", *map(str, data)]
+    asr_kd_inference.main(argv)
+    text = {p.parent.parent.relative_to(tmp_path / "exp"): p.read_text() for p in tmp_path.glob("exp/**/text")}
+    assert sorted(map(str, text)) == ["one/decode_clean", "one/decode_other", "two/decode_clean", "two/decode_other"]
+    for place, wave in (("decode_clean", waves[0]), ("decode_other", waves[1])):
+        assert text[Path("one") / place] == f"u {recogniser([wave])[0].text}\n"
+        assert text[Path("two") / place] != text[Path("one") / place]
+    assert json.loads((two / "decode_other/decode.json").read_text())["model"] == str(two / "export/model.pth")
+
+    # An export that is written again is the same model; another process finds all finished, and needs no torch for it.
+    (two / "export/model.pth").touch()
+    before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("exp/**/decode.json")}
+    code = "import sys, espnet_kd.bin.asr_kd_inference as i; i.main(sys.argv[1:]); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, *argv], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
+    assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("exp/**/decode.json")}
+
+    # Another model under the same name: that experiment alone is decoded again.
+    tiny_asr.save(tiny_asr.build(conf, seed=2, sharpen=100.0), conf, two / "export", "model.pth")
+    asr_kd_inference.main(argv)
+    again = {p.parent.parent.name for p, t in before.items() if p.stat().st_mtime_ns != t}
+    assert again == {"two"}
+
+
+def test_places_of_several_decodings(tmp_path):
+    here = tmp_path / "raw" / "test"
+    for exp in ("exp/a", "exp/a/export", "exp/a/valid.loss.ave.pth", "exp/a/export/model.pth"):
+        assert asr_kd_inference.decode_dir(exp, here) == Path("exp/a/decode_test")
+    with pytest.raises(UserError, match="--output_dir goes with one"):
+        asr_kd_inference.main(["--expdir", "a", "b", "--data_dir", str(here), "--output_dir", "x"])
+    with pytest.raises(UserError, match="a on .*test and a/export on .*test would both be in a/decode_test"):
+        asr_kd_inference.main(["--expdir", "a", "a/export", "--data_dir", str(here)])
+    with pytest.raises(UserError, match="would both be in"):
+        asr_kd_inference.main(["--expdir", "a", "--data_dir", str(here), str(tmp_path / "other" / "test")])
+
+
+def test_an_experiment_that_is_not_there_is_refused_before_any_is_decoded(tmp_path, expdir, waves):
+    data = tiny_asr.data_dir(tmp_path / "test", {"u": waves[0]})
+    shutil.copytree(expdir, tmp_path / "a")
+    with pytest.raises(UserError, match="no experiment at .*nowhere"):
+        asr_kd_inference.main(["--expdir", str(tmp_path / "a"), str(tmp_path / "nowhere"), "--data_dir", str(data)])
+    assert not (tmp_path / "a/decode_test").exists()

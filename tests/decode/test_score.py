@@ -111,3 +111,43 @@ def test_command(tmp_path):
     assert lines[2].split("\t")[0] == "one_of_each" and lines[2].split("\t")[5:] == ["2", "1", "0", "1"]
     with pytest.raises(UserError, match="1000"):
         asr_kd_score.main([*argv, "--resamples", "10"])
+
+
+def test_command_scores_what_several_experiments_decoded(tmp_path):
+    refs = {u: r for u, (_, r) in PAIRS.items()}
+    data = [tmp_path / "raw" / name for name in ("clean", "other")]
+    for d in data:
+        write(d / "text", refs)
+    a, b = tmp_path / "a", tmp_path / "b"
+    for place, texts in (
+        (a / "decode_clean", refs),
+        (a / "decode_other", {u: h for u, (h, _) in PAIRS.items()}),
+        (b / "decode_clean", {u: "" for u in refs}),
+    ):
+        write(place / "1best_recog" / "text", texts)
+    argv = ["--expdir", str(a), str(b / "export"), "--data_dir", *map(str, data)]
+    with pytest.raises(UserError, match="b/decode_other/1best_recog/text is missing; decode first.*b/export"):
+        asr_kd_score.main(argv)
+    assert not list(tmp_path.glob("*/decode_*/score.json"))
+    write(b / "decode_other" / "1best_recog" / "text", refs)
+    asr_kd_score.main(argv)
+    scores = {p.parent: json.loads(p.read_text()) for p in tmp_path.glob("*/decode_*/score.json")}
+    errors = {f"{p.parent.name}/{s['testset']}": s["wer"]["err"] for p, s in scores.items()}
+    expected = {"a/clean": 0, "a/other": 100 * 8 / 11, "b/clean": 100, "b/other": 0}
+    assert errors == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        [],
+        ["--expdir", "a"],
+        ["--hyp", "h", "--ref", "r"],
+        ["--hyp", "h", "--ref", "r", "--output_dir", "o", "--expdir", "a", "--data_dir", "d"],
+        ["--expdir", "a", "--data_dir", "d", "--testset", "t"],
+    ],
+)
+def test_command_takes_one_of_two_forms(argv, capsys):
+    with pytest.raises(SystemExit) as e:
+        asr_kd_score.main(argv)
+    assert e.value.code == 2 and "either --expdir and --data_dir, or --hyp" in capsys.readouterr().err

@@ -43,13 +43,30 @@ def describe(expdir, role, method=None, kd_stages=None, seed=0):
     (expdir / "experiment.json").write_text(json.dumps(facts))
 
 
-def score(expdir, wer, testset="test", decode=True):
+def score(expdir, wer, testset="test", params=1234567):
     out = expdir / f"decode_{testset}"
     out.mkdir(parents=True, exist_ok=True)
     rates = {k: {"err": e, "low": e - 1, "high": e + 1} for k, e in (("cer", wer / 2), ("wer", wer))}
     (out / "score.json").write_text(json.dumps({"testset": testset, **rates, "utterances": 7}))
-    if decode:
-        (out / "decode.json").write_text(json.dumps({"params": 1234567, "rtf": 0.01}))
+    (out / "decode.json").write_text(json.dumps({"params": params, "rtf": 0.01}))
+
+
+def experiment(expdir, role, errors, *, method=None, seed=0, params=1000, testset="test", kd_stages=None, prefix="u"):
+    """A finished experiment that made so many word errors in each utterance of ten words (and five characters each)."""
+    describe(expdir, role, method, kd_stages or ([1] if role == "student" else None), seed)
+    score(expdir, 100.0 * sum(errors) / (10 * len(errors)), testset, params)
+    lines = ["\t".join(["utt_id", *(f"{u}_{k}" for u in ("cer", "wer") for k in ("corr", "sub", "del", "ins"))])]
+    for i, e in enumerate(errors):
+        lines.append("\t".join(map(str, [f"{prefix}{i}", 50 - e, e, 0, 0, 10 - e, e, 0, 0])))
+    (expdir / f"decode_{testset}" / "per_utt.tsv").write_text("\n".join(lines) + "\n")
+
+
+def comparison(page):
+    """{label: cells} of the comparison of methods, in its order."""
+    table = page.split("## Comparison of methods")[1].split("## Error rates")[0]
+    lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
+    return {cells[0]: dict(zip(["", *lines[0][1:8], "wer_p", lines[0][9], "cer_p", lines[0][11]], cells))
+            for cells in lines[2:]}  # fmt: skip
 
 
 @pytest.fixture
@@ -87,8 +104,8 @@ def test_rows_table_and_picture(exp, tmp_path):
     assert student["train_seconds"] == pytest.approx(5 * 64.5)  # all three KD stages
     assert (student["wer"], student["wer_low"], student["wer_high"], student["cer"]) == (18.0, 17.0, 19.0, 9.0)
     line = "|fkl0|student|progressive_fkl|1+2+3|0|test|1,234,567|9.00 [8.00, 10.00]|18.00 [17.00, 19.00]|0.0100|5|"
-    assert line + "5 min 22 s|" in page
-    assert "|progressive_fkl, KD stages 1+2+3|test|2|9.25 (9.00–9.50)|18.50 (18.00–19.00)|" in page
+    assert line + "5 min 22 s|-1.00|-2.00|" in page
+    assert "|progressive_fkl, KD stages 1+2+3|test|0 1|1,234,567|5|9.25|18.50|no per_utt.tsv: score again|" in page
     assert "## Environments" in page and "torch version" in page and "](curves.png)" in page
     assert "## Missing" not in page
     assert (exp / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -181,3 +198,74 @@ def test_nothing_to_report(tmp_path):
         report(tmp_path / "nowhere")
     with pytest.raises(UserError, match="--teacher .*nowhere"):
         report(tmp_path, "--teacher", tmp_path / "nowhere")
+
+
+MANY = 40
+
+
+def test_a_student_is_compared_with_the_plain_one_of_its_seed_and_size(tmp_path):
+    plain = [3] * MANY
+    for seed, tag in ((0, ""), (1, "_seed1")):
+        experiment(tmp_path / f"student_plain{tag}", "plain", [e + seed for e in plain], seed=seed)
+        experiment(tmp_path / f"student_plain_wide{tag}", "plain", [1] * MANY, seed=seed, params=5000)
+        better = [2 + seed if i % 2 else 3 + seed for i in range(MANY)]
+        experiment(tmp_path / f"student_kl{tag}", "student", better, method="kl", seed=seed)
+        experiment(tmp_path / f"student_wide{tag}", "student", [2] * MANY, method="wide", seed=seed, params=5000)
+        experiment(tmp_path / f"student_odd{tag}", "student", [2] * MANY, method="odd", seed=seed, params=77)
+        train(tmp_path / f"student_kl{tag}", 2 + 2 * seed, ["loss"])
+    experiment(tmp_path / "student_kl_seed2", "student", [0] * MANY, method="kl", seed=2)
+    experiment(tmp_path / "teacher", "teacher", [1] * MANY, params=9000)
+    _, page = report(tmp_path)
+    table = comparison(page)
+    # Teacher, plain students by size, students by what they gain, then those without anything to compare with.
+    assert list(table) == ["teacher", "plain, 1,000 parameters", "plain, 5,000 parameters", "kl", "wide", "odd"]
+    kl, wide = table["kl"], table["wide"]
+    assert (kl["seeds"], kl["parameters"], kl["epochs"]) == ("0 1 2", "1,000", "2/4")
+    assert kl["training"] == "3 min 14 s"  # mean of two and four epochs of 64.5 s
+    assert kl["WER"].startswith("20.00 [")  # mean of 25, 35 and 0
+    assert kl["WER to plain"].startswith("-5.00 [-6.") and kl["WER to plain"].endswith("] (seeds 0 1)")
+    assert kl["CER to plain"].startswith("-1.00 [") and float(kl["wer_p"]) < 0.01
+    assert wide["WER to plain"] == "+10.00 [+10.00, +10.00]"  # the small plain student would have made it -15
+    assert table["odd"]["WER to plain"] == "no plain student of this size"
+    assert table["teacher"]["WER to plain"] == table["plain, 1,000 parameters"]["WER to plain"] == "–"
+    assert table["plain, 1,000 parameters"]["WER"] == "35.00 [35.00, 35.00]"
+    # The same of each run.
+    runs = {line.split("|")[1]: line for line in page.split("## Error rates")[1].splitlines()[4:] if "|" in line}
+    assert runs["student_kl"].endswith("|-2.50|-5.00|") and runs["student_kl_seed1"].endswith("|-2.50|-5.00|")
+    assert runs["student_wide"].endswith("|+5.00|+10.00|")
+    assert runs["student_kl_seed2"].endswith("|–|–|") and runs["student_plain"].endswith("|–|–|")
+
+
+def test_runs_that_cannot_be_paired_say_why(tmp_path):
+    experiment(tmp_path / "plain", "plain", [1] * 5)
+    experiment(tmp_path / "plain_sevens", "plain", [1] * 5, seed=7)
+    experiment(tmp_path / "kl", "student", [1] * 5, method="kl", seed=3)
+    experiment(tmp_path / "cr", "student", [1] * 5, method="cr", prefix="v")
+    experiment(tmp_path / "mine", "student", [1] * 5, method="mine", seed=7)
+    (tmp_path / "mine/decode_test/per_utt.tsv").unlink()
+    experiment(tmp_path / "other", "student", [1] * 5, method="other", testset="dev")
+    _, page = report(tmp_path)
+    table = comparison(page)
+    assert table["kl"]["WER to plain"] == "no plain student of this seed"
+    assert table["cr"]["WER to plain"] == "scored on other utterances"
+    assert table["mine"]["WER to plain"] == "no per_utt.tsv: score again"
+    assert table["other"]["WER to plain"] == "no plain student of this size"
+    assert list(table)[0] == "other" and table["other"]["test set"] == "dev"
+
+
+def test_runs_of_one_seed_and_different_tags_are_not_averaged(tmp_path):
+    experiment(tmp_path / "student_plain", "plain", [1] * 5)
+    experiment(tmp_path / "student_kl", "student", [1] * 5, method="kl")
+    experiment(tmp_path / "student_kl_again", "student", [3] * 5, method="kl")
+    _, page = report(tmp_path)
+    table = comparison(page)
+    assert table["kl (student_kl)"]["WER to plain"].startswith("+0.00")
+    assert table["kl (student_kl_again)"]["WER to plain"].startswith("+20.00")
+
+
+def test_kd_stages_are_named_where_a_method_has_several(tmp_path):
+    experiment(tmp_path / "a", "student", [1] * 5, method="kl", kd_stages=[1])
+    experiment(tmp_path / "b", "student", [1] * 5, method="fkl", kd_stages=[1])
+    experiment(tmp_path / "c", "student", [1] * 5, method="fkl", kd_stages=[1, 3])
+    _, page = report(tmp_path)
+    assert sorted(comparison(page)) == ["fkl, KD stages 1", "fkl, KD stages 1+3", "kl"]

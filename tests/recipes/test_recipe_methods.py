@@ -1,0 +1,291 @@
+"""Many methods in one command: run_all.sh --methods, and the students that some methods need of their own."""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+import yaml
+from recipe import ROOT, TINY, Recipe
+
+SMALL = ["--local_data_opts", "--train 16 --valid 4 --test 6", "--nj", "1"]
+SMALL += ["--teacher_args", f"{TINY} --max_epoch 1", "--train_args", f"{TINY} --max_epoch 1"]
+
+
+def run_all(egs2, *options: str) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [str(egs2.parent / "run_all.sh"), *options],
+        env=Recipe(egs2, "mini").env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=900,
+    )
+
+
+def test_one_table_compares_methods(egs2):
+    done = run_all(egs2, "--methods", "kl cr_ctc", "--seeds", "1", *SMALL)
+    assert done.returncode == 0, done.stdout[-6000:]
+    for number, name in ((2, "plain, seed 1"), (4, "kl, seed 1")):  # a line for each finished run
+        assert f"{number} of 4: " in done.stdout and f" of 4: {name}, " in done.stdout
+    exp = egs2 / "mini/asr_kd1/exp"
+    rows = json.loads((exp / "results.json").read_text())
+    students = {("student", m, 1) for m in ("kl", "cr_ctc")}
+    assert {(r["role"], r["method"], r["seed"]) for r in rows} == {("teacher", None, 0), ("plain", None, 1), *students}
+    assert all(r["wer"] is not None and r["epochs"] == 1 for r in rows)
+    assert len({r["params"] for r in rows if r["role"] != "teacher"}) == 1
+    table = (exp / "RESULTS.md").read_text().split("## Comparison of methods")[1].split("##")[0]
+    assert table in done.stdout
+    for method in ("kl", "cr_ctc"):
+        cells = next(line.split("|") for line in table.splitlines() if line.startswith(f"|{method}|"))
+        assert cells[3] == "1" and cells[8][0] in "+-" and 0 < float(cells[9]) <= 1
+
+
+#: A recipe that writes down how it is called, and trains nothing.
+RUN = """#!/usr/bin/env bash
+set -eu
+cd "$(dirname "${BASH_SOURCE[0]}")"
+echo "$*" >>calls
+while read -r words; do
+    [[ "$*" != *${words}* ]] || { echo "it is broken"; exit 1; }
+done <broken
+set -- \\
+    --test_sets "clean other" \\
+    "$@"
+tag= seed=0
+while [ $# -gt 0 ]; do printf -v "${1#--}" '%s' "$2"; shift 2; done
+[ "${seed}" = 0 ] || tag=${tag:-seed${seed}}
+case "${stage}" in
+1) mkdir -p dump/raw/train/audio && touch dump/raw/train/{wav.scp,utt2spk,text,audio/u.flac}; exit ;;
+6) dir=exp/student_plain${tag:+_${tag}}; sleep "$(cat seconds)" & wait ;;
+7) dir=exp/student_$(basename "${method}")${tag:+_${tag}}/export ;;
+*) exit 0 ;;
+esac
+mkdir -p "${dir}"
+touch "${dir}/config.yaml"
+"""
+DEFAULTS = """expdir=exp   # of all
+dumpdir=dump
+train_set=train
+test_sets='test'      # several in quotes
+ngpu=0
+nj=2
+teacher=             # none
+python=./fake_python
+"""
+
+
+@pytest.fixture
+def stub(egs2):
+    directory = egs2 / "stub/asr_kd1"
+    shutil.rmtree(directory, ignore_errors=True)
+    (directory / "conf").mkdir(parents=True)
+    files = {"run.sh": RUN, "fake_python": '#!/usr/bin/env bash\nshift\necho "$*" >>calls\ntouch exp/RESULTS.md\n'}
+    files.update({"asr_kd.sh": DEFAULTS, "path.sh": "", "broken": "", "calls": "", "seconds": "0"})
+    for name, content in files.items():
+        (directory / name).write_text(content)
+        (directory / name).chmod(0o755)
+    return directory
+
+
+def calls(stub) -> list:
+    return (stub / "calls").read_text().splitlines()
+
+
+def test_every_method_runs_for_every_seed_beside_a_plain_student_like_it(egs2, stub):
+    for method in ("self_kd", "layer_pruning"):
+        (stub / f"conf/train_student_{method}.yaml").write_text("")
+    methods = "kl self_kd layer_pruning label_free sequence_kd"
+    done = run_all(egs2, "--recipe", "stub", "--methods", methods, "--seeds", "0 1", "--nj", "3")
+    assert done.returncode == 0, done.stdout
+    said = [c.removeprefix("--nj 3 ") for c in calls(stub)]
+    own, without = "--student_config conf/train_student_", "--train_set train_without_text"
+    assert said[0] == "--stage 1 --stop_stage 4"
+    first = {"--stage 5 --stop_stage 5", f"--stage 4 --stop_stage 4 {without}"}
+    second = set()
+    for seed in ("0", "1"):
+        plain, kd = f"--stage 6 --stop_stage 6 --seed {seed}", "--stage 7 --stop_stage 11 --method"
+        tag = "layer_pruning" + ("" if seed == "0" else "_seed1")
+        first |= {plain, f"{plain} {own}layer_pruning.yaml --tag {tag}"}
+        first |= {f"{kd} self_kd --seed {seed} {own}self_kd.yaml"}
+        second |= {f"{kd} {m} --seed {seed}" for m in ("kl", "sequence_kd")}
+        second |= {f"{kd} layer_pruning --seed {seed} {own}layer_pruning.yaml"}
+        second |= {f"{kd} label_free --seed {seed} {without}"}
+    assert set(said[1:9]) == first
+    assert said[9] == "--stage 7 --stop_stage 7 --method sequence_kd"
+    assert set(said[10:18]) == second and len(said) == 21
+    # The data without labels: all but text, and the audio once.
+    assert {p.name for p in (stub / "dump/raw/train_without_text").iterdir()} == {"wav.scp", "utt2spk"}
+    # In the end everything at once: one process decodes, one scores.
+    expected = {"exp/teacher"}
+    for tag in ("", "_seed1"):
+        expected |= {f"exp/student_plain{tag}", f"exp/student_plain_layer_pruning{tag}"}
+        expected |= {f"exp/student_{m}{tag}/export" for m in methods.split()}
+    for line, verb, rest in zip(said[18:20], ("inference", "score"), ("--ngpu 0 --nj 3", "")):
+        assert line.startswith(f"espnet_kd.bin.asr_kd_{verb} --expdir exp/teacher ")
+        exps, _, data = line.partition(" --data_dir ")
+        assert set(exps.split()[2:]) == expected
+        assert data == f"dump/raw/clean dump/raw/other {rest}".strip()
+    assert said[20] == "espnet_kd.bin.asr_kd_report --expdir exp"
+
+
+def test_failed_runs_are_named_and_the_others_go_on(egs2, stub):
+    (stub / "broken").write_text("--method kl --seed 0\n--stage 6 --stop_stage 6 --seed 1\n")
+    done = run_all(egs2, "--recipe", "stub", "--methods", "kl cr_ctc", "--seeds", "0 1")
+    assert done.returncode == 1
+    assert "error: failed: plain, seed 1; kl, seed 0; logs in" in done.stdout
+    assert "it is broken" in done.stdout and "7 of 7: " in done.stdout
+    decoded = next(c for c in calls(stub) if "asr_kd_inference" in c).split(" --data_dir")[0].split()[2:]
+    expected = ["exp/teacher", "exp/student_plain", "exp/student_cr_ctc/export"]
+    assert sorted(decoded) == sorted([*expected, "exp/student_cr_ctc_seed1/export", "exp/student_kl_seed1/export"])
+
+
+def test_without_a_teacher_only_what_needs_it_is_left_out(egs2, stub):
+    (stub / "broken").write_text("--stage 5\n")
+    done = run_all(egs2, "--recipe", "stub", "--methods", "kl cr_ctc")
+    assert done.returncode == 1 and "error: failed: teacher; all methods that need the teacher; logs in" in done.stdout
+    assert not [c for c in calls(stub) if "--method kl" in c]
+    exps = next(c for c in calls(stub) if "asr_kd_inference" in c).split(" --data_dir")[0]
+    assert exps.split()[2:] == ["exp/student_plain", "exp/student_cr_ctc/export"]
+
+
+def test_a_given_teacher_is_decoded_beside_the_students(egs2, stub):
+    done = run_all(egs2, "--recipe", "stub", "--methods", "kl", "--teacher", "exp/big")
+    assert done.returncode == 0, done.stdout
+    lines = [c for c in calls(stub) if c.startswith("espnet_kd.bin.asr_kd_inference")]
+    assert [line.split(" --ngpu")[0].split(" ", 1)[1] for line in lines] == [
+        "--expdir exp/big --data_dir dump/raw/clean --output_dir exp/teacher_given/decode_clean",
+        "--expdir exp/big --data_dir dump/raw/other --output_dir exp/teacher_given/decode_other",
+        "--expdir exp/student_plain exp/student_kl/export --data_dir dump/raw/clean dump/raw/other",
+    ]
+    assert json.loads((stub / "exp/teacher_given/experiment.json").read_text())["role"] == "teacher"
+
+
+def test_all_is_every_page_that_the_recipe_has_a_student_for(egs2, stub):
+    (stub / "conf/train_student_delayed_kd.yaml").write_text("")
+    done = run_all(egs2, "--recipe", "stub", "--methods", "all")
+    assert done.returncode == 0, done.stdout
+    ran = {c.split("--method ")[1].split()[0] for c in calls(stub) if "--stage 7 --stop_stage 11" in c}
+    assert ran == {p.stem for p in (ROOT / "conf/methods").glob("*.yaml")} - {"self_kd", "layer_pruning"}
+    assert "self_kd is left out: the recipe has no conf/train_student_self_kd.yaml" in done.stdout
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_so_many_run_side_by_side_and_end_with_the_script(egs2, stub, jobs):
+    (stub / "seconds").write_text("987")
+    run = subprocess.Popen(
+        [str(egs2.parent / "run_all.sh"), *f"--recipe stub --methods cr_ctc --jobs {jobs}".split(), "--seeds", "0 1 2"],
+        env=Recipe(egs2, "mini").env,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.time() + 120
+        while len(sleepers(stub)) < jobs:
+            assert time.time() < deadline and run.poll() is None
+            time.sleep(0.2)
+        time.sleep(2.5)
+        assert len(sleepers(stub)) == jobs
+    finally:
+        os.kill(run.pid, signal.SIGTERM)  # the script alone
+    assert run.wait(timeout=20) == 143
+    time.sleep(0.5)
+    assert not sleepers(stub)
+
+
+def sleepers(stub) -> list:
+    """Ids of the stub recipe's sleeping processes."""
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            with open(f"/proc/{pid}/cmdline", "rb") as f:
+                if f.read() == b"sleep\x00987\x00" and os.readlink(f"/proc/{pid}/cwd") == str(stub.resolve()):
+                    found.append(pid)
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    "options, words",
+    [
+        (["--methods", "kl", "--seed", "1"], "--seed cannot be given with --methods"),
+        (["--methods", "kl", "--seeds", "0 one"], "--seeds must be whole numbers"),
+        (["--methods", "kl", "--jobs", "0"], "--jobs must be a number above 0"),
+        (["--methods"], "--methods needs a value"),
+        (["--seeds", "0 1"], "go with --methods"),
+        (["--recipe", "nowhere"], "no recipe egs2/nowhere"),
+        (["--methods", "kll"], "did you mean 'kl'"),
+    ],
+)
+def test_mistakes_are_answered_before_anything_runs(egs2, options, words):
+    done = run_all(egs2, *options)
+    assert done.returncode in (1, 2) and words in done.stdout and "stage 1" not in done.stdout
+
+
+ENCODER = ("encoder", "encoder_conf")
+
+
+def read(recipe: str, name: str) -> dict:
+    return yaml.safe_load((ROOT / f"egs2/{recipe}/asr_kd1/conf/{name}.yaml").read_text())
+
+
+@pytest.mark.parametrize("recipe", ["mini", "an4"])
+def test_a_methods_own_student_differs_in_its_encoder_alone(recipe):
+    plain, teacher = read(recipe, "train_student"), read(recipe, "train_teacher")
+    own = {m: read(recipe, f"train_student_{m}") for m in ("self_kd", "layer_pruning", "delayed_kd")}
+    for conf in own.values():
+        assert {k: v for k, v in conf.items() if k not in ENCODER} == {
+            k: v for k, v in plain.items() if k not in ENCODER
+        }
+    twice = {**plain["encoder_conf"], "num_blocks": 2 * plain["encoder_conf"]["num_blocks"]}
+    assert (own["self_kd"]["encoder"], own["self_kd"]["encoder_conf"]) == (plain["encoder"], twice)
+    pruned = {**teacher["encoder_conf"], "num_blocks": 2}
+    assert teacher["encoder_conf"]["num_blocks"] > 2
+    assert (own["layer_pruning"]["encoder"], own["layer_pruning"]["encoder_conf"]) == (teacher["encoder"], pruned)
+
+
+@pytest.mark.parametrize("recipe", ["mini", "an4"])
+def test_the_streaming_student_learns_and_hears_little_of_what_comes(recipe):
+    import tiny_asr
+    import torch
+
+    from espnet_kd.offline import ASRTask
+    from espnet_kd.targets.encode import measure_frame_shift
+
+    def build(name):
+        conf = {k: v for k, v in read(recipe, name).items() if k in (*ENCODER, "model_conf", "specaug", "specaug_conf")}
+        torch.manual_seed(0)
+        return ASRTask.build_model(argparse.Namespace(**{**tiny_asr.config(), **conf}))
+
+    model, plain = build("train_student_delayed_kd"), build("train_student")
+    assert measure_frame_shift(model, 16000) == measure_frame_shift(plain, 16000) == 0.04
+    sizes = [sum(p.numel() for p in m.parameters()) for m in (model, plain)]
+    assert abs(sizes[0] / sizes[1] - 1) < 0.05
+    optimizer = torch.optim.Adam(model.parameters(), 1e-3)
+    speech, lengths = torch.randn(2, 48000), torch.tensor([48000, 16000])
+    labels, label_lengths = torch.tensor([[3, 4, 5], [6, 7, -1]]), torch.tensor([3, 2])
+    model.train()
+    losses = []
+    for _ in range(3):
+        loss = model(speech, lengths, labels, label_lengths)[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[2] < losses[0]
+    # Five seconds: what is said in the last two changes nothing of the first two.
+    model.eval()
+    first, other = torch.randn(2, 1, 80000)
+    other[:, :48000] = first[:, :48000]
+    with torch.no_grad():
+        feats = [model._extract_feats(x, torch.tensor([80000]))[0] for x in (first, other)]
+        frames = [model.encoder(f, torch.tensor([f.size(1)]))[0][0, :50] for f in feats]
+    torch.testing.assert_close(frames[0], frames[1])
