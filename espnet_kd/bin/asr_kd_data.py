@@ -3,6 +3,7 @@
     python -m espnet_kd.bin.asr_kd_data mini --out data --nj 2
     python -m espnet_kd.bin.asr_kd_data an4 --out data --an4 /corpora/an4
     python -m espnet_kd.bin.asr_kd_data format --src data/train --dst dump/raw/train_sp --speed_factors 0.9 1.0 1.1
+    python -m espnet_kd.bin.asr_kd_data combine --transcribed dump/raw/a --untranscribed dump/raw/b --dst dump/raw/ab
     python -m espnet_kd.bin.asr_kd_data tokens --text dump/raw/train/text --out data/token_list/char
     python -m espnet_kd.bin.asr_kd_data validate data/train data/valid --token_list data/token_list/char/tokens.txt
 """
@@ -54,8 +55,10 @@ def _mini(args: argparse.Namespace) -> None:
 
 
 def _add_format(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--src", required=True, help="data dir to read")
+    sub.add_argument("--src", required=True, nargs="+", help="data dirs to read; several become one")
     sub.add_argument("--dst", required=True, help="directory to make, e.g. dump/raw/train")
+    sub.add_argument("--text", choices=("required", "optional", "none"), default="required",
+                     help="optional: taken where there is one; none: not opened, the result has none")  # fmt: skip
     sub.add_argument("--fs", type=int, default=16000, help="sampling rate, Hz")
     sub.add_argument("--speed_factors", type=float, nargs="+", default=[1.0], help="1.0 keeps an unchanged copy")
     sub.add_argument("--min_seconds", type=float, default=0.1)
@@ -68,21 +71,39 @@ def _add_format(sub: argparse.ArgumentParser) -> None:
 def _format(args: argparse.Namespace) -> None:
     from espnet_kd.data.formatting import format_data
 
-    format_data(args.src, args.dst, fs=args.fs, speed_factors=args.speed_factors, max_seconds=args.max_seconds,
-                min_seconds=args.min_seconds, drop_out_of_range=args.drop_out_of_range, nj=args.nj)  # fmt: skip
+    format_data(args.src, args.dst, text=args.text, fs=args.fs, speed_factors=args.speed_factors,
+                max_seconds=args.max_seconds, min_seconds=args.min_seconds,
+                drop_out_of_range=args.drop_out_of_range, nj=args.nj)  # fmt: skip
+
+
+def _add_combine(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--transcribed", required=True, help="formatted data dir; without text the result has none")
+    sub.add_argument("--untranscribed", required=True, help="formatted data dir; a text there is not read")
+    sub.add_argument("--dst", required=True, help="directory to make; its text has the id alone for the untranscribed")
+
+
+def _combine(args: argparse.Namespace) -> None:
+    from espnet_kd.data.formatting import combine
+
+    combine(args.transcribed, args.untranscribed, args.dst)
 
 
 def _add_tokens(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--text", required=True, nargs="+", help="Kaldi-style text files, of training data only")
+    source = sub.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", nargs="+", help="Kaldi-style text files, of training data only")
+    source.add_argument("--teacher", metavar="EXP[/FILE.pth]", help="take this experiment's tokens (and BPE model)")
     sub.add_argument("--out", required=True, help="directory that gets tokens.txt (and bpe.model)")
     sub.add_argument("--token_type", choices=("char", "bpe"), default="char")
-    sub.add_argument("--nbpe", type=int, default=500, help="size of the list with --token_type bpe")
+    sub.add_argument("--nbpe", type=int, default=500, help="size of the list with --token_type bpe, made of --text")
 
 
 def _tokens(args: argparse.Namespace) -> None:
-    from espnet_kd.data.tokens import make_token_list
+    from espnet_kd.data.tokens import make_token_list, take_token_list
 
-    path = make_token_list(args.text, args.out, args.token_type, args.nbpe)
+    if args.teacher is not None:
+        path = take_token_list(args.teacher, args.out, args.token_type)
+    else:
+        path = make_token_list(args.text, args.out, args.token_type, args.nbpe)
     logging.info("token list: %s", path)
 
 
@@ -94,6 +115,7 @@ def _add_validate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--max_seconds", type=float, default=30.0)
     sub.add_argument("--fs", type=int, default=16000, help="expected sampling rate, Hz; 0 accepts any")
     sub.add_argument("--no_text", action="store_true", help="text may be missing")
+    sub.add_argument("--allow_empty", action="store_true", help="an id alone in text is untranscribed audio: no fault")
     sub.add_argument("--no_audio", action="store_true", help="do not open the audio files")
 
 
@@ -103,8 +125,9 @@ def _validate(args: argparse.Namespace) -> None:
     errors = []
     for data_dir in args.data_dirs:
         try:
-            number = validate(data_dir, need_text=not args.no_text, token_list=args.token_list,
-                              token_type=args.token_type, min_seconds=args.min_seconds, max_seconds=args.max_seconds,
+            number = validate(data_dir, need_text=not args.no_text, allow_empty=args.allow_empty,
+                              token_list=args.token_list, token_type=args.token_type,
+                              min_seconds=args.min_seconds, max_seconds=args.max_seconds,
                               check_audio=not args.no_audio, fs=args.fs or None)  # fmt: skip
             logging.info("%s: %d utterances, no fault", data_dir, number)
         except UserError as e:
@@ -133,7 +156,9 @@ def get_parser() -> argparse.ArgumentParser:
     add("mini", "synthesise the embedded corpus", _add_mini, _mini, "--out data --nj 2")
     add("format", "data dir to formatted audio, with speed perturbation", _add_format, _format,
         "--src data/train --dst dump/raw/train_sp --speed_factors 0.9 1.0 1.1 --drop_out_of_range --nj 4")  # fmt: skip
-    add("tokens", "token list of the training text", _add_tokens, _tokens,
+    add("combine", "transcribed and untranscribed audio to one training set", _add_combine, _combine,
+        "--transcribed dump/raw/train --untranscribed dump/raw/extra --dst dump/raw/all")  # fmt: skip
+    add("tokens", "token list of the training text, or a teacher's", _add_tokens, _tokens,
         "--text dump/raw/train/text --out data/token_list/bpe500 --token_type bpe --nbpe 500")  # fmt: skip
     add("validate", "check data dirs; every fault names file, line and utterance", _add_validate, _validate,
         "data/train data/valid --max_seconds 20")  # fmt: skip

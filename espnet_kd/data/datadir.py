@@ -3,7 +3,8 @@
 A data dir holds ``wav.scp`` (utterance, or recording where ``segments`` exists, → audio file), ``text``, ``utt2spk``,
 ``spk2utt``, and optionally ``segments`` (utterance, recording, start, end in seconds) and ``utt2num_samples``. Every
 file is UTF-8, one entry a line, id first, sorted as ``LC_ALL=C sort`` does. Relative audio paths count from the
-working directory (the recipe), as in ESPnet.
+working directory (the recipe), as in ESPnet. Untranscribed audio has no ``text``; beside transcribed audio, in one data
+dir, its lines in ``text`` hold the id alone.
 """
 
 from __future__ import annotations
@@ -94,17 +95,18 @@ def read_segments(path: PathLike) -> Iterator[Tuple[str, str, float, float]]:
         yield utt_id, recording, start, end
 
 
-def read_data_dir(data_dir: PathLike) -> Iterator[Utterance]:
+def read_data_dir(data_dir: PathLike, read_text: bool = True) -> Iterator[Utterance]:
     """Stream the utterances of a data dir, in the order of ``segments`` or ``wav.scp``.
 
-    ``text`` and ``utt2num_samples`` may be missing; the corresponding fields are then None. The audio is not opened.
+    ``text`` and ``utt2num_samples`` may be missing; the corresponding fields are then None. The audio is not opened,
+    nor, without ``read_text``, a ``text``.
 
     Raises:
         UserError: a file is missing or malformed, or an utterance lacks its speaker or recording.
     """
     data_dir = Path(data_dir)
     speakers = read_map(data_dir / "utt2spk")
-    texts = read_map(data_dir / "text") if (data_dir / "text").exists() else {}
+    texts = read_map(data_dir / "text") if read_text and (data_dir / "text").exists() else {}
     samples = read_map(data_dir / "utt2num_samples") if (data_dir / "utt2num_samples").exists() else {}
 
     def make(utt_id: str, audio: str, **extra) -> Utterance:
@@ -249,6 +251,7 @@ def validate(
     data_dir: PathLike,
     *,
     need_text: bool = True,
+    allow_empty: bool = False,
     token_list: Optional[PathLike] = None,
     token_type: str = "char",
     min_seconds: float = 0.1,
@@ -260,6 +263,7 @@ def validate(
 
     Args:
         need_text: whether ``text`` has to exist; where it exists it is checked in any case.
+        allow_empty: whether an id alone in ``text`` is no fault: untranscribed audio beside transcribed.
         token_list: a ``tokens.txt``; with ``token_type`` "char" or "word" every symbol of the texts must be in it
             (a BPE model covers by construction what its own list covers, so only characters are compared then).
         min_seconds, max_seconds: limits of an utterance's duration.
@@ -287,7 +291,7 @@ def validate(
     _check_ids(data_dir, files, faults)
     _check_speakers(data_dir, files["utt2spk"], faults)
     if "text" in files:
-        _check_texts(data_dir / "text", files["text"], token_list, token_type, faults)
+        _check_texts(data_dir / "text", files["text"], allow_empty, token_list, token_type, faults)
     lengths = _check_audio(data_dir / "wav.scp", wavs, check_audio, fs, faults)
     spans = _check_segments(data_dir, files, lengths, faults) if segmented else lengths
     where = "segments" if segmented else "wav.scp"
@@ -328,6 +332,7 @@ def _check_speakers(data_dir: Path, utt2spk: Dict[str, Tuple[int, str]], faults:
 def _check_texts(
     path: Path,
     texts: Dict[str, Tuple[int, str]],
+    allow_empty: bool,
     token_list: Optional[PathLike],
     token_type: str,
     faults: Faults,
@@ -340,7 +345,8 @@ def _check_texts(
             known = {char for token in known for char in token}
     for utt_id, (number, text) in texts.items():
         if not text:
-            faults.add(f"{path}:{number}: utterance '{utt_id}': the text is empty")
+            if not allow_empty:
+                faults.add(f"{path}:{number}: utterance '{utt_id}': the text is empty")
         elif known is not None:
             unknown: Sequence[str] = sorted(set(symbols(text)) - known)
             if unknown:

@@ -43,9 +43,10 @@ def speed_id(name: str, factor: float) -> str:
 
 
 def format_data(
-    src: PathLike,
+    src: Union[PathLike, Sequence[PathLike]],
     dst: PathLike,
     *,
+    text: str = "required",
     fs: int = 16000,
     speed_factors: Sequence[float] = (1.0,),
     max_seconds: float = 30.0,
@@ -53,9 +54,10 @@ def format_data(
     drop_out_of_range: bool = False,
     nj: int = 1,
 ) -> int:
-    """Format ``src`` into ``dst`` and return the number of utterances written.
+    """Format ``src`` (one data dir, or several into one) into ``dst`` and return the number of utterances written.
 
     Args:
+        text: "required"; "optional": taken where the data dir has one; "none": not opened, ``dst`` gets none.
         fs: sampling rate of the result in Hz; what has another one is resampled.
         speed_factors: 1.0 stands for the unchanged utterance; 0.9 is slower and lower, as Kaldi's ``speed``.
         min_seconds, max_seconds: limits of an utterance (each copy by its own duration).
@@ -68,16 +70,21 @@ def format_data(
     Raises:
         UserError: a fault in the source (named), a bad option, or nothing left after dropping.
     """
-    src, dst = Path(src), Path(dst)
+    sources, dst = [Path(s) for s in ([src] if isinstance(src, (str, Path)) else src)], Path(dst)
     factors = _check(speed_factors, fs, min_seconds, max_seconds, nj)
-    utts = list(read_data_dir(src))
-    silent = [u.utt_id for u in utts if u.text is None]
-    if silent and len(silent) < len(utts):
-        shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
-        raise UserError(f"{Path(src) / 'text'} has no line for {shown}; add them, or take them out of wav.scp")
+    parts = {source: list(read_data_dir(source, read_text=text != "none")) for source in sources}
+    _check_unique(parts)
+    fingerprint = hashlib.sha256()
+    for source, part in parts.items():
+        _check_text(source, part, text)
+        _fingerprint(source, part, fingerprint)
+    utts = [u for part in parts.values() for u in part]
+    names = ", ".join(map(str, sources))
+    if 0 < sum(u.text is None for u in utts) < len(utts):
+        raise UserError(f"{names}: some of them have a text and some have none; format them apart")
     settings = {
         "version": VERSION, "fs": fs, "speed_factors": list(factors), "min_seconds": min_seconds,
-        "max_seconds": max_seconds, "drop_out_of_range": drop_out_of_range, "source": _fingerprint(src, utts),
+        "max_seconds": max_seconds, "drop_out_of_range": drop_out_of_range, "source": fingerprint.hexdigest(),
     }  # fmt: skip
     done, begun = dst / ".done", dst / ".begun"
     if _read_json(done) == settings and (dst / "wav.scp").exists():
@@ -97,15 +104,64 @@ def format_data(
         rates[rate] = rates.get(rate, 0) + 1
     for rate, number in sorted(rates.items()):
         if rate != fs:
-            logging.info("%s: %d of %d utterances resampled from %d to %d Hz", src, number, len(utts), rate, fs)
+            logging.info("%s: %d of %d utterances resampled from %d to %d Hz", names, number, len(utts), rate, fs)
     kept = _within_limits(made, fs, min_seconds, max_seconds, drop_out_of_range, dst)
     number = write_data_dir(dst, kept)
     with replacing(done) as f:
         json.dump(settings, f)
     begun.unlink()
     hours = sum(u.num_samples or 0 for u in kept) / fs / 3600
-    logging.info("%s: %d utterances, %.2f h", dst, number, hours)
+    logging.info("%s: %d utterances, %.2f h%s", dst, number, hours, ", no text" if kept[0].text is None else "")
     return number
+
+
+def combine(transcribed: PathLike, untranscribed: PathLike, dst: PathLike) -> int:
+    """Write the utterances of two formatted data dirs into ``dst`` and return their number; the audio stays in place.
+
+    ``dst/text`` has the transcripts of ``transcribed``, and the id alone for each utterance of ``untranscribed``, whose
+    ``text`` is not opened. Where ``transcribed`` has no text, ``dst`` has none. A ``dst`` that is so already stays.
+
+    Raises:
+        UserError: an utterance id is in both, or a transcript is empty.
+    """
+    known = list(read_data_dir(transcribed))
+    extra = list(read_data_dir(untranscribed, read_text=False))
+    _check_unique({Path(transcribed): known, Path(untranscribed): extra})
+    for u in known:
+        if u.text == "":
+            raise UserError(
+                f"{Path(transcribed) / 'text'}: utterance '{u.utt_id}': the text is empty; "
+                "move untranscribed audio to the other data dir"
+            )
+    if known and known[0].text is not None:
+        extra = [replace(u, text="") for u in extra]
+    utts = sorted(known + extra, key=lambda u: u.utt_id)
+    logging.info("%s: %d utterances, %d of them without text", dst, len(utts), sum(not u.text for u in utts))
+    if (Path(dst) / "wav.scp").exists() and list(read_data_dir(dst)) == utts:
+        return len(utts)
+    return write_data_dir(dst, utts)
+
+
+def _check_text(source: Path, utts: List[Utterance], text: str) -> None:
+    """Every utterance has its text, or none has one and none is ``required``."""
+    silent = [u.utt_id for u in utts if u.text is None]
+    if text == "required" and utts and len(silent) == len(utts) and not (source / "text").exists():
+        raise UserError(f"{source / 'text'}: no such file; untranscribed audio needs --text optional or none")
+    if silent and (text == "required" or len(silent) < len(utts)):
+        shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
+        raise UserError(f"{source / 'text'} has no line for {shown}; add them, or take them out of wav.scp")
+
+
+def _check_unique(parts: Dict[Path, List[Utterance]]) -> None:
+    """Refuse ids that stand in two data dirs: one of the utterances would take the other's place."""
+    where: Dict[str, Path] = {}
+    for source, utts in parts.items():
+        for u in utts:
+            if where.setdefault(u.utt_id, source) != source:
+                raise UserError(
+                    f"utterance '{u.utt_id}' is in {where[u.utt_id]} and in {source}; rename one, or leave a data dir "
+                    "out if both hold the same audio"
+                )
 
 
 def _check(
@@ -122,9 +178,8 @@ def _check(
     return factors
 
 
-def _fingerprint(src: Path, utts: Iterable[Utterance]) -> str:
+def _fingerprint(src: Path, utts: Iterable[Utterance], digest) -> None:
     """Hash what is to be formatted, with size and time of each audio file: a corpus made anew is formatted anew."""
-    digest = hashlib.sha256()
     seen: Set[str] = set()
     for u in utts:
         # utt2num_samples is not used here, and an entry more or less in it changes nothing.
@@ -139,7 +194,6 @@ def _fingerprint(src: Path, utts: Iterable[Utterance]) -> str:
                     why = f"'{u.audio}' is a shell pipe, which is not run here: convert the audio to a file (flac, wav)"
                 raise UserError(f"{src / 'wav.scp'}: utterance '{u.utt_id}': {why}") from e
             digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-    return digest.hexdigest()
 
 
 def _read_json(path: Path) -> Dict:

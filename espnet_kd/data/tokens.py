@@ -1,4 +1,4 @@
-"""Stage 3: token lists in ESPnet's form, for ``--token_type char`` and ``bpe``.
+"""Stage 3: token lists in ESPnet's form, for ``--token_type char`` and ``bpe``; made of texts, or a teacher's.
 
 ``tokens.txt`` has one token a line, the line number (from 0) being its id: ``<blank>``, ``<unk>``, the tokens, and
 ``<sos/eos>`` last.
@@ -12,7 +12,7 @@ import json
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Iterator, List, Sequence, Union
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines, split_line
@@ -45,23 +45,95 @@ def make_token_list(texts: Sequence[PathLike], out_dir: PathLike, token_type: st
     settings = {"version": VERSION, "token_type": token_type, "texts": _hash(sentences)}
     if token_type == "bpe":
         settings["nbpe"] = nbpe
-    path, marker = out_dir / "tokens.txt", out_dir / "tokens.json"
-    needed = [path] + ([out_dir / "bpe.model"] if token_type == "bpe" else [])
-    if all(p.exists() for p in needed) and marker.exists():
-        try:
-            if json.loads(marker.read_text(encoding="utf-8")) == settings:
-                logging.info("%s: made already from these texts", path)
-                return path
-        except json.JSONDecodeError:
-            pass
-    marker.unlink(missing_ok=True)
-    tokens = count_characters(sentences) if token_type == "char" else _train_bpe(sentences, out_dir, nbpe)
-    with replacing(path) as f:
-        f.writelines(f"{token}\n" for token in [BLANK, UNKNOWN, *tokens, SOS_EOS])
-    with replacing(marker) as f:
-        json.dump(settings, f)
+    if _is_made(out_dir, settings):
+        logging.info("%s: made already from these texts", out_dir / "tokens.txt")
+        return out_dir / "tokens.txt"
+    model = None
+    if token_type == "char":
+        tokens = count_characters(sentences)
+    else:
+        model = _train_bpe(sentences, nbpe)
+        tokens = [piece for piece in read_pieces(model) if piece not in ("<unk>", "<s>", "</s>")]
+    path = _write(out_dir, [BLANK, UNKNOWN, *tokens, SOS_EOS], model, settings)
     logging.info("%s: %d tokens from %d sentences", path, len(tokens) + 3, len(sentences))
     return path
+
+
+def take_token_list(teacher: PathLike, out_dir: PathLike, token_type: str = "char") -> Path:
+    """Write a teacher's tokens to ``out_dir/tokens.txt`` (and its ``bpe.model`` beside) and return the path.
+
+    Args:
+        teacher: an experiment, ``EXP`` or ``EXP/FILE.pth``. Files that its config.yaml names are looked for beside it,
+            then where the name leads from each directory above it (the recipe it was trained in), then from here.
+        token_type: "char" or "bpe": what the student is to have.
+
+    The same teacher again changes nothing.
+
+    Raises:
+        UserError: the teacher has another token type, or its tokens or BPE model are not found or do not belong
+            together.
+    """
+    from espnet_kd.targets.experiment import find_experiment, read_config  # imports torch
+
+    out_dir = Path(out_dir)
+    config, _ = find_experiment(teacher)
+    content = read_config(config)
+    theirs, tokens, model = content.get("token_type"), content.get("token_list"), None
+    if theirs != token_type:
+        what = f"give --token_type {theirs}" if theirs in ("char", "bpe") else "known are char and bpe"
+        raise UserError(f"--token_type {token_type}: the teacher's is {theirs} ({config}); {what}")
+    if isinstance(tokens, str):
+        tokens = [line for _, line in iter_lines(_beside(config, tokens, "token_list"))]
+    if not isinstance(tokens, list) or len(tokens) < 3 or not all(isinstance(t, str) for t in tokens):
+        raise UserError(f"{config}: token_list is neither a list of tokens nor the name of a file that has one")
+    if token_type == "bpe":
+        path = _beside(config, str(content.get("bpemodel")), "bpemodel")
+        model = path.read_bytes()
+        pieces = set(read_pieces(model, str(path)))
+        absent = [t for t in tokens if t not in pieces and t not in (BLANK, UNKNOWN, SOS_EOS)]
+        if absent:
+            raise UserError(f"{path} does not belong to {config}: it has no pieces {' '.join(absent[:5])}")
+    digest = hashlib.sha256(model or b"").hexdigest()
+    settings = {"version": VERSION, "token_type": token_type, "tokens": _hash(tokens), "bpe_model": digest}
+    if _is_made(out_dir, settings):
+        logging.info("%s: taken already from this teacher", out_dir / "tokens.txt")
+        return out_dir / "tokens.txt"
+    written = _write(out_dir, tokens, model, settings)
+    logging.info("%s: %d tokens, the teacher's", written, len(tokens))
+    return written
+
+
+def _beside(config: Path, name: str, key: str) -> Path:
+    """Find a file that a config.yaml names, relative to the directory in which its training ran."""
+    places = [config.parent / Path(name).name, *(parent / name for parent in config.resolve().parents), Path(name)]
+    for place in places:
+        if place.is_file():
+            return place
+    raise UserError(f"{config} names {key} {name}, which is found neither from there nor from here; copy it beside it")
+
+
+def _is_made(out_dir: Path, settings: Dict[str, Any]) -> bool:
+    """Whether ``out_dir`` holds a list made with these settings, whole."""
+    needed = ["tokens.txt", "tokens.json"] + (["bpe.model"] if settings["token_type"] == "bpe" else [])
+    if not all((out_dir / name).exists() for name in needed):
+        return False
+    try:
+        return json.loads((out_dir / "tokens.json").read_text(encoding="utf-8")) == settings
+    except json.JSONDecodeError:
+        return False
+
+
+def _write(out_dir: Path, tokens: Sequence[str], model: Optional[bytes], settings: Dict[str, Any]) -> Path:
+    """Write ``tokens.txt`` and ``bpe.model``, and last the settings they were made with."""
+    (out_dir / "tokens.json").unlink(missing_ok=True)
+    if model is not None:
+        with replacing(out_dir / "bpe.model", "wb") as f:
+            f.write(model)
+    with replacing(out_dir / "tokens.txt") as f:
+        f.writelines(f"{token}\n" for token in tokens)
+    with replacing(out_dir / "tokens.json") as f:
+        json.dump(settings, f)
+    return out_dir / "tokens.txt"
 
 
 def _read_texts(path: PathLike) -> Iterator[str]:
@@ -87,8 +159,19 @@ def count_characters(sentences: Sequence[str]) -> List[str]:
     return [SPACE if char == " " else char for char in ordered]
 
 
-def _train_bpe(sentences: Sequence[str], out_dir: Path, nbpe: int) -> List[str]:
-    """Train a SentencePiece unigram model, write ``bpe.model`` and return its pieces but the three special ones."""
+def read_pieces(model: bytes, name: str = "the BPE model") -> List[str]:
+    """Return all pieces of a SentencePiece model, in order (:class:`UserError` naming ``name`` where it is none)."""
+    import sentencepiece
+
+    try:
+        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as e:
+        raise UserError(f"{name} is not a SentencePiece model: {e}") from e
+    return [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+
+
+def _train_bpe(sentences: Sequence[str], nbpe: int) -> bytes:
+    """Train a SentencePiece unigram model and return it as the bytes of its file."""
     import sentencepiece
 
     model = io.BytesIO()
@@ -107,8 +190,4 @@ def _train_bpe(sentences: Sequence[str], out_dir: Path, nbpe: int) -> List[str]:
     except (RuntimeError, ValueError) as e:
         # SentencePiece says what would fit, e.g. "Vocabulary size too high (500). Please set it to a value <= 123."
         raise UserError(f"--nbpe {nbpe} does not suit these {len(sentences)} sentences: {e}") from e
-    with replacing(out_dir / "bpe.model", "wb") as f:
-        f.write(model.getvalue())
-    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
-    pieces = [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
-    return [piece for piece in pieces if piece not in ("<unk>", "<s>", "</s>")]
+    return model.getvalue()

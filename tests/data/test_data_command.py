@@ -12,7 +12,7 @@ from espnet_kd.bin import asr_kd_data
 from espnet_kd.data.datadir import Utterance, write_data_dir
 
 
-@pytest.mark.parametrize("command", ["an4", "mini", "format", "tokens", "validate"])
+@pytest.mark.parametrize("command", ["an4", "mini", "format", "combine", "tokens", "validate"])
 def test_help_has_an_example(command: str, capsys: pytest.CaptureFixture) -> None:
     with pytest.raises(SystemExit) as e:
         asr_kd_data.main([command, "--help"])

@@ -84,6 +84,21 @@ def test_bad_utterances_are_not_written(tmp_path: Path, utt: Utterance, words: s
     assert not (tmp_path / "d" / "wav.scp").exists()
 
 
+def test_untranscribed_utterances_pass_only_when_told_so(data_dir: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("\n".join("HELOAB"))
+    edit(data_dir / "text", "s1-u1 HELLO B\n", "s1-u1\n")
+    assert f"{data_dir / 'text'}:2: utterance 's1-u1': the text is empty" in faults_of(data_dir)
+    assert validate(data_dir, allow_empty=True, token_list=tokens) == 3
+    edit(data_dir / "text", "s0-u0 HELLO A", "s0-u0 HELLO X")
+    assert "utterance 's0-u0': not in" in faults_of(data_dir, allow_empty=True, token_list=tokens)
+
+
+def test_a_text_is_left_closed(data_dir: Path) -> None:
+    (data_dir / "text").write_bytes(b"\xff")
+    assert [u.text for u in read_data_dir(data_dir, read_text=False)] == [None] * 3
+
+
 def test_a_good_dir_passes(data_dir: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.txt"
     tokens.write_text("<blank>\n<unk>\nH\nE\nL\nO\nA\nB\n<space>\n<sos/eos>\n")

@@ -11,7 +11,7 @@ import soundfile
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import Utterance, read_data_dir, validate, write_data_dir
-from espnet_kd.data.formatting import format_data
+from espnet_kd.data.formatting import combine, format_data
 
 FS = 16000
 
@@ -150,3 +150,68 @@ def test_bad_options(src: Path, tmp_path: Path) -> None:
     for options in ({"speed_factors": (1.0, 1.0)}, {"speed_factors": (9.0,)}, {"min_seconds": 5, "max_seconds": 1}):
         with pytest.raises(UserError):
             format_data(src, tmp_path / "dump", **options)
+
+
+def test_text_is_required_optional_or_left_closed(
+    src: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    format_data(src, tmp_path / "with", text="optional")
+    assert (tmp_path / "with" / "text").read_bytes() == (src / "text").read_bytes()
+    (src / "text").write_bytes(b"a-0 \xff\n")
+    with caplog.at_level("INFO"):
+        format_data(src, tmp_path / "closed", text="none")
+    assert not (tmp_path / "closed" / "text").exists() and "3 utterances, 0.00 h, no text" in caplog.text
+    (src / "text").unlink()
+    with pytest.raises(UserError, match="src/text: no such file"):
+        format_data(src, tmp_path / "required")
+    assert format_data(src, tmp_path / "absent", text="optional") == 3
+    # A text that covers only some is a fault, whatever was asked for.
+    (src / "text").write_text("a-0 T 0\n")
+    for text in ("required", "optional"):
+        with pytest.raises(UserError, match="has no line for a-1, a-2"):
+            format_data(src, tmp_path / text, text=text)
+
+
+@pytest.fixture
+def extra(tmp_path: Path) -> Path:
+    """Two utterances without text, of another speaker."""
+    utts = [Utterance(f"0-{i}", "0", tone(tmp_path / f"x{i}.flac", 1 + i)) for i in range(2)]
+    write_data_dir(tmp_path / "extra", utts)
+    return tmp_path / "extra"
+
+
+def test_several_data_dirs_become_one(src: Path, extra: Path, tmp_path: Path) -> None:
+    assert format_data([extra, src], tmp_path / "dump", text="none", speed_factors=(0.9, 1.0)) == 10
+    with pytest.raises(UserError, match="some of them have a text"):
+        format_data([extra, src], tmp_path / "mixed", text="optional")
+    write_data_dir(tmp_path / "again", [Utterance("0-1", "0", str(tmp_path / "x1.flac"))])
+    with pytest.raises(UserError, match=f"'0-1' is in {extra} and in {tmp_path / 'again'}"):
+        format_data([extra, tmp_path / "again"], tmp_path / "twice", text="none")
+
+
+def test_transcribed_and_untranscribed_audio(src: Path, extra: Path, tmp_path: Path) -> None:
+    dst = tmp_path / "both"
+    format_data(src, tmp_path / "known")
+    format_data(extra, tmp_path / "unknown", text="none")
+    (tmp_path / "unknown" / "text").write_bytes(b"\xff\n")  # not read
+    assert combine(tmp_path / "known", tmp_path / "unknown", dst) == 5
+    assert (dst / "text").read_text() == "0-0\n0-1\na-0 T 0\na-1 T 1\na-2 T 2\n"
+    assert (dst / "utt2num_samples").read_text().splitlines()[1] == f"0-1 {2 * FS}"
+    assert validate(dst, allow_empty=True) == 5
+    before = (dst / "wav.scp").stat().st_mtime_ns
+    combine(tmp_path / "known", tmp_path / "unknown", dst)
+    assert (dst / "wav.scp").stat().st_mtime_ns == before
+    # Where nothing is transcribed there is no text.
+    (tmp_path / "unknown" / "text").unlink()
+    combine(tmp_path / "unknown", src, tmp_path / "silent")
+    assert not (tmp_path / "silent" / "text").exists() and len(list(read_data_dir(tmp_path / "silent"))) == 5
+
+
+def test_faults_of_mixed_data(src: Path, extra: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=f"'a-0' is in {src} and in {tmp_path / 'known'}"):
+        format_data(src, tmp_path / "known")
+        combine(src, tmp_path / "known", tmp_path / "both")
+    (src / "text").write_text("a-0 T\na-1\na-2 T\n")
+    with pytest.raises(UserError, match="text: utterance 'a-1': the text is empty"):
+        combine(src, extra, tmp_path / "both")
+    assert not (tmp_path / "both").exists()

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.tokens import make_token_list
+from espnet_kd.data.tokens import make_token_list, take_token_list
 
 
 def write_text(path: Path, *texts: str) -> Path:
@@ -77,3 +78,66 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     write_text(tmp_path / "text", "A", "")
     with pytest.raises(UserError, match="text:2: utterance 'u1': the text is empty"):
         make_token_list([text], tmp_path / "x")
+
+
+def write_teacher(directory: Path, **config) -> Path:
+    """An experiment as far as stage 3 looks at it."""
+    directory.mkdir(parents=True, exist_ok=True)
+    (directory / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
+    (directory / "latest.pth").touch()
+    return directory
+
+
+def test_a_teachers_characters(tmp_path: Path) -> None:
+    tokens = ["<blank>", "<unk>", "<space>", "Ä", "<sos/eos>"]
+    teacher = write_teacher(tmp_path / "exp" / "teacher", token_type="char", token_list=tokens)
+    path = take_token_list(teacher, tmp_path / "out")
+    assert path.read_text(encoding="utf-8").split("\n")[:-1] == tokens
+    before = path.stat().st_mtime_ns
+    take_token_list(teacher / "latest.pth", tmp_path / "out")
+    assert path.stat().st_mtime_ns == before
+    # The same list as a file, named as from the directory that the teacher was trained in.
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "list.txt").write_text("\n".join([*tokens[:3], "B", tokens[-1], ""]))
+    write_teacher(teacher, token_type="char", token_list="data/list.txt")
+    assert "B" in take_token_list(teacher, tmp_path / "out").read_text().split()
+
+
+@pytest.fixture
+def bpe(tmp_path: Path) -> Path:
+    """A recipe with a BPE teacher, ``recipe/exp/teacher``."""
+    texts = [f"SET THE KITCHEN TIMER TO {w} MINUTES" for w in ("FIVE", "NINE", "FIFTY", "SIXTEEN")] * 5
+    text = write_text(tmp_path / "text", *texts)
+    path = make_token_list([text], tmp_path / "recipe" / "data" / "bpe", "bpe", 24)
+    tokens = path.read_text(encoding="utf-8").split()
+    config = {"token_type": "bpe", "token_list": tokens, "bpemodel": "data/bpe/bpe.model"}
+    write_teacher(tmp_path / "recipe" / "exp" / "teacher", **config)
+    return tmp_path / "recipe"
+
+
+def test_a_teachers_bpe_model(bpe: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # Another recipe has a model of the same name, which is not the teacher's.
+    here = tmp_path / "here"
+    make_token_list([write_text(tmp_path / "t", "ABC DEF GHI", "AB AB")], here / "data" / "bpe", "bpe", 13)
+    monkeypatch.chdir(here)
+    take_token_list(bpe / "exp" / "teacher", "out", "bpe")
+    for name in ("tokens.txt", "bpe.model"):
+        assert Path("out", name).read_bytes() == (bpe / "data" / "bpe" / name).read_bytes()
+    (bpe / "data" / "bpe" / "bpe.model").unlink()
+    with pytest.raises(UserError, match="data/bpe/bpe.model does not belong to .*config.yaml"):
+        take_token_list(bpe / "exp" / "teacher", "out2", "bpe")
+    Path("data/bpe/bpe.model").unlink()
+    with pytest.raises(UserError, match="found neither from there nor from here"):
+        take_token_list(bpe / "exp" / "teacher", "out2", "bpe")
+    assert not Path("out2").exists()
+
+
+def test_another_token_type_than_the_teachers(bpe: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="--token_type char: the teacher's is bpe .*give --token_type bpe"):
+        take_token_list(bpe / "exp" / "teacher", tmp_path / "out", "char")
+    teacher = write_teacher(tmp_path / "t", token_type="phn", token_list=["<blank>"])
+    with pytest.raises(UserError, match="the teacher's is phn .*known are char and bpe"):
+        take_token_list(teacher, tmp_path / "out", "char")
+    teacher = write_teacher(tmp_path / "t", token_type="char")
+    with pytest.raises(UserError, match="token_list is neither"):
+        take_token_list(teacher, tmp_path / "out", "char")

@@ -34,7 +34,7 @@ def student(recipe):
     """Distilled from a teacher that stock ESPnet trained outside the recipe, by way of the plain student."""
     teacher = recipe.dir / "elsewhere"
     data = [f"dump/raw/{d}/{f}" for d in ("train", "valid") for f in ("wav.scp,speech,sound", "text,text,text")]
-    stats = recipe.dir / "exp/stats_char"
+    stats = recipe.dir / "exp/stats_train_char"
     stock = [
         *(sys.executable, "-m", "espnet2.bin.asr_train", "--config", "conf/train_teacher.yaml", *TINY.split()),
         *("--token_type", "char", "--token_list", "data/token_list/char/tokens.txt", "--max_epoch", "2"),

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import time
 
 import pytest
+import yaml
 from recipe import TINY, Recipe
 
 SIZES = "--train 24 --valid 6 --test 8"
@@ -121,6 +123,100 @@ def test_kill_in_stage_9_and_half_a_checkpoint(finished):
     record = json.loads((directory / "kd_stage.json").read_text())
     assert record["finished"] and record["epochs"] == 3
     assert len(json.loads((finished.dir / "exp/results.json").read_text())) == 4
+
+
+@pytest.fixture
+def without_text(finished):
+    """data/silent is data/train without its text, and no text of data/train is left to be found."""
+    silent, train = finished.dir / "data/silent", finished.dir / "data/train"
+    silent.mkdir(exist_ok=True)
+    for name in ("wav.scp", "utt2spk", "spk2utt"):
+        shutil.copy(train / name, silent)
+    texts = [train / "text", *finished.dir.glob("dump/raw/train*/text")]
+    for text in texts:
+        text.rename(text.with_name("hidden"))
+    yield finished
+    for text in texts:
+        text.with_name("hidden").rename(text)
+
+
+def test_training_without_a_transcript(without_text):
+    recipe, silent = without_text, ["--train_set", "silent", "--tag", "silent"]
+    done = recipe.run(*silent, "--stage", "2", "--stop_stage", "3", check=False)
+    assert done.returncode == 1 and "error: data/silent has no text to make a token list from" in done.stdout
+    for stage in ("5", "6"):
+        done = recipe.run(*silent, "--stage", stage, "--stop_stage", stage, check=False)
+        assert done.returncode == 1 and "needs transcripts, and dump/raw/silent has no text" in done.stdout
+
+    options = [*silent, "--teacher", "exp/teacher", "--train_args", f"{TINY} --max_epoch 1"]
+    done = recipe.run(*options, "--method", "progressive_fkl", "--stage", "3", "--stop_stage", "8", check=False)
+    assert "stage 6: skipped" in done.stdout
+    assert done.returncode == 1 and "progressive_fkl needs transcripts" in done.stdout
+    own, teachers = (recipe.dir / f"data/token_list/{name}/tokens.txt" for name in ("char", "teacher_teacher"))
+    assert teachers.read_bytes() == own.read_bytes()
+    stats = recipe.dir / "exp/stats_silent_teacher_teacher"
+    assert (stats / "valid/text_shape.char").exists() and not list(stats.glob("train/text_shape*"))
+
+    done = recipe.run(*options, "--method", "label_free", "--stage", "7", "--stop_stage", "11")
+    for stage in (7, 9, 10):
+        assert f"stage {stage}: nothing to do" in done.stdout
+    student = recipe.dir / "exp/student_label_free_silent"
+    assert (student / "export/model.pth").exists()
+    config = yaml.safe_load((student / "config.yaml").read_text())
+    assert config["train_data_path_and_name_and_type"] == [["dump/raw/silent/wav.scp", "speech", "sound"]]
+    assert [name for _, name, _ in config["valid_data_path_and_name_and_type"]] == ["speech", "text"]
+    train, valid = (student / "train.kd_stage1.log").read_text().split("1epoch results: ")[1].split("[valid]")[:2]
+    assert "loss_ctc" not in train and "loss_ctc" in valid
+
+
+def test_untranscribed_audio_beside_transcribed(finished):
+    extra = finished.dir / "data/extra"
+    extra.mkdir()
+    for name in ("wav.scp", "utt2spk"):
+        lines = (finished.dir / "data/test" / name).read_text().splitlines()
+        (extra / name).write_text("".join(f"x-{line}\n" for line in lines))
+    (extra / "text").write_bytes(b"\xff\n")  # to be left closed
+    options = ["--untranscribed", "data/extra", "--kd_stages", "3", "--train_args", f"{TINY} --max_epoch 1"]
+    finished.run(*options, "--stage", "2", "--stop_stage", "4")
+    both = finished.dir / "dump/raw/train_and_untranscribed"
+    texts = dict(line.partition(" ")[::2] for line in (both / "text").read_text().splitlines())
+    assert len(texts) == 32 and {key for key, text in texts.items() if not text} == {k for k in texts if k[:2] == "x-"}
+    shapes = finished.dir / "exp/stats_train_and_untranscribed_char/train/text_shape.char"
+    assert sorted(shapes.read_text().splitlines()) == sorted(f"{key} {len(text)},31" for key, text in texts.items())
+
+    done = finished.run(*options, "--stage", "8", "--stop_stage", "10")
+    student = finished.dir / "exp/student_progressive_fkl_3_untranscribed"
+    assert (student / "student.pth").exists(), done.stdout
+    train = (student / "train.kd_stage3.log").read_text().split("1epoch results: ")[1].split("[valid]")[0]
+    assert "loss_ctc=" in train and "nan" not in train and "inf" not in train
+    # Teacher and plain student are as they were: they train on the transcribed part.
+    done = finished.run(*SMALL, *options[:2], "--stage", "5", "--stop_stage", "6")
+    assert done.stdout.count("is trained") == 2
+
+    done = finished.run("--untranscribed", "data/train", "--stage", "2", "--stop_stage", "2", check=False)
+    assert done.returncode == 1 and "is in dump/raw/train and in dump/raw/train_untranscribed" in done.stdout
+
+
+def test_methods_with_nbest_and_without_teacher(finished):
+    short = ["--train_args", f"{TINY} --max_epoch 1"]
+    finished.run(*short, "--method", "sequence_kd", "--stage", "7", "--stop_stage", "8")
+    nbest = finished.dir / "exp/nbest_teacher_train"
+    assert len({line.split()[0] for line in nbest.read_text().splitlines()}) == 24 + 6
+    config = yaml.safe_load((finished.dir / "exp/student_sequence_kd/config.yaml").read_text())
+    assert config["nbest"] == "exp/nbest_teacher_train" and config["teacher"] == []
+
+    alone = finished.dir / "exp_alone"
+    alone.mkdir()
+    (alone / "stats_train_char").symlink_to("../exp/stats_train_char")
+    options = [*short, "--expdir", "exp_alone", "--stop_stage"]
+    done = finished.run(*options, "5", "--stage", "5", "--method", "cr_ctc")
+    assert "stage 5: skipped, cr_ctc has no teacher" in done.stdout
+    done = finished.run(*options, "8", "--stage", "7", "--method", "sequence_kd", check=False)
+    assert done.returncode == 1 and "exp_alone/teacher/.done is missing; stage 5 makes it" in done.stdout
+    done = finished.run(*options, "13", "--stage", "7", "--method", "cr_ctc")
+    assert "nothing is trained in exp_alone/teacher" in done.stdout
+    table = json.loads((alone / "results.json").read_text())
+    assert [(row["role"], row["method"]) for row in table] == [("student", "cr_ctc")]
 
 
 @pytest.mark.skipif(not int(os.environ.get("ESPNET_KD_TEST_LONG", "0")), reason="full length: tests/run.sh --long")
