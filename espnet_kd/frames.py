@@ -60,6 +60,8 @@ def check_rule(rule: str, options: Mapping[str, Any]) -> None:
         good, what = _OPTIONS[name]
         if not good(value):
             raise ValueError(f"frame selection {rule}: {name} must be {what}, not {value!r}")
+    if "prior_scale" in options and options.get("log_prior") is None:
+        raise ValueError(f"frame selection {rule}: prior_scale scales a log_prior, which is not given")
 
 
 def _is_number(value: Any) -> bool:

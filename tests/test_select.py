@@ -158,7 +158,7 @@ def test_one_rule_becomes_another():
         (every, "threshold", {"theta": 0.0}),
         (nb, "random", {"ratio": 0}),
         (every, "random", {"ratio": 1000.0}),
-        (nb, "elimination", {"log_prior": None, "prior_scale": 0.7}),
+        (nb, "elimination", {"log_prior": None}),
         (nb, "elimination", {"log_prior": torch.full((WIDTH,), -math.log(WIDTH))}),
         (nb, "elimination", {"log_prior": torch.tensor([-0.1, -3.0, -4.0, -5.0, -6.0]), "prior_scale": 0}),
     ]:

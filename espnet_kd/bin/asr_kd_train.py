@@ -18,14 +18,16 @@ import hashlib
 import json
 import logging
 import sys
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence
+from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
 
 import torch
 
 from espnet_kd.cli import UserError, run
 from espnet_kd.distill.checkpoints import CHECKPOINT, RECORD, mend, read_checkpoint
 from espnet_kd.distill.page import KDStage, Page, list_pages, load_page
+from espnet_kd.distill.schedule import Ramp, Weight
 from espnet_kd.files import replacing
 from espnet_kd.targets.experiment import find_experiment, load_state, student_only
 
@@ -47,7 +49,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     cmd = list(sys.argv[1:] if cmd is None else cmd)
     args = get_parser().parse_args(cmd)
     if args.kd_config is None and not (args.collect_stats or args.print_config):
-        given = [o for o in ("teacher", "kd_stage", "kd_stages") if getattr(args, o)]
+        given = [o for o in ("teacher", "nbest", "kd_stage", "kd_stages") if getattr(args, o)]
         if given:
             raise UserError(f"--{given[0]} needs a method: give --kd_config (known: {', '.join(list_pages())})")
     with contextlib.ExitStack() as stack:
@@ -68,6 +70,8 @@ def _run(cmd: List[str], args: argparse.Namespace) -> None:
     if args.ngpu > 1 and not args.multiprocessing_distributed and args.dist_world_size is None:
         raise UserError("--ngpu above 1 needs --multiprocessing_distributed true (one process per GPU)")
     page = load_page(args.kd_config)
+    if args.teacher and page.teacher == "none":
+        logging.warning("%s has no teacher: --teacher is not used", page.method)
     chosen = choose_stages(page, args.kd_stages)
     epochs = page.epochs(args.max_epoch, chosen)
     if args.kd_stage is not None and args.kd_stage not in epochs:
@@ -147,15 +151,20 @@ def _train_stage(
         "kd_stage": stage.number,
         "epochs": epochs,
         "objectives": [{"objective": o.name, "weight": str(o.weight), **o.conf} for o in stage.objectives],
-        "ctc": {"weight": str(stage.ctc_weight), "per": stage.ctc_per},
+        "ctc": {"weight": as_record(stage.ctc_weight), "per": stage.ctc_per},
         "seed": args.seed,
         "teacher": args.teacher if page.teacher == "required" else [],
-        "teacher_weights": page.teacher_weights,
         "student": fingerprint(args),
         "pool": page.pool,
         "init_from": page.init_from,
         "train": stage.train,
     }
+    if page.teacher_weights:
+        record["teacher_weights"] = page.teacher_weights
+    if stage.attention_weight != float(stage.ctc_weight != 0.0):
+        record["attention"] = as_record(stage.attention_weight)
+    if stage.nbest and args.nbest and Path(args.nbest).is_file():
+        record["nbest"] = hashlib.sha256(Path(args.nbest).read_bytes()).hexdigest()[:12]
     if _finished(output_dir, record, label):
         logging.info("%s is finished in %s", label, output_dir)
         return
@@ -192,6 +201,11 @@ def _train_stage(
         _finish(output_dir, page, record)
 
 
+def as_record(weight: Weight) -> Union[float, Dict[str, Any]]:
+    """A weight as JSON has it."""
+    return asdict(weight) if isinstance(weight, Ramp) else weight
+
+
 def _finished(output_dir: Path, record: Dict[str, Any], label: str) -> bool:
     """Whether this KD stage is done; refuse a directory that holds a run with other settings."""
     try:
@@ -201,10 +215,10 @@ def _finished(output_dir: Path, record: Dict[str, Any], label: str) -> bool:
     except ValueError as e:
         raise UserError(f"{output_dir / RECORD} is damaged ({e}); remove {output_dir} to train {label} anew") from e
     finished = found.pop("finished", False)
-    differing = [k for k in record if found.get(k) != record[k]]
+    differing = [k for k in {**record, **found} if found.get(k) != record.get(k)]
     # A directory in which nothing was trained yet may take a mended command.
     if differing and (output_dir / CHECKPOINT).exists():
-        what = "; ".join(f"{k}: {found.get(k)} there, {record[k]} now" for k in differing)
+        what = "; ".join(f"{k}: {found.get(k)} there, {record.get(k)} now" for k in differing)
         raise UserError(f"{output_dir} holds {label} with other settings ({what}); choose another --output_dir")
     return finished and (output_dir / STUDENT).is_file()
 

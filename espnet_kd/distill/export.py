@@ -67,12 +67,13 @@ def plain_student(
     if record.is_file():
         try:
             objectives = json.loads(record.read_text(encoding="utf-8"))["objectives"]
-        except (OSError, ValueError, KeyError, TypeError) as e:
+            named = [(o.pop("objective"), {k: v for k, v in o.items() if k != "weight"}) for o in objectives]
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
             raise UserError(f"{record} is damaged: {e}") from e
-        for spec in objectives:
-            options = {k: v for k, v in spec.items() if k not in ("objective", "weight")}
-            name = spec["objective"]
+        for name, options in named:
             config, state = objective_class(name, str(record)).export(name.rsplit(".", 1)[-1], options, config, state)
+    elif len(student_only(state)) < len(state):
+        raise UserError(f"{record} is missing, which says what the heads in this model are for; put it back")
     return config, student_only(state)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
 
 import torch
@@ -18,7 +19,7 @@ from espnet_kd.distill.objectives import Batch, Objective, lay_on
 from espnet_kd.distill.page import KDStage, ObjectiveSpec, Page
 from espnet_kd.distill.schedule import Progress, weight_at
 from espnet_kd.losses.common import full_precision
-from espnet_kd.targets.encode import EncoderOutputs, depth_of, encode, measure_frame_shift, recording_decoder
+from espnet_kd.targets.encode import EncoderOutputs, encode, measure_frame_shift, recording_decoder
 from espnet_kd.targets.teacher import Teacher
 
 
@@ -63,7 +64,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
             for spec in stage.objectives:
                 objective = spec.make()
                 try:
-                    objective.place(depth_of(student.encoder))
+                    objective.place(student)
                     check_objective(objective, spec.name, student, teacher, nbest is not None)
                 except UserError as e:
                     raise UserError(f"{page.path}: KD stage {k}: {spec.name}: {e}") from e
@@ -81,7 +82,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         if teacher is not None:
             check_rates(student, model.frame_shift, teacher, sampling_rate)
         for _, objective in model.objectives:
-            objective.place(depth_of(student.encoder))
+            objective.place(student)
             # A resume and the student of the KD stage before are loaded over it later.
             objective.init_student(student, teacher)
         heads = {spec.key: objective.build(student, teacher) for spec, objective in model.objectives}
@@ -130,7 +131,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         if text is not None:
             text[text == -1] = self.ignore_id
             text = text[:, : text_lengths.max()]
-        # SpecAugment draws anew for every row, so that rows said twice are two views. None in validation.
+        # SpecAugment's masks are drawn anew for every row, so that rows said twice are two views. None in validation.
         views = max((o.views for _, o in self.objectives), default=1) if self.training else 1
         speech, speech_lengths, text, text_lengths, kwargs = _repeat(
             views, (speech, speech_lengths, text, text_lengths, kwargs)
@@ -185,9 +186,12 @@ class ESPnetASRKDModel(ESPnetASRModel):
         if text is None:
             raise UserError("the attention decoder needs text; set attention: {weight: 0} or ctc_weight: 1.0")
         rows = text_lengths > 0
-        stats.update(acc=None, cer=None, wer=None, loss_att=loss)
         if not rows.any():
-            return loss
+            # Every rank of a parallel run must report the same statistics and give every parameter a gradient.
+            nothing = sum((p.flatten()[:0].sum() for p in self.decoder.parameters()), loss)
+            errors = None if self.training or self.error_calculator is None else math.nan
+            stats.update(acc=math.nan, cer=errors, wer=errors, loss_att=nothing.detach())
+            return nothing
         with recording_decoder(self) if "decoder" in taps else contextlib.nullcontext([None]) as outputs:
             loss, stats["acc"], stats["cer"], stats["wer"] = self._calc_att_loss(
                 out[rows], student.lengths[rows], text[rows], text_lengths[rows]
@@ -276,7 +280,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         stats: Dict[str, Optional[Tensor]],
     ) -> Tensor:
         target = None
-        if self.teacher is not None:
+        if self.teacher is not None and any(o.reads_target for _, o in self.objectives):
             taps = [t for _, o in self.objectives for t in o.teacher_taps]
             target = self.teacher.targets(batch.utt_ids, speech, speech_lengths, taps, batch.text, batch.text_lengths)
             try:

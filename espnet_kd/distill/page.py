@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import inspect
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Sequence
@@ -49,7 +50,8 @@ class KDStage:
     @property
     def needs_text(self) -> bool:
         """Whether it trains with transcripts."""
-        return self.ctc_weight != 0.0 or any(o.make().needs_text for o in self.objectives)
+        branches = (self.ctc_weight, self.attention_weight)
+        return any(w != 0.0 for w in branches) or any(o.make().needs_text for o in self.objectives)
 
     @property
     def nbest(self) -> int:
@@ -113,8 +115,8 @@ _NUMBER = (int, float)
 def _page(path: Path, content: Any) -> Page:
     where = str(path)
     top = _mapping(content, where, ["teacher", "teacher_weights", "pool", "init_from", "ctc", "attention", "stages"])
-    if not isinstance(top.get("stages"), list) or not top["stages"]:
-        raise UserError(f"{where}: stages must be a list of at least one KD stage")
+    if not isinstance(top.get("stages"), list) or not 1 <= len(top["stages"]) <= 3:
+        raise UserError(f"{where}: stages must be a list of one to three KD stages")
     page = Page(
         path=path,
         method=path.stem,
@@ -127,8 +129,10 @@ def _page(path: Path, content: Any) -> Page:
         ],
     )
     for weight in page.teacher_weights:
-        if isinstance(weight, bool) or not isinstance(weight, _NUMBER) or weight <= 0:
+        if isinstance(weight, bool) or not isinstance(weight, _NUMBER) or not 0 < weight < math.inf:
             raise UserError(f"{where}: teacher_weights must be numbers above 0, not {page.teacher_weights}")
+    if page.teacher == "none" and page.teacher_weights:
+        raise UserError(f"{where}: teacher_weights with teacher: none")
     total = sum(s.share for s in page.stages)
     if abs(total - 1) > 1e-6:
         raise UserError(f"{where}: the shares of the KD stages add up to {total:g}, not 1")
@@ -149,11 +153,15 @@ def _stage(number: int, content: Any, top: Mapping[str, Any], where: str) -> KDS
         share=_typed(stage, "share", _NUMBER, 1.0, where),
         ctc_weight=ctc_weight,
         ctc_per=_choice(ctc, "per", ["utterance", "label"], "utterance", f"{where}.ctc"),
-        # A hybrid student's attention branch uses the labels as CTC does: off with it unless said otherwise.
-        attention_weight=_weight(attention["weight"], f"{where}.attention.weight") if attention else ctc_weight,
+        # A hybrid student's attention branch uses labels too: off where CTC is off, unless said otherwise.
+        attention_weight=_weight(attention.get("weight", float(ctc_weight != 0.0)), f"{where}.attention.weight"),
         objectives=[_objective(o, f"{where}.objectives[{i}]") for i, o in enumerate(objectives)],
         train=_mapping(stage.get("train", {}), f"{where}.train", None),
     )
+    if ctc_weight == 0.0:
+        # Nothing pulls the CTC head, or a hybrid's decoder, and no CTC loss can choose the model.
+        by_kd = {"best_model_criterion": [["valid", "loss_kd", "min"]], "unused_parameters": True}
+        result.train = {**by_kd, **result.train}
     if not 0 < result.share <= 1:
         raise UserError(f"{where}.share must be above 0 and at most 1, not {result.share}")
     keys = [o.key for o in result.objectives]
@@ -212,17 +220,23 @@ def objective_class(name: str, where: str) -> type:
 
 def _weight(value: Any, where: str) -> Weight:
     if isinstance(value, _NUMBER) and not isinstance(value, bool):
-        return float(value)
+        return _finite(value, where)
     if not isinstance(value, Mapping):
         raise UserError(f"{where} must be a number, or a ramp {{start: …, end: …}}, not {value!r}")
     ramp = _mapping(value, where, ["start", "end", "begin", "until", "by"])
-    numbers = {k: float(_typed(ramp, k, _NUMBER, 0.0, where)) for k in ramp if k != "by"}
+    numbers = {k: _finite(_typed(ramp, k, _NUMBER, 0.0, where), f"{where}.{k}") for k in ramp if k != "by"}
     if not {"start", "end"} <= set(numbers):
         raise UserError(f"{where}: a ramp needs start and end (and may have begin and until, shares of the KD stage)")
     result = Ramp(**numbers, by=_choice(ramp, "by", ["step", "epoch"], "step", where))
     if not 0 <= result.begin < result.until <= 1:
         raise UserError(f"{where}: needs 0 <= begin < until <= 1, got {result.begin:g} and {result.until:g}")
     return result
+
+
+def _finite(value: float, where: str) -> float:
+    if not 0 <= value < math.inf:
+        raise UserError(f"{where} must be 0 or more, not {value}")
+    return float(value)
 
 
 def _mapping(value: Any, where: str, known: Any) -> Dict[str, Any]:

@@ -70,7 +70,7 @@ def delayed_kl(
     blank_id: int = 0,
     temperature: float = 1.0,
     frames: Optional[Tensor] = None,
-    max_delay: int = 2,
+    max_delay: int = 4,
 ) -> Tensor:
     """KL of a streaming student that may speak later: per utterance the least over delays of mean_t KL(p_t‖q_{t+d}).
 

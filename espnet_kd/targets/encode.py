@@ -67,6 +67,14 @@ def check_taps(model: torch.nn.Module, wanted: Sequence[str], whose: str) -> Non
     if not wanted:
         return
     there = taps_of(model.encoder)
+    if whose == "student" and any("." in tap for tap in wanted):
+        for option, value in (
+            ("layer_drop_rate", getattr(model.encoder.encoders, "layer_drop_rate", 0.0)),
+            ("layer_drop_rate", getattr(model.encoder, "layer_drop_rate", 0.0)),
+            ("gradient_checkpoint_layers", getattr(model.encoder, "gradient_checkpoint_layers", ())),
+        ):
+            if value:
+                raise UserError(f"the student's encoder has {option}: {value}, so that its layers cannot be tapped")
     for tap in wanted:
         if tap not in there:
             name = type(model.encoder).__name__

@@ -75,8 +75,6 @@ class SeveralTeachers:
                     )
         if weights and len(weights) != len(self.teachers):
             raise UserError(f"teacher_weights has {len(weights)} numbers for {len(self.teachers)} teachers")
-        if any(w <= 0 for w in weights):
-            raise UserError(f"teacher_weights must be above 0, not {list(weights)}")
         weights = list(weights) or [1.0] * len(self.teachers)
         self.weights = [w / sum(weights) for w in weights]
         self.name = ", ".join(t.name for t in self.teachers)

@@ -13,6 +13,7 @@ from espnet2.utils.types import str2bool, str_or_none
 from torch import Tensor
 
 from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import read_pairs
 from espnet_kd.distill.checkpoints import keep_previous
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.page import KDStage, Page, load_page
@@ -21,6 +22,8 @@ from espnet_kd.offline import ASRTask
 from espnet_kd.targets.nbest import read_nbest
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate
 from espnet_kd.targets.teacher import SeveralTeachers, Teacher
+
+DATA_OPTIONS = ("train_data_path_and_name_and_type", "valid_data_path_and_name_and_type")
 
 
 class ASRKDTask(ASRTask):
@@ -95,7 +98,7 @@ class ASRKDTask(ASRTask):
         stage = 1 if args.kd_stage is None else args.kd_stage
         if not 1 <= stage <= len(page.stages):
             raise UserError(f"--kd_stage {stage}: {page.path} has KD stages 1 to {len(page.stages)}")
-        check_data(args, page.stages[stage - 1])
+        check_data(args, [page.stages[k - 1] for k in args.kd_stages or range(stage, len(page.stages) + 1)])
         nbest = cls._nbest(args) if any(s.nbest for s in page.stages) else None
         teacher = cls._teacher(args, page) if page.teacher == "required" else None
         cls.progress = Progress(max_epoch=args.max_epoch or 1)
@@ -162,24 +165,25 @@ class StatisticsModel(ESPnetASRModel):
         return super().collect_feats(speech, speech_lengths, text, text_lengths, **kwargs)
 
 
-def check_data(args: argparse.Namespace, stage: KDStage) -> None:
-    """Refuse training data without text where the KD stage needs it (:class:`UserError`)."""
-    names: List[str] = [name for _, name, _ in args.train_data_path_and_name_and_type or []]
-    if names and stage.needs_text and "text" not in names:
-        raise UserError(
-            f"KD stage {stage.number} ({stage.name}) trains with transcripts, but --train_data_path_and_name_and_type "
-            "has no text; add it, or choose a method without labels (label_free)"
-        )
+def check_data(args: argparse.Namespace, stages: Sequence[KDStage]) -> None:
+    """Refuse training or validation data without text where a KD stage needs it (:class:`UserError`)."""
+    needy = [stage for stage in stages if stage.needs_text]
+    for option in DATA_OPTIONS:
+        names: List[str] = [name for _, name, _ in getattr(args, option) or []]
+        if names and needy and "text" not in names:
+            raise UserError(
+                f"KD stage {needy[0].number} ({needy[0].name}) trains with transcripts, but --{option} has no text; "
+                "add it, or choose a method without labels (label_free)"
+            )
 
 
 def check_nbest(args: argparse.Namespace, nbest: Mapping[str, object]) -> None:
     """Refuse an N-best that lacks utterances of the training or validation data (:class:`UserError`)."""
-    for option in ("train_data_path_and_name_and_type", "valid_data_path_and_name_and_type"):
+    for option in DATA_OPTIONS:
         for path, name, _ in getattr(args, option) or []:
-            if name != "speech":
+            if name != "speech" or Path(path).is_dir():  # with --multiple_iterator a directory of parts
                 continue
-            with open(path, encoding="utf-8") as f:
-                missing = [u for u in (line.split(maxsplit=1)[0] for line in f if line.strip()) if u not in nbest]
+            missing = [utt_id for utt_id, _ in read_pairs(path) if utt_id not in nbest]
             if missing:
                 raise UserError(
                     f"{args.nbest} lacks {len(missing)} utterances of {path} ({', '.join(missing[:5])} …); "

@@ -1,7 +1,9 @@
 """What each objective adds up, from the pieces that are tested elsewhere: losses, taps, ESPnet's own CTC."""
 
 import copy
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import tiny_asr
 import tiny_kd
@@ -12,7 +14,7 @@ from espnet_kd import losses
 from espnet_kd.cli import UserError
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.objectives import OBJECTIVES
-from espnet_kd.distill.objectives.base import resolve_layers
+from espnet_kd.distill.objectives.base import taps_at
 from espnet_kd.distill.page import list_pages, load_page
 from espnet_kd.distill.schedule import Progress
 from espnet_kd.targets.encode import encode
@@ -69,23 +71,83 @@ def test_every_objective_is_on_a_page_or_says_why():
     [((0.55, 0.73, 0.91), 33, [18, 24, 30]), ((0.55, 0.73, 0.91), 3, [2]), ((0.5,), 12, [6]), ((1, 3), 4, [1, 3])],
 )
 def test_layers_by_share_of_the_depth(layers, depth, expected):
-    assert resolve_layers(layers, depth) == expected
+    assert taps_at(layers, of_depth(depth)) == tuple(f"encoder.{n}" for n in expected)
 
 
-@pytest.mark.parametrize("layers, depth", [((4,), 4), ((0,), 4), ((1.5,), 4), ((-1,), 4), ((0.5,), 1), ((0.5,), 0)])
+@pytest.mark.parametrize("layers, depth", [((4,), 4), ((1.5,), 4), ((0.5,), 1), ((0.5,), 0)])
 def test_layers_that_are_not_there(layers, depth):
     with pytest.raises(UserError, match="no layers to tap|has layers 1 to"):
-        resolve_layers(layers, depth)
+        taps_at(layers, of_depth(depth))
 
 
-def test_inter_ctc_is_espnets(write_page):
-    conf = deeper(interctc_weight=0.3)
+@pytest.mark.parametrize("value", [[], ["a"], [float("nan")], [0], [-1], [True]])
+@pytest.mark.parametrize("name", ["inter_ctc", "inter_kd"])
+def test_layers_that_are_no_layers(write_page, name, value):
+    with pytest.raises(UserError, match="layers: must be a list of layer numbers"):
+        page_of(write_page, {"objective": name, "layers": value})
+
+
+@pytest.mark.parametrize(
+    "entry, message",
+    [
+        ({"objective": "kl", "temperature": float("nan")}, "temperature: must be a number above 0"),
+        ({"objective": "kl", "weight": -1.0}, "weight must be 0 or more"),
+        ({"objective": "kl", "weight": float("inf")}, "weight must be 0 or more"),
+        ({"objective": "kl", "weight": None}, "weight must be a number, or a ramp"),
+        ({"objective": "kl", "weight": {"start": 0, "end": -1}}, "weight.end must be 0 or more"),
+        ({"objective": "kl", "weight": {"start": 0, "end": 1, "by": "hour"}}, "by must be one of step, epoch"),
+        ({"objective": "kl", "frames": {"rule": "symetric"}}, "frames: unknown frame selection 'symetric'"),
+        ({"objective": "kl", "frames": {"n": 2}}, "frames: unknown frame selection None"),
+        ({"objective": "kl", "frames": {"rule": "symmetric", "n": -1}}, "frames: .*n must be a whole number"),
+        ({"objective": "kl", "frames": "symmetric"}, "frames must be a dict"),
+        ({"objective": "kl", "frames": {"rule": "elimination", "prior_scale": 0.5}}, "log_prior, which is not given"),
+        ({"objective": "kl", "frames": {"rule": "elimination", "log_prior": "nowhere.npy"}}, "log_prior nowhere.npy"),
+        ({"objective": "delayed_kl", "max_delay": -1}, "max_delay: must be 0 or more"),
+        ({"objective": "sequence_kd", "nbest": 0}, "nbest: must be 1 or more"),
+        ({"objective": "weighted_representation", "weights": "mass"}, "weights: must be nonblank or energy"),
+        ({"objective": "weighted_representation", "taps": [1, 2]}, "taps: must be pairs"),
+        ({"objective": "weighted_representation", "taps": [["decoder", "decoder"]]}, "decoder has no frames"),
+    ],
+)
+def test_options_refused_with_the_page(write_page, entry, message):
+    with pytest.raises(UserError, match=message):
+        page_of(write_page, entry)
+
+
+def test_a_prior_is_of_the_students_vocabulary(write_page, teacher, tmp_path):
+    for size in (14, 9):
+        np.save(tmp_path / f"{size}.npy", np.log(np.full(size, 1 / size)))
+    good, bad = (
+        page_of(write_page, {"objective": "kl", "frames": {"rule": "elimination", "log_prior": str(tmp_path / f)}})
+        for f in ("14.npy", "9.npy")
+    )
+    _, model = adopt(good, teacher)
+    assert torch.isfinite(run(model, tiny_kd.batch())[0])
+    with pytest.raises(UserError, match="log_prior has 9 numbers, the student 14 tokens"):
+        adopt(bad, teacher)
+
+
+@pytest.mark.parametrize("option, value", [("layer_drop_rate", 0.3), ("gradient_checkpoint_layers", [1])])
+def test_layers_that_may_be_skipped_cannot_be_tapped(write_page, option, value):
+    conf = tiny_asr.config("e_branchformer", num_blocks=4, **{option: value})
+    with pytest.raises(UserError, match=f"inter_ctc: the student's encoder has {option}"):
+        adopt(page_of(write_page, {"objective": "inter_ctc"}, teacher="none"), conf=conf)
+
+
+def of_depth(depth):
+    encoder = type("ConformerEncoder" if depth else "RNNEncoder", (), {"encoders": [None] * depth})()
+    return SimpleNamespace(encoder=encoder)
+
+
+@pytest.mark.parametrize("hybrid", [{}, HYBRID])
+def test_inter_ctc_is_espnets(write_page, hybrid):
+    conf = deeper(interctc_weight=0.3, **hybrid)
     conf["encoder_conf"]["interctc_layer_idx"] = [1, 3]
     theirs = tiny_asr.build(conf, sharpen=1.0)
     page = page_of(
         write_page, {"objective": "inter_ctc", "weight": 0.3, "layers": [1, 3]}, teacher="none", ctc={"weight": 0.7}
     )
-    _, ours = adopt(page, conf=deeper())
+    _, ours = adopt(page, conf=deeper(**hybrid))
     ours.load_state_dict(theirs.state_dict())
     batch = tiny_kd.batch()
     expected = theirs(**copy.deepcopy(batch))[0]
@@ -159,6 +221,14 @@ def test_self_kds_export_says_what_its_head_said(write_page, name, ctc_weight):
     torch.testing.assert_close(plain.ctc.ctc_lo(encoded), expected, rtol=0, atol=1e-6)
 
 
+def test_self_kd_under_conditioning_is_refused(write_page):
+    conf = deeper()
+    conf["encoder_conf"].update(interctc_layer_idx=[1], interctc_use_conditioning=True)
+    conf["model_conf"]["interctc_weight"] = 0.3
+    with pytest.raises(UserError, match="self_kd: self-KD cannot export .*interctc_use_conditioning"):
+        adopt(page_of(write_page, {"objective": "self_kd"}, teacher="none"), conf=conf)
+
+
 def test_sequence_kd(write_page):
     page = page_of(
         write_page, {"objective": "sequence_kd", "weight": 0.5, "nbest": 2}, teacher="none", ctc={"weight": 0.5}
@@ -220,7 +290,7 @@ def test_consistency_is_two_views_of_each_utterance(write_page, monkeypatch):
     assert value > 0
 
 
-def test_layer_pruning_begins_with_the_teachers_layers(write_page, teacher):
+def test_layer_pruning_begins_with_the_teachers_layers(write_page, teacher, monkeypatch):
     page = page_of(write_page, {"objective": "layer_pruning"})
     conf = tiny_kd.student_config()
     conf["encoder_conf"].update(output_size=24, num_blocks=2)
@@ -229,8 +299,11 @@ def test_layer_pruning_begins_with_the_teachers_layers(write_page, teacher):
     for name, value in model.state_dict().items():
         if name.startswith(("encoder.", "ctc.")):
             assert torch.equal(value, theirs[name]), name
+    with monkeypatch.context() as m:
+        m.setattr(teacher, "targets", None)  # in training it is not asked
+        run(model, tiny_kd.batch())
     assert not torch.equal(plain.ctc.ctc_lo.weight, model.ctc.ctc_lo.weight)
-    with pytest.raises(UserError, match=r"must be as wide: encoder\.\S+ is \(\d.*in the teacher"):
+    with pytest.raises(UserError, match=r"must be like it: encoder\.\S+ is \(\d.*in the teacher"):
         adopt(page, teacher)
     conf["encoder_conf"]["num_blocks"] = 4
     with pytest.raises(UserError, match="absent in the teacher"):
@@ -258,6 +331,15 @@ def test_attention_kl(write_page, tmp_path, transcribed):
     loss, stats = run(model, batch)
     if not rows:
         assert stats["loss_attention_kl"] == 0 and loss == 0
+        # As a rank of a parallel run whose batch has no transcript: the same statistics, every parameter a gradient.
+        full, wanted = tiny_kd.batch(), set()
+        for which, keys in ((full, wanted), (batch, set())):
+            model.zero_grad()
+            loss, stats = run(model.train(), which)
+            loss.backward()
+            keys |= {k for k, v in stats.items() if v is not None}
+            assert all(p.grad is not None for p in model.parameters())
+        assert keys == wanted
         return
     kl, labels, attention = 0.0, 0, 0.0
     for row in rows:  # each alone
@@ -351,8 +433,6 @@ def test_weights_of_teachers(teacher):
     assert SeveralTeachers([teacher, teacher]).weights == [0.5, 0.5]
     with pytest.raises(UserError, match="2 numbers for 1 teachers"):
         SeveralTeachers([teacher], [0.5, 0.5])
-    with pytest.raises(UserError, match="must be above 0"):
-        SeveralTeachers([teacher, teacher], [1.0, 0.0])
 
 
 RNN = dict(num_layers=1, hidden_size=8, output_size=12)

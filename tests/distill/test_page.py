@@ -110,7 +110,7 @@ REFUSED = {
     "choice": (edited("teacher", "maybe"), "teacher must be one of required, none, not 'maybe'"),
     "pool": (edited("pool", "max"), "pool must be one of least_blank, mean"),
     "init_from": (edited("init_from", "first"), "init_from must be one of last, best"),
-    "no stages": (edited("stages", []), "stages must be a list of at least one"),
+    "no stages": (edited("stages", []), "stages must be a list of one to three"),
     "stages a mapping": (edited("stages", {"share": 1}), "stages must be a list"),
     "stage a word": (edited("stages", 0, "binary"), r"stages\[0\] must be a mapping, not str"),
     "objectives a word": (edited("stages", 0, "objectives", "kl"), r"stages\[0\].objectives must be a list"),

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from argparse import Namespace
+from contextlib import nullcontext
 
 import pytest
 import tiny_kd
@@ -14,7 +16,7 @@ from espnet_kd.distill.export import KD_OPTIONS
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.page import load_page
 from espnet_kd.offline import ASRTask
-from espnet_kd.tasks.asr_kd import ASRKDTask
+from espnet_kd.tasks.asr_kd import ASRKDTask, check_data, check_nbest
 
 AUGMENTED = ["--preprocessor_conf", "data_aug_effects=[[1.0, lowpass, {}]]", "--preprocessor_conf", "data_aug_prob=0.5"]
 ATTENTION_ONLY = ["--decoder", "transformer", "--model_conf", "ctc_weight=0.0"]
@@ -68,7 +70,8 @@ def test_builds_the_kd_model(corpus, teacher_dir, tmp_path):
 
 @pytest.mark.parametrize("more", [[], ["--kd_config", "progressive_fkl", "--collect_stats", "true", "--teacher", "no"]])
 def test_plain_and_statistics_load_no_teacher(corpus, tmp_path, more):
-    assert type(ASRKDTask.build_model(parsed(corpus, tmp_path, *more))) is ESPnetASRModel
+    model = ASRKDTask.build_model(parsed(corpus, tmp_path, *more))
+    assert isinstance(model, ESPnetASRModel) and not isinstance(model, ESPnetASRKDModel)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +117,9 @@ def test_ctc_needs_text(corpus, teacher_dir, tmp_path, write_page):
 
     with pytest.raises(UserError, match="has no text"):
         build("progressive_fkl", "--kd_stage", "3")
-    build("progressive_fkl", "--kd_stage", "1")
+    with pytest.raises(UserError, match=r"KD stage 3 .* has no text"):  # now, not after the first two have trained
+        build("progressive_fkl", "--kd_stage", "1")
+    build("progressive_fkl", "--kd_stage", "1", "--kd_stages", "1", "2")
     build(write_page(LABEL_FREE))
 
 
@@ -186,3 +191,28 @@ def test_imports_stay_off_the_network():
     """NLTK's download is replaced before what would start it (espnet2.text) is imported."""
     done = subprocess.run([sys.executable, "-c", IMPORTING], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and done.stderr.endswith("espnet_kd.offline\n"), done.stderr
+
+
+def test_an_n_best_of_other_utterances_is_refused(corpus, tmp_path):
+    """A speed-perturbed copy is an utterance of its own, and does not take the original's hypotheses."""
+    original = (corpus.dir / "train" / "wav.scp").read_text()
+    (tmp_path / "wav.scp").write_text(original + original.replace("train0 ", "sp0.9-train0 ").splitlines()[0] + "\n")
+    ids = {line.split()[0] for line in original.splitlines()}
+    args = Namespace(
+        nbest="nbest", train_data_path_and_name_and_type=[(str(tmp_path / "wav.scp"), "speech", "sound")],
+        valid_data_path_and_name_and_type=None,
+    )  # fmt: skip
+    check_nbest(args, dict.fromkeys([*ids, "sp0.9-train0"]))
+    with pytest.raises(UserError, match=r"nbest lacks 1 utterances of .*wav.scp \(sp0.9-train0 "):
+        check_nbest(args, dict.fromkeys(ids))
+
+
+@pytest.mark.parametrize("method, refused", [("kl", True), ("progressive_fkl", True), ("label_free", False)])
+def test_data_without_text(corpus, method, refused):
+    speech, text = ("wav.scp", "speech", "sound"), ("text", "text", "text")
+    for without in ("train", "valid"):
+        data = {f"{part}_data_path_and_name_and_type": [speech] if part == without else [speech, text]
+                for part in ("train", "valid")}  # fmt: skip
+        expected = pytest.raises(UserError, match=f"trains with transcripts, but --{without}_data.*label_free")
+        with expected if refused else nullcontext():
+            check_data(Namespace(**data), load_page(method).stages)

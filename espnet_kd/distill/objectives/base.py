@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
 
@@ -11,7 +12,7 @@ from torch import Tensor
 from espnet_kd import frames as fr
 from espnet_kd.cli import UserError
 from espnet_kd.distill.schedule import Progress
-from espnet_kd.targets.encode import EncoderOutputs
+from espnet_kd.targets.encode import EncoderOutputs, depth_of
 
 if TYPE_CHECKING:
     from espnet_kd.targets.teacher import Teacher
@@ -43,8 +44,10 @@ class Objective:
             utterance averaged over the batch) or ``frame`` (mean per frame).
     """
 
-    #: Whether it reads the target; one that does is refused on a page with ``teacher: none``.
+    #: Whether it needs a teacher; one that does is refused on a page with ``teacher: none``.
     needs_teacher: bool = True
+    #: Whether it reads what the teacher says of a batch; where none does, the teacher does not run.
+    reads_target: bool = True
     #: Whether it reads transcripts.
     needs_text: bool = False
     #: Hypotheses per utterance that it reads of the teacher's N-best.
@@ -62,8 +65,8 @@ class Objective:
             raise UserError(f"per: must be frame or utterance, not {per!r}")
         self.per = per
 
-    def place(self, depth: int) -> None:
-        """Learn how many layers of the student can be tapped, before its taps are asked for (UserError: too few)."""
+    def place(self, student: torch.nn.Module) -> None:
+        """Look at the student, before its taps are asked for (UserError: it does not fit)."""
 
     def init_student(self, student: torch.nn.Module, teacher: Optional[Teacher]) -> None:
         """Set the student's parameters where its training begins (UserError: it can't be done)."""
@@ -120,15 +123,23 @@ def resolve_layer(layer: float, depth: int) -> int:
     return int(number)
 
 
-def resolve_layers(layers: Sequence[float], depth: int) -> List[int]:
-    """Layers as in :func:`resolve_layer`, each once, in order."""
-    return sorted({resolve_layer(n, depth) for n in layers})
+def check_layers(layers: Sequence[float]) -> None:
+    """Refuse anything but a list of numbers above 0 (:class:`UserError`)."""
+    numbers = [n for n in layers if isinstance(n, (int, float)) and not isinstance(n, bool) and 0 < n < math.inf]
+    if not layers or len(numbers) < len(layers):
+        raise UserError(f"layers: must be a list of layer numbers, or of shares of the depth, not {list(layers)!r}")
+
+
+def taps_at(layers: Sequence[float], student: torch.nn.Module) -> Tuple[str, ...]:
+    """The student's taps at layers as in :func:`resolve_layer`, each once, in order."""
+    depth = depth_of(student.encoder)
+    return tuple(f"encoder.{n}" for n in sorted({resolve_layer(n, depth) for n in layers}))
 
 
 def check_temperature(temperature: float) -> None:
     """Refuse a temperature of 0 or less (:class:`UserError`)."""
-    if temperature <= 0:
-        raise UserError(f"temperature: must be above 0, not {temperature}")
+    if not 0 < temperature < math.inf:
+        raise UserError(f"temperature: must be a number above 0, not {temperature}")
 
 
 def lay_on(student: EncoderOutputs, target: EncoderOutputs, pool: str) -> EncoderOutputs:

@@ -9,13 +9,22 @@ from torch import Tensor
 
 from espnet_kd import losses
 from espnet_kd.cli import UserError
-from espnet_kd.distill.objectives.base import Batch, Objective, check_temperature, resolve_layer, resolve_layers
+from espnet_kd.distill.objectives.base import (
+    Batch,
+    Objective,
+    check_layers,
+    check_temperature,
+    resolve_layer,
+    taps_at,
+)
 from espnet_kd.distill.objectives.posteriors import Selection
 from espnet_kd.distill.schedule import Progress
 from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.encode import EncoderOutputs
 from espnet_kd.targets.nbest import weights
 from espnet_kd.targets.teacher import Teacher
+
+HALF = 0.5  #: of the layers: where the self-student ends unless the page says otherwise
 
 
 class InterCTC(Objective):
@@ -30,11 +39,12 @@ class InterCTC(Objective):
 
     def __init__(self, layers: Sequence[float] = (0.5,)):
         super().__init__()
+        check_layers(layers)
         self.layers = layers
 
-    def place(self, depth: int) -> None:
+    def place(self, student: torch.nn.Module) -> None:
         """See :class:`Objective`."""
-        self.student_taps = tuple(f"encoder.{n}" for n in resolve_layers(self.layers, depth))
+        self.student_taps = taps_at(self.layers, student)
 
     def __call__(
         self, student: EncoderOutputs, target: Optional[EncoderOutputs], batch: Batch, progress: Progress
@@ -67,13 +77,14 @@ class InterKD(Objective):
     ):
         super().__init__(per)
         check_temperature(temperature)
+        check_layers(layers)
         self.layers = layers
         self.l2_weight = l2_weight
         self.temperature = temperature
 
-    def place(self, depth: int) -> None:
+    def place(self, student: torch.nn.Module) -> None:
         """See :class:`Objective`."""
-        self.student_taps = tuple(f"encoder.{n}" for n in resolve_layers(self.layers, depth))
+        self.student_taps = taps_at(self.layers, student)
 
     def build(self, student: torch.nn.Module, teacher: Optional[Teacher]) -> torch.nn.ModuleList:
         """A CTC head per layer."""
@@ -115,7 +126,7 @@ class SelfKD(Objective):
 
     def __init__(
         self,
-        layer: float = 0.5,
+        layer: float = HALF,
         temperature: float = 1.0,
         tau_squared: bool = False,
         frames: Dict[str, Any] = {},  # noqa: B006 (never written to)
@@ -123,14 +134,19 @@ class SelfKD(Objective):
     ):
         super().__init__(per)
         check_temperature(temperature)
+        check_layers([layer])
         self.layer = layer
         self.temperature = temperature
         self.factor = temperature**2 if tau_squared else 1.0
         self.selection = Selection(frames)
 
-    def place(self, depth: int) -> None:
+    def place(self, student: torch.nn.Module) -> None:
         """See :class:`Objective`."""
-        self.student_taps = (f"encoder.{resolve_layer(self.layer, depth)}",)
+        if getattr(student.encoder, "interctc_use_conditioning", False):
+            # Its layers hear what the self-teacher's head says; exported they would hear the self-student's.
+            raise UserError("self-KD cannot export an encoder with interctc_use_conditioning; switch it off")
+        self.student_taps = taps_at([self.layer], student)
+        self.selection.check(student)
 
     def build(self, student: torch.nn.Module, teacher: Optional[Teacher]) -> torch.nn.Linear:
         """The self-student's head: all that is added to plain training."""
@@ -153,9 +169,12 @@ class SelfKD(Objective):
         cls, key: str, options: Dict[str, Any], config: Dict[str, Any], state: Dict[str, Tensor]
     ) -> Tuple[Dict[str, Any], Dict[str, Tensor]]:
         """Keep the first layers and their head. A hybrid's decoder, which listens to the last layer, goes with it."""
+        head = {name: state.get(f"kd_heads.{key}.{name}") for name in ("weight", "bias")}
+        if None in head.values():
+            raise UserError("the self-student's head is not in this file; give the experiment, or an …epoch.pth of it")
         conf = dict(config["encoder_conf"])
         depth = len({k.split(".")[2] for k in state if k.startswith("encoder.encoders.")})
-        layer = resolve_layer(options.get("layer", 0.5), depth)
+        layer = resolve_layer(options.get("layer", HALF), depth)
         for name, value in conf.items():  # per-layer options
             if isinstance(value, list) and len(value) == depth and name != "interctc_layer_idx":
                 conf[name] = value[:layer]
@@ -170,8 +189,7 @@ class SelfKD(Objective):
             if not k.startswith("decoder.")
             and not (k.startswith("encoder.encoders.") and int(k.split(".")[2]) >= layer)
         }
-        for name in ("weight", "bias"):
-            kept[f"ctc.ctc_lo.{name}"] = state[f"kd_heads.{key}.{name}"]
+        kept.update({f"ctc.ctc_lo.{name}": value for name, value in head.items()})
         return {**config, "encoder_conf": conf, "model_conf": model_conf}, kept
 
 
@@ -209,25 +227,30 @@ class SequenceKD(Objective):
 
 
 class LayerPruning(Objective):
-    """No loss, but a beginning: the student's layers are the teacher's lowest, as are its input layer and head."""
+    """No loss, but a beginning: the student's layers are the teacher's lowest; so are features, input layer and head.
+
+    A hybrid student's attention decoder is new.
+    """
+
+    reads_target = False
 
     def __init__(self) -> None:
         super().__init__()
 
     def init_student(self, student: torch.nn.Module, teacher: Optional[Teacher]) -> None:
-        """Copy every parameter of encoder and CTC head that the student has.
+        """Copy what the student has of frontend, normalisation, encoder and CTC head.
 
         Raises:
             UserError: the teacher lacks one, or has it in another size.
         """
         mine, theirs = student.state_dict(), teacher.state_dict()
         for name, value in mine.items():
-            if not name.startswith(("encoder.", "ctc.")):
+            if not name.startswith(("frontend.", "normalize.", "encoder.", "ctc.")):
                 continue
             if name not in theirs or theirs[name].shape != value.shape:
                 found = tuple(theirs[name].shape) if name in theirs else "absent"
                 raise UserError(
-                    f"layer pruning keeps the teacher's lower layers, so that the student must be as wide: {name} is "
+                    f"layer pruning keeps the teacher's lower layers, so that the student must be like it: {name} is "
                     f"{tuple(value.shape)} in the student, {found} in the teacher {teacher.name}"
                 )
             mine[name] = theirs[name]
@@ -237,7 +260,7 @@ class LayerPruning(Objective):
         self, student: EncoderOutputs, target: Optional[EncoderOutputs], batch: Batch, progress: Progress
     ) -> Tuple[Tensor, Tensor]:
         """Nothing: what is trained on is the page's CTC."""
-        return student.logits[..., :0].sum(), target.lengths.sum()
+        return student.logits[..., :0].sum(), student.lengths.sum()
 
 
 def new_head(student: torch.nn.Module) -> torch.nn.Linear:

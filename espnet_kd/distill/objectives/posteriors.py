@@ -33,12 +33,18 @@ class Selection:
             path = Path(self.options["log_prior"])
             try:
                 self.options["log_prior"] = torch.from_numpy(np.load(path, allow_pickle=False)).float()
-            except (OSError, ValueError) as e:
-                raise UserError(f"frames: log_prior {path}: {e}") from e
+            except (OSError, ValueError, TypeError, EOFError, AttributeError) as e:
+                raise UserError(f"frames: log_prior {path}: {e}; it must be a .npy file of V numbers") from e
         try:
             fr.check_rule(self.rule, self.options)
         except (ValueError, TypeError) as e:
             raise UserError(f"frames: {e}") from e
+
+    def check(self, student: torch.nn.Module) -> None:
+        """Refuse a prior of another vocabulary (:class:`UserError`)."""
+        prior = self.options.get("log_prior")
+        if prior is not None and len(prior) != len(student.token_list):
+            raise UserError(f"frames: log_prior has {len(prior)} numbers, the student {len(student.token_list)} tokens")
 
     def __call__(self, logits: Tensor, lengths: Tensor) -> Tensor:
         """(B, T) bool of the frames that the teacher's logits (B, T, V) select."""
@@ -72,6 +78,10 @@ class PosteriorObjective(Objective):
         self.options = dict(options, temperature=temperature)
         self.factor = temperature**2 if tau_squared else 1.0
         self.selection = Selection(frames)
+
+    def place(self, student: torch.nn.Module) -> None:
+        """See :class:`Objective`."""
+        self.selection.check(student)
 
     def compute(
         self, student: EncoderOutputs, target: Optional[EncoderOutputs], batch: Batch, progress: Progress
@@ -202,7 +212,7 @@ class Consistency(Objective):
         """See :class:`Objective`."""
         if batch.views == 1:
             return student.logits[..., :0].sum(), student.lengths.sum()
-        first, second = student.logits.chunk(2)
+        first, second = student.logits.chunk(batch.views)[:2]
         lengths = student.lengths[: len(first)]
         # Counted over both views, as the batch that it is divided by holds both.
         value = losses.consistency(first, second, lengths, temperature=self.temperature)

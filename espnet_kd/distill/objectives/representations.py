@@ -25,8 +25,11 @@ class Representation(Objective):
 
     def __init__(self, taps: Sequence[Sequence[str]] = (("encoder", "encoder"),), per: str = "utterance"):
         super().__init__(per)
-        if not taps or any(isinstance(pair, str) or len(pair) != 2 for pair in taps):
-            raise UserError(f"taps: must be pairs [student tap, teacher tap], not {taps!r}")
+        for pair in taps or [None]:
+            if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(tap, str) for tap in pair):
+                raise UserError(f"taps: must be pairs [student tap, teacher tap], not {taps!r}")
+            if "decoder" in pair:
+                raise UserError("taps: decoder has no frames to match; attention_kl is for decoders")
         self.pairs: List[Tuple[str, str]] = [(s, t) for s, t in taps]
         self.student_taps = tuple(s for s, _ in self.pairs)
         self.teacher_taps = tuple(t for _, t in self.pairs)
