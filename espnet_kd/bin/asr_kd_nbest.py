@@ -1,11 +1,12 @@
 r"""Write the N-best of a teacher for data dirs, the targets of sequence-level distillation.
 
     python -m espnet_kd.bin.asr_kd_nbest --teacher exp/teacher --data_dir dump/raw/train dump/raw/valid \
-        --output exp/teacher/nbest --nbest 5 --beam_size 10
+        --output exp/teacher/nbest --nbest 5 --beam_size 20
 
 FILE gets a line 'utt_id rank score tokens…' for each hypothesis (see espnet_kd.targets.nbest), found by CTC prefix
-beam search without lexicon or language model; FILE.json says how it was made. Only wav.scp is read, no text. A
-finished file of the same teacher, data and search is kept; --force makes it again.
+beam search without lexicon or language model; FILE.json says how it was made, FILE.log_prior.npy holds the log of the
+tokens' mean posterior (V,), for pages with `frames: {rule: elimination, log_prior: FILE.log_prior.npy}`. Only
+wav.scp is read, no text. A finished file of the same teacher, data and search is kept; --force makes it again.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         return
 
     # Imported here: --help, mistakes in the command line and finished files are answered at once.
+    import numpy as np
     import torch
 
     from espnet_kd.decode.recognise import NbestRecogniser, recognise
@@ -87,6 +89,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     # The sidecar vouches for the file: it goes before that is replaced, and comes back last.
     sidecar.unlink(missing_ok=True)
     write_nbest(output, found, recogniser.token_list)
+    with replacing(Path(f"{output}.log_prior.npy"), "wb") as f:
+        np.save(f, recogniser.log_prior())
     facts = {
         "teacher": str(model_file),
         "data_dirs": args.data_dir,

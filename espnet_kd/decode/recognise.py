@@ -24,6 +24,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import read_map
 from espnet_kd.decode.greedy import ctc_greedy
 from espnet_kd.decode.padding import make_batch_exact
+from espnet_kd.frames import valid
 from espnet_kd.targets.online import sampling_rate
 
 BLANK_ID = 0  # ESPnet's CTC: the first token of every token list
@@ -145,6 +146,12 @@ class NbestRecogniser(Recogniser):
         super().__init__(model, args, config_dir)
         self._options = {"nbest": nbest, "beam_size": beam_size, "beam_size_token": beam_size_token}
         self._where = config_dir
+        self._mass: List[Tuple[torch.Tensor, int]] = []  # of each batch; appending is safe in threads
+
+    def log_prior(self) -> np.ndarray:
+        """Log of the tokens' mean posterior (V,) over all frames searched so far; finite."""
+        total = torch.stack([mass for mass, _ in self._mass]).sum(0) / max(sum(n for _, n in self._mass), 1)
+        return total.clamp(min=1e-10).log().numpy()
 
     def __call__(self, speech: Sequence[np.ndarray]) -> List[List[Tuple[float, array]]]:
         """Search utterances, each (N_i,) float samples at ``rate`` Hz, as one batch.
@@ -159,6 +166,8 @@ class NbestRecogniser(Recogniser):
 
         logits, frames = self.logits(speech)
         log_probs = logits.float().log_softmax(dim=-1)
+        counted = valid(frames, log_probs.size(1)).to(log_probs.device)
+        self._mass.append((log_probs[counted].double().exp().sum(0).cpu(), int(frames.sum())))
         try:
             found = ctc_nbest(log_probs, frames, blank_id=BLANK_ID, drop=self._no_text, **self._options)
         except FloatingPointError as e:

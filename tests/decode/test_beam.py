@@ -159,6 +159,9 @@ def test_command_writes_the_nbest_of_all_data_dirs(tmp_path, expdir, dirs, waves
     assert [(s, list(ids)) for s, ids in found["short"]] == [(0.0, [])]
     assert [line for line in output.read_text().splitlines() if line.startswith("short")] == ["short 1 0.000000"]
     teacher = Recogniser(*load_model(*find_experiment(expdir)), expdir)
+    posteriors = [teacher.logits([waves[u]])[0][0].softmax(-1) for u in ("a", "b", "sp0.9-a")]
+    prior = torch.cat(posteriors).mean(0).clamp(min=1e-10).log()
+    np.testing.assert_allclose(np.load(f"{output}.log_prior.npy"), prior, atol=1e-3)
     for utt_id in ("a", "b", "sp0.9-a"):
         logits, frames = teacher.logits([waves[utt_id]])
         assert (logits.argmax(-1) == len(tiny_asr.TOKENS) - 1).any()
@@ -201,7 +204,7 @@ def test_sidecar_never_vouches_for_another_file(tmp_path, expdir, dirs, monkeypa
     asr_kd_nbest.main(options(expdir, dirs, output))
     whole = output.read_bytes()
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(asr_kd_nbest, "replacing", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(asr_kd_nbest, "replacing", lambda path, mode="w": (_ for _ in ()).throw(KeyboardInterrupt))
         asr_kd_nbest.main([*options(expdir, dirs, output), "--nbest", "1"])
     assert output.read_bytes() != whole
     asr_kd_nbest.main(options(expdir, dirs, output))
