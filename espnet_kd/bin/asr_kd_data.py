@@ -2,6 +2,9 @@
 
     python -m espnet_kd.bin.asr_kd_data mini --out data --nj 2
     python -m espnet_kd.bin.asr_kd_data an4 --out data --an4 /corpora/an4
+    python -m espnet_kd.bin.asr_kd_data librispeech --out data --librispeech /corpora/LibriSpeech --nj 8
+    python -m espnet_kd.bin.asr_kd_data aishell --out data --aishell /corpora/data_aishell --nj 8
+    python -m espnet_kd.bin.asr_kd_data tedlium2 --out data --tedlium2 /corpora/TEDLIUM_release2 --nj 8
     python -m espnet_kd.bin.asr_kd_data format --src data/train --dst dump/raw/train_sp --speed_factors 0.9 1.0 1.1
     python -m espnet_kd.bin.asr_kd_data combine --transcribed dump/raw/a --untranscribed dump/raw/b --dst dump/raw/ab
     python -m espnet_kd.bin.asr_kd_data tokens --text dump/raw/train/text --out data/token_list/char
@@ -31,6 +34,68 @@ def _an4(args: argparse.Namespace) -> None:
 
     prepare_an4(args.out, args.an4, downloads=args.downloads, raw_endian=args.raw_endian,
                 valid_speakers=args.valid_speakers, seed=args.seed)  # fmt: skip
+
+
+def _add_corpus(sub: argparse.ArgumentParser, gets: str) -> None:
+    """Options of every corpus that is read in parallel."""
+    sub.add_argument("--out", default="data", help=f"directory that gets {gets}")
+    sub.add_argument("--skip_faulty", action="store_true",
+                     help="leave faulty utterances out, counted and named, instead of stopping")  # fmt: skip
+    sub.add_argument("--nj", type=int, default=1, help="processes that read the audio files")
+
+
+def _add_librispeech(sub: argparse.ArgumentParser) -> None:
+    from espnet_kd.data.librispeech import TEST, TRAIN, VALID
+
+    _add_corpus(sub, "train/, valid/, and test_clean/ for test-clean and so on")
+    sub.add_argument("--librispeech", help="directory with the parts; without it those needed are downloaded")
+    sub.add_argument("--downloads", default="downloads", help="where a download goes")
+    sub.add_argument("--remove_archives", action="store_true", help="remove a downloaded archive once it is unpacked")
+    for name, default in (("train", TRAIN), ("valid", VALID), ("test", TEST)):
+        sub.add_argument(f"--{name}_parts", nargs="+", metavar="PART", help=f"parts, also several in one word; \"\": "
+                         f"none; not given: {default} (none with --split_by_speaker)")  # fmt: skip
+    sub.add_argument("--split_by_speaker", nargs="+", metavar="PART", default=[],
+                     help="parts whose speakers are divided among train/, valid/, test/ (train-clean-5)")  # fmt: skip
+    sub.add_argument("--speakers_valid", type=int, default=0, help="how many of those go to valid/")
+    sub.add_argument("--speakers_test", type=int, default=0, help="how many of those go to test/")
+    sub.add_argument("--seed", type=int, default=0, help="picks those speakers")
+
+
+def _librispeech(args: argparse.Namespace) -> None:
+    from espnet_kd.data.librispeech import prepare_librispeech
+
+    prepare_librispeech(args.out, args.librispeech, train_parts=args.train_parts, valid_parts=args.valid_parts,
+                        test_parts=args.test_parts, split_by_speaker=args.split_by_speaker,
+                        speakers_valid=args.speakers_valid, speakers_test=args.speakers_test, seed=args.seed,
+                        downloads=args.downloads, remove_archives=args.remove_archives,
+                        skip_faulty=args.skip_faulty, nj=args.nj)  # fmt: skip
+
+
+def _add_aishell(sub: argparse.ArgumentParser) -> None:
+    _add_corpus(sub, "train/, valid/, test/")
+    sub.add_argument("--aishell", required=True, help="data_aishell: the directory with transcript/ and wav/")
+    sub.add_argument("--unpacked", default="downloads/aishell_wav", help="where wav/S????.tar.gz are unpacked to")
+
+
+def _aishell(args: argparse.Namespace) -> None:
+    from espnet_kd.data.aishell import prepare_aishell
+
+    prepare_aishell(args.out, args.aishell, unpacked=args.unpacked, skip_faulty=args.skip_faulty, nj=args.nj)
+
+
+def _add_tedlium2(sub: argparse.ArgumentParser) -> None:
+    _add_corpus(sub, "train/, valid/, test/")
+    sub.add_argument("--tedlium2", required=True, help="TEDLIUM_release2: the directory with train/, dev/, test/")
+    sub.add_argument("--drop_fillers", action="store_true", help="take [NOISE] and <unk> out of the text")
+    sub.add_argument("--padding", type=float, nargs=2, default=[0.0, 0.0], metavar=("BEFORE", "AFTER"),
+                     help="seconds added to training segments; ESPnet's recipe has 0.15 0.1")  # fmt: skip
+
+
+def _tedlium2(args: argparse.Namespace) -> None:
+    from espnet_kd.data.tedlium2 import prepare_tedlium2
+
+    prepare_tedlium2(args.out, args.tedlium2, drop_fillers=args.drop_fillers, padding=args.padding,
+                     skip_faulty=args.skip_faulty, nj=args.nj)  # fmt: skip
 
 
 def _add_mini(sub: argparse.ArgumentParser) -> None:
@@ -153,6 +218,12 @@ def get_parser() -> argparse.ArgumentParser:
         sub.set_defaults(do=do)
 
     add("an4", "CMU AN4 to data dirs", _add_an4, _an4, "--out data --an4 /corpora/an4")
+    add("librispeech", "LibriSpeech, any of its parts, to data dirs", _add_librispeech, _librispeech,
+        "--out data --librispeech /corpora/LibriSpeech --train_parts train-clean-100 --nj 8")  # fmt: skip
+    add("aishell", "AISHELL-1 to data dirs", _add_aishell, _aishell,
+        "--out data --aishell /corpora/data_aishell --nj 8")  # fmt: skip
+    add("tedlium2", "TED-LIUM release 2 to data dirs with segments", _add_tedlium2, _tedlium2,
+        "--out data --tedlium2 /corpora/TEDLIUM_release2 --nj 8")  # fmt: skip
     add("mini", "synthesise the embedded corpus", _add_mini, _mini, "--out data --nj 2")
     add("format", "data dir to formatted audio, with speed perturbation", _add_format, _format,
         "--src data/train --dst dump/raw/train_sp --speed_factors 0.9 1.0 1.1 --drop_out_of_range --nj 4")  # fmt: skip

@@ -11,13 +11,11 @@ import hashlib
 import logging
 import os
 import re
-import tarfile
-import urllib.error
-import urllib.request
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from espnet_kd.cli import UserError
+from espnet_kd.data import corpora
 from espnet_kd.data.datadir import Utterance, iter_lines, read_audio_info, write_data_dir
 from espnet_kd.files import replacing
 
@@ -183,32 +181,10 @@ def download(downloads: PathLike, url: str = URL) -> Path:
     Raises:
         UserError: no network, or the archive is broken.
     """
-    from tqdm import tqdm
-
     downloads = Path(downloads)
     done = downloads / "an4_sphere"
     if done.is_dir():
         return done
-    archive = downloads / url.rsplit("/", 1)[-1]
-    if not archive.exists():
-        logging.info("no --an4 given: downloading %s to %s", url, archive)
-        try:
-            with urllib.request.urlopen(url, timeout=60) as response, replacing(archive, "wb") as f:
-                size = int(response.headers.get("Content-Length") or 0) or None
-                with tqdm(total=size, unit="B", unit_scale=True, desc=archive.name) as bar:
-                    while chunk := response.read(1 << 16):
-                        f.write(chunk)
-                        bar.update(len(chunk))
-        except (urllib.error.URLError, OSError) as e:
-            raise UserError(
-                f"cannot download {url}: {getattr(e, 'reason', e)}\n  Fetch it on a machine with a network, unpack it, "
-                "and give the directory: --an4 DIR"
-            ) from e
-    partial = downloads / "an4_sphere.partial"
-    try:
-        with tarfile.open(archive) as tar:
-            tar.extractall(partial, filter="data")  # refuses paths and links that lead out of the directory
-    except (tarfile.TarError, EOFError, OSError) as e:
-        raise UserError(f"{archive}: cannot be unpacked ({e}); remove it and run again") from e
-    partial.rename(done)
-    return done
+    # CMU gives no checksum; a cut or changed archive shows when it is unpacked (gzip's own).
+    archive = corpora.download(url, downloads / url.rsplit("/", 1)[-1], option="--an4")
+    return corpora.unpack(archive, done)

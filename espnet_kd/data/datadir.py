@@ -9,16 +9,26 @@ dir, its lines in ``text`` hold the id alone.
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import heapq
+import itertools
+import os
+import pickle
 import re
+import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, TypeVar, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.files import replacing
 
 PathLike = Union[str, Path]
+Item = TypeVar("Item")
 MAX_SHOWN = 10
+RUN = 20_000  # items sorted in memory at a time, some 20 MB of utterances
 # Blanks as C's isspace sees them. str.split() would also cut at U+3000 and U+00A0, which may stand inside a text.
 _BLANK = re.compile(r"[ \t]+")
 
@@ -136,45 +146,148 @@ def write_pairs(path: PathLike, pairs: Iterable[Tuple[str, str]]) -> None:
             f.write(f"{key} {value}\n" if value else f"{key}\n")
 
 
-def write_data_dir(data_dir: PathLike, utterances: Iterable[Utterance]) -> int:
-    """Write a data dir and return its number of utterances.
+def sort_externally(items: Iterable[Item], key: Callable[[Item], Any], directory: PathLike) -> Iterator[Item]:
+    """Yield ``items`` sorted by ``key`` in memory that does not grow with their number.
 
-    ``segments`` is written where an utterance has a ``recording``; ``utt2num_samples`` where every one has its number;
-    ``text`` where every one has a text. ``wav.scp`` is written last: a directory that has it is whole.
+    All of them are read before the first is yielded. More than RUN of them wait, pickled, in nameless files of
+    ``directory``, of which a kill leaves nothing.
+    """
+    items, runs = iter(items), []
+    while chunk := sorted(itertools.islice(items, RUN), key=key):
+        if not runs and len(chunk) < RUN:
+            yield from chunk
+            return
+        runs.append(Spool(directory, chunk))
+        del chunk  # or two of them would be held at a time
+    yield from heapq.merge(*runs, key=key)
+
+
+class Spool:
+    """Items kept on disk in a nameless file, to be read again in the same order, any number of times."""
+
+    def __init__(self, directory: PathLike, items: Iterable[Any] = ()) -> None:
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        self._file = tempfile.TemporaryFile(dir=directory)  # noqa: SIM115 (closed with the object)
+        self._number = 0
+        for item in items:
+            self.append(item)
+
+    def __len__(self) -> int:
+        return self._number
+
+    def append(self, item: Any) -> None:
+        """Add one item at the end."""
+        pickle.dump(item, self._file, pickle.HIGHEST_PROTOCOL)
+        self._number += 1
+
+    def __iter__(self) -> Iterator[Any]:
+        self._file.seek(0)
+        for _ in range(self._number):
+            yield pickle.load(self._file)
+
+
+@contextlib.contextmanager
+def os_errors_told(where: PathLike) -> Iterator[None]:
+    """Turn what the system refuses (no permission, no space) into one line of UserError."""
+    try:
+        yield
+    except OSError as e:
+        hints = {errno.ENOSPC: "; free some space", errno.EDQUOT: "; free some space",
+                 errno.EACCES: "; see who owns it", errno.EPERM: "; see who owns it"}  # fmt: skip
+        hint = hints.get(e.errno or 0, "")
+        raise UserError(f"{e.filename or where}: {e.strerror or e}{hint}, and give the same command again") from e
+
+
+def write_data_dir(data_dir: PathLike, utterances: Iterable[Utterance]) -> int:
+    """Write a data dir and return its number of utterances; memory does not grow with it.
+
+    ``segments`` is written where the utterances have a ``recording``; ``utt2num_samples`` where every one has its
+    number; ``text`` where every one has a text. ``wav.scp`` is put there last: a directory that has it is whole. What
+    goes wrong before that leaves the old files, or none.
 
     Raises:
-        UserError: no utterance at all, an id twice, a blank inside an id, or a line break inside a text.
+        UserError: no utterance at all, an id twice, a blank inside an id, a line break inside a text, a recording that
+            is two files, or the system refuses to write.
     """
     data_dir = Path(data_dir)
-    utts = sorted(utterances, key=lambda u: u.utt_id)
-    if not utts:
-        raise UserError(f"{data_dir}: no utterance is left to write; look at the messages above for what was left out")
-    of_speaker: Dict[str, List[str]] = {}
-    previous = None
-    for u in utts:
+    kinds: Set[str] = set()
+    with os_errors_told(data_dir):
+        checked = _check_fields(data_dir, utterances, kinds)
+        ordered = sort_externally(checked, lambda u: u.utt_id, data_dir.parent)
+        first = next(ordered, None)  # by now every utterance was seen, and ``kinds`` is complete
+        if first is None:
+            raise UserError(f"{data_dir}: no utterance is left to write; look at the messages above for what was left "
+                            "out")  # fmt: skip
+        partial = data_dir / ".partial"
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        try:
+            partial.mkdir(parents=True)
+            number = _write_files(data_dir, partial, itertools.chain([first], ordered), kinds)
+            # Whatever an earlier run left there must not be read together with the new files.
+            for name in ("wav.scp", "text", "segments", "utt2num_samples"):
+                (data_dir / name).unlink(missing_ok=True)
+            for path in sorted(partial.iterdir(), key=lambda path: path.name == "wav.scp"):
+                os.replace(path, data_dir / path.name)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                data_dir.rmdir()  # only where nothing is in it
+    return number
+
+
+def _check_fields(data_dir: Path, utterances: Iterable[Utterance], kinds: Set[str]) -> Iterator[Utterance]:
+    """Pass the utterances on; note in ``kinds`` what some of them have or lack."""
+    for u in utterances:
         for name in (u.utt_id, u.speaker):
             if not name or re.search(r"\s", name):
                 raise UserError(f"{data_dir}: '{name}' cannot be an utterance or speaker id: empty or with blanks")
-        if u.utt_id == previous:
-            raise UserError(f"{data_dir}: utterance id '{u.utt_id}' comes twice; ids have to be unique")
         if u.text is not None and re.search(r"[\r\n]", u.text):
             raise UserError(f"{data_dir}: utterance '{u.utt_id}': a line break inside the text")
-        previous = u.utt_id
-        of_speaker.setdefault(u.speaker, []).append(u.utt_id)
-    # Whatever an earlier run left there must not be read together with the new files.
-    for name in ("wav.scp", "text", "segments", "utt2num_samples"):
-        (data_dir / name).unlink(missing_ok=True)
-    if all(u.text is not None for u in utts):
-        write_pairs(data_dir / "text", ((u.utt_id, u.text or "") for u in utts))
-    write_pairs(data_dir / "utt2spk", ((u.utt_id, u.speaker) for u in utts))
-    write_pairs(data_dir / "spk2utt", ((spk, " ".join(ids)) for spk, ids in of_speaker.items()))
-    if all(u.num_samples is not None for u in utts):
-        write_pairs(data_dir / "utt2num_samples", ((u.utt_id, str(u.num_samples)) for u in utts))
-    if any(u.recording is not None for u in utts):
-        lines = ((u.utt_id, f"{u.recording or u.utt_id} {u.start or 0:.3f} {u.end:.3f}") for u in utts)
-        write_pairs(data_dir / "segments", lines)
-    write_pairs(data_dir / "wav.scp", {(u.recording or u.utt_id, u.audio) for u in utts})
-    return len(utts)
+        if u.text is None:
+            kinds.add("no text")
+        if u.num_samples is None:
+            kinds.add("no num_samples")
+        kinds.add("whole file" if u.recording is None else "segment")
+        yield u
+
+
+def _write_files(data_dir: Path, partial: Path, ordered: Iterable[Utterance], kinds: Set[str]) -> int:
+    """Write the files of ``data_dir`` to ``partial``; return the number of utterances."""
+    if {"whole file", "segment"} <= kinds:
+        raise UserError(f"{data_dir}: some utterances are segments of a recording and some whole files; one or other")
+    names = ["utt2spk", "segments" if "segment" in kinds else "wav.scp"]
+    names += ["text"] if "no text" not in kinds else []
+    names += ["utt2num_samples"] if "no num_samples" not in kinds else []
+    recordings: Dict[str, str] = {}
+    number, previous = 0, None
+    with contextlib.ExitStack() as stack:
+        files = {name: stack.enter_context(open(partial / name, "w", encoding="utf-8")) for name in names}
+        for u in ordered:
+            if previous is not None and u.utt_id == previous.utt_id:
+                raise UserError(f"{data_dir}: utterance id '{u.utt_id}' comes twice ({previous.audio}, {u.audio}); "
+                                "ids have to be unique")  # fmt: skip
+            lines = {"utt2spk": u.speaker, "text": u.text, "utt2num_samples": str(u.num_samples), "wav.scp": u.audio}
+            if u.recording is not None:
+                if recordings.setdefault(u.recording, u.audio) != u.audio:
+                    raise UserError(f"{data_dir}: recording '{u.recording}' is {recordings[u.recording]} and {u.audio}")
+                lines["segments"] = f"{u.recording} {u.start or 0:.3f} {u.end:.3f}"
+            for name, f in files.items():
+                f.write(f"{u.utt_id} {lines[name]}\n" if lines[name] else f"{u.utt_id}\n")
+            number, previous = number + 1, u
+        if recordings:
+            files["wav.scp"] = stack.enter_context(open(partial / "wav.scp", "w", encoding="utf-8"))
+            files["wav.scp"].writelines(f"{name} {audio}\n" for name, audio in sorted(recordings.items()))
+        files["utt2spk"].flush()
+        pairs = sort_externally(((s, u) for u, s in read_pairs(partial / "utt2spk")), lambda pair: pair, data_dir)
+        files["spk2utt"] = stack.enter_context(open(partial / "spk2utt", "w", encoding="utf-8"))
+        for speaker, group in itertools.groupby(pairs, lambda pair: pair[0]):
+            files["spk2utt"].write(speaker)
+            files["spk2utt"].writelines(f" {utt_id}" for _, utt_id in group)
+            files["spk2utt"].write("\n")
+        for f in files.values():
+            f.flush()
+            os.fsync(f.fileno())
+    return number
 
 
 class Faults:
@@ -228,11 +341,15 @@ def _read_checked(path: Path, faults: Faults, what: str = "utterance") -> Dict[s
     return out
 
 
-def read_audio_info(path: str) -> Tuple[int, int, int]:
-    """Return (samples per channel, sampling rate in Hz, channels) from the file's header only.
+def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
+    """Return (samples per channel, sampling rate in Hz, channels) from the file's header.
+
+    Args:
+        whole: whether to refuse a FLAC, WAV or SPHERE file that ends before its header says. Nothing is decoded for
+            this but FLAC's last block.
 
     Raises:
-        UserError: the entry is a shell pipe, or the file is missing or unreadable.
+        UserError: the entry is a shell pipe, or the file is missing, unreadable or cut.
     """
     import soundfile  # not needed to read text files
 
@@ -241,10 +358,40 @@ def read_audio_info(path: str) -> Tuple[int, int, int]:
     if not Path(path).is_file():
         raise UserError(f"no such audio file: {path} (relative paths count from the working directory)")
     try:
-        info = soundfile.info(path)
+        with soundfile.SoundFile(path) as f:
+            if whole and not _is_whole(f, path):
+                raise UserError(f"{path} is cut: it ends before its header says")
+            return f.frames, f.samplerate, f.channels
     except (soundfile.LibsndfileError, RuntimeError) as e:
+        if "embedded-shorten" in _read_head(path):
+            raise UserError(
+                f"{path} is SPHERE compressed with shorten, which is not read here: convert it, with "
+                f"'sph2pipe -f wav {path} {Path(path).with_suffix('.wav')}', and remove it"
+            ) from e
         raise UserError(f"unreadable audio {path}: {e}") from e
-    return info.frames, info.samplerate, info.channels
+
+
+def _read_head(path: str) -> str:
+    with open(path, "rb") as f:
+        return f.read(1024).decode("latin-1")
+
+
+def _is_whole(f, path: str) -> bool:
+    """Whether an open soundfile has all that its header says; libsndfile itself takes what is there."""
+    import soundfile
+
+    if f.format == "FLAC" and f.frames:
+        try:
+            f.seek(f.frames - 1)
+            return len(f.read(1)) == 1
+        except (soundfile.LibsndfileError, RuntimeError):
+            return False
+    if f.format == "NIST":
+        fields = dict(re.findall(r"^(\w+) -i (\d+)", _read_head(path), re.MULTILINE))
+        return f.frames >= int(fields.get("sample_count", 0))
+    # Of RIFF it says so in its log only. A size of 2 GB or more is of a stream that did not know its own.
+    match = re.search(r"^data : (\d+) \(should be (\d+)\)", f.extra_info, re.MULTILINE)
+    return match is None or not int(match[2]) < int(match[1]) < 1 << 31
 
 
 def validate(

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import signal
-from concurrent.futures import ProcessPoolExecutor
+from collections import deque
+from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Callable, Iterator, Sequence, TypeVar
+from typing import Callable, Collection, Deque, Iterator, List, TypeVar
 
 from espnet_kd.cli import UserError
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+CHUNK = 16  # items a process gets at a time
 
 
 def _ignore_interrupt() -> None:
@@ -19,10 +22,16 @@ def _ignore_interrupt() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
+def _work_all(work: Callable[[Item], Result], items: List[Item]) -> List[Result]:
+    return [work(item) for item in items]
+
+
 def map_with_bar(
-    work: Callable[[Item], Result], items: Sequence[Item], *, nj: int, desc: str, unit: str = "utt"
+    work: Callable[[Item], Result], items: Collection[Item], *, nj: int, desc: str, unit: str = "utt"
 ) -> Iterator[Result]:
     """Yield ``work(item)`` in the order of ``items``; ``work`` has to be importable by name where ``nj`` > 1.
+
+    Only a few items for each process are on their way at a time, so that ``items`` may be more than memory holds.
 
     Raises:
         UserError: from ``work``, or where a worker process died.
@@ -35,8 +44,21 @@ def map_with_bar(
         return
     # spawn: a fork would inherit the threads of whatever library is loaded here.
     context = multiprocessing.get_context("spawn")
+    waiting: Deque[Future] = deque()
+    source = iter(items)
     try:
-        with ProcessPoolExecutor(nj, mp_context=context, initializer=_ignore_interrupt) as pool:
-            yield from tqdm(pool.map(work, items, chunksize=16), **options)
+        with ProcessPoolExecutor(nj, mp_context=context, initializer=_ignore_interrupt) as pool, tqdm(**options) as bar:
+            try:
+                while True:
+                    while len(waiting) < 4 * nj and (chunk := list(itertools.islice(source, CHUNK))):
+                        waiting.append(pool.submit(_work_all, work, chunk))
+                    if not waiting:
+                        break
+                    for result in waiting.popleft().result():
+                        yield result
+                        bar.update()
+            finally:
+                for future in waiting:
+                    future.cancel()
     except BrokenProcessPool as e:
         raise UserError(f"{desc}: a worker process died, for want of memory perhaps; try a smaller --nj") from e

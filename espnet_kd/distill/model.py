@@ -250,7 +250,9 @@ class ESPnetASRKDModel(ESPnetASRModel):
             if not self.training and self.error_calculator is not None:
                 # Blank outside the utterance: ESPnet's own figure counts what it reads in the padding.
                 best = log_probs.argmax(-1).masked_fill(~fr.valid(lengths, log_probs.size(1)), self.blank_id)
-                stats["cer_ctc"] = self.error_calculator(best.cpu(), text.cpu(), is_ctc=True)
+                rate = self.error_calculator(best.cpu(), text.cpu(), is_ctc=True)
+                # None where nothing is transcribed: a rank that reports less than the others would wait for ever.
+                stats["cer_ctc"] = math.nan if rate is None else rate
             if self.interctc_weight and intermediate:
                 inner = []
                 for layer, x in intermediate:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tarfile
 import urllib.error
+import urllib.request
 from pathlib import Path
 from typing import Dict, List
 
@@ -125,7 +126,7 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_, **__):
         raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr(an4.urllib.request, "urlopen", fail)
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
     with pytest.raises(UserError, match="no route to host.*\n.*--an4 DIR"):
         an4.prepare_an4(tmp_path / "data", downloads=tmp_path / "downloads")
     assert not list(tmp_path.glob("downloads/*"))
@@ -138,7 +139,7 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = an4.find_root(an4.download(tmp_path / "downloads", url))
     assert root == tmp_path / "downloads/an4_sphere/an4" and len(an4.find_audio(root)) == 10
     # The second time it is there, network or not.
-    monkeypatch.setattr(an4.urllib.request, "urlopen", fail)
+    monkeypatch.setattr(urllib.request, "urlopen", fail)
     assert an4.prepare_an4(tmp_path / "data", downloads=tmp_path / "downloads", valid_speakers=1)["test"] == 2
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import tiny_asr
 
 # What a rank runs: the real command; the teacher of rank 1 is made to say blank everywhere.
 DRIVER = """
@@ -33,6 +34,12 @@ def say_blank(self, utt_ids, *args, **kwargs):
     sizes.append(len(utt_ids))
     return result
 
+def without_transcripts(self, speech, speech_lengths, text, text_lengths, **kwargs):
+    return forward(self, speech, speech_lengths, text[:, :0], torch.zeros_like(text_lengths), **kwargs)
+
+forward = ESPnetASRKDModel.forward
+if sys.argv[2].endswith("untranscribed1.json"):
+    ESPnetASRKDModel.forward = without_transcripts
 ASRKDTask.build_model, OnlineTeacher.targets = classmethod(build_model), say_blank
 asr_kd_train.main(cmd + ["--dist_rank", rank])
 def digest(items):
@@ -49,16 +56,13 @@ json.dump(result, open(out, "w"))
 """
 
 
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory, corpus, teacher_dir):
-    directory = tmp_path_factory.mktemp("ddp")
-    cmd = corpus.options(directory / "student", "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")
+def run_ranks(directory, cmd, name="rank"):
     cmd += ["--dist_backend", "gloo", "--dist_world_size", "2", "--dist_init_method", f"file://{directory}/meet"]
     cmd += ["--multiprocessing_distributed", "false", "--use_tensorboard", "false"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     processes = []
     for rank in "01":
-        command = [sys.executable, "-c", DRIVER, rank, str(directory / f"rank{rank}.json"), *cmd]
+        command = [sys.executable, "-c", DRIVER, rank, str(directory / f"{name}{rank}.json"), *cmd]
         with open(directory / f"log{rank}", "w") as log:
             processes.append(subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=env))
     try:
@@ -68,7 +72,31 @@ def ranks(tmp_path_factory, corpus, teacher_dir):
             p.kill()
     logs = [(directory / f"log{rank}").read_text()[-4000:] for rank in "01"]
     assert codes == [0, 0], "\n\n".join(logs)
-    return directory, [json.loads((directory / f"rank{rank}.json").read_text()) for rank in "01"]
+    return [json.loads((directory / f"{name}{rank}.json").read_text()) for rank in "01"]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory, corpus, teacher_dir):
+    directory = tmp_path_factory.mktemp("ddp")
+    cmd = corpus.options(directory / "student", "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")
+    return directory, run_ranks(directory, cmd)
+
+
+def test_heads_views_decoder_and_a_rank_without_transcripts(tmp_path, corpus, write_page):
+    """All that a hybrid student may be trained with, where one rank's batches hold no transcript at all."""
+    conf = {**tiny_asr.config("conformer", output_size=24), "model_conf": {"ctc_weight": 0.5}}
+    teacher = tiny_asr.save(tiny_asr.build(conf, seed=1, sharpen=4.0), conf, tmp_path / "teacher")
+    names = ("kl", "inter_kd", "self_kd", "consistency", "attention_kl", "weighted_representation")
+    page = write_page({"stages": [{"share": 1.0, "objectives": [{"objective": name} for name in names]}]})
+    cmd = corpus.options(tmp_path / "student", "--teacher", str(teacher), "--kd_config", str(page), max_epoch=1)
+    cmd += ["--model_conf", "ctc_weight=0.3", "--decoder", "transformer"]
+    for option in ("num_blocks=1", "linear_units=16", "attention_heads=2"):
+        cmd += ["--decoder_conf", option]
+    first, second = run_ranks(tmp_path, cmd, "untranscribed")
+    assert first["names"] == second["names"]
+    assert any(n.startswith("kd_heads.self_kd") for n in first["names"][0])
+    assert any(n.startswith("decoder.") for n in first["names"][0])
+    assert first["parameters"] == second["parameters"]
 
 
 def test_parameters_of_both_ranks_are_bit_equal(ranks):

@@ -1,0 +1,150 @@
+"""AISHELL-1 (read Mandarin, 16 kHz): original layout → data dirs ``train``, ``valid`` (its dev), ``test``.
+
+``transcript/aishell_transcript_v0.8.txt`` and ``wav/{train,dev,test}/S????/BAC….wav``, or ``wav/S????.tar.gz`` as the
+archive of openslr.org/33 has them. The transcript's blanks, which part words, are taken out as in ESPnet's recipe: the
+tokens are characters.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from functools import partial
+from pathlib import Path
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.corpora import LeftOut, directories, files_by_stem, find_root, unpacked_beside, write_corpus_dir
+from espnet_kd.data.datadir import Spool, Utterance, iter_lines, os_errors_told, sort_externally, split_line
+from espnet_kd.data.parallel import map_with_bar
+
+PathLike = Union[str, Path]
+TRANSCRIPT = "transcript/aishell_transcript_v0.8.txt"
+SETS = {"train": "train", "dev": "valid", "test": "test"}  # the corpus's name, and ours
+Recording = Tuple[str, str, str, str]  # utterance id, set, speaker, file
+Line = Tuple[str, int, str]  # utterance id, line number, text
+
+
+def prepare_aishell(
+    out: PathLike,
+    aishell: PathLike,
+    *,
+    unpacked: PathLike = "downloads/aishell_wav",
+    skip_faulty: bool = False,
+    nj: int = 1,
+) -> Dict[str, int]:
+    """Write ``out/{train,valid,test}`` and return their numbers of utterances.
+
+    Audio without a transcript (some hundred in the original) and transcripts without audio are counted, named and left
+    out.
+
+    Args:
+        aishell: the directory that holds ``transcript`` and ``wav``, or the one above it.
+        unpacked: where speakers still packed (``wav/S0002.tar.gz``) are unpacked to.
+        skip_faulty: leave other faulty utterances out as well, instead of stopping.
+        nj: processes that unpack and read the audio files.
+
+    Raises:
+        UserError: a set or the transcript file is missing, or an utterance has a fault.
+    """
+    out = Path(out)
+    root = find_root(aishell, "--aishell", "data_aishell", ["transcript", "wav"], "openslr.org/33")
+    transcript = root / TRANSCRIPT
+    if not transcript.is_file():
+        raise UserError(f"{transcript}: no such file; unpack data_aishell.tgz of openslr.org/33 again")
+    with os_errors_told(out):
+        roots = [root / "wav", *_unpack_speakers(root / "wav", Path(unpacked), nj)]
+        left_out = {name: LeftOut(skip_faulty) for name in SETS.values()}
+        silent = LeftOut(skip_faulty)
+        spools = {name: Spool(out) for name in SETS.values()}
+        recordings = sort_externally(_list(roots), lambda r: r[0], out)
+        lines = sort_externally(_read_transcript(transcript), lambda x: x[0], out)
+        for recording, line in _join(recordings, lines, transcript):
+            if recording is None:
+                silent.add("transcript without audio", line[0])
+                continue
+            utt_id, name, speaker, path = recording
+            if line is None:
+                left_out[name].add("audio without transcript", utt_id)
+            elif not line[2]:
+                left_out[name].fault("empty transcript", utt_id, f"{transcript}:{line[1]}", "fill it in")
+            else:
+                spools[name].append([Utterance(utt_id, speaker, path, line[2])])
+        counts = {name: write_corpus_dir(out / name, spools[name], left_out[name], nj=nj) for name in spools}
+        silent.report(str(transcript), out / "left_out")
+    return counts
+
+
+def _unpack_speakers(wav: Path, unpacked: Path, nj: int) -> List[Path]:
+    """Unpack the speakers that are there as an archive alone; return the directories of sets that this gave."""
+    if not wav.is_dir():
+        raise UserError(f"{wav}: no such directory; unpack data_aishell.tgz of openslr.org/33 again")
+    there = {path.name for name in SETS if (wav / name).is_dir() for path in directories(wav / name)}
+    archives = [str(path) for path in sorted(wav.glob("*.tar.gz")) if path.name.split(".")[0] not in there]
+    if not archives:
+        return []
+    logging.info("AISHELL-1: %d packed speakers, unpacked to %s", len(archives), unpacked)
+    for _ in map_with_bar(partial(_unpack_speaker, unpacked=str(unpacked)), archives, nj=nj, desc="unpack", unit="spk"):
+        pass
+    return [unpacked]
+
+
+def _unpack_speaker(archive: str, unpacked: str) -> None:
+    """Unpack ``S0002.tar.gz`` to ``unpacked/<set>/S0002``, whole or not at all."""
+    root, speaker = Path(unpacked), Path(archive).name.split(".")[0]
+    if any((root / name / speaker).is_dir() for name in SETS):
+        return
+    with unpacked_beside(archive, root / speaker) as beside:
+        found = [name for name in SETS if (beside / name / speaker).is_dir()]
+        if len(found) != 1:
+            raise UserError(f"{archive}: expected one of {', '.join(f'{name}/{speaker}' for name in SETS)} in it")
+        (root / found[0]).mkdir(exist_ok=True)
+        os.replace(beside / found[0] / speaker, root / found[0] / speaker)
+
+
+def _list(roots: Sequence[Path]) -> Iterator[Recording]:
+    """Yield every audio file of the three sets.
+
+    Raises:
+        UserError: a set is missing or has no audio.
+    """
+    for name, ours in SETS.items():
+        found = False
+        for speaker in (s for root in roots if (root / name).is_dir() for s in directories(root / name)):
+            for utt_id, file in files_by_stem(speaker, (".wav", ".flac")).items():
+                found = True
+                yield utt_id, ours, speaker.name, str(speaker / file)
+        if not found:
+            raise UserError(f"{roots[0] / name}: this set is missing or has no audio; expected {name}/S????/*.wav or "
+                            "S????.tar.gz")  # fmt: skip
+
+
+def _read_transcript(path: Path) -> Iterator[Line]:
+    for number, line in iter_lines(path):
+        utt_id, text = split_line(line)
+        if utt_id:
+            yield utt_id, number, "".join(text.split())
+
+
+def _join(
+    recordings: Iterator[Recording], lines: Iterator[Line], transcript: Path
+) -> Iterator[Tuple[Optional[Recording], Optional[Line]]]:
+    """Pair two sorted streams by id; what has no partner comes with None.
+
+    Raises:
+        UserError: an id stands twice in one of the streams.
+    """
+    recording, line = next(recordings, None), next(lines, None)
+    while recording is not None or line is not None:
+        left = recording if line is None or (recording is not None and recording[0] <= line[0]) else None
+        right = line if recording is None or (line is not None and line[0] <= recording[0]) else None
+        yield left, right
+        if left is not None:
+            recording = next(recordings, None)
+            if recording is not None and recording[0] == left[0]:
+                raise UserError(f"utterance id '{left[0]}' is two files ({left[3]}, {recording[3]}); remove one")
+        if right is not None:
+            line = next(lines, None)
+            if line is not None and line[0] == right[0]:
+                raise UserError(f"{transcript}: utterance '{line[0]}' stands in lines {right[1]} and {line[1]}; "
+                                "keep one of them")  # fmt: skip

@@ -1,0 +1,275 @@
+"""What every corpus needs: download and unpack it, probe its audio in parallel, and say what was left out."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import http.client
+import logging
+import os
+import shutil
+import tarfile
+import urllib.error
+import urllib.request
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Collection, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import (
+    MAX_SHOWN,
+    Utterance,
+    os_errors_told,
+    read_audio_info,
+    write_data_dir,
+)
+from espnet_kd.data.parallel import map_with_bar
+from espnet_kd.files import replacing
+
+PathLike = Union[str, Path]
+BLOCK = 1 << 16
+
+
+class LeftOut:
+    """Counts and names what a data dir does without."""
+
+    def __init__(self, skip_faulty: bool = False) -> None:
+        self.skip_faulty = skip_faulty
+        self.names: Dict[str, List[str]] = {}
+
+    def add(self, reason: str, name: str) -> None:
+        """Note one thing that is left out."""
+        self.names.setdefault(reason, []).append(name)
+
+    def fault(self, reason: str, name: str, where: PathLike, mend: str) -> None:
+        """Note a fault of the corpus with ``skip_faulty``; else stop.
+
+        Raises:
+            UserError: without ``skip_faulty``.
+        """
+        if not self.skip_faulty:
+            raise UserError(f"{where}: {reason}: {name}; {mend}, or leave such ones out with --skip_faulty")
+        self.add(reason, name)
+
+    def report(self, what: str, path: PathLike) -> None:
+        """Log how many were left out and why; write all their names to ``path`` (no file where there is none)."""
+        total = sum(map(len, self.names.values()))
+        if not total:
+            Path(path).unlink(missing_ok=True)
+            logging.info("%s: left out: 0", what)
+            return
+        with replacing(path) as f:
+            f.writelines(f"{name} {reason}\n" for reason, names in self.names.items() for name in names)
+        shown = []
+        for reason, names in self.names.items():
+            more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
+            shown.append(f"{len(names)} {reason} ({', '.join(names[:MAX_SHOWN])}{more})")
+        logging.warning("%s: left out: %d: %s; all in %s", what, total, "; ".join(shown), path)
+
+
+def write_corpus_dir(
+    data_dir: PathLike, groups: Collection[Sequence[Utterance]], left_out: LeftOut, *, nj: int, fs: int = 16000
+) -> int:
+    """Probe the audio of ``groups`` with ``nj`` processes, write the data dir and return its number of utterances.
+
+    Args:
+        groups: utterances without ``num_samples``, those of one audio file together. They are read once, and not held.
+        fs: the corpus's own sampling rate in Hz; another one is said, and left to the formatting (stage 2).
+
+    Raises:
+        UserError: audio that is missing, cut, unreadable or empty (unless ``left_out`` skips faults), and the causes
+            of :func:`~espnet_kd.data.datadir.write_data_dir`.
+    """
+    data_dir = Path(data_dir)
+    seconds = 0.0
+    speakers: Set[str] = set()
+    rates: Dict[int, int] = {}
+
+    def probed() -> Iterator[Utterance]:
+        nonlocal seconds
+        for utts, rate, fault in map_with_bar(_probe, groups, nj=nj, desc=data_dir.name, unit="file"):
+            if fault:
+                reason, name, where = fault
+                left_out.fault(reason, name, where, "fetch or convert it again")
+                continue
+            rates[rate] = rates.get(rate, 0) + 1
+            for u in utts:
+                if u.start is not None and u.end is not None and u.start >= u.end:
+                    left_out.fault("segment behind the end of the recording", u.utt_id, u.audio, "fetch it again")
+                    continue
+                seconds += (u.num_samples or 0) / rate if u.end is None else u.end - (u.start or 0)
+                speakers.add(u.speaker)
+                yield u
+
+    number = write_data_dir(data_dir, probed())
+    for rate, files in sorted(rates.items()):
+        if rate != fs:
+            logging.warning("%s: %d of %d audio files have %d Hz, not %d; stage 2 (asr_kd_data format) resamples",
+                            data_dir, files, sum(rates.values()), rate, fs)  # fmt: skip
+    logging.info("%s: %d utterances, %d speakers, %.2f h", data_dir, number, len(speakers), seconds / 3600)
+    left_out.report(str(data_dir), data_dir / "left_out")
+    return number
+
+
+def _probe(utts: Sequence[Utterance]) -> Tuple[List[Utterance], int, Optional[Tuple[str, str, str]]]:
+    """Return the utterances of one file with ``num_samples`` or a right ``end``, its rate, and what is wrong."""
+    audio = utts[0].audio
+    name = utts[0].recording or utts[0].utt_id
+    if os.path.isfile(audio) and not os.path.getsize(audio):
+        return [], 0, ("audio of zero length", name, audio)  # libsndfile would say that it knows no such format
+    try:
+        frames, rate, _ = read_audio_info(audio, whole=True)
+    except UserError as e:
+        return [], 0, ("unusable audio", name, str(e))
+    if frames == 0:
+        return [], 0, ("audio of zero length", name, audio)
+    if utts[0].end is None:
+        return [replace(u, num_samples=frames) for u in utts], rate, None
+    # Some talks' last segment goes on a little after the recording.
+    return [replace(u, end=min(u.end or 0, frames / rate)) for u in utts], rate, None
+
+
+def directories(path: Path) -> List[Path]:
+    """Return the directories (or links to some) below ``path``, sorted by name."""
+    return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
+
+
+def files_by_stem(path: Path, suffixes: Sequence[str]) -> Dict[str, str]:
+    """Map the name without suffix to the file, of those in ``path`` that have one of ``suffixes``.
+
+    Raises:
+        UserError: two files differ in their suffix alone.
+    """
+    found: Dict[str, str] = {}
+    for name in sorted(os.listdir(path)):
+        stem, suffix = os.path.splitext(name)
+        if suffix.lower() not in suffixes or name.startswith("."):
+            continue
+        if stem in found:
+            raise UserError(f"{path}: '{stem}' is there twice ({found[stem]}, {name}); remove one")
+        found[stem] = name
+    return found
+
+
+def find_root(path: PathLike, option: str, name: str, inside: Iterable[str], source: str) -> Path:
+    """Return ``path`` or ``path/name``, whichever holds one of ``inside``.
+
+    Raises:
+        UserError: neither does; ``option`` and ``source`` say how to mend it.
+    """
+    path = Path(path)
+    for candidate in (path, path / name):
+        if any((candidate / entry).exists() for entry in inside):
+            return candidate
+    why = "nothing of it is there" if path.is_dir() else "no such directory"
+    raise UserError(f"{option} {path}: {why}; give the directory that holds {' or '.join(inside)} (from {source})")
+
+
+def download(url: str, path: PathLike, md5: Optional[str] = None, option: str = "") -> Path:
+    """Fetch ``url`` to ``path`` unless it is there; what a broken download left is gone on with.
+
+    Args:
+        md5: of the whole file, compared before the file gets its name.
+        option: the one that takes the corpus where there is no network.
+
+    Raises:
+        UserError: no network, the connection broke, or the checksum is another.
+    """
+    from tqdm import tqdm
+
+    path = Path(path)
+    if path.exists():
+        return path
+    part = path.with_name(path.name + ".part")
+    have = part.stat().st_size if part.exists() else 0
+    logging.info("downloading %s to %s%s", url, path, f", from byte {have} on" if have else "")
+    try:
+        request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
+        with urllib.request.urlopen(request, timeout=60) as response:
+            if getattr(response, "status", None) != http.client.PARTIAL_CONTENT:
+                have = 0  # the server knows no ranges, and sends all of it
+            length = response.headers.get("Content-Length")
+            size = have + int(length) if length else None
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with (
+                open(part, "ab" if have else "wb") as f,
+                tqdm(total=size, initial=have, unit="B", unit_scale=True, desc=path.name) as bar,
+            ):
+                while block := response.read(BLOCK):
+                    f.write(block)
+                    bar.update(len(block))
+        if size is not None and part.stat().st_size != size:
+            raise OSError(f"the connection broke after {part.stat().st_size} of {size} bytes")
+    except urllib.error.HTTPError as e:
+        if e.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
+            raise UserError(_no_download(url, str(e), option)) from e
+        # Everything had come already; the checksum decides.
+    except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
+        raise UserError(_no_download(url, str(getattr(e, "reason", None) or e), option)) from e
+    if md5 is not None and _md5(part) != md5:
+        part.unlink()
+        raise UserError(f"{url}: what came has another md5 than {md5}; it was removed: give the same command again")
+    os.replace(part, path)
+    return path
+
+
+def _no_download(url: str, why: str, option: str) -> str:
+    return (f"cannot download {url}: {why}\n  The same command goes on from there; or fetch it on a machine with a "
+            f"network, unpack it, and give the directory: {option} DIR")  # fmt: skip
+
+
+def _md5(path: Path) -> str:
+    digest = hashlib.md5(usedforsecurity=False)
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def unpack(archive: PathLike, dst: PathLike, inner: str = ".") -> Path:
+    """Unpack a tar file and give the directory ``inner`` of it the name ``dst``; a ``dst`` that exists stays.
+
+    Raises:
+        UserError: the archive is broken or cut, leads out of its directory, or has no ``inner``.
+    """
+    dst = Path(dst)
+    if not dst.exists():
+        with unpacked_beside(archive, dst) as partial:
+            if not (partial / inner).is_dir():
+                raise UserError(f"{archive}: no {inner} in it; is it the right archive?")
+            os.replace(partial / inner, dst)
+    return dst
+
+
+@contextlib.contextmanager
+def unpacked_beside(archive: PathLike, dst: Path) -> Iterator[Path]:
+    """Unpack a tar file to a hidden directory beside ``dst``, which is removed at the end; rename out of it."""
+    partial = dst.with_name(f".{dst.name}.partial")
+    with os_errors_told(partial):
+        shutil.rmtree(partial, ignore_errors=True)
+        try:
+            try:
+                with tarfile.open(archive) as tar:
+                    tar.extractall(partial, filter="data")  # refuses paths and links that lead out of the directory
+            except (tarfile.TarError, EOFError, zlib.error, OSError) as e:
+                if isinstance(e, OSError) and e.errno:
+                    raise  # no fault of the archive
+                raise UserError(f"{archive}: cannot be unpacked ({e}); remove it and run again") from e
+            yield partial
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def parts_of(option: Optional[Sequence[str]], default: str) -> List[str]:
+    """Return the names in a list option: several words, or several in one word; each once, in order."""
+    words = default.split() if option is None else " ".join(option).split()
+    return list(dict.fromkeys(words))
+
+
+def refuse_overlap(**names: Set[str]) -> None:
+    """Refuse training data that is also validation or test data."""
+    for other in set(names) - {"train"}:
+        both = sorted(names["train"] & names[other])
+        if both:
+            raise UserError(f"{' '.join(both)}: for training and for {other}; take it out of one")

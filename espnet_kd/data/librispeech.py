@@ -1,0 +1,195 @@
+"""LibriSpeech (read English, 16 kHz): original layout → data dirs ``train``, ``valid``, and one for each test part.
+
+``<part>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac`` with ``<speaker>-<chapter>.trans.txt`` beside. The
+speaker of the data dirs is the reader, not the chapter as in Kaldi, so that a split by speaker is one by voice.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.an4 import pick_speakers
+from espnet_kd.data.corpora import (
+    LeftOut,
+    directories,
+    download,
+    files_by_stem,
+    find_root,
+    parts_of,
+    refuse_overlap,
+    unpack,
+    write_corpus_dir,
+)
+from espnet_kd.data.datadir import Spool, Utterance, iter_lines, os_errors_told, split_line
+
+PathLike = Union[str, Path]
+TRAIN = "train-clean-100 train-clean-360 train-other-500"
+VALID = "dev-clean dev-other"
+TEST = "test-clean test-other"
+URL = "https://www.openslr.org/resources/{set}/{part}.tar.gz"
+# OpenSLR's set, and the md5 from that set's md5sum.txt.
+ARCHIVES = {
+    "dev-clean": (12, "42e2234ba48799c1f50f24a7926300a1"),
+    "dev-other": (12, "c8d0bcc9cca99d4f8b62fcc847357931"),
+    "test-clean": (12, "32fa31d27d2e1cad72775fee3f4849a9"),
+    "test-other": (12, "fb5a50374b501bb3bac4815ee91d3135"),
+    "train-clean-100": (12, "2a93770f6d5c6c964bc36631d331a522"),
+    "train-clean-360": (12, "c0e676e450a7ff2f54aeade5171606fa"),
+    "train-other-500": (12, "d1a0fd59409feb2c614ce4d30c387708"),
+    "train-clean-5": (31, "5df7d4e78065366204ca6845bb08f490"),
+    "dev-clean-2": (31, "6d7ab67ac6a1d2c993d050e16d61080d"),
+}
+Source = Tuple[Path, Optional[Set[str]]]  # a part, and those of its speakers that are meant (None: all)
+
+
+def prepare_librispeech(
+    out: PathLike,
+    librispeech: Optional[PathLike] = None,
+    *,
+    train_parts: Optional[Sequence[str]] = None,
+    valid_parts: Optional[Sequence[str]] = None,
+    test_parts: Optional[Sequence[str]] = None,
+    split_by_speaker: Sequence[str] = (),
+    speakers_valid: int = 0,
+    speakers_test: int = 0,
+    seed: int = 0,
+    downloads: PathLike = "downloads",
+    remove_archives: bool = False,
+    skip_faulty: bool = False,
+    nj: int = 1,
+) -> Dict[str, int]:
+    """Write ``out/train``, ``out/valid`` and ``out/test_clean`` … and return their numbers of utterances.
+
+    Args:
+        librispeech: the directory with the parts (or one above it); None downloads those that are needed.
+        train_parts, valid_parts, test_parts: None: the 960 h, dev-*, test-*; or nothing with ``split_by_speaker``.
+        split_by_speaker: parts whose speakers are divided among ``train``, ``valid`` and ``test``.
+        speakers_valid, speakers_test: how many of those go to ``valid`` and ``test``, chosen by a hash of their names
+            and ``seed``.
+        remove_archives: remove a downloaded archive when it is unpacked.
+        skip_faulty: leave faulty utterances out, counted and named, instead of stopping.
+        nj: processes that read the audio files.
+
+    Raises:
+        UserError: a part is missing or cannot be downloaded, or one of its utterances has a fault.
+    """
+    out = Path(out)
+    divided = parts_of(split_by_speaker, "")
+    train = parts_of(train_parts, "" if divided else TRAIN)
+    valid = parts_of(valid_parts, "" if divided else VALID)
+    test = parts_of(test_parts, "" if divided else TEST)
+    if (speakers_valid or speakers_test) and not divided:
+        raise UserError("--speakers_valid and --speakers_test: --split_by_speaker has to say of which part")
+    refuse_overlap(train=set(train), valid=set(valid), test=set(test))
+    refuse_overlap(train=set(divided), valid=set(train + valid + test))
+    with os_errors_told(out):
+        where = _find_parts(divided + train + valid + test, librispeech, downloads, remove_archives)
+        sources: Dict[str, List[Source]] = {"train": [], "valid": [], "test": []}
+        if divided:
+            _divide([where[part] for part in divided], speakers_valid, speakers_test, seed, sources)
+        sources["train"] += [(where[part], None) for part in train]
+        sources["valid"] += [(where[part], None) for part in valid]
+        for part in test:
+            sources[part.replace("-", "_")] = [(where[part], None)]
+        # Everything is listed before any audio is read: a fault of the last part comes out in minutes, not hours.
+        listed: Dict[str, Tuple[Spool, LeftOut]] = {}
+        for name, these in sources.items():
+            if these:
+                left_out = LeftOut(skip_faulty)
+                listed[name] = Spool(out, _list(these, left_out)), left_out
+        return {name: write_corpus_dir(out / name, spool, gone, nj=nj) for name, (spool, gone) in listed.items()}
+
+
+def _find_parts(
+    parts: Iterable[str], librispeech: Optional[PathLike], downloads: PathLike, remove_archives: bool
+) -> Dict[str, Path]:
+    """Map each part to its directory; download those that are missing where no directory was given."""
+    parts = list(dict.fromkeys(parts))
+    if not parts:
+        raise UserError("no part at all: give --train_parts, --valid_parts, --test_parts or --split_by_speaker")
+    if librispeech is not None:
+        root = find_root(librispeech, "--librispeech", "LibriSpeech", parts, "openslr.org/12")
+        for part in parts:
+            if not (root / part).is_dir():
+                raise UserError(f"{root / part}: this part is missing; fetch {part}.tar.gz from openslr.org/12, or "
+                                "give other --train_parts, --valid_parts, --test_parts")  # fmt: skip
+        return {part: root / part for part in parts}
+    for part in parts:
+        if part not in ARCHIVES:
+            raise UserError(f"'{part}' is no part of LibriSpeech that can be downloaded; known: {' '.join(ARCHIVES)}")
+    root, downloads = Path(downloads) / "LibriSpeech", Path(downloads)
+    for part in parts:
+        if (root / part).is_dir():
+            continue
+        number, md5 = ARCHIVES[part]
+        archive = download(URL.format(set=number, part=part), downloads / f"{part}.tar.gz", md5, "--librispeech")
+        root.mkdir(parents=True, exist_ok=True)
+        logging.info("unpacking %s", archive)
+        unpack(archive, root / part, f"LibriSpeech/{part}")
+        if remove_archives:
+            archive.unlink()
+    return {part: root / part for part in parts}
+
+
+def _divide(parts: Sequence[Path], valid: int, test: int, seed: int, sources: Dict[str, List[Source]]) -> None:
+    """Divide the parts' speakers among ``train``, ``valid`` and ``test`` of ``sources``."""
+    speakers = sorted({path.name for part in parts for path in directories(part)})
+    if valid < 0 or test < 0 or not 0 < valid + test < len(speakers):
+        raise UserError(f"--speakers_valid {valid} --speakers_test {test}: {' '.join(map(str, parts))} has "
+                        f"{len(speakers)} speakers; take 1 to {len(speakers) - 1} of them together")  # fmt: skip
+    order = pick_speakers(speakers, valid + test, seed)
+    chosen = {"valid": set(order[:valid]), "test": set(order[valid:]), "train": set(speakers) - set(order)}
+    for name, those in chosen.items():
+        if those:
+            sources[name] += [(part, those) for part in parts]
+
+
+def _list(sources: Sequence[Source], left_out: LeftOut) -> Iterator[List[Utterance]]:
+    """Yield the utterances of some parts, a list of one each, in the order of their directories."""
+    for part, speakers in sources:
+        empty = True
+        for speaker in directories(part):
+            if speakers is not None and speaker.name not in speakers:
+                continue
+            for chapter in directories(speaker):
+                for utt in _read_chapter(chapter, speaker.name, left_out):
+                    empty = False
+                    yield [utt]
+        if empty:
+            raise UserError(f"{part}: no utterance below it; expected <speaker>/<chapter>/<speaker>-<chapter>.trans.txt"
+                            " with FLAC files beside")  # fmt: skip
+
+
+def _read_chapter(chapter: Path, speaker: str, left_out: LeftOut) -> Iterator[Utterance]:
+    """Yield the utterances of one directory ``<speaker>/<chapter>``."""
+    audio = files_by_stem(chapter, (".flac", ".wav"))
+    path = chapter / f"{speaker}-{chapter.name}.trans.txt"
+    again = "unpack its part again"
+    if not path.exists():
+        for name in audio:
+            left_out.fault("audio without transcript", name, chapter, f"{path.name} is missing: {again}")
+        return
+    seen: Set[str] = set()
+    for number, line in iter_lines(path):
+        utt_id, text = split_line(line)
+        where = f"{path}:{number}"
+        if not utt_id:
+            continue
+        if not utt_id.startswith(f"{speaker}-{chapter.name}-"):
+            raise UserError(f"{where}: '{utt_id}' does not begin with {speaker}-{chapter.name}-; {again}")
+        if utt_id in seen:
+            raise UserError(f"{where}: utterance '{utt_id}' stands twice in this file; keep one of the lines")
+        seen.add(utt_id)
+        text = text.strip()
+        if utt_id not in audio:
+            left_out.fault("transcript without audio", utt_id, where, again)
+        elif not text:
+            left_out.fault("empty transcript", utt_id, where, "fill it in")
+        else:
+            yield Utterance(utt_id, speaker, str(chapter / audio[utt_id]), text)
+    for name in audio:
+        if name not in seen:
+            left_out.fault("audio without transcript", name, path, again)

@@ -1,0 +1,172 @@
+"""TED-LIUM release 2 (talks, 16 kHz): original layout → data dirs ``train``, ``valid`` (its dev), ``test``.
+
+``{train,dev,test}/sph/<talk>.sph`` and ``stm/<talk>.stm``. The data dirs have ``segments``; stage 2 cuts. The text is
+what ESPnet's tedlium2 recipe makes of it (:func:`clean`), and so are the ids ``<talk>-<start>-<end>`` in 1/100 s. A
+talk is a speaker.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import Dict, Iterator, List, Sequence, Tuple, Union
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.corpora import LeftOut, files_by_stem, find_root, write_corpus_dir
+from espnet_kd.data.datadir import Spool, Utterance, iter_lines, os_errors_told
+
+PathLike = Union[str, Path]
+SETS = {"train": "train", "dev": "valid", "test": "test"}  # the corpus's name, and ours
+IGNORED = "ignore_time_segment_in_scoring"
+# The labels <o,f0,male> or, in older files, <F0_M>; not <unk>, <sil> or <s>, with which a text may begin.
+_LABELS = re.compile(r"<[^<>]*,[^<>]*>|<[A-Z]\d_[A-Z]>")
+_NAME_AT_END = re.compile(r"\([^ ]*\)$")
+_VARIANT = re.compile(r"\([0-9]\)")
+_MARKER = re.compile(r"<sil>|</?s>")
+_FILLER = re.compile(r"\[[^\]\s]*\]|<unk>")
+
+
+def prepare_tedlium2(
+    out: PathLike,
+    tedlium2: PathLike,
+    *,
+    drop_fillers: bool = False,
+    padding: Sequence[float] = (0.0, 0.0),
+    skip_faulty: bool = False,
+    nj: int = 1,
+) -> Dict[str, int]:
+    """Write ``out/{train,valid,test}`` and return their numbers of utterances.
+
+    Lines with ``ignore_time_segment_in_scoring``, repeated lines and lines without words are counted and left out.
+
+    Args:
+        tedlium2: the directory that holds train/, dev/, test/, or the one above it.
+        drop_fillers: take ``[NOISE]`` and ``<unk>`` out of the text as well, which ESPnet leaves there.
+        padding: seconds that training segments get before and after, as far as their neighbours leave room; ESPnet's
+            recipe has 0.15 and 0.1.
+        skip_faulty: leave faulty segments or talks out, counted and named, instead of stopping.
+        nj: processes that read the audio files' headers.
+
+    Raises:
+        UserError: a set is missing, or a talk or line has a fault.
+    """
+    out = Path(out)
+    if len(padding) != 2 or min(padding) < 0:
+        raise UserError(f"--padding {' '.join(map(str, padding))}: give the seconds before and after, 0 or more")
+    root = find_root(tedlium2, "--tedlium2", "TEDLIUM_release2", SETS, "openslr.org/19")
+    with os_errors_told(out):
+        listed: Dict[str, Tuple[Spool, LeftOut]] = {}
+        for theirs, ours in SETS.items():
+            left_out = LeftOut(skip_faulty)
+            room = tuple(padding) if ours == "train" else (0.0, 0.0)
+            talks = _list(root / theirs, left_out, drop_fillers)
+            listed[ours] = Spool(out, (pad(talk, *room) for talk in talks)), left_out
+        return {name: write_corpus_dir(out / name, spool, gone, nj=nj) for name, (spool, gone) in listed.items()}
+
+
+def clean(text: str, drop_fillers: bool = False) -> str:
+    """Return the words of a STM line as ESPnet's tedlium2 recipe has them.
+
+    ``<sil>``, ``<s>``, ``</s>``, pronunciation variants ``(2)`` and a name in brackets at the end go; fillers become
+    ``[BREATH]`` for ``{BREATH}``; ``it 's`` becomes ``it's``; ``<unk>`` stays.
+    """
+    text = _NAME_AT_END.sub("", text.strip())
+    text = _MARKER.sub(" ", _VARIANT.sub("", text)).translate(str.maketrans("{}", "[]"))
+    if drop_fillers:
+        text = _FILLER.sub(" ", text)
+    words: List[str] = []
+    joined = False
+    for word in text.split():
+        # As in ESPnet, a joined word takes no second suffix.
+        if word.startswith("'") and words and not joined:
+            words[-1] += word
+            joined = True
+        else:
+            words.append(word)
+            joined = False
+    return " ".join(words)
+
+
+def pad(talk: List[Utterance], before: float, after: float) -> List[Utterance]:
+    """Widen the segments of one talk (sorted by time), by half of the gap to a neighbour at most; seconds."""
+    if not before and not after:
+        return talk
+    out = []
+    for i, u in enumerate(talk):
+        start, end = u.start or 0.0, u.end or 0.0
+        left = max(start - (talk[i - 1].end or 0.0), 0.0) / 2 if i else start
+        right = max((talk[i + 1].start or 0.0) - end, 0.0) / 2 if i + 1 < len(talk) else after
+        out.append(replace(u, start=start - min(before, left), end=end + min(after, right)))
+    return out
+
+
+def parse_stm(path: Path, left_out: LeftOut, drop_fillers: bool = False) -> Iterator[Tuple[float, float, str]]:
+    """Yield (start, end, words) of each line that counts; times in seconds.
+
+    Raises:
+        UserError: a line is no STM line, of another talk, not UTF-8, or ends before it starts.
+    """
+    previous = None
+    for number, line in iter_lines(path):
+        where = f"{path}:{number}"
+        if not line.strip() or line.startswith(";;"):
+            continue
+        fields = line.split(maxsplit=5)
+        try:
+            talk, start, end = fields[0], float(fields[3]), float(fields[4])
+        except (IndexError, ValueError) as e:
+            raise UserError(f"{where}: expected 'talk channel speaker start end <labels> words', found '{line}'") from e
+        if talk != path.stem:
+            raise UserError(f"{where}: a line of '{talk}', and the file is named {path.name}; move the line or rename")
+        text = fields[5] if len(fields) > 5 else ""
+        labels = _LABELS.match(text)
+        text = clean(text[labels.end() :] if labels else text, drop_fillers)
+        name = utterance_id(talk, start, end)
+        if IGNORED in line:
+            left_out.add(IGNORED, name)
+        elif not 0 <= start < end:
+            left_out.fault(f"start {start:g} and end {end:g} make no segment", talk, where, "correct the line")
+        elif line == previous:
+            left_out.add("line repeated", name)
+        elif not text:
+            left_out.add("line without words", name)
+        else:
+            yield start, end, text
+        previous = line
+
+
+def utterance_id(talk: str, start: float, end: float) -> str:
+    """Return ``talk-start-end`` with times in 1/100 s, seven digits each: sorted by name is sorted by time."""
+    return f"{talk}-{round(start * 100):07d}-{round(end * 100):07d}"
+
+
+def _list(part: Path, left_out: LeftOut, drop_fillers: bool) -> Iterator[List[Utterance]]:
+    """Yield the utterances of each talk, sorted by time."""
+    again = "unpack TEDLIUM_release2 of openslr.org/19 again"
+    for name in ("stm", "sph"):
+        if not (part / name).is_dir():
+            raise UserError(f"{part / name}: this directory is missing; {again}")
+    audio = files_by_stem(part / "sph", (".sph", ".wav", ".flac"))
+    talks = files_by_stem(part / "stm", (".stm",))
+    if not talks:
+        raise UserError(f"{part / 'stm'}: no STM file in it; {again}")
+    for talk, name in talks.items():
+        stm = part / "stm" / name
+        utts: Dict[str, Utterance] = {}
+        if talk not in audio:
+            left_out.fault("transcript without audio", talk, stm, f"sph/{talk}.sph is missing: {again}")
+            continue
+        path = str(part / "sph" / audio[talk])
+        for start, end, text in parse_stm(stm, left_out, drop_fillers):
+            utt_id = utterance_id(talk, start, end)
+            if utt_id in utts:
+                raise UserError(f"{stm}: utterance '{utt_id}' ({start:g} to {end:g} s) comes twice; remove a line")
+            utts[utt_id] = Utterance(utt_id, talk, path, text, recording=talk, start=start, end=end)
+        if utts:
+            yield [utts[utt_id] for utt_id in sorted(utts)]
+        else:
+            left_out.fault("empty transcript", talk, stm, again)
+    for talk in audio:
+        if talk not in talks:
+            left_out.fault("audio without transcript", talk, part / "sph" / audio[talk], f"stm/{talk}.stm: {again}")
