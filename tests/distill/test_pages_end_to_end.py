@@ -53,6 +53,8 @@ def options(corpus, directory, page, teacher_dir, nbest):
     if page == "delayed_kd":
         encoder = STREAMING
     config = yaml.safe_load(corpus.config().read_text())
+    if page == "layer_pruning":  # features like the teacher's too
+        config.update(normalize="utterance_mvn", normalize_conf={})
     stages = len(load_page(page).stages)
     own = tiny_kd.write_yaml(directory / f"{page}.yaml", {**config, **encoder, "num_iters_per_epoch": 2})
     text = page != "label_free"

@@ -75,7 +75,7 @@ def consistency(first, second, counted, blank_id=0, temperature=1.0):
     return 0.5 * (kl(first, second, counted, 0, temperature) + kl(second, first, counted, 0, temperature))
 
 
-def delays(student, teacher, counted, lengths, temperature=1.0, max_delay=2):
+def delays(student, teacher, counted, lengths, temperature=1.0, max_delay=4):
     """Per utterance: {delay: mean KL}, of the delays that leave it a frame."""
     for s, t, c, length in zip(student.tolist(), teacher.tolist(), counted.tolist(), lengths.tolist()):
         means = {}
@@ -87,7 +87,7 @@ def delays(student, teacher, counted, lengths, temperature=1.0, max_delay=2):
         yield means
 
 
-def delayed_kl(student, teacher, counted, blank_id=0, temperature=1.0, max_delay=2, lengths=None):
+def delayed_kl(student, teacher, counted, blank_id=0, temperature=1.0, max_delay=4, lengths=None):
     lengths = counted.sum(1) if lengths is None else lengths
     least = [min(m.values(), default=0) for m in delays(student, teacher, counted, lengths, temperature, max_delay)]
     counts = counted.sum(1).tolist()
