@@ -44,3 +44,22 @@ def test_fraction_stays_within_bounds(epoch, step, of, max_epoch, fraction):
 def test_ramp_reaches_both_ends():
     ramp = Ramp(0.0, 2.0)
     assert [ramp(Progress(1, 1, s, 4)) for s in range(5)] == [0, 0.5, 1, 1.5, 2]
+
+
+@pytest.mark.parametrize("by", ["step", "epoch"])
+@pytest.mark.parametrize("told", ["num_iters_per_epoch", "sampler"])
+def test_a_ramp_goes_on_after_a_resume(by, told):
+    """Where the factory tells the length of an epoch, also within the first one of the new process."""
+    ramp = Ramp(0.3, 0.7, 0.3, 0.7, by)
+
+    def weights(epochs):
+        progress, factory = Progress(max_epoch=4), Factory(5)
+        setattr(factory, told, 5 if told == "num_iters_per_epoch" else range(5))
+        hooks = EpochHooks(factory, progress, lambda epoch: None)
+        return [[ramp(progress) for _ in hooks.build_iter(epoch)] for epoch in epochs]
+
+    whole = weights([1, 2, 3, 4])
+    assert weights([3, 4]) == whole[2:]
+    # The clip of self-KD's α: progress itself, between 0.3 and 0.7.
+    done = [[(e + (s / 5 if by == "step" else 0)) / 4 for s in range(5)] for e in range(4)]
+    assert whole == [pytest.approx([min(max(x, 0.3), 0.7) for x in epoch]) for epoch in done]
