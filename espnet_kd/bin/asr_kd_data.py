@@ -185,7 +185,7 @@ def _add_validate(sub: argparse.ArgumentParser) -> None:
 
 
 def _validate(args: argparse.Namespace) -> None:
-    from espnet_kd.data.datadir import validate
+    from espnet_kd.data.validation import validate
 
     errors = []
     for data_dir in args.data_dirs:

@@ -16,7 +16,8 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.data import corpora
-from espnet_kd.data.datadir import Utterance, iter_lines, read_audio_info, write_data_dir
+from espnet_kd.data.audio import read_audio_info
+from espnet_kd.data.datadir import Utterance, iter_lines, write_data_dir
 from espnet_kd.files import replacing
 
 PathLike = Union[str, Path]

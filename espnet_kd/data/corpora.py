@@ -17,13 +17,8 @@ from pathlib import Path
 from typing import Collection, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.datadir import (
-    MAX_SHOWN,
-    Utterance,
-    os_errors_told,
-    read_audio_info,
-    write_data_dir,
-)
+from espnet_kd.data.audio import read_audio_info
+from espnet_kd.data.datadir import MAX_SHOWN, Utterance, os_errors_told, write_data_dir
 from espnet_kd.data.parallel import map_with_bar
 from espnet_kd.files import replacing
 

@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Dict, Iterable, List, Optional, Sequence, Set, Tuple, Union
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.datadir import Utterance, read_audio_info, read_data_dir, write_data_dir
+from espnet_kd.data.audio import read_audio_info
+from espnet_kd.data.datadir import Utterance, read_data_dir, write_data_dir
 from espnet_kd.data.parallel import map_with_bar
 from espnet_kd.files import replacing
 

@@ -14,7 +14,8 @@ from espnet_kd.bin import asr_kd_data
 from espnet_kd.cli import UserError
 from espnet_kd.data import datadir
 from espnet_kd.data.aishell import prepare_aishell
-from espnet_kd.data.datadir import read_data_dir, read_map, validate
+from espnet_kd.data.datadir import read_data_dir, read_map
+from espnet_kd.data.validation import validate
 
 
 def pack(root: Path, remove: bool = True) -> None:

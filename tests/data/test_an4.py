@@ -15,7 +15,8 @@ import soundfile
 
 from espnet_kd.cli import UserError
 from espnet_kd.data import an4
-from espnet_kd.data.datadir import read_data_dir, read_map, validate
+from espnet_kd.data.datadir import read_data_dir, read_map
+from espnet_kd.data.validation import validate
 
 SHARED = Path(os.environ.get("ESPNET_KD_TEST_CORPORA", Path(__file__).parents[3] / "shared"))
 FS = 16000

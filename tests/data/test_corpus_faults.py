@@ -24,11 +24,12 @@ from tiny_layouts import FS, LAYOUTS, snapshot, write_aishell, write_librispeech
 from espnet_kd.cli import UserError
 from espnet_kd.data import datadir
 from espnet_kd.data.aishell import prepare_aishell
-from espnet_kd.data.datadir import Utterance, read_data_dir, sort_externally, validate, write_data_dir
+from espnet_kd.data.datadir import Utterance, read_data_dir, sort_externally, write_data_dir
 from espnet_kd.data.formatting import format_data
 from espnet_kd.data.librispeech import prepare_librispeech
 from espnet_kd.data.parallel import CHUNK, map_with_bar
 from espnet_kd.data.tedlium2 import prepare_tedlium2
+from espnet_kd.data.validation import validate
 
 ROOT = Path(__file__).parents[2]
 LONG = pytest.mark.skipif(os.environ.get("ESPNET_KD_TEST_LONG") != "1", reason="long: ESPNET_KD_TEST_LONG=1 runs it")

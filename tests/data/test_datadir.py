@@ -9,7 +9,8 @@ import pytest
 import soundfile
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.datadir import Utterance, read_data_dir, validate, write_data_dir
+from espnet_kd.data.datadir import Utterance, read_data_dir, write_data_dir
+from espnet_kd.data.validation import validate
 
 
 def write_audio(path: Path, seconds: float = 0.5, fs: int = 16000) -> str:

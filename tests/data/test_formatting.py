@@ -10,8 +10,9 @@ import pytest
 import soundfile
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.datadir import Utterance, read_data_dir, validate, write_data_dir
+from espnet_kd.data.datadir import Utterance, read_data_dir, write_data_dir
 from espnet_kd.data.formatting import combine, format_data
+from espnet_kd.data.validation import validate
 
 FS = 16000
 

@@ -16,8 +16,9 @@ from tiny_layouts import LAYOUTS, PARTS, needs_layout, seconds_of, snapshot, wri
 from espnet_kd.bin import asr_kd_data
 from espnet_kd.cli import UserError
 from espnet_kd.data import librispeech
-from espnet_kd.data.datadir import read_data_dir, read_map, validate
+from espnet_kd.data.datadir import read_data_dir, read_map
 from espnet_kd.data.librispeech import prepare_librispeech
+from espnet_kd.data.validation import validate
 
 
 def test_each_part_in_its_place(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

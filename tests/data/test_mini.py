@@ -14,8 +14,9 @@ import pytest
 
 from espnet_kd.cli import UserError
 from espnet_kd.data import espeak, mini
-from espnet_kd.data.datadir import read_data_dir, read_map, validate
+from espnet_kd.data.datadir import read_data_dir, read_map
 from espnet_kd.data.sentences import make_sentence
+from espnet_kd.data.validation import validate
 
 SIZES = {"train": 12, "valid": 4, "test": 8}
 

@@ -10,9 +10,10 @@ from tiny_layouts import LAYOUTS, needs_layout, seconds_of, write_tedlium2
 
 from espnet_kd.bin import asr_kd_data
 from espnet_kd.cli import UserError
-from espnet_kd.data.datadir import Utterance, read_data_dir, read_map, validate
+from espnet_kd.data.datadir import Utterance, read_data_dir, read_map
 from espnet_kd.data.formatting import format_data
 from espnet_kd.data.tedlium2 import clean, pad, prepare_tedlium2
+from espnet_kd.data.validation import validate
 
 
 @pytest.mark.parametrize(

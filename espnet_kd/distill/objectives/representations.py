@@ -53,7 +53,7 @@ class Representation(Objective):
 
     def distance_of(self, student: Tensor, teacher: Tensor, target: EncoderOutputs) -> Tensor:
         """The loss of one pair, (B, T, D) each."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs a distance_of method")
 
 
 class FactorizedRepresentation(Representation):
