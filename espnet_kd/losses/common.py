@@ -27,28 +27,40 @@ def mean(values: Tensor, student: Tensor) -> Tensor:
 
 
 class BlankSplit(NamedTuple):
-    """A posterior split in two: blank or not, and which token given it is one."""
+    """How a posterior is split: blank or not."""
 
     log_blank: Tensor  #: (N,) log b
     log_nonblank: Tensor  #: (N,) log(1 − b), from the non-blank logits: exact where b rounds to 1
-    token_logits: Tensor  #: (N, V−1) scaled non-blank logits
-    token_norm: Tensor  #: (N,) their logsumexp
+    token_norm: Tensor  #: (N,) logsumexp of the scaled non-blank logits
+    is_nonblank: Tensor  #: (N,) bool: the likeliest of all is not blank
 
 
-def split_blank(logits: Tensor, blank_id: int, temperature: float) -> BlankSplit:
-    """Split (N, V) logits, or log-probabilities, at ``temperature``."""
-    scaled = full_precision(logits) / temperature if temperature != 1 else full_precision(logits)
-    blank = scaled[:, blank_id]
-    if blank_id == 0:
-        tokens = scaled[:, 1:]  # a view: no copy of the vocabulary
-    else:
-        tokens = torch.cat([scaled[:, :blank_id], scaled[:, blank_id + 1 :]], dim=1)
-    norm = torch.logsumexp(tokens, -1)
-    empty = norm == -torch.inf
-    if empty.any():  # certain of blank to the last bit: the gradient of logsumexp would be exp(−∞ − −∞) = NaN there
-        norm = torch.logsumexp(tokens.masked_fill(empty[:, None], 0.0), -1).masked_fill(empty, -torch.inf)
+def split_blank(rows: Tensor, blank_id: int, temperature: float) -> BlankSplit:
+    """Split (N, V) logits, or log-probabilities, at ``temperature``. ``rows`` are overwritten.
+
+    In place because on a CPU a new tensor of a megabyte costs more than the exponentials in it.
+    """
+    blank = rows[:, blank_id].clone()
+    # As argmax has it: of equals the first.
+    is_nonblank = torch.zeros_like(blank, dtype=torch.bool)
+    if blank_id + 1 < rows.size(1):
+        is_nonblank |= rows[:, blank_id + 1 :].amax(-1) > blank
+    if blank_id:
+        is_nonblank |= rows[:, :blank_id].amax(-1) >= blank
+    if temperature != 1:
+        blank /= temperature
+        rows /= temperature
+    rows[:, blank_id] = -torch.inf
+    top = rows.amax(-1)
+    # Where no token has any mass the top is −∞, and −∞ − −∞ would be NaN instead of "no mass".
+    norm = rows.sub_(finite(top)[:, None]).exp_().sum(-1).log_().add_(top)
     total = torch.logaddexp(blank, norm)
-    return BlankSplit(blank - total, norm - total, tokens, norm)
+    return BlankSplit(blank - total, norm - total, norm, is_nonblank)
+
+
+def finite(x: Tensor) -> Tensor:
+    """0 for −∞: as something to subtract from −∞."""
+    return x.masked_fill(x == -torch.inf, 0.0)
 
 
 def cross(log_p: Tensor, log_p_inner: Tensor, log_q: Tensor) -> Tensor:

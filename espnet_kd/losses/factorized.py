@@ -2,17 +2,22 @@
 
 With b = p(blank) and p̃(k) = p(k)/(1−b):  KL(p‖q) = BKL + (1−b^T)·NKL  exactly.
 Source: Tian et al., Speech Communication 160 (2024) 103071; what is reconstruction is said below.
+
+Value and gradient are computed from a few rows at a time: nothing of the size of the logits is made but the gradient.
 """
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Any, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
-from espnet_kd import frames as fr
-from espnet_kd.losses.common import BlankSplit, counted_frames, cross, mean, pick, split_blank
+from espnet_kd.losses.common import BlankSplit, counted_frames, cross, finite, split_blank
+
+#: Numbers of one block of rows: what stays in a processor's cache; a GPU wants large blocks.
+_CPU_BLOCK, _GPU_BLOCK = 2**18, 2**27
 
 
 def blank_kl(
@@ -29,11 +34,9 @@ def blank_kl(
     Arguments and result as in :func:`espnet_kd.losses.kl`. Stage 1 of the progressive method (the paper; its exact
     form is a reconstruction).
     """
-    student, teacher = pick(student_logits, teacher_logits, counted_frames(teacher_logits, lengths, frames))
-    return mean(
-        _binary(split_blank(teacher, blank_id, temperature), split_blank(student, blank_id, temperature)),
-        student_logits,
-    )
+    counted = counted_frames(teacher_logits, lengths, frames)
+    weights = (1.0, 0.0, 0.0)
+    return _FactorizedKL.apply(student_logits, teacher_logits.detach(), counted, blank_id, temperature, weights)
 
 
 def factorized_kl(
@@ -52,7 +55,7 @@ def factorized_kl(
 
     BKL is averaged over all frames that count, the others over the non-blank (NB) and the blank (BL) ones among them,
     by the teacher's argmax at τ = 1; an empty half counts 0. With w_F = 0 only the blank mass is matched on blank
-    frames, and the vocabulary is read on NB frames only.
+    frames, and the teacher's tokens are read on NB frames only.
 
     Args:
         blank_weight, nonblank_weight, nonblank_on_blank_weight: w_B, w_N, w_F.
@@ -61,14 +64,121 @@ def factorized_kl(
     Source: the factorization is the paper's; the default weights (1, 1, 0) and τ = 1 come from a public port.
     """
     counted = counted_frames(teacher_logits, lengths, frames)
-    student, teacher = pick(student_logits, teacher_logits, counted)
-    p, q = split_blank(teacher, blank_id, temperature), split_blank(student, blank_id, temperature)
-    loss = blank_weight * mean(_binary(p, q), student_logits)
-    is_nonblank = fr.nonblank(teacher, counted.new_ones(len(teacher)), blank_id)
-    for weight, half in ((nonblank_weight, is_nonblank), (nonblank_on_blank_weight, ~is_nonblank)):
-        if weight:
-            loss = loss + weight * mean(_tokens(p, q, half), student_logits)
-    return loss
+    weights = (blank_weight, nonblank_weight, nonblank_on_blank_weight)
+    return _FactorizedKL.apply(student_logits, teacher_logits.detach(), counted, blank_id, temperature, weights)
+
+
+class _Frames(NamedTuple):
+    """What the backward pass needs of the N frames that count."""
+
+    rows: Tensor  #: (N,) their places among all frames
+    nonblank_mass: Tensor  #: (N,) 1 − b^T
+    push: Tensor  #: (N,) b^S − b^T
+    token_norm: Tensor  #: (N,) the student's
+    norm: Tensor  #: (N,) the teacher's, over the whole vocabulary
+    pull: Tensor  #: (N,) weight of the tokens' part in each frame, 0 where they are not read
+
+
+class _FactorizedKL(torch.autograd.Function):
+    """The loss with its gradient in closed form.
+
+    Of one frame, with z the student's scaled logits, n their logsumexp over the tokens and q̃ = exp(z − n):
+    ∂BKL/∂z(blank) = b^S − b^T, ∂BKL/∂z(k) = −(b^S − b^T)·q̃(k), and ∂((1−b^T)·NKL)/∂z(k) = (1−b^T)·q̃(k) − p(k).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student: Tensor,
+        teacher: Tensor,
+        counted: Tensor,
+        blank_id: int,
+        temperature: float,
+        weights: Tuple[float, float, float],
+    ) -> Tensor:
+        ctx.save_for_backward(student, teacher)
+        ctx.constants = blank_id, temperature, weights[0]
+        rows = counted.flatten().nonzero()[:, 0]
+        ctx.frames = None
+        if not len(rows):
+            return student.new_zeros((), dtype=_dtype(student))
+        read_student, read_teacher = _Reader(student, len(rows)), _Reader(teacher, len(rows))
+        found, binary = [], student.new_zeros((), dtype=torch.float64)
+        sums = [binary.clone(), binary.clone()]  # over NB and over BL frames
+        for block in rows.split(read_student.height):
+            p = split_blank(read_teacher(block), blank_id, temperature)
+            q = split_blank(read_student(block), blank_id, temperature)
+            binary += _binary(p, q).double().sum()
+            for i, half in enumerate((p.is_nonblank, ~p.is_nonblank)):
+                if weights[1 + i] and half.any():
+                    y, z = (
+                        read(block[half]).div_(temperature).sub_(finite(x.token_norm[half])[:, None])
+                        for read, x in ((read_teacher, p), (read_student, q))
+                    )
+                    sums[i] += _tokens(y, z, p.log_nonblank[half], blank_id).double().sum()
+            push = torch.where(
+                q.log_blank > q.log_nonblank,
+                # The difference of the smaller ones: near 1 a difference would be rounding alone.
+                p.log_nonblank.exp() - q.log_nonblank.exp(),
+                q.log_blank.exp() - p.log_blank.exp(),
+            )
+            norm = finite(p.token_norm) - finite(p.log_nonblank)
+            found.append((block, p.log_nonblank.exp(), push, q.token_norm, norm, p.is_nonblank))
+        *kept, is_nonblank = (torch.cat(x) for x in zip(*found))
+        counts = is_nonblank.sum().clamp(min=1).double(), (~is_nonblank).sum().clamp(min=1).double()
+        pull = torch.where(is_nonblank, *(w / n for w, n in zip(weights[1:], counts)))
+        ctx.frames = _Frames(*kept, pull.to(_dtype(student)))
+        loss = weights[0] * binary / len(rows) + sum(w * s / n for w, s, n in zip(weights[1:], sums, counts))
+        return loss.to(_dtype(student))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
+        student, teacher = ctx.saved_tensors
+        blank_id, temperature, blank_weight = ctx.constants
+        out = torch.empty_like(student, memory_format=torch.contiguous_format)
+        flat_out = out.flatten(0, 1)
+        if ctx.frames is None:
+            return out.zero_(), None, None, None, None, None
+        rest = torch.ones(len(flat_out), dtype=torch.bool, device=out.device)
+        rest[ctx.frames.rows] = False
+        flat_out[rest] = 0
+        read_student, read_teacher = (_Reader(x, len(ctx.frames.rows)) for x in (student, teacher))
+        scale = grad / temperature
+        for block, mass, push, token_norm, norm, pull in zip(*(x.split(read_student.height) for x in ctx.frames)):
+            push = push * (blank_weight / len(ctx.frames.rows))
+            # q̃, or 0 where no token has any mass
+            g = read_student(block).div_(temperature).sub_(finite(token_norm)[:, None]).exp_()
+            g *= (pull * mass - push)[:, None]
+            tokens = (pull != 0).nonzero()[:, 0]
+            if len(tokens):
+                p = read_teacher(block[tokens]).div_(temperature).sub_(norm[tokens][:, None]).exp_()
+                g.index_add_(0, tokens, p.mul_(pull[tokens][:, None]), alpha=-1)
+            g[:, blank_id] = push
+            flat_out.index_copy_(0, block, g.mul_(scale).to(out.dtype))
+        return out, None, None, None, None, None
+
+
+class _Reader:
+    """Rows of (B, T, V), a block at a time, in a buffer that is used again: each call overwrites what the last gave."""
+
+    def __init__(self, x: Tensor, most: int):
+        self.flat = x.flatten(0, 1)
+        numbers = _CPU_BLOCK if x.device.type == "cpu" else _GPU_BLOCK
+        self.height = max(1, min(most, numbers // x.size(2)))
+        self.buffer = self.flat.new_empty(self.height, x.size(2), dtype=_dtype(x))
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """(N, V) in float32 or better, to be overwritten."""
+        buffer = self.buffer[: len(rows)]
+        if buffer.dtype != self.flat.dtype:
+            return buffer.copy_(self.flat[rows])
+        return torch.index_select(self.flat, 0, rows, out=buffer)
+
+
+def _dtype(x: Tensor) -> torch.dtype:
+    """float32 or better."""
+    return torch.promote_types(x.dtype, torch.float32)
 
 
 def _binary(p: BlankSplit, q: BlankSplit) -> Tensor:
@@ -76,11 +186,13 @@ def _binary(p: BlankSplit, q: BlankSplit) -> Tensor:
     return cross(p.log_blank, p.log_blank, q.log_blank) + cross(p.log_nonblank, p.log_nonblank, q.log_nonblank)
 
 
-def _tokens(p: BlankSplit, q: BlankSplit, half: Tensor) -> Tensor:
-    """(M,) (1−b^T)·NKL of the frames in ``half`` (N,)."""
-    log_p, log_q = (
-        # Where no token has any mass the norm is −∞, and −∞ − −∞ would be NaN instead of "no mass".
-        x.token_logits[half] - x.token_norm[half].masked_fill(x.token_norm[half] == -torch.inf, 0.0)[:, None]
-        for x in (p, q)
-    )
-    return p.log_nonblank[half].exp() * cross(log_p, log_p, log_q).sum(-1)
+def _tokens(log_p: Tensor, log_q: Tensor, log_nonblank: Tensor, blank_id: int) -> Tensor:
+    """(N,) (1−b^T)·NKL of log p̃, log q̃ (N, V); ``log_q`` is overwritten."""
+    log_p[:, blank_id] = -torch.inf
+    p = log_p.exp()
+    sums = p.mul(log_q.sub_(log_p)).sum(-1)
+    odd = ~sums.isfinite()
+    if odd.any():  # 0 · ∞ somewhere, or truly infinite
+        lost = p[odd] == 0
+        sums[odd] = p[odd].mul(log_q[odd].masked_fill(lost, 0.0)).sum(-1)
+    return -sums * log_nonblank.exp()

@@ -100,7 +100,8 @@ def nonblank_mass(teacher_logits: Tensor, *, blank_id: int = 0) -> Tensor:
 
     Source: one reading of TutorNet's frame weight; reconstruction.
     """
-    flat = split_blank(teacher_logits.flatten(0, 1), blank_id, 1.0).log_nonblank.exp()
+    rows = full_precision(teacher_logits.flatten(0, 1).detach().clone())
+    flat = split_blank(rows, blank_id, 1.0).log_nonblank.exp()
     return flat.unflatten(0, teacher_logits.shape[:2])
 
 
