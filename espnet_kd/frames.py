@@ -7,11 +7,14 @@ unless said otherwise; frame shifts are in seconds.
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from numbers import Integral, Real
 from typing import Any, Mapping, Optional, Tuple
 
 import torch
 from torch import Tensor
+
+from espnet_kd.topk import Posterior, TopK
 
 #: Rules of :func:`select` and the options each takes. ``n``, ``theta`` and ``ratio`` must be given where they stand.
 SELECTIONS: Mapping[str, Tuple[str, ...]] = {
@@ -30,7 +33,7 @@ def valid(lengths: Tensor, num_frames: int) -> Tensor:
     return torch.arange(num_frames, device=lengths.device) < lengths[:, None]
 
 
-def nonblank(teacher_logits: Tensor, frames: Tensor, blank_id: int = 0) -> Tensor:
+def nonblank(teacher_logits: Posterior, frames: Tensor, blank_id: int = 0) -> Tensor:
     """NB: those of ``frames`` whose teacher argmax (at temperature 1) is not blank.
 
     Args:
@@ -84,11 +87,12 @@ _OPTIONS = {
 
 
 @torch.no_grad()
-def select(teacher_logits: Tensor, lengths: Tensor, rule: str, *, blank_id: int = 0, **options: Any) -> Tensor:
+def select(teacher_logits: Posterior, lengths: Tensor, rule: str, *, blank_id: int = 0, **options: Any) -> Tensor:
     """Choose the frames on which a student is distilled, by the teacher's blanks.
 
     Args:
-        teacher_logits: (B, T, V), log-probabilities just as well; all rules look at temperature 1.
+        teacher_logits: (B, T, V), log-probabilities or a :class:`espnet_kd.topk.TopK` just as well; all rules look
+            at temperature 1.
         lengths: (B,) frames.
         rule: one of
 
@@ -124,9 +128,7 @@ def select(teacher_logits: Tensor, lengths: Tensor, rule: str, *, blank_id: int 
     if rule == "trim":
         return (speech.cumsum(1) > 0) & (speech.flip(1).cumsum(1).flip(1) > 0)
     if rule == "threshold":
-        logits = _full(teacher_logits)
-        p_blank = (logits[..., blank_id] - logits.logsumexp(-1)).exp()
-        return speech | (inside & (p_blank <= 1 - options["theta"]))
+        return speech | (inside & (_log_blank(teacher_logits, blank_id).exp() <= 1 - options["theta"]))
     return speech | _draw(inside & ~speech, speech.sum(1), **options)
 
 
@@ -135,15 +137,30 @@ def _full(logits: Tensor) -> Tensor:
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
-def _less_prior(logits: Tensor, log_prior: Optional[Tensor] = None, prior_scale: float = 0.5) -> Tensor:
+def _log_blank(logits: Posterior, blank_id: int) -> Tensor:
+    """(B, T) log p(blank)."""
+    if isinstance(logits, TopK):
+        return logits.log_blank
+    logits = _full(logits)
+    return logits[..., blank_id] - logits.logsumexp(-1)
+
+
+def _less_prior(logits: Posterior, log_prior: Optional[Tensor] = None, prior_scale: float = 0.5) -> Posterior:
     if log_prior is None:
         return logits
     if len(log_prior) != logits.size(-1):
         raise ValueError(
             f"frame selection elimination: log_prior has {len(log_prior)} entries, the teacher {logits.size(-1)} tokens"
         )
+    log_prior = prior_scale * _full(log_prior.to(logits.device))
+    if isinstance(logits, TopK):
+        # Of the tokens kept: one further down wins only where the prior of all these is far higher.
+        tokens = logits.log_probs - log_prior[logits.tokens]
+        best, place = tokens.max(-1)
+        tokens_best = logits.tokens.gather(-1, place[..., None])
+        return replace(logits, log_blank=logits.log_blank - log_prior[0], log_probs=best[..., None], tokens=tokens_best)
     # The argmax needs no normalisation of the posterior.
-    return _full(logits) - prior_scale * _full(log_prior.to(logits.device))
+    return _full(logits) - log_prior
 
 
 def _dilate(mask: Tensor, n: int) -> Tensor:
@@ -176,7 +193,7 @@ def nearest_multiple(shift: float, other: float) -> float:
 
 
 def align(
-    logits: Tensor,
+    logits: Posterior,
     hidden: dict[str, Tensor],
     lengths: Tensor,
     frame_shift: float,
@@ -186,7 +203,7 @@ def align(
     *,
     blank_id: int = 0,
     pool: str = "least_blank",
-) -> Tuple[Tensor, dict[str, Tensor], Tensor]:
+) -> Tuple[Posterior, dict[str, Tensor], Tensor]:
     """Lay a teacher's outputs beside a student's frames.
 
     Student frame i covers the teacher frames [i·r, (i+1)·r), r = student_shift / frame_shift. Of the covered frames the
@@ -194,7 +211,7 @@ def align(
     hidden states are averaged. For r < 1 both are those of the teacher frame in which the student frame's middle lies.
 
     Args:
-        logits: (B, T', V) teacher logits or log-probabilities.
+        logits: (B, T', V) teacher logits or log-probabilities, or a :class:`espnet_kd.topk.TopK`.
         hidden: tap name → (B, T', D).
         lengths: (B,) teacher frames.
         student_frames: T, the student's padded length.
@@ -239,17 +256,20 @@ def align(
         for k, h in hidden.items()
     }
     if pool == "mean":
+        if isinstance(logits, TopK):
+            raise ValueError("pool: mean needs whole posteriors, and a target cache has the likeliest tokens alone")
         log_probs = logits.log_softmax(-1)[:, covered]  # (B, T, K, V)
         log_weights = weights.to(log_probs.dtype).log()[..., None]
         return torch.logsumexp((log_probs + log_weights).masked_fill(~inside[..., None], -torch.inf), 2), hidden, both
-    blank = logits[..., blank_id] - torch.logsumexp(logits, -1)  # (B, T')
-    best = blank[:, covered].masked_fill(~inside, torch.inf).argmin(-1)  # (B, T)
+    best = _log_blank(logits, blank_id)[:, covered].masked_fill(~inside, torch.inf).argmin(-1)  # (B, T)
     chosen = covered.expand(logits.size(0), -1, -1).gather(2, best[..., None])[..., 0]  # (B, T)
     return logits[batch, chosen], hidden, both
 
 
-def _fit(x: Tensor, num_frames: int) -> Tensor:
+def _fit(x: Posterior, num_frames: int) -> Posterior:
     """Cut or zero-pad (B, T', …) to T frames; padding lies outside the common lengths and is never read."""
+    if isinstance(x, TopK):
+        return x.map(lambda y: _fit(y, num_frames))
     if x.size(1) >= num_frames:
         return x[:, :num_frames]
     return torch.cat([x, x.new_zeros(x.size(0), num_frames - x.size(1), *x.shape[2:])], dim=1)

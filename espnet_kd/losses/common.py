@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from espnet_kd import frames as fr
+from espnet_kd.topk import Posterior
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -15,7 +16,7 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def counted_frames(teacher: Tensor, lengths: Tensor, frames: Optional[Tensor]) -> Tensor:
+def counted_frames(teacher: Posterior, lengths: Tensor, frames: Optional[Tensor]) -> Tensor:
     """(B, T) bool: ``frames`` where given, else the frames inside ``lengths``."""
     return fr.valid(lengths, teacher.size(1)) if frames is None else frames
 
@@ -33,6 +34,10 @@ class BlankSplit(NamedTuple):
     log_nonblank: Tensor  #: (N,) log(1 − b), from the non-blank logits: exact where b rounds to 1
     token_norm: Tensor  #: (N,) logsumexp of the scaled non-blank logits
     is_nonblank: Tensor  #: (N,) bool: the likeliest of all is not blank
+
+    def select(self, rows: Tensor) -> BlankSplit:
+        """Of some of the frames."""
+        return BlankSplit(*(x[rows] for x in self))
 
 
 def split_blank(rows: Tensor, blank_id: int, temperature: float) -> BlankSplit:
@@ -71,6 +76,6 @@ def cross(log_p: Tensor, log_p_inner: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(zero, 0.0, p * (log_p_inner.masked_fill(zero, 0.0) - log_q.masked_fill(zero, 0.0)))
 
 
-def pick(student: Tensor, teacher: Tensor, frames: Tensor) -> Tuple[Tensor, Tensor]:
+def pick(student: Tensor, teacher: Posterior, frames: Tensor) -> Tuple[Tensor, Posterior]:
     """(N, V) student and teacher rows of the frames that count; padding is left behind before any arithmetic."""
     return student[frames], teacher.detach()[frames]

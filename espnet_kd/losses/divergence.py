@@ -9,11 +9,12 @@ from torch import Tensor
 
 from espnet_kd import frames as fr
 from espnet_kd.losses.common import counted_frames, cross, full_precision, mean, pick
+from espnet_kd.topk import Posterior, TopK, in_buckets, kept_probabilities
 
 
 def kl(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Posterior,
     lengths: Tensor,
     *,
     blank_id: int = 0,
@@ -24,7 +25,7 @@ def kl(
 
     Args:
         student_logits: (B, T, V), or log-probabilities.
-        teacher_logits: (B, T, V); no gradient flows to it.
+        teacher_logits: (B, T, V), or a :class:`espnet_kd.topk.TopK`; no gradient flows to it.
         lengths: (B,) frames.
         blank_id: unused; every loss takes it.
         temperature: τ > 0 for both; not followed by a factor τ².
@@ -42,7 +43,7 @@ def kl(
 
 def softmax_l2(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Posterior,
     lengths: Tensor,
     *,
     blank_id: int = 0,
@@ -58,13 +59,18 @@ def softmax_l2(
     del blank_id
     student, teacher = pick(student_logits, teacher_logits, counted_frames(teacher_logits, lengths, frames))
     q = (full_precision(student) / temperature).softmax(-1)
+    if isinstance(teacher, TopK):
+        # A remainder has no square of its own: its tokens count as 0, which is off by less than its square.
+        p, tokens = kept_probabilities(teacher, temperature)
+        at_tokens = (p.square() - 2 * p * q.gather(1, tokens)).sum(-1)
+        return mean(q.square().sum(-1) + at_tokens, student_logits)
     p = (full_precision(teacher) / temperature).softmax(-1)
     return mean((p - q).square().sum(-1), student_logits)
 
 
 def delayed_kl(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Posterior,
     lengths: Tensor,
     *,
     blank_id: int = 0,
@@ -132,15 +138,17 @@ def consistency(
     return 0.5 * (first + second)
 
 
-def _kl_rows(student: Tensor, teacher: Tensor, temperature: float) -> Tensor:
-    """(N,) KL of (N, V) rows."""
-    log_q = (full_precision(student) / temperature).log_softmax(-1)
-    log_p = (full_precision(teacher) / temperature).log_softmax(-1)
+def _kl_rows(student: Tensor, teacher: Posterior, temperature: float) -> Tensor:
+    """(N,) KL of (N, V) rows; of cached targets over their buckets (:func:`espnet_kd.topk.in_buckets`)."""
+    if isinstance(teacher, TopK):
+        log_p, log_q = in_buckets(full_precision(student), teacher, temperature)
+    else:
+        log_p, log_q = ((full_precision(x) / temperature).log_softmax(-1) for x in (teacher, student))
     return cross(log_p, log_p, log_q).sum(-1)
 
 
 def _delayed_rows(
-    student: Tensor, teacher: Tensor, counted: Tensor, lengths: Tensor, delay: Tensor, temperature: float
+    student: Tensor, teacher: Posterior, counted: Tensor, lengths: Tensor, delay: Tensor, temperature: float
 ) -> Tuple[Tensor, Tensor]:
     """(N,) KL of teacher frames t and student frames t + ``delay`` (B,), and which t: (B, T) bool."""
     mask = counted & fr.valid(lengths - delay, counted.size(1))

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from espnet_kd.losses.common import BlankSplit, counted_frames, cross, finite, split_blank
+from espnet_kd.topk import Posterior, TopK
 
 #: Numbers of one block of rows: what stays in a processor's cache; a GPU wants large blocks.
 _CPU_BLOCK, _GPU_BLOCK = 2**18, 2**27
@@ -22,7 +23,7 @@ _CPU_BLOCK, _GPU_BLOCK = 2**18, 2**27
 
 def blank_kl(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Posterior,
     lengths: Tensor,
     *,
     blank_id: int = 0,
@@ -41,7 +42,7 @@ def blank_kl(
 
 def factorized_kl(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Posterior,
     lengths: Tensor,
     *,
     blank_id: int = 0,
@@ -90,32 +91,31 @@ class _FactorizedKL(torch.autograd.Function):
     def forward(
         ctx: Any,
         student: Tensor,
-        teacher: Tensor,
+        teacher: Posterior,
         counted: Tensor,
         blank_id: int,
         temperature: float,
         weights: Tuple[float, float, float],
     ) -> Tensor:
-        ctx.save_for_backward(student, teacher)
+        ctx.save_for_backward(student)
         ctx.constants = blank_id, temperature, weights[0]
         rows = counted.flatten().nonzero()[:, 0]
         ctx.frames = None
         if not len(rows):
             return student.new_zeros((), dtype=_dtype(student))
-        read_student, read_teacher = _Reader(student, len(rows)), _Reader(teacher, len(rows))
+        read = _Reader(student, len(rows))
+        kind = _Buckets if isinstance(teacher, TopK) else _Dense
+        ctx.teacher = kind(teacher, len(rows), blank_id, temperature)
         found, binary = [], student.new_zeros((), dtype=torch.float64)
         sums = [binary.clone(), binary.clone()]  # over NB and over BL frames
-        for block in rows.split(read_student.height):
-            p = split_blank(read_teacher(block), blank_id, temperature)
-            q = split_blank(read_student(block), blank_id, temperature)
+        for block in rows.split(read.height):
+            p = ctx.teacher.split(block)
+            q = split_blank(read(block), blank_id, temperature)
             binary += _binary(p, q).double().sum()
             for i, half in enumerate((p.is_nonblank, ~p.is_nonblank)):
                 if weights[1 + i] and half.any():
-                    y, z = (
-                        read(block[half]).div_(temperature).sub_(finite(x.token_norm[half])[:, None])
-                        for read, x in ((read_teacher, p), (read_student, q))
-                    )
-                    sums[i] += _tokens(y, z, p.log_nonblank[half], blank_id).double().sum()
+                    log_q = read(block[half]).div_(temperature).sub_(finite(q.token_norm[half])[:, None])
+                    sums[i] += ctx.teacher.tokens(block[half], p.select(half), log_q).double().sum()
             push = torch.where(
                 q.log_blank > q.log_nonblank,
                 # The difference of the smaller ones: near 1 a difference would be rounding alone.
@@ -134,7 +134,7 @@ class _FactorizedKL(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        student, teacher = ctx.saved_tensors
+        (student,) = ctx.saved_tensors
         blank_id, temperature, blank_weight = ctx.constants
         out = torch.empty_like(student, memory_format=torch.contiguous_format)
         flat_out = out.flatten(0, 1)
@@ -143,20 +143,81 @@ class _FactorizedKL(torch.autograd.Function):
         rest = torch.ones(len(flat_out), dtype=torch.bool, device=out.device)
         rest[ctx.frames.rows] = False
         flat_out[rest] = 0
-        read_student, read_teacher = (_Reader(x, len(ctx.frames.rows)) for x in (student, teacher))
+        read = _Reader(student, len(ctx.frames.rows))
         scale = grad / temperature
-        for block, mass, push, token_norm, norm, pull in zip(*(x.split(read_student.height) for x in ctx.frames)):
+        for block, mass, push, token_norm, norm, pull in zip(*(x.split(read.height) for x in ctx.frames)):
             push = push * (blank_weight / len(ctx.frames.rows))
             # q̃, or 0 where no token has any mass
-            g = read_student(block).div_(temperature).sub_(finite(token_norm)[:, None]).exp_()
-            g *= (pull * mass - push)[:, None]
+            g = read(block).div_(temperature).sub_(finite(token_norm)[:, None]).exp_()
+            g[:, blank_id] = 0
             tokens = (pull != 0).nonzero()[:, 0]
-            if len(tokens):
-                p = read_teacher(block[tokens]).div_(temperature).sub_(norm[tokens][:, None]).exp_()
+            p = ctx.teacher.probabilities(block[tokens], norm[tokens], g, tokens) if len(tokens) else None
+            g *= (pull * mass - push)[:, None]
+            if p is not None:
                 g.index_add_(0, tokens, p.mul_(pull[tokens][:, None]), alpha=-1)
             g[:, blank_id] = push
             flat_out.index_copy_(0, block, g.mul_(scale).to(out.dtype))
         return out, None, None, None, None, None
+
+
+class _Dense:
+    """A teacher's logits (B, T, V)."""
+
+    def __init__(self, teacher: Tensor, most: int, blank_id: int, temperature: float):
+        self.read = _Reader(teacher, most)
+        self.blank_id, self.temperature = blank_id, temperature
+
+    def split(self, rows: Tensor) -> BlankSplit:
+        """Blank or not, of some rows."""
+        return split_blank(self.read(rows), self.blank_id, self.temperature)
+
+    def tokens(self, rows: Tensor, split: BlankSplit, log_q: Tensor) -> Tensor:
+        """(N,) (1−b^T)·NKL against log q̃ (N, V), which is overwritten."""
+        log_p = self.read(rows).div_(self.temperature).sub_(finite(split.token_norm)[:, None])
+        log_p[:, self.blank_id] = -torch.inf
+        p = log_p.exp()
+        sums = p.mul(log_q.sub_(log_p)).sum(-1)
+        odd = ~sums.isfinite()
+        if odd.any():  # 0 · ∞ somewhere, or truly infinite
+            lost = p[odd] == 0
+            sums[odd] = p[odd].mul(log_q[odd].masked_fill(lost, 0.0)).sum(-1)
+        return -sums * split.log_nonblank.exp()
+
+    def probabilities(self, rows: Tensor, norm: Tensor, q: Tensor, where: Tensor) -> Tensor:
+        """(N, V) p(k), to be overwritten; in the blank's column anything."""
+        return self.read(rows).div_(self.temperature).sub_(norm[:, None]).exp_()
+
+
+class _Buckets:
+    """A teacher's cached targets: tokens it did not keep count together, and share their pull as the student does."""
+
+    def __init__(self, teacher: TopK, most: int, blank_id: int, temperature: float):
+        if blank_id != 0:
+            raise ValueError("cached targets have blank as token 0")
+        self.teacher, self.temperature = teacher.map(lambda x: x.flatten(0, 1)), temperature
+
+    def split(self, rows: Tensor) -> BlankSplit:
+        """Blank or not, of some rows."""
+        x = self.teacher[rows]
+        log_blank, log_nonblank = x.log_blank_at(self.temperature), x.log_nonblank_at(self.temperature)
+        return BlankSplit(log_blank, log_nonblank, log_nonblank, x.argmax() != 0)
+
+    def tokens(self, rows: Tensor, split: BlankSplit, log_q: Tensor) -> Tensor:
+        """(N,) (1−b^T)·NKL over the kept tokens and the remainder, against log q̃ (N, V), which is overwritten."""
+        x = self.teacher[rows]
+        mass = finite(split.log_nonblank)[:, None]
+        log_q[:, 0] = -torch.inf
+        kept = log_q.gather(1, x.tokens)
+        others = log_q.scatter_(1, x.tokens, -torch.inf).logsumexp(-1, keepdim=True)
+        log_p = torch.cat([x.log_tokens_at(self.temperature), x.remainder_at(self.temperature).log()[:, None]], 1)
+        return cross(log_p, log_p - mass, torch.cat([kept, others], 1)).sum(-1)
+
+    def probabilities(self, rows: Tensor, norm: Tensor, q: Tensor, where: Tensor) -> Tensor:
+        """(N, V) p(k), the remainder divided among the other tokens as the student's q̃ (rows ``where``) divides it."""
+        x = self.teacher[rows]
+        p = q[where].scatter_(1, x.tokens, 0.0)
+        share = x.remainder_at(self.temperature)[:, None] / p.sum(-1, keepdim=True)
+        return p.mul_(share.nan_to_num(0.0, 0.0)).scatter_(1, x.tokens, x.log_tokens_at(self.temperature).exp())
 
 
 class _Reader:
@@ -184,15 +245,3 @@ def _dtype(x: Tensor) -> torch.dtype:
 def _binary(p: BlankSplit, q: BlankSplit) -> Tensor:
     """(N,) BKL."""
     return cross(p.log_blank, p.log_blank, q.log_blank) + cross(p.log_nonblank, p.log_nonblank, q.log_nonblank)
-
-
-def _tokens(log_p: Tensor, log_q: Tensor, log_nonblank: Tensor, blank_id: int) -> Tensor:
-    """(N,) (1−b^T)·NKL of log p̃, log q̃ (N, V); ``log_q`` is overwritten."""
-    log_p[:, blank_id] = -torch.inf
-    p = log_p.exp()
-    sums = p.mul(log_q.sub_(log_p)).sum(-1)
-    odd = ~sums.isfinite()
-    if odd.any():  # 0 · ∞ somewhere, or truly infinite
-        lost = p[odd] == 0
-        sums[odd] = p[odd].mul(log_q[odd].masked_fill(lost, 0.0)).sum(-1)
-    return -sums * log_nonblank.exp()

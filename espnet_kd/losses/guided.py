@@ -8,11 +8,12 @@ from torch import Tensor
 
 from espnet_kd import frames as fr
 from espnet_kd.losses.common import counted_frames, full_precision, mean
+from espnet_kd.topk import Posterior
 
 
 def guided_ctc(
     student_logits: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Posterior,
     lengths: Tensor,
     *,
     blank_id: int = 0,

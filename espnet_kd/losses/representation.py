@@ -12,12 +12,13 @@ from torch import Tensor
 
 from espnet_kd import frames as fr
 from espnet_kd.losses.common import counted_frames, full_precision, mean, pick, split_blank
+from espnet_kd.topk import Posterior, TopK
 
 
 def factorized_representation(
     student_hidden: Tensor,
     teacher_hidden: Tensor,
-    teacher_logits: Tensor,
+    teacher_logits: Posterior,
     lengths: Tensor,
     *,
     blank_id: int = 0,
@@ -88,7 +89,7 @@ def weighted_representation(
 
 
 @torch.no_grad()
-def nonblank_mass(teacher_logits: Tensor, *, blank_id: int = 0) -> Tensor:
+def nonblank_mass(teacher_logits: Posterior, *, blank_id: int = 0) -> Tensor:
     """1 − p(blank), exact also where p(blank) rounds to 1: how surely the teacher hears a token.
 
     Args:
@@ -100,6 +101,8 @@ def nonblank_mass(teacher_logits: Tensor, *, blank_id: int = 0) -> Tensor:
 
     Source: one reading of TutorNet's frame weight; reconstruction.
     """
+    if isinstance(teacher_logits, TopK):
+        return teacher_logits.log_nonblank_at(1.0).exp()
     rows = full_precision(teacher_logits.flatten(0, 1).detach().clone())
     flat = split_blank(rows, blank_id, 1.0).log_nonblank.exp()
     return flat.unflatten(0, teacher_logits.shape[:2])

@@ -1,0 +1,152 @@
+"""A teacher's posterior in short, as the target cache keeps it. Torch only.
+
+Of each frame the blank exactly, the k likeliest other tokens where they were kept, and all others as one remainder.
+Frame selections and losses take it in place of logits (B, T, V); it is never made that large again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Any, Callable, Dict, Sequence, Tuple, Union
+
+import torch
+from torch import Tensor
+
+#: A remainder below this share of the non-blank mass is rounding.
+_ROUNDING = 1e-6
+
+
+@dataclass(frozen=True)
+class TopK:
+    """Log-probabilities at temperature 1; blank is token 0.
+
+    The leading dimensions are (B, T), or (N,) of chosen frames. ``x[mask]`` and the like choose among them.
+    """
+
+    log_blank: Tensor  #: (B, T)
+    tokens: Tensor  #: (B, T, k) int64, the likeliest first
+    log_probs: Tensor  #: (B, T, k); −∞ where none was kept
+    num_tokens: int  #: V
+    #: Temperature τ other than 1 → (B, T) log Σ_k p(k)^(1/τ), which makes the posterior at τ exact.
+    norms: Dict[float, Tensor] = field(default_factory=dict)
+
+    @property
+    def device(self) -> torch.device:
+        """Where it lies."""
+        return self.log_blank.device
+
+    def size(self, dim: int) -> int:
+        """Size as that of the logits (B, T, V) it stands for."""
+        return self.num_tokens if dim in (-1, self.log_blank.dim()) else self.log_blank.size(dim)
+
+    def detach(self) -> TopK:
+        """Itself: no gradient flows to a cache."""
+        return self
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> TopK:
+        """``fn`` on every tensor in it."""
+        norms = {tau: fn(x) for tau, x in self.norms.items()}
+        return replace(
+            self, log_blank=fn(self.log_blank), tokens=fn(self.tokens), log_probs=fn(self.log_probs), norms=norms
+        )
+
+    def __getitem__(self, index: Any) -> TopK:
+        return self.map(lambda x: x[index])
+
+    def argmax(self, dim: int = -1) -> Tensor:
+        """(B, T) the likeliest token; of equals blank."""
+        return self.tokens[..., 0].masked_fill(self.log_probs[..., 0] <= self.log_blank, 0)
+
+    def log_blank_at(self, temperature: float) -> Tensor:
+        """(B, T) log p(blank) at ``temperature``.
+
+        Raises:
+            ValueError: nothing was kept for this temperature.
+        """
+        return self._scaled(self.log_blank, temperature)
+
+    def log_tokens_at(self, temperature: float) -> Tensor:
+        """(B, T, k) log-probabilities at ``temperature`` (ValueError as :meth:`log_blank_at`)."""
+        return self._scaled(self.log_probs, temperature)
+
+    def _scaled(self, x: Tensor, temperature: float) -> Tensor:
+        if temperature == 1:
+            return x
+        if temperature not in self.norms:
+            raise ValueError(
+                f"the cached targets are not for temperature {temperature:g}; make the cache for this page"
+            )
+        norm = self.norms[temperature]
+        return x / temperature - (norm[..., None] if x.dim() > norm.dim() else norm)
+
+    def log_nonblank_at(self, temperature: float) -> Tensor:
+        """(B, T) log(1 − p(blank)) at ``temperature``; exact where p(blank) rounds to 1."""
+        log_blank = self.log_blank_at(temperature)
+        return log_blank.expm1().neg().log()
+
+    def remainder_at(self, temperature: float) -> Tensor:
+        """(B, T) probability of all tokens that were not kept; 0 where it is rounding.
+
+        Raises:
+            ValueError: in some of the frames no token was kept at all.
+        """
+        log_nonblank = self.log_nonblank_at(temperature)
+        if ((self.log_probs[..., 0] == -torch.inf) & (log_nonblank > -torch.inf)).any():
+            raise ValueError("the cached targets keep no tokens on some of these frames; make the cache for this page")
+        finite = log_nonblank.masked_fill(log_nonblank == -torch.inf, 0.0)
+        share = 1 - (self.log_tokens_at(temperature) - finite[..., None]).double().exp().sum(-1)
+        share = share.masked_fill((share < _ROUNDING) | (self.tokens.size(-1) >= self.num_tokens - 1), 0.0)
+        return log_nonblank.exp() * share.to(log_nonblank.dtype)
+
+
+#: What a teacher says of each frame: logits (…, V), or cached targets.
+Posterior = Union[Tensor, TopK]
+
+
+def kept_probabilities(teacher: TopK, temperature: float) -> Tuple[Tensor, Tensor]:
+    """Of N frames: probabilities of blank and the kept tokens (N, 1 + k), and which tokens these are (N, 1 + k).
+
+    Raises:
+        ValueError: temperature or tokens were not kept.
+    """
+    teacher.remainder_at(temperature)
+    log_p = torch.cat([teacher.log_blank_at(temperature)[:, None], teacher.log_tokens_at(temperature)], 1)
+    return log_p.exp(), torch.cat([torch.zeros_like(teacher.tokens[:, :1]), teacher.tokens], 1)
+
+
+def in_buckets(student: Tensor, teacher: TopK, temperature: float) -> Tuple[Tensor, Tensor]:
+    """Posteriors of N frames over the buckets blank, each kept token, remainder: the divergences' inputs.
+
+    Args:
+        student: (N, V) logits in float32 or better.
+        teacher: of N frames.
+
+    Returns:
+        log p and log q, (N, k + 2) each; gradient flows to ``student``.
+
+    Raises:
+        ValueError: temperature or tokens were not kept.
+    """
+    rest = teacher.remainder_at(temperature)
+    log_p = torch.cat([teacher.log_blank_at(temperature)[:, None], teacher.log_tokens_at(temperature)], 1)
+    kept = torch.cat([torch.zeros_like(teacher.tokens[:, :1]), teacher.tokens], 1)
+    log_q = (student / temperature).log_softmax(-1)
+    others = log_q.scatter(1, kept, -torch.inf)
+    empty = (others == -torch.inf).all(-1)
+    # The gradient of the logsumexp of nothing would be NaN.
+    log_rest = others.masked_fill(empty[:, None], 0.0).logsumexp(-1).masked_fill(empty, -torch.inf)
+    return (
+        torch.cat([log_p, rest.log()[:, None]], 1).to(log_q.dtype),
+        torch.cat([log_q.gather(1, kept), log_rest[:, None]], 1),
+    )
+
+
+def compress(logits: Tensor, k: int, temperatures: Sequence[float] = ()) -> TopK:
+    """The :class:`TopK` of logits (…, V) in float32 or better, with tokens kept on every frame."""
+    log_probs = logits.log_softmax(-1)
+    tokens = logits[..., 1:]
+    # From the others' mass: log_softmax has no digits left where p(blank) rounds to 1.
+    log_blank = -torch.nn.functional.softplus(tokens.logsumexp(-1) - logits[..., 0])
+    best = log_probs[..., 1:].topk(min(k, tokens.size(-1)), -1)
+    norms = {tau: (log_probs / tau).logsumexp(-1) for tau in temperatures if tau != 1}
+    return TopK(log_blank, best.indices + 1, best.values, logits.size(-1), norms)
