@@ -29,7 +29,7 @@ def check_objective(
         raise UserError("the student has no attention decoder (ctc_weight: 1.0)")
     check_taps(student, objective.student_taps, "student")
     if teacher is not None:
-        teacher.check_taps(objective.teacher_taps)
+        teacher.check(objective.needs())
 
 
 def check_rates(student: ESPnetASRModel, frame_shift: float, teacher: Teacher, rate: float) -> None:
@@ -43,7 +43,7 @@ def check_rates(student: ESPnetASRModel, frame_shift: float, teacher: Teacher, r
     try:
         lay_on(
             EncoderOutputs(logits, torch.tensor([frames], device=speech.device), frame_shift),
-            teacher.targets((), speech, lengths),
+            teacher.probe(speech, lengths),
             pool="least_blank",
         )
     except ValueError as e:

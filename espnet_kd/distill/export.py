@@ -18,7 +18,9 @@ from espnet_kd.distill.page import objective_class
 from espnet_kd.targets.experiment import find_experiment, load_model, load_state, read_config, student_only
 
 #: Options that the task adds to ESPnet's; an exported config.yaml has none of them.
-KD_OPTIONS = ("teacher", "kd_config", "kd_stage", "kd_stages", "teacher_memory", "augmented_teacher", "nbest")
+KD_OPTIONS = (
+    *("teacher", "target_cache", "kd_config", "kd_stage", "kd_stages", "teacher_memory", "augmented_teacher", "nbest"),
+)
 
 
 def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> Path:

@@ -15,6 +15,7 @@ import yaml
 from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives import OBJECTIVES, Objective
 from espnet_kd.distill.schedule import Ramp, Weight
+from espnet_kd.targets.teacher import Needs
 
 METHODS_DIR = Path(__file__).resolve().parent.parent / "conf" / "methods"
 
@@ -107,6 +108,24 @@ def load_page(name: str) -> Page:
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise UserError(f"cannot read the method page {path}: {e}") from e
     return _page(path, content)
+
+
+def needed_targets(pages: Sequence[str]) -> Needs:
+    """What the objectives of some pages read of a teacher, together.
+
+    Raises:
+        UserError: as :func:`load_page`; or none of the pages has a teacher whose outputs it reads.
+    """
+    stages = [stage for name in pages for stage in load_page(name).stages]
+    objectives = [o for stage in stages for o in (spec.make() for spec in stage.objectives)]
+    each = [o.needs() for o in objectives if o.needs_teacher and o.reads_target]
+    if not each:
+        raise UserError(f"{', '.join(pages)}: no objective reads a teacher's outputs, so there is nothing to keep")
+    return Needs(
+        "all" if any(n.tokens_on == "all" for n in each) else "nonblank",
+        tuple(sorted({tau for n in each for tau in n.temperatures})),
+        tuple(sorted({tap for n in each for tap in n.taps})),
+    )
 
 
 _NUMBER = (int, float)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from espnet_kd.cli import UserError
 from espnet_kd.frames import nearest_multiple
+from espnet_kd.topk import Posterior
 
 #: Encoders whose layers can be tapped one by one: their layers hand on ((x, pos_emb), mask) or (x, mask).
 LAYERED = ("TransformerEncoder", "ConformerEncoder", "BranchformerEncoder", "EBranchformerEncoder")
@@ -29,7 +30,7 @@ FEATURE_RATE = 100.0
 class EncoderOutputs:
     """One batch through an encoder and its CTC head."""
 
-    logits: Tensor  #: (B, T, V) logits or log-probabilities
+    logits: Posterior  #: (B, T, V) logits or log-probabilities; of cached targets their short form
     lengths: Tensor  #: (B,) frames
     frame_shift: float  #: seconds
     hidden: Dict[str, Tensor] = field(default_factory=dict)  #: tap → (B, T, D)

@@ -13,6 +13,7 @@ from torch import Tensor
 from espnet_kd.cli import UserError
 from espnet_kd.targets.encode import EncoderOutputs, check_taps, encode, measure_frame_shift
 from espnet_kd.targets.experiment import find_experiment, load_model
+from espnet_kd.targets.teacher import Needs
 
 
 class OnlineTeacher:
@@ -53,9 +54,13 @@ class OnlineTeacher:
         """Width of its hidden states."""
         return self._model.encoder.output_size()
 
-    def check_taps(self, taps: Sequence[str]) -> None:
+    def check(self, needed: Needs) -> None:
         """Refuse taps that this teacher lacks (:class:`UserError`)."""
-        check_taps(self._model, taps, "teacher")
+        check_taps(self._model, needed.taps, "teacher")
+
+    def probe(self, speech: Tensor, speech_lengths: Tensor) -> EncoderOutputs:
+        """What it says of a test signal."""
+        return self.targets((), speech, speech_lengths)
 
     def state_dict(self) -> Dict[str, Tensor]:
         """Its parameters and buffers by name."""

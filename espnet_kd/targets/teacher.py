@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import Callable, Dict, List, Optional, Protocol, Sequence
+from dataclasses import dataclass
+from typing import Callable, Dict, List, Optional, Protocol, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -12,6 +13,15 @@ from torch import Tensor
 from espnet_kd.cli import UserError
 from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.encode import EncoderOutputs
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What an objective reads of a teacher."""
+
+    tokens_on: str = "nonblank"  #: frames whose tokens it reads: ``nonblank`` or ``all``
+    temperatures: Tuple[float, ...] = ()  #: other than 1 at which it reads posteriors
+    taps: Tuple[str, ...] = ()  #: hidden states; ``decoder`` for an attention decoder's outputs
 
 
 class Teacher(Protocol):
@@ -26,8 +36,11 @@ class Teacher(Protocol):
     def hidden_size(self) -> int:
         """Width of its hidden states."""
 
-    def check_taps(self, taps: Sequence[str]) -> None:
-        """Refuse taps that it lacks (:class:`UserError`)."""
+    def check(self, needed: Needs) -> None:
+        """Refuse what it cannot give (:class:`UserError`)."""
+
+    def probe(self, speech: Tensor, speech_lengths: Tensor) -> EncoderOutputs:
+        """Lengths for a test signal; what else there is means nothing."""
 
     def state_dict(self) -> Dict[str, Tensor]:
         """Its parameters and buffers by name."""
@@ -85,12 +98,16 @@ class SeveralTeachers:
         """Width of the first teacher's hidden states."""
         return self.teachers[0].hidden_size
 
-    def check_taps(self, taps: Sequence[str]) -> None:
+    def check(self, needed: Needs) -> None:
         """See :class:`Teacher`."""
-        self.teachers[0].check_taps(taps)
-        if "decoder" in taps:
+        self.teachers[0].check(needed)
+        if "decoder" in needed.taps:
             for teacher in self.teachers[1:]:
-                teacher.check_taps(["decoder"])
+                teacher.check(Needs(taps=("decoder",)))
+
+    def probe(self, speech: Tensor, speech_lengths: Tensor) -> EncoderOutputs:
+        """See :class:`Teacher`."""
+        return self.targets((), speech, speech_lengths)
 
     def state_dict(self) -> Dict[str, Tensor]:
         """The first teacher's."""

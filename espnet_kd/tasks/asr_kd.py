@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Container, Dict, List, Optional, Sequence, Tuple
 
 from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
@@ -19,6 +19,8 @@ from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.page import KDStage, Page, load_page
 from espnet_kd.distill.schedule import EpochHooks, Progress
 from espnet_kd.offline import ASRTask
+from espnet_kd.targets.cache import CachedTeacher, hash_file
+from espnet_kd.targets.experiment import find_experiment
 from espnet_kd.targets.nbest import read_nbest
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate
 from espnet_kd.targets.teacher import SeveralTeachers, Teacher
@@ -43,6 +45,12 @@ class ASRKDTask(ASRTask):
             default=[],
             metavar="EXP[/FILE.pth]",
             help="A finished ESPnet ASR experiment; of several the probabilities are averaged",
+        )
+        group.add_argument(
+            "--target_cache",
+            type=str_or_none,
+            metavar="DIR",
+            help="What the teacher said (asr_kd_cache), instead of running it; with --teacher it must be that one's",
         )
         group.add_argument("--kd_config", type=str_or_none, help="Method page: a name in conf/methods, or a path")
         group.add_argument("--kd_stage", type=int, help="Train this KD stage only, into --output_dir")
@@ -109,11 +117,13 @@ class ASRKDTask(ASRTask):
         if args.nbest is None:
             return None
         nbest = read_nbest(Path(args.nbest), args.token_list)
-        check_nbest(args, nbest)
+        check_utterances(args, nbest, args.nbest, "asr_kd_nbest, stage 7 of run.sh")
         return nbest
 
     @staticmethod
     def _teacher(args: argparse.Namespace, page: Page) -> Optional[Teacher]:
+        if args.target_cache:
+            return cached_teacher(args, page)
         if not args.teacher:
             return None
         if not args.augmented_teacher:
@@ -177,15 +187,35 @@ def check_data(args: argparse.Namespace, stages: Sequence[KDStage]) -> None:
             )
 
 
-def check_nbest(args: argparse.Namespace, nbest: Mapping[str, object]) -> None:
-    """Refuse an N-best that lacks utterances of the training or validation data (:class:`UserError`)."""
+def cached_teacher(args: argparse.Namespace, page: Page) -> CachedTeacher:
+    """The teacher of ``--target_cache``.
+
+    Raises:
+        UserError: it lacks utterances, or is not that of ``--teacher``.
+    """
+    teacher = CachedTeacher(args.target_cache)
+    if len(args.teacher) > 1 or page.teacher_weights:
+        raise UserError(f"--target_cache {args.target_cache} holds one teacher's targets; several need --teacher alone")
+    for path in args.teacher:
+        file = find_experiment(path)[1]
+        if hash_file(file) != teacher.manifest.teacher_sha256:
+            raise UserError(
+                f"--target_cache {args.target_cache} was made with {teacher.manifest.teacher}, which differs from "
+                f"--teacher {file}; make the cache anew, or leave --teacher out"
+            )
+    check_utterances(args, teacher, args.target_cache, "asr_kd_cache")
+    return teacher
+
+
+def check_utterances(args: argparse.Namespace, known: Container[str], path: str, maker: str) -> None:
+    """Refuse a file of targets that lacks utterances of the training or validation data (:class:`UserError`)."""
     for option in DATA_OPTIONS:
-        for path, name, _ in getattr(args, option) or []:
-            if name != "speech" or Path(path).is_dir():  # with --multiple_iterator a directory of parts
+        for data, name, _ in getattr(args, option) or []:
+            if name != "speech" or Path(data).is_dir():  # with --multiple_iterator a directory of parts
                 continue
-            missing = [utt_id for utt_id, _ in read_pairs(path) if utt_id not in nbest]
+            missing = [utt_id for utt_id, _ in read_pairs(data) if utt_id not in known]
             if missing:
                 raise UserError(
-                    f"{args.nbest} lacks {len(missing)} utterances of {path} ({', '.join(missing[:5])} …); "
-                    "make it anew for this data: stage 7 of run.sh, or asr_kd_nbest"
+                    f"{path} lacks {len(missing)} utterances of {data} ({', '.join(missing[:5])} …); make it for this "
+                    f"data: {maker}"
                 )

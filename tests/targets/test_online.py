@@ -7,6 +7,7 @@ import torch
 
 from espnet_kd.cli import UserError
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate
+from espnet_kd.targets.teacher import Needs
 
 
 def test_targets_are_what_the_model_says(teacher_dir):
@@ -94,9 +95,9 @@ def test_a_teacher_without_ctc_is_refused(tmp_path):
 
 
 def test_unknown_tap_is_refused(teacher):
-    teacher.check_taps(["encoder", "encoder.3"])
+    teacher.check(Needs(taps=("encoder", "encoder.3")))
     with pytest.raises(UserError, match="the teacher .* no tap 'encoder.4'; it has: encoder, encoder.1, .*encoder.3$"):
-        teacher.check_taps(["encoder.4"])
+        teacher.check(Needs(taps=("encoder.4",)))
 
 
 @pytest.mark.parametrize("fs, hz", [(16000, 16000), ("16k", 16000), ("8k", 8000), ("22050", 22050), (None, 16000)])

@@ -16,7 +16,7 @@ from espnet_kd.distill.export import KD_OPTIONS
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.page import load_page
 from espnet_kd.offline import ASRTask
-from espnet_kd.tasks.asr_kd import ASRKDTask, check_data, check_nbest
+from espnet_kd.tasks.asr_kd import ASRKDTask, check_data, check_utterances
 
 AUGMENTED = ["--preprocessor_conf", "data_aug_effects=[[1.0, lowpass, {}]]", "--preprocessor_conf", "data_aug_prob=0.5"]
 ATTENTION_ONLY = ["--decoder", "transformer", "--model_conf", "ctc_weight=0.0"]
@@ -202,9 +202,9 @@ def test_an_n_best_of_other_utterances_is_refused(corpus, tmp_path):
         nbest="nbest", train_data_path_and_name_and_type=[(str(tmp_path / "wav.scp"), "speech", "sound")],
         valid_data_path_and_name_and_type=None,
     )  # fmt: skip
-    check_nbest(args, dict.fromkeys([*ids, "sp0.9-train0"]))
+    check_utterances(args, dict.fromkeys([*ids, "sp0.9-train0"]), "nbest", "asr_kd_nbest")
     with pytest.raises(UserError, match=r"nbest lacks 1 utterances of .*wav.scp \(sp0.9-train0 "):
-        check_nbest(args, dict.fromkeys(ids))
+        check_utterances(args, dict.fromkeys(ids), "nbest", "asr_kd_nbest")
 
 
 @pytest.mark.parametrize("method, refused", [("kl", True), ("progressive_fkl", True), ("label_free", False)])

@@ -13,6 +13,7 @@ from espnet_kd import frames as fr
 from espnet_kd.cli import UserError
 from espnet_kd.distill.schedule import Progress
 from espnet_kd.targets.encode import EncoderOutputs, depth_of
+from espnet_kd.targets.teacher import Needs
 
 if TYPE_CHECKING:
     from espnet_kd.targets.teacher import Teacher
@@ -59,6 +60,10 @@ class Objective:
     #: Taps it reads, of the student and of the teacher.
     student_taps: Tuple[str, ...] = ()
     teacher_taps: Tuple[str, ...] = ()
+    #: Frames on which it reads the teacher's tokens, ``nonblank`` or ``all``, and temperatures other than 1 at which it
+    #: reads posteriors: what a target cache has to keep.
+    tokens_on: str = "nonblank"
+    temperatures: Tuple[float, ...] = ()
 
     def __init__(self, per: str = "utterance"):
         if per not in ("frame", "utterance"):
@@ -67,6 +72,10 @@ class Objective:
 
     def place(self, student: torch.nn.Module) -> None:
         """Look at the student, before its taps are asked for (UserError: it does not fit)."""
+
+    def needs(self) -> Needs:
+        """What it reads of the teacher."""
+        return Needs(self.tokens_on, self.temperatures, self.teacher_taps)
 
     def init_student(self, student: torch.nn.Module, teacher: Optional[Teacher]) -> None:
         """Set the student's parameters where its training begins (UserError: it can't be done)."""
@@ -136,10 +145,11 @@ def taps_at(layers: Sequence[float], student: torch.nn.Module) -> Tuple[str, ...
     return tuple(f"encoder.{n}" for n in sorted({resolve_layer(n, depth) for n in layers}))
 
 
-def check_temperature(temperature: float) -> None:
-    """Refuse a temperature of 0 or less (:class:`UserError`)."""
+def check_temperature(temperature: float) -> Tuple[float, ...]:
+    """Refuse a temperature of 0 or less (:class:`UserError`); it alone, where it isn't 1 (`Objective.temperatures`)."""
     if not 0 < temperature < math.inf:
         raise UserError(f"temperature: must be a number above 0, not {temperature}")
+    return () if temperature == 1 else (float(temperature),)
 
 
 def lay_on(student: EncoderOutputs, target: EncoderOutputs, pool: str) -> EncoderOutputs:

@@ -67,6 +67,7 @@ class InterKD(Objective):
     """
 
     needs_text = True
+    tokens_on = "all"
 
     def __init__(
         self,
@@ -76,7 +77,7 @@ class InterKD(Objective):
         per: str = "utterance",
     ):
         super().__init__(per)
-        check_temperature(temperature)
+        self.temperatures = check_temperature(temperature)
         check_layers(layers)
         self.layers = layers
         self.l2_weight = l2_weight

@@ -40,6 +40,11 @@ class Selection:
         except (ValueError, TypeError) as e:
             raise UserError(f"frames: {e}") from e
 
+    @property
+    def nonblank_only(self) -> bool:
+        """Whether no blank frame can be among those it selects."""
+        return self.rule == "elimination" and self.options.get("log_prior") is None
+
     def check(self, student: torch.nn.Module) -> None:
         """Refuse a prior of another vocabulary (:class:`UserError`)."""
         prior = self.options.get("log_prior")
@@ -64,6 +69,8 @@ class PosteriorObjective(Objective):
     """
 
     loss: Callable[..., Tensor]
+    #: Whether the loss reads tokens on non-blank frames alone.
+    nonblank_only: bool = False
 
     def __init__(
         self,
@@ -74,10 +81,12 @@ class PosteriorObjective(Objective):
         **options: Any,
     ):
         super().__init__(per)
-        check_temperature(temperature)
+        self.temperatures = check_temperature(temperature)
         self.options = dict(options, temperature=temperature)
         self.factor = temperature**2 if tau_squared else 1.0
         self.selection = Selection(frames)
+        if not self.nonblank_only and not self.selection.nonblank_only:
+            self.tokens_on = "all"
 
     def place(self, student: torch.nn.Module) -> None:
         """See :class:`Objective`."""
@@ -118,6 +127,7 @@ class GuidedCTC(PosteriorObjective):
     """
 
     loss = staticmethod(losses.guided_ctc)
+    nonblank_only = True
 
     def __init__(
         self,
@@ -137,6 +147,7 @@ class BlankKL(PosteriorObjective):
     """Binary KL, blank or not: stage 1 of the progressive method."""
 
     loss = staticmethod(losses.blank_kl)
+    nonblank_only = True
 
 
 class FactorizedKL(PosteriorObjective):
@@ -154,6 +165,7 @@ class FactorizedKL(PosteriorObjective):
         frames: Dict[str, Any] = {},  # noqa: B006
         per: str = "utterance",
     ):
+        self.nonblank_only = nonblank_on_blank_weight == 0
         super().__init__(
             temperature,
             tau_squared,

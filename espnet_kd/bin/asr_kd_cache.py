@@ -1,0 +1,128 @@
+r"""Keep what a teacher says of data dirs on disk, so that training runs without the teacher.
+
+    python -m espnet_kd.bin.asr_kd_cache --teacher exp/teacher --kd_config progressive_fkl \
+        --data_dir dump/raw/train dump/raw/valid --output exp/teacher/targets --nj 4
+
+The page says what is kept: tokens on non-blank frames or on all, temperatures, hidden states. The same command
+continues a run that was stopped: finished shards are verified, damaged ones made again. With --job 2/4, on several
+machines or GPUs at once, each does its part; run the command without --job at the end. Train with --target_cache DIR.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Optional, Sequence, Tuple
+
+from espnet_kd import cli
+from espnet_kd.bin.asr_kd_inference import describe_inputs
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Command line of asr_kd_cache."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--teacher", required=True, metavar="EXP[/FILE.pth]", help="experiment or export")
+    parser.add_argument("--kd_config", required=True, nargs="+", metavar="PAGE", help="method pages it is to serve")
+    parser.add_argument(
+        "--data_dir", required=True, nargs="+", action="extend", metavar="DIR", help="training and validation data dirs"
+    )
+    parser.add_argument("--output", required=True, metavar="DIR", help="the cache, e.g. exp/teacher/targets")
+    parser.add_argument("--top_k", type=int, default=16, help="tokens kept of a frame, blank apart")
+    parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="0: CPU, 1: GPU")
+    parser.add_argument("--batch_seconds", type=float, default=120.0, help="audio in a batch, padding included")
+    parser.add_argument("--nj", type=int, default=1, help="batches at the same time; 1 on a GPU")
+    parser.add_argument("--job", default="1/1", metavar="I/N", help="do the I-th of N parts, from 1")
+    parser.add_argument("--shard_size", type=int, default=200, help="utterances of a shard, which is redone as a whole")
+    parser.add_argument("--force", action="store_true", help="make it anew, even where another cache is")
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    args = get_parser().parse_args(argv)
+    for name in ("nj", "top_k", "shard_size"):
+        if getattr(args, name) < 1:
+            raise cli.UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
+    if not (args.batch_seconds > 0 and math.isfinite(args.batch_seconds)):
+        raise cli.UserError(f"--batch_seconds is {args.batch_seconds}; it must be a number above 0")
+    job, jobs = parse_job(args.job)
+    output = Path(args.output)
+    data = [describe_inputs(Path(args.teacher), Path(d))["wav_scp_sha256"] for d in args.data_dir]
+
+    # Imported here: --help and mistakes in the command line are answered at once.
+    import torch
+    from tqdm import tqdm
+
+    from espnet_kd.bin.asr_kd_nbest import read_all_utterances
+    from espnet_kd.decode.recognise import recognise
+    from espnet_kd.distill.page import needed_targets
+    from espnet_kd.targets import cache_writer as writer
+    from espnet_kd.targets.cache import Manifest, Policy, hash_file, hash_tokens
+    from espnet_kd.targets.encode import measure_frame_shift
+    from espnet_kd.targets.experiment import find_experiment, load_model
+    from espnet_kd.targets.online import sampling_rate
+
+    if args.ngpu and not torch.cuda.is_available():
+        raise cli.UserError("--ngpu 1, but torch sees no GPU; use --ngpu 0")
+    if args.ngpu:
+        args.nj = 1  # a GPU gains nothing from batches side by side; recipes pass both options
+    if args.nj > 1:
+        torch.set_num_threads(1)  # batches run side by side instead
+    config, model_file = find_experiment(args.teacher)
+    model, train_args = load_model(config, model_file, "cuda" if args.ngpu else "cpu")
+    top_k = min(args.top_k, len(model.token_list) - 1)
+    policy = Policy(top_k, **asdict(needed_targets(args.kd_config)))
+    rate = sampling_rate(train_args)
+    shift = measure_frame_shift(model, rate)
+    recogniser = writer.TargetRecogniser(model, train_args, config.parent, policy=policy)
+    shards = writer.split(read_all_utterances(args.data_dir, recogniser.rate), args.shard_size)
+    manifest = Manifest(
+        str(model_file), hash_file(model_file), hash_tokens(recogniser.token_list), len(recogniser.token_list), shift,
+        rate, model.encoder.output_size(), policy, data, len(shards), {},
+    )  # fmt: skip
+    if args.force and output.exists():
+        shutil.rmtree(output)
+    writer.write_manifest(output, manifest, recogniser.token_list)
+    if jobs == 1:
+        writer.remove_leftovers(output)
+    mine = list(enumerate(shards))[job - 1 :: jobs]
+    with tqdm(total=sum(len(u) for _, u in mine), unit="utt", desc=output.name) as bar:
+        written = writer.write_shards(
+            output, policy, mine,
+            lambda utterances: recognise(recogniser, utterances, args.batch_seconds, args.nj, progress=False)[0],
+            bar.update,
+        )  # fmt: skip
+    logging.info("%s: %d of %d shards written, %d were there", output, written, len(mine), len(mine) - written)
+    if jobs > 1:
+        logging.info("when all %d jobs are through, run the same command without --job", jobs)
+        return
+    counts = writer.finish(output, manifest).counts
+    logging.info(
+        "%s: %d utterances, %d frames, %.1f %% of them with tokens, %.1f bytes a frame",
+        output, counts["utterances"], counts["frames"], 100 * counts["rows"] / max(counts["frames"], 1),
+        counts["bytes"] / max(counts["frames"], 1),
+    )  # fmt: skip
+
+
+def parse_job(job: str) -> Tuple[int, int]:
+    """``2/4`` → (2, 4).
+
+    Raises:
+        UserError: no such pair.
+    """
+    first, _, last = job.partition("/")
+    if first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last):
+        return int(first), int(last)
+    raise cli.UserError(f"--job {job}: give the part and the number of parts, such as 2/4")
+
+
+if __name__ == "__main__":
+    cli.run(main)
