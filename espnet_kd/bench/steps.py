@@ -1,0 +1,101 @@
+"""A training step: plain CTC, with a teacher beside it, with its cached targets."""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from pathlib import Path
+from typing import Any, Callable, Dict, Tuple
+
+import torch
+
+from espnet_kd.bench import models
+from espnet_kd.bench.timing import interleaved, median
+
+
+def measure(
+    vocabulary: int,
+    rounds: int,
+    *,
+    student: models.Size = (4, 96),
+    teacher: models.Size = (6, 144),
+    utts: int = 16,
+    seconds: float = 5.0,
+    nonblank: float = 0.2,
+    method: str = "progressive_fkl",
+) -> Dict[str, float]:
+    """Ratios of steps (forward, backward, optimizer) of one student in the last KD stage of a method.
+
+    Args:
+        rounds: counted rounds of the interleaved runs; the medians of the rounds' ratios are given.
+        student, teacher: blocks and width of two Conformers.
+        utts, seconds: batch and length of its utterances.
+        nonblank: share of the frames on which the teacher hears a token.
+
+    Returns:
+        ``cached_step``: KD step from the cache / plain step; ``online_step``: KD step with the teacher beside / (plain
+        step + one teacher forward); seconds of each; ``bytes_per_frame`` of this cache.
+    """
+    from espnet_kd.bin import asr_kd_cache
+    from espnet_kd.distill.model import ESPnetASRKDModel
+    from espnet_kd.distill.page import load_page
+    from espnet_kd.distill.schedule import Progress
+    from espnet_kd.targets.cache import CachedTeacher
+    from espnet_kd.targets.online import OnlineTeacher
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.manual_seed(0)
+    data = models.batch(utts, seconds, vocabulary)
+    plain = models.build(models.config(vocabulary, student))
+    page = load_page(method)
+    with tempfile.TemporaryDirectory() as scratch:
+        root = Path(scratch)
+        experiment = models.save_experiment(root / "teacher", models.config(vocabulary, teacher), data, nonblank)
+        data_dir = models.save_data_dir(root / "data", data)
+        asr_kd_cache.main(
+            ["--teacher", str(experiment), "--kd_config", method, "--data_dir", str(data_dir)]
+            + ["--output", str(root / "targets")]
+        )
+        teachers = {"online": OnlineTeacher(experiment), "cached": CachedTeacher(root / "targets")}
+        kd = {
+            name: ESPnetASRKDModel.adopt(
+                copy.deepcopy(plain), page, len(page.stages), said, Progress(epoch=5, max_epoch=10), models.RATE
+            )
+            for name, said in teachers.items()
+        }
+        plain.to(device)
+        for model in kd.values():
+            model.to(device)
+        runs: Dict[str, Callable[[], Any]] = {
+            name: _step(m, data, device) for name, m in {"plain": plain, **kd}.items()
+        }
+        heard = models.copied(data, device)
+        runs["teacher"] = lambda: teachers["online"].targets((), heard["speech"], heard["speech_lengths"])
+        times = interleaved(runs, rounds)
+        counts = teachers["cached"].manifest.counts
+    both = [p + t for p, t in zip(times["plain"], times["teacher"])]
+    return {
+        "cached_step": median([c / p for c, p in zip(times["cached"], times["plain"])]),
+        "online_step": median([o / b for o, b in zip(times["online"], both)]),
+        **{f"{name}_seconds": median(values) for name, values in times.items()},
+        "bytes_per_frame": counts["bytes"] / counts["frames"],
+    }
+
+
+def _step(model: torch.nn.Module, data: Dict[str, Any], device: str) -> Callable[[], None]:
+    model.train()
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-4)
+
+    def step() -> None:
+        loss = model(**models.copied(data, device))[0]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+
+    return step
+
+
+def sizes(text: str) -> Tuple[int, int]:
+    """``6x144`` → (6, 144), for a command line (ValueError)."""
+    blocks, _, width = text.partition("x")
+    return int(blocks), int(width)

@@ -1,0 +1,61 @@
+"""Ratios of costs: functions timed in turn, and peak memory in processes of their own."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import sys
+import time
+from multiprocessing import get_context
+from typing import Any, Callable, Dict, List, Mapping
+
+import torch
+from tqdm import tqdm
+
+
+def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> Dict[str, List[float]]:
+    """Seconds of each function in each round; the functions take turns, so that a noisy moment hits all alike.
+
+    On a CPU it is CPU time, of which other programs on the machine take less than of the clock's. ``warm_up`` rounds
+    are not counted.
+    """
+    clock = _gpu_clock if torch.cuda.is_available() else time.process_time
+    seconds: Dict[str, List[float]] = {name: [] for name in runs}
+    for i in tqdm(range(warm_up + rounds), desc=" / ".join(runs), leave=False):
+        for name, run in runs.items():
+            start = clock()
+            run()
+            if i >= warm_up:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def _gpu_clock() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def median(values: List[float]) -> float:
+    """The median, which one slow round does not move."""
+    return statistics.median(values)
+
+
+def peak_memory(run: Callable[..., Any], *args: Any) -> int:
+    """Most memory in bytes that ``run(*args)`` held, in a fresh process of its own (GPU: ``max_memory_allocated``)."""
+    context = get_context("spawn")
+    queue = context.Queue()
+    process = context.Process(target=_measure, args=(queue, run, args))
+    process.start()
+    peak = queue.get()
+    process.join()
+    return peak
+
+
+def _measure(queue: Any, run: Callable[..., Any], args: Any) -> None:
+    torch.set_num_threads(1)
+    run(*args)
+    if torch.cuda.is_available():
+        queue.put(torch.cuda.max_memory_allocated())
+    else:
+        unit = 1 if sys.platform == "darwin" else 1024
+        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

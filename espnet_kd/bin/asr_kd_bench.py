@@ -1,0 +1,137 @@
+r"""What distillation costs on this machine, as ratios of runs that take turns.
+
+    python -m espnet_kd.bin.asr_kd_bench
+    python -m espnet_kd.bin.asr_kd_bench --only decoding --expdir exp/teacher --data_dir dump/raw/test --json
+
+Training steps: plain CTC, with a teacher beside it, with cached targets. The loss alone: factorized KL against the
+plain way to write it, time and peak memory. Decoding: against espnet2.bin.asr_inference, for which a trained
+experiment and a data dir are needed. Times are CPU time of one thread, or of the GPU where there is one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Sequence, Tuple
+
+from espnet_kd import cli
+
+PARTS = ("steps", "loss", "decoding")
+#: What the table says of each ratio: key, meaning, which way is better.
+TABLE = (
+    ("cached_step", "KD step from the cache / plain step"),
+    ("online_step", "KD step with the teacher / (plain step + teacher forward)"),
+    ("fkl_time", "factorized KL beside CTC: extra time, plainly written / ours"),
+    ("fkl_memory", "factorized KL beside CTC: extra peak memory, plainly written / ours"),
+    ("cache_bytes", "cache, bytes per frame"),
+    ("greedy", "greedy decoding: asr_inference / ours, time"),
+    ("beam", "beam search of equal width: asr_inference / ours, time"),
+)
+
+
+def get_parser() -> argparse.ArgumentParser:
+    """Command line of asr_kd_bench."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="some of the parts; default all that are possible")
+    parser.add_argument("--vocabulary", type=int, nargs="+", default=[500, 5000], help="tokens V, for the steps")
+    parser.add_argument("--nonblank", type=float, nargs="+", default=[0.2], help="NB shares, for the loss")
+    parser.add_argument("--rounds", type=int, default=7, help="counted rounds of runs in turn")
+    parser.add_argument("--expdir", help="a trained experiment, for decoding")
+    parser.add_argument("--data_dir", help="a formatted data dir with text, for decoding")
+    parser.add_argument("--beam_size", type=int, default=10)
+    parser.add_argument("--most", type=int, default=0, help="utterances that are decoded; 0: all")
+    parser.add_argument("--json", action="store_true", help="print everything measured, as JSON")
+    return parser
+
+
+def main(argv: Optional[Sequence[str]] = None) -> None:
+    """Run the command.
+
+    Raises:
+        UserError: anything that the user can mend.
+    """
+    args = get_parser().parse_args(argv)
+    if args.rounds < 1:
+        raise cli.UserError(f"--rounds is {args.rounds}; it must be 1 or more")
+    parts = list(args.only or PARTS)
+    if "decoding" in parts and not (args.expdir and args.data_dir):
+        if args.only:
+            raise cli.UserError(
+                "--only decoding needs --expdir and --data_dir: a trained experiment, and what to decode"
+            )
+        parts.remove("decoding")
+
+    import torch
+
+    torch.set_num_threads(1)
+    measured: List[Dict[str, Any]] = []
+    if "steps" in parts:
+        from espnet_kd.bench import steps
+
+        for vocabulary in args.vocabulary:
+            found = steps.measure(vocabulary, args.rounds)
+            found["cache_bytes"] = found.pop("bytes_per_frame")
+            measured.append({"part": "steps", "vocabulary": vocabulary, **found})
+    if "loss" in parts:
+        from espnet_kd.bench import loss
+
+        for share in args.nonblank:
+            measured.append({"part": "loss", "nonblank": share, **loss.measure(share, args.rounds)})
+    if "decoding" in parts:
+        from espnet_kd.bench import decoding
+
+        found = decoding.measure(
+            Path(args.expdir), Path(args.data_dir), args.rounds, beam_size=args.beam_size, most=args.most
+        )
+        measured.append({"part": "decoding", "beam_size": args.beam_size, **found})
+    if args.json:
+        print(json.dumps({"machine": machine(), "measured": measured, **headline(measured)}, indent=2))
+    else:
+        print(table(measured))
+
+
+def headline(measured: Sequence[Dict[str, Any]]) -> Dict[str, float]:
+    """The ratios by their names; of several vocabularies or shares the first."""
+    return {key: next(m[key] for m in measured if key in m) for key, _ in TABLE if any(key in m for m in measured)}
+
+
+def table(measured: Sequence[Dict[str, Any]]) -> str:
+    """The ratios as a Markdown table, and what they were measured with."""
+    rows: List[Tuple[str, str, str]] = []
+    for m in measured:
+        what = ", ".join(f"{k} = {m[k]:g}" for k in ("vocabulary", "nonblank", "beam_size") if k in m)
+        rows += [(meaning, what, f"{m[key]:.3g}") for key, meaning in TABLE if key in m]
+        wers = [f"{k[4:]} {m[k]:.2f}" for k in m if k.startswith("wer_")]
+        if wers:
+            rows.append(("WER, percent", what, ", ".join(wers)))
+    lines = ["| | with | ratio |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
+    return "\n".join([*lines, "", ", ".join(f"{k} {v}" for k, v in machine().items())])
+
+
+def machine() -> Dict[str, str]:
+    """Processor and versions."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    names = [line for line in _cpuinfo() if line.startswith("model name")]
+    processor = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
+    return {
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor}, one thread",
+        "Python": platform.python_version(),
+        "torch": torch.__version__,
+        "ESPnet": version("espnet"),
+    }
+
+
+def _cpuinfo() -> List[str]:
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return []
+
+
+if __name__ == "__main__":
+    cli.run(main)
