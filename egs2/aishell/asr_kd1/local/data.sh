@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# Stage 1: AISHELL-1 into data/{train,valid,test}. Options: local/data.sh --help
+set -euo pipefail
+
+# shellcheck source=/dev/null
+. ./path.sh
+
+python3 -m espnet_kd.bin.asr_kd_data aishell --out data --nj "${nj:-1}" ${aishell:+--aishell "${aishell}"} "$@"

@@ -1,0 +1,12 @@
+#!/usr/bin/env bash
+# Stage 1: LibriSpeech into data/{train,valid,test_clean,…}. Options: local/data.sh --help
+set -euo pipefail
+
+# shellcheck source=/dev/null
+. ./path.sh
+
+opts=()
+for name in librispeech train_parts valid_parts test_parts split_by_speaker; do
+    [ -z "${!name+x}" ] || opts+=("--${name}" "${!name}")
+done
+python3 -m espnet_kd.bin.asr_kd_data librispeech --out data --nj "${nj:-1}" "${opts[@]}" "$@"
