@@ -5,6 +5,7 @@
     python -m espnet_kd.bin.asr_kd_data librispeech --out data --librispeech /corpora/LibriSpeech --nj 8
     python -m espnet_kd.bin.asr_kd_data aishell --out data --aishell /corpora/data_aishell --nj 8
     python -m espnet_kd.bin.asr_kd_data tedlium2 --out data --tedlium2 /corpora/TEDLIUM_release2 --nj 8
+    python -m espnet_kd.bin.asr_kd_data espnet --espnet_data /espnet/egs2/an4/asr1 --sets train_nodev train_dev test
     python -m espnet_kd.bin.asr_kd_data format --src data/train --dst dump/raw/train_sp --speed_factors 0.9 1.0 1.1
     python -m espnet_kd.bin.asr_kd_data combine --transcribed dump/raw/a --untranscribed dump/raw/b --dst dump/raw/ab
     python -m espnet_kd.bin.asr_kd_data tokens --text dump/raw/train/text --out data/token_list/char
@@ -98,6 +99,20 @@ def _tedlium2(args: argparse.Namespace) -> None:
                      skip_faulty=args.skip_faulty, nj=args.nj)  # fmt: skip
 
 
+def _add_espnet(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--espnet_data", required=True, metavar="DIR",
+                     help="an ESPnet recipe's directory; commands (… |) in its wav.scp are run")  # fmt: skip
+    sub.add_argument("--sets", required=True, nargs="+", metavar="NAME", help="its data dirs, e.g. train_nodev")
+    sub.add_argument("--out", default="data", help="directory that gets them")
+    sub.add_argument("--nj", type=int, default=1, help="processes that convert arks and commands to files")
+
+
+def _espnet(args: argparse.Namespace) -> None:
+    from espnet_kd.data.espnet_dump import take_espnet_data
+
+    take_espnet_data(args.espnet_data, args.sets, args.out, nj=args.nj)
+
+
 def _add_mini(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", default="data", help="directory that gets train/, valid/, test/, wav/, mini.json")
     sub.add_argument("--nj", type=int, default=1, help="processes; the bytes do not depend on it")
@@ -182,6 +197,7 @@ def _add_validate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--no_text", action="store_true", help="text may be missing")
     sub.add_argument("--allow_empty", action="store_true", help="an id alone in text is untranscribed audio: no fault")
     sub.add_argument("--no_audio", action="store_true", help="do not open the audio files")
+    sub.add_argument("--nj", type=int, default=1, help="processes that read the audio files' headers")
 
 
 def _validate(args: argparse.Namespace) -> None:
@@ -193,7 +209,7 @@ def _validate(args: argparse.Namespace) -> None:
             number = validate(data_dir, need_text=not args.no_text, allow_empty=args.allow_empty,
                               token_list=args.token_list, token_type=args.token_type,
                               min_seconds=args.min_seconds, max_seconds=args.max_seconds,
-                              check_audio=not args.no_audio, fs=args.fs or None)  # fmt: skip
+                              check_audio=not args.no_audio, fs=args.fs or None, nj=args.nj)  # fmt: skip
             logging.info("%s: %d utterances, no fault", data_dir, number)
         except UserError as e:
             errors.append(str(e))
@@ -225,6 +241,8 @@ def get_parser() -> argparse.ArgumentParser:
     add("tedlium2", "TED-LIUM release 2 to data dirs with segments", _add_tedlium2, _tedlium2,
         "--out data --tedlium2 /corpora/TEDLIUM_release2 --nj 8")  # fmt: skip
     add("mini", "synthesise the embedded corpus", _add_mini, _mini, "--out data --nj 2")
+    add("espnet", "data of an ESPnet recipe (dump/raw) to data dirs", _add_espnet, _espnet,
+        "--espnet_data /espnet/egs2/an4/asr1 --sets train_nodev train_dev test --out data")  # fmt: skip
     add("format", "data dir to formatted audio, with speed perturbation", _add_format, _format,
         "--src data/train --dst dump/raw/train_sp --speed_factors 0.9 1.0 1.1 --drop_out_of_range --nj 4")  # fmt: skip
     add("combine", "transcribed and untranscribed audio to one training set", _add_combine, _combine,

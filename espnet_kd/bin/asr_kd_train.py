@@ -17,7 +17,10 @@ import fcntl
 import hashlib
 import json
 import logging
+import math
 import sys
+import time
+import uuid
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
@@ -29,6 +32,7 @@ from espnet_kd.distill.checkpoints import CHECKPOINT, RECORD, mend, read_checkpo
 from espnet_kd.distill.page import KDStage, Page, list_pages, load_page
 from espnet_kd.distill.schedule import Ramp, Weight
 from espnet_kd.files import replacing
+from espnet_kd.targets.cache import read_manifest
 from espnet_kd.targets.experiment import find_experiment, load_state, student_only
 
 STUDENT = "student.pth"
@@ -49,9 +53,11 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     cmd = list(sys.argv[1:] if cmd is None else cmd)
     args = get_parser().parse_args(cmd)
     if args.kd_config is None and not (args.collect_stats or args.print_config):
-        given = [o for o in ("teacher", "nbest", "kd_stage", "kd_stages") if getattr(args, o)]
+        given = [o for o in ("teacher", "target_cache", "nbest", "kd_stage", "kd_stages") if getattr(args, o)]
         if given:
             raise UserError(f"--{given[0]} needs a method: give --kd_config (known: {', '.join(list_pages())})")
+    if not first_rank(args):
+        logging.getLogger().setLevel(logging.ERROR)  # one process speaks for all, as ESPnet has it
     with contextlib.ExitStack() as stack:
         if args.output_dir and not args.collect_stats and not args.print_config and first_rank(args):
             stack.enter_context(locked(Path(args.output_dir)))
@@ -159,6 +165,9 @@ def _train_stage(
         "init_from": page.init_from,
         "train": stage.train,
     }
+    if page.teacher == "required" and args.target_cache:
+        manifest = read_manifest(args.target_cache)
+        record["target_cache"] = {"teacher": manifest.teacher_sha256, **asdict(manifest.policy)}
     if page.teacher_weights:
         record["teacher_weights"] = page.teacher_weights
     if stage.attention_weight != float(stage.ctc_weight != 0.0):
@@ -196,9 +205,30 @@ def _train_stage(
         if first_rank(args):
             _finish(output_dir, page, record)
         torch.distributed.barrier()
+        if not args.dist_init_method.startswith("file://"):
+            # The next KD stage meets in a file: torchrun's store outlives a group, and would give it old addresses.
+            name = [uuid.uuid4().hex]
+            torch.distributed.broadcast_object_list(name, src=0)
+            args.dist_init_method = f"file://{output_dir.resolve()}/.dist_init_{name[0]}"
         torch.distributed.destroy_process_group()
     elif first_rank(args):
         _finish(output_dir, page, record)
+    else:
+        await_finish(output_dir)
+
+
+def await_finish(output_dir: Path, seconds: float = 600.0) -> None:
+    """Wait, on another machine, until the first one has written what the next KD stage starts from.
+
+    Raises:
+        UserError: it did not within ``seconds``.
+    """
+    for _ in range(math.ceil(seconds / 0.5)):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((output_dir / RECORD).read_text(encoding="utf-8"))["finished"]:
+                return
+        time.sleep(0.5)
+    raise UserError(f"the first machine did not finish {output_dir} in {seconds:.0f} s; do both see this directory?")
 
 
 def as_record(weight: Weight) -> Union[float, Dict[str, Any]]:

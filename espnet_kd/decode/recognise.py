@@ -191,8 +191,10 @@ def build_detokeniser(args: argparse.Namespace, config_dir: Union[str, Path]) ->
     if kind == "bpe":
         import sentencepiece
 
-        given = Path(args.bpemodel)
-        path = next((p for p in (given, Path(config_dir) / given.name) if p.is_file()), None)
+        # As config.yaml names it, from here or from the recipe that it was trained in; or beside config.yaml.
+        given, home = Path(args.bpemodel), Path(config_dir).resolve()
+        places = (given, home / given.name, *(parent / given for parent in home.parents))
+        path = next((p for p in places if p.is_file()), None)
         if path is None:
             raise UserError(f"the token model {given} of {config_dir}/config.yaml does not exist; run from the recipe")
         try:

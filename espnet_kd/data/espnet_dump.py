@@ -1,0 +1,194 @@
+"""An ESPnet recipe's data dirs → ours (stage 1 of run.sh with ``--espnet_data``).
+
+``asr.sh`` leaves ``dump/raw/<set>``, whose ``wav.scp`` names a file per utterance or an offset in a Kaldi ark, with
+paths that count from *its* recipe directory. Files are referred to where they lie, by absolute paths. What a data dir
+of ours cannot name, arks (``wav.ark``, ``flac.ark``) and commands (``… |``, in ``dump/raw_copy`` or ``data``), is
+written once as 16-bit FLAC to ``<out>/<set>/audio``. A ``segments`` file is kept; formatting cuts by it.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+import logging
+import re
+import shutil
+import subprocess
+import zlib
+from dataclasses import replace
+from pathlib import Path
+from typing import Iterator, Optional, Sequence, Tuple
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import PathLike, Spool, Utterance, read_data_dir, read_pairs, write_data_dir
+from espnet_kd.data.parallel import map_with_bar
+from espnet_kd.files import replacing
+
+PLACES = ("dump/raw", "dump/raw_copy", "raw", "raw_copy", ".", "data")
+_ARK = re.compile(r"(.+):(\d+)")
+
+
+def take_espnet_data(espnet_data: PathLike, sets: Sequence[str], out: PathLike, nj: int = 1) -> None:
+    """Make ``out/<set>`` of an ESPnet recipe's data for each of ``sets``.
+
+    Args:
+        espnet_data: the ESPnet recipe's directory (egs2/…/asr1), or its dump directory.
+        sets: names of data dirs in it, such as train_nodev.
+        out: directory that gets them.
+        nj: processes, for what has to be converted.
+
+    Raises:
+        UserError: no such set, features instead of audio, audio that is not found or cannot be read.
+    """
+    sources = {name: find_set(Path(espnet_data), name) for name in sets}  # all of them, before the first is taken
+    for name, source in sources.items():
+        _take(source, Path(espnet_data), Path(out) / name, nj)
+
+
+def find_set(espnet_data: Path, name: str) -> Path:
+    """Return the directory of a set: as ``asr.sh`` formatted it, else as the recipe's own data preparation left it.
+
+    Raises:
+        UserError: there is none, or it holds no audio that is read here.
+    """
+    found = [espnet_data / place / name for place in PLACES if (espnet_data / place / name / "wav.scp").is_file()]
+    if not found:
+        raise UserError(
+            f"{espnet_data} has no data dir '{name}' (looked in {', '.join(PLACES)}); give the ESPnet recipe's "
+            "directory to --espnet_data, and the names of its sets to --train_set, --valid_set and --test_sets"
+        )
+    source = found[0]
+    kind, audio_format = (_read(source / name) for name in ("feats_type", "audio_format"))
+    if kind not in ("", "raw", "raw_copy"):
+        raise UserError(f"{source}/feats_type is {kind}; audio is needed (asr.sh --feats_type raw)")
+    if audio_format.startswith("multi"):
+        raise UserError(f"{source}/audio_format is {audio_format}; one audio file per utterance is needed")
+    return source
+
+
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+
+
+def _take(source: Path, espnet_data: Path, dst: Path, nj: int) -> None:
+    wav_scp = source / "wav.scp"
+    root = _find_root(wav_scp, espnet_data)
+    stamp, audio_dir = dst / "audio/.source", dst / "audio"
+    # Audio of an earlier run is kept if it was made of this very list.
+    facts = wav_scp.stat()
+    inputs = f"{wav_scp.resolve()} {facts.st_size} {facts.st_mtime_ns}"
+    if _read(stamp) != inputs:
+        shutil.rmtree(audio_dir, ignore_errors=True)
+    todo = Spool(dst, (entry for entry in _entries(source) if _needs_conversion(entry[1])))
+    if len(todo):
+        with replacing(stamp) as f:
+            f.write(inputs)
+        convert = functools.partial(_convert, root=root, audio_dir=audio_dir)
+        size = sum(map_with_bar(convert, todo, nj=nj, desc=str(audio_dir)))
+        what = f"{len(todo)} entries of {wav_scp} (arks, commands)"
+        logging.info("%s: %s as FLAC, %.1f MB", audio_dir, what, size / 1e6)
+
+    def with_own_paths() -> Iterator[Utterance]:
+        for u in read_data_dir(source):
+            if _needs_conversion(u.audio):
+                yield replace(u, audio=str(_flac(audio_dir, u.recording or u.utt_id)))
+            else:
+                yield replace(u, audio=str((root / u.audio).absolute()))
+
+    number = write_data_dir(dst, with_own_paths())
+    logging.info("%s: %d utterances of %s%s", dst, number, source, "" if len(todo) else ", whose audio stays there")
+
+
+def _entries(source: Path) -> Iterator[Tuple[str, str, Optional[int]]]:
+    """Yield (id, audio, its samples where utt2num_samples says) of a wav.scp."""
+    if (source / "segments").exists():
+        for recording, audio in read_pairs(source / "wav.scp"):
+            yield recording, audio, None
+    else:
+        for u in read_data_dir(source, read_text=False):
+            yield u.utt_id, u.audio, u.num_samples
+
+
+def _needs_conversion(audio: str) -> bool:
+    return audio.endswith("|") or _ARK.fullmatch(audio) is not None
+
+
+def _find_root(wav_scp: Path, espnet_data: Path) -> Path:
+    """The directory that the paths of a wav.scp count from: where its first file is found."""
+    for _, audio in read_pairs(wav_scp):
+        if not audio.endswith("|"):
+            ark = _ARK.fullmatch(audio)
+            first = ark[1] if ark else audio
+            break
+    else:
+        return espnet_data.resolve()
+    for root in (espnet_data.resolve(), *wav_scp.resolve().parents):
+        if (root / first).is_file():
+            return root
+    raise UserError(
+        f"{wav_scp}: {first} is found neither from {espnet_data} nor from a directory above wav.scp; was it moved?"
+    )
+
+
+def _flac(audio_dir: Path, key: str) -> Path:
+    if "/" in key:
+        raise UserError(f"'{key}' has a '/': it cannot name a file; rename the utterance or recording")
+    # 256 directories: some file systems and tools are slow with 300,000 files in one.
+    return audio_dir / f"{zlib.crc32(key.encode()) & 255:02x}" / f"{key}.flac"
+
+
+def _convert(entry: Tuple[str, str, Optional[int]], root: Path, audio_dir: Path) -> int:
+    """Write one entry of a wav.scp as FLAC unless it is there; return its size in bytes."""
+    import numpy as np
+    import soundfile
+
+    key, audio, expected = entry
+    path = _flac(audio_dir, key)
+    if not path.exists():
+        samples, rate = _run(key, audio, root) if audio.endswith("|") else _read_ark(key, audio, root)
+        if not len(samples):
+            raise UserError(f"'{key}': the audio has zero length: {audio}")
+        if expected not in (None, len(samples)):
+            raise UserError(f"'{key}': {len(samples)} samples in {audio}, {expected} in utt2num_samples; is it cut?")
+        # Exact for 16-bit audio, which soundfile gives divided by 32768.
+        whole = np.round(samples * 32768).clip(-32768, 32767).astype(np.int16)
+        with replacing(path, "wb") as f:
+            soundfile.write(f, whole, rate, format="FLAC", subtype="PCM_16")
+    return path.stat().st_size
+
+
+def _read_ark(key: str, audio: str, root: Path):
+    """Samples (N,) or (N, channels) in [-1, 1] at an ark's offset, and their rate in Hz."""
+    import kaldiio
+    import numpy as np
+
+    file, offset = _ARK.fullmatch(audio).groups()
+    try:
+        with open(root / file, "rb") as f:
+            f.seek(int(offset))
+            # Looked at first: an ark may also hold features, or a pickle, which kaldiio would execute.
+            if not f.read(5).startswith((b"AUDIO", b"RIFF", b"fLaC")):
+                raise UserError(f"'{key}': no audio at {audio} (features?); asr.sh --feats_type raw leaves audio")
+        rate, samples = kaldiio.load_mat(f"{root / file}:{offset}")
+    except (OSError, RuntimeError, ValueError, EOFError) as e:
+        raise UserError(f"'{key}': cannot read {audio}: {e}") from e
+    samples = np.asarray(samples)
+    return samples / 32768 if samples.dtype == np.int16 else samples, rate
+
+
+def _run(key: str, audio: str, root: Path):
+    """Samples that a command of wav.scp writes, and their rate in Hz; it runs in the ESPnet recipe, as there."""
+    import soundfile
+
+    command = audio.rstrip("| ")
+    done = subprocess.run(command, shell=True, cwd=root, stdin=subprocess.DEVNULL, capture_output=True)
+    if done.returncode:
+        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        raise UserError(
+            f"'{key}': '{command}' failed in {root} with {done.returncode}{': ' + said[-1] if said else ''}; are the "
+            "programs of ESPnet's path.sh on the path?"
+        )
+    try:
+        return soundfile.read(io.BytesIO(done.stdout), dtype="float64")
+    except (soundfile.LibsndfileError, RuntimeError) as e:
+        raise UserError(f"'{key}': what '{command}' writes is no audio: {e}") from e

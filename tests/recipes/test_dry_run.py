@@ -1,0 +1,103 @@
+"""--dry_run: what the stages would run, on a machine that has neither the data nor the GPUs; and several machines."""
+
+import shlex
+from pathlib import Path
+
+import pytest
+from recipe import Recipe
+
+from espnet_kd.bin.asr_kd_train import get_parser
+
+
+def commands(text: str) -> list:
+    """The commands of a dry run, as lists of words; the stages are comments between them."""
+    return [shlex.split(line) for line in text.splitlines() if line[:1] not in ("", "#")]
+
+
+def files(recipe: Recipe) -> set:
+    return {str(p) for p in recipe.dir.rglob("*")}
+
+
+@pytest.fixture(scope="module")
+def cluster(egs2):
+    """What ./run.sh --dry_run says for two machines of a slurm cluster."""
+    recipe = Recipe(egs2, "an4")
+    cmd = recipe.dir / "cmd.sh"
+    cmd.unlink()  # a link: the other recipes keep theirs
+    cmd.write_text('train_cmd="slurm.pl --mem 4G"\ncuda_cmd="slurm.pl --config conf/slurm.conf"\n')
+    before = files(recipe)
+    scale = ["--use_amp", "true", "--batch_bins", "8000000", "--accum_grad", "2"]
+    own = ["--max_epoch", "7"]
+    done = recipe.run("--ngpu", "4", "--num_nodes", "2", *scale, "--train_args", " ".join(own), "--dry_run")
+    assert files(recipe) == before, "a dry run writes nothing"
+    return done.stdout, recipe, scale, own
+
+
+def test_stages_and_commands(cluster):
+    text, *_ = cluster
+    for number in range(1, 14):
+        assert f"# stage {number}: " in text
+    said = commands(text)
+    modules = [words[words.index("-m") + 1].rpartition(".")[2] for words in said if "-m" in words]
+    data = ["asr_kd_data"] * 6
+    end = ["asr_kd_export", "asr_kd_inference", "asr_kd_score", "asr_kd_report"]
+    assert modules == [*data, "asr_kd_train", "aggregate_stats_dirs", *["launch"] * 5, *end]
+    assert said[0] == ["env", "nj=2", "local/data.sh"]
+    assert said[-3][3:] == [
+        *("--expdir", "exp/teacher", "exp/student_plain", "exp/student_progressive_fkl/export"),
+        *("--data_dir", "dump/raw/test", "--ngpu", "1", "--nj", "2"),
+    ]
+
+
+def test_training_goes_through_the_launcher_with_options_that_espnet_takes(cluster, monkeypatch):
+    text, recipe, scale, own = cluster
+    launches = [words for words in commands(text) if "espnet2.bin.launch" in words]
+    dirs = ["exp/teacher", "exp/student_plain", *["exp/student_progressive_fkl"] * 3]
+    monkeypatch.chdir(recipe.dir)
+    parser = get_parser()
+    for words, directory in zip(launches, dirs):
+        at = words.index("--")
+        launch = dict(zip(words[3:at:2], words[4:at:2]))
+        assert launch["--cmd"] == f"slurm.pl --config conf/slurm.conf --name {Path(directory).name}"
+        assert (launch["--ngpu"], launch["--num_nodes"]) == ("4", "2")
+        assert launch["--init_file_prefix"].startswith(directory)
+        args = parser.parse_args(words[at + 4 :])
+        assert args.output_dir == directory
+        # The scale is that of teacher and students alike; what is given to one of them comes after it.
+        assert (args.use_amp, args.batch_bins, args.accum_grad) == (True, 8000000, 2)
+        assert (args.max_epoch == 7) == (directory != "exp/teacher")
+    assert [parser.parse_args(w[w.index("--") + 4 :]).kd_stage for w in launches] == [None, None, 1, 2, 3]
+
+
+def test_one_machine_and_an_espnet_recipe(egs2):
+    recipe = Recipe(egs2, "mini")
+    where = ["--espnet_data", "/espnet/asr1", "--train_set", "tr", "--valid_set", "dt", "--test_sets", "a b"]
+    options = [*where, "--ngpu", "2", "--teacher", "/espnet/asr1/exp/asr", "--method", "sequence_kd"]
+    done = recipe.run("--dry_run", "true", *options)
+    said = commands(done.stdout)
+    assert said[0][3:] == ["espnet", "--espnet_data", "/espnet/asr1", "--nj", "2", "--sets", "tr", "dt", "a", "b"]
+    launches = [words for words in said if "espnet2.bin.launch" in words]
+    assert len(launches) == 2 and "--nbest" in launches[1]  # the plain student and the only KD stage; no teacher
+    assert "./run_local.sh --name student_plain" in launches[0]
+    assert "exp/teacher_given/export" in said[-3]
+
+
+def test_several_machines_need_a_cluster(egs2):
+    recipe = Recipe(egs2, "mini")
+    for name in ("dump/raw/train/wav.scp", "dump/raw/train/text", "dump/raw/valid/text", "exp/stats_train_char/.done"):
+        path = recipe.dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x y\n")
+    tokens = recipe.dir / "data/token_list/char/tokens.txt"
+    tokens.parent.mkdir(parents=True)
+    tokens.write_text("x\n")
+    done = recipe.run("--stage", "6", "--stop_stage", "6", "--num_nodes", "2", check=False)
+    assert done.returncode == 1 and "error: --num_nodes 2: cuda_cmd in cmd.sh" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "options", [["--dry_run", "maybe"], ["--use_amp", "1"], ["--batch_bins", "2e6"], ["--accum_grad", "-1"]]
+)
+def test_wrong_values_are_refused(egs2, options):
+    done = Recipe(egs2, "mini").run(*options, check=False)
+    assert done.returncode == 2 and f"error: {options[0]} must be" in done.stdout

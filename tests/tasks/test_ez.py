@@ -1,0 +1,41 @@
+"""The example of distillation from Python, on a tiny corpus."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+import soundfile
+
+from espnet_kd.cli import UserError
+from espnet_kd.ez import Distiller
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "egs2/TEMPLATE/distil_from_python.py"
+QUICK = {"max_epoch": 3, "num_workers": 0, "use_tensorboard": False, "use_matplotlib": False, "batch_bins": 100000}
+
+
+def test_the_example(tmp_path, corpus, teacher_dir):
+    spec = importlib.util.spec_from_file_location("distil_from_python", EXAMPLE)
+    example = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(example)
+    where = (str(teacher_dir), str(corpus.dir), str(corpus.dir / "tokens.txt"), str(tmp_path))
+    student = example.main(*where, **QUICK)
+    out = tmp_path / "student"
+    assert json.loads((out / "experiment.json").read_text())["kd_stages"] == [1, 2, 3]
+    assert [n.name for n in (out / "export").iterdir() if n.suffix == ".pth"] == ["model.pth"]
+    samples, _ = soundfile.read(corpus.dir / "valid/valid0.wav")
+    assert isinstance(student(samples)[0][0], str)
+    # Again: everything is there.
+    before = (out / "student.pth").stat().st_mtime_ns
+    example.main(*where, **QUICK)
+    assert (out / "student.pth").stat().st_mtime_ns == before
+
+
+def test_training_asks_for_statistics(tmp_path, corpus):
+    distiller = Distiller(
+        corpus.config(), tmp_path / "student", tmp_path / "stats", method="cr_ctc",
+        data_info={"speech": ("wav.scp", "sound"), "text": ("text", "text")},
+        train_dump_dir=corpus.dir / "train", valid_dump_dir=corpus.dir / "valid",
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"call collect_stats\(\) first"):
+        distiller.train()
