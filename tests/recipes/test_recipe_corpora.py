@@ -99,7 +99,7 @@ CORPORA = [
     Corpus(
         "librispeech", "LibriSpeech", librispeech,
         ["--train_parts", "train-clean-100", "--valid_parts", "test-clean", "--test_parts", "test-other",
-         "--nbpe", "60", "--kd_stages", "3"],
+         "--nbpe", "60", "--kd_stages", "3", "--target_cache", "true"],
         1, "progressive_fkl", [3], 60,
     ),
     Corpus("aishell", "data_aishell", aishell, [], 3, "progressive_fkl", [1, 2, 3], 0),
@@ -170,6 +170,8 @@ def test_results(finished):
     assert set(rows) == {"teacher", "plain", "student"}
     student = rows["student"]
     assert (student["method"], student["kd_stages"]) == (corpus.method, corpus.kd_stages)
+    (record,) = (recipe.dir / "exp").glob(f"student_{corpus.method}*/kd_stage.json")
+    assert ("target_cache" in json.loads(record.read_text())) == ("--target_cache" in corpus.options)
     assert student["epochs"] == rows["plain"]["epochs"] == corpus.epochs
     assert all(row["testset"] in expected and row["cer"] is not None for row in rows.values())
     token_list = next((recipe.dir / "data/token_list").iterdir())

@@ -8,6 +8,7 @@ stop_stage=13        # last stage to run
 method=progressive_fkl # method page: a name in conf/methods, or a path
 kd_stages=           # use only these KD stages of the page, e.g. "1 3" (the last one gets the others' epochs)
 teacher=             # existing experiments EXP[/FILE.pth], several in quotes; tokens and N-best are the first one's
+target_cache=false   # true: stage 7 keeps what the teacher says on disk, and the KD stages run without it
 teacher_config=conf/train_teacher.yaml
 student_config=conf/train_student.yaml
 teacher_args=        # further options of espnet2.bin.asr_train for the teacher
@@ -71,6 +72,7 @@ tag=${tag:-$([ "${seed}" = 0 ] || echo "seed${seed}")}
 plain_exp=${expdir}/student_plain${tag:+_${tag}}
 student_exp=${expdir}/student_$(basename "${method}" .yaml)${kd_stages:+_${kd_stages// /}}${untranscribed:+_untranscribed}${tag:+_${tag}}
 nbest=${expdir}/nbest_${teacher_name}_${kd_set}
+cache=${expdir}/targets_${teacher_name}_${kd_set}_$(basename "${method}" .yaml)
 read -r -a untranscribed_list <<<"${untranscribed}"
 read -r -a kd_stages_list <<<"${kd_stages}"
 read -r -a teacher_args_list <<<"${teacher_args}"
@@ -172,14 +174,20 @@ fi
 
 if running 7; then
     page_of "${method}"
-    if [ "${page[nbest]}" = 0 ]; then
-        log "stage 7: nothing to do, ${method} needs no N-best of the teacher"
-    else
+    for_students=(--data_dir "${raw}/${kd_set}" "${raw}/${valid_set}" --nj "${nj}" --ngpu "${gpu}")
+    if [ "${page[nbest]}" != 0 ]; then
         log "stage 7: N-best of the teacher, ${nbest}"
         needs_teacher
         needs "${raw}/${kd_set}/wav.scp" 2
-        kd nbest --teacher "${teachers[0]}" --data_dir "${raw}/${kd_set}" "${raw}/${valid_set}" --output "${nbest}" \
-            --nbest "${page[nbest]}" --nj "${nj}" --ngpu "${gpu}"
+        kd nbest --teacher "${teachers[0]}" --output "${nbest}" --nbest "${page[nbest]}" "${for_students[@]}"
+    fi
+    if cached; then
+        log "stage 7: targets of the teacher, ${cache}"
+        needs_teacher
+        needs "${raw}/${kd_set}/wav.scp" 2
+        kd cache --teacher "${teachers[0]}" --output "${cache}" --kd_config "${method}" "${for_students[@]}"
+    elif [ "${page[nbest]}" = 0 ]; then
+        log "stage 7: nothing to do, ${method} needs no N-best of the teacher, and --target_cache is not true"
     fi
 fi
 
@@ -197,6 +205,10 @@ for k in 1 2 3; do
     needs_teacher
     opts=(--kd_config "${method}" --kd_stage "${k}" ${kd_stages:+--kd_stages "${kd_stages_list[@]}"})
     [ "${page[teacher]}" = none ] || opts+=(--teacher "${teachers[@]}")
+    if cached; then
+        needs "${cache}/manifest.json" 7
+        opts+=(--target_cache "${cache}")
+    fi
     if [ "${page[nbest]}" != 0 ]; then
         needs "${nbest}" 7
         opts+=(--nbest "${nbest}")

@@ -10,8 +10,8 @@ Example: ./run.sh --stage 8 --method progressive_fkl --teacher exp/teacher --ngp
 Stages, the same in every recipe:
    1 data preparation          5 teacher training         8-10 KD stages 1-3
    2 formatting, speed         6 student without KD       11 export
-   3 token list                7 N-best of the teacher,   12 decoding
-   4 statistics                  if the method needs it   13 scoring and results
+   3 token list                7 N-best or targets of     12 decoding
+   4 statistics                  the teacher              13 scoring and results
 
 Where the training set has no text: the tokens are those of --teacher, stage 6 is skipped, and the method has to be one
 without labels.
@@ -54,7 +54,7 @@ parse_options() {
         case "${number}" in batch_bins | accum_grad) [ -n "${!number}" ] || continue ;; esac
         [[ "${!number}" =~ ^[0-9]+$ ]] || refuse "--${number} must be a whole number, not '${!number}'"
     done
-    for name in dry_run use_amp; do
+    for name in dry_run use_amp target_cache; do
         [[ "${!name}" =~ ^(true|false)$ ]] || [ "${name}${!name}" = use_amp ] ||
             refuse "--${name} must be true or false, not '${!name}'"
     done
@@ -247,6 +247,8 @@ page_of() {
     page[without_teacher]=$([ "${page[teacher]}${page[nbest]}" != none0 ] || echo 1)
 }
 
+# cached: whether the KD stages train from targets on disk
+cached() { [ "${target_cache}" = true ] && [ "${page[teacher]}" = required ]; }
 needs_teacher() { [ -n "${teacher}${page[without_teacher]}" ] || needs "${own_teacher}/.done" 5; }
 
 # given_teacher I: set found to the given teacher number I, seen from where the recipe's results lie: they are not put

@@ -16,7 +16,7 @@ while [ $# -gt 0 ]; do
     --train_parts | --valid_parts | --test_parts | --split_by_speaker)
         declare -x "${1#--}=${2?$1 needs the names of parts}"
         [ "$1" != --test_parts ] || test_sets=${2//-/_}
-        [ "$1" != --split_by_speaker ] || test_sets=test
+        [ "$1" != --split_by_speaker ] || test_sets="test"
         ;;
     *)
         args+=("$1")
