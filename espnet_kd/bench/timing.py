@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 import resource
 import statistics
 import sys
 import time
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping
 
 import torch
@@ -57,5 +59,14 @@ def _measure(queue: Any, run: Callable[..., Any], args: Any) -> None:
     if torch.cuda.is_available():
         queue.put(torch.cuda.max_memory_allocated())
     else:
-        unit = 1 if sys.platform == "darwin" else 1024
-        queue.put(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+        queue.put(_peak_rss())
+
+
+def _peak_rss() -> int:
+    """Bytes of this process's resident memory at most, as far as the system tells."""
+    try:
+        status = Path("/proc/self/status").read_text(encoding="utf-8")
+        return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE).group(1))
+    except (OSError, AttributeError):
+        # On Linux this would be the parent's, were that larger: it survives exec.
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
