@@ -56,3 +56,13 @@ def trained(tmp_path_factory, corpus, teacher_dir):
     out = tmp_path_factory.mktemp("trained") / "student"
     asr_kd_train.main(corpus.options(out, "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl"))
     return out
+
+
+def pytest_terminal_summary(terminalreporter):
+    """What tests have to say when they pass (``record_property("summary", …)``), also from xdist's workers."""
+    reports = [r for r in terminalreporter.getreports("passed") if r.when == "call"]
+    lines = sorted(text for r in reports for key, text in r.user_properties if key == "summary")
+    if lines:
+        terminalreporter.section("figures")
+        for line in lines:
+            terminalreporter.write_line(line)

@@ -37,14 +37,14 @@ def test_readme_lists_the_files(home):
         for name in names
     ],
 )
-def test_model_builds_and_has_the_size_stated(home, name, tmp_path):
+def test_model_builds_and_has_the_size_stated(home, name, tmp_path, record_property):
     tokens, millions = stated(home)[name]
     words = ["<blank>", "<unk>", *(f"t{i}" for i in range(tokens - 3)), "<sos/eos>"]
     (tmp_path / "tokens.txt").write_text("".join(f"{word}\n" for word in words))
     args = ASRTask.get_parser().parse_args(["--config", str(home / name), "--token_list", str(tmp_path / "tokens.txt")])
     model = ASRTask.build_model(args)
     parameters = sum(p.numel() for p in model.parameters())
-    print(f"{(home / name).relative_to(ROOT)}: {parameters:,} parameters with {tokens} tokens")
+    record_property("summary", f"{(home / name).relative_to(ROOT)}: {parameters:,} parameters with {tokens} tokens")
     assert f"{parameters / 1e6:.2f}" == millions
     (optimizer,) = ASRTask.build_optimizers(args, model)
     scheduler_classes[args.scheduler](optimizer, **args.scheduler_conf)
