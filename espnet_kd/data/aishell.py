@@ -11,18 +11,17 @@ import logging
 import os
 from functools import partial
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Sequence, Tuple, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.corpora import LeftOut, directories, files_by_stem, find_root, unpacked_beside, write_corpus_dir
-from espnet_kd.data.datadir import Spool, Utterance, iter_lines, os_errors_told, sort_externally, split_line
+from espnet_kd.data.datadir import Spool, Utterance, join_sorted, os_errors_told, read_sorted, sort_externally
 from espnet_kd.data.parallel import map_with_bar
 
 PathLike = Union[str, Path]
 TRANSCRIPT = "transcript/aishell_transcript_v0.8.txt"
 SETS = {"train": "train", "dev": "valid", "test": "test"}  # the corpus's name, and ours
 Recording = Tuple[str, str, str, str]  # utterance id, set, speaker, file
-Line = Tuple[str, int, str]  # utterance id, line number, text
 
 
 def prepare_aishell(
@@ -58,18 +57,24 @@ def prepare_aishell(
         silent = LeftOut(skip_faulty)
         spools = {name: Spool(out) for name in SETS.values()}
         recordings = sort_externally(_list(roots), lambda r: r[0], out)
-        lines = sort_externally(_read_transcript(transcript), lambda x: x[0], out)
-        for recording, line in _join(recordings, lines, transcript):
-            if recording is None:
-                silent.add("transcript without audio", line[0])
+        for utt_id, found in join_sorted({"audio": recordings, "text": read_sorted(transcript)}):
+            files, texts = found.get("audio", []), found.get("text", [])
+            if len(files) > 1:
+                raise UserError(f"utterance id '{utt_id}' is two files ({files[0][3]}, {files[1][3]}); remove one")
+            if len(texts) > 1:
+                raise UserError(f"{transcript}: utterance '{utt_id}' stands in lines {texts[0][1]} and {texts[1][1]}; "
+                                "keep one of them")  # fmt: skip
+            if not files:
+                silent.add("transcript without audio", utt_id)
                 continue
-            utt_id, name, speaker, path = recording
-            if line is None:
+            _, name, speaker, path = files[0]
+            text = "".join(texts[0][2].split()) if texts else ""
+            if not texts:
                 left_out[name].add("audio without transcript", utt_id)
-            elif not line[2]:
-                left_out[name].fault("empty transcript", utt_id, f"{transcript}:{line[1]}", "fill it in")
+            elif not text:
+                left_out[name].fault("empty transcript", utt_id, f"{transcript}:{texts[0][1]}", "fill it in")
             else:
-                spools[name].append([Utterance(utt_id, speaker, path, line[2])])
+                spools[name].append([Utterance(utt_id, speaker, path, text)])
         counts = {name: write_corpus_dir(out / name, spools[name], left_out[name], nj=nj) for name in spools}
         silent.report(str(transcript), out / "left_out")
     return counts
@@ -113,38 +118,7 @@ def _list(roots: Sequence[Path]) -> Iterator[Recording]:
         for speaker in (s for root in roots if (root / name).is_dir() for s in directories(root / name)):
             for utt_id, file in files_by_stem(speaker, (".wav", ".flac")).items():
                 found = True
-                yield utt_id, ours, speaker.name, str(speaker / file)
+                yield utt_id, ours, speaker.name, os.path.join(speaker, file)
         if not found:
             raise UserError(f"{roots[0] / name}: this set is missing or has no audio; expected {name}/S????/*.wav or "
                             "S????.tar.gz")  # fmt: skip
-
-
-def _read_transcript(path: Path) -> Iterator[Line]:
-    for number, line in iter_lines(path):
-        utt_id, text = split_line(line)
-        if utt_id:
-            yield utt_id, number, "".join(text.split())
-
-
-def _join(
-    recordings: Iterator[Recording], lines: Iterator[Line], transcript: Path
-) -> Iterator[Tuple[Optional[Recording], Optional[Line]]]:
-    """Pair two sorted streams by id; what has no partner comes with None.
-
-    Raises:
-        UserError: an id stands twice in one of the streams.
-    """
-    recording, line = next(recordings, None), next(lines, None)
-    while recording is not None or line is not None:
-        left = recording if line is None or (recording is not None and recording[0] <= line[0]) else None
-        right = line if recording is None or (line is not None and line[0] <= recording[0]) else None
-        yield left, right
-        if left is not None:
-            recording = next(recordings, None)
-            if recording is not None and recording[0] == left[0]:
-                raise UserError(f"utterance id '{left[0]}' is two files ({left[3]}, {recording[3]}); remove one")
-        if right is not None:
-            line = next(lines, None)
-            if line is not None and line[0] == right[0]:
-                raise UserError(f"{transcript}: utterance '{line[0]}' stands in lines {right[1]} and {line[1]}; "
-                                "keep one of them")  # fmt: skip

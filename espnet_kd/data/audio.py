@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Tuple
@@ -23,7 +24,7 @@ def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
 
     if "|" in path:
         raise UserError(f"'{path}' is a shell pipe, which is not run here: convert the audio to a file (flac, wav)")
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         raise UserError(f"no such audio file: {path} (relative paths count from the working directory)")
     try:
         with soundfile.SoundFile(path) as f:

@@ -20,7 +20,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.data.audio import read_audio_info
 from espnet_kd.data.datadir import MAX_SHOWN, Utterance, os_errors_told, write_data_dir
 from espnet_kd.data.parallel import map_with_bar
-from espnet_kd.files import replacing
+from espnet_kd.files import remove_leftovers, replacing
 
 PathLike = Union[str, Path]
 BLOCK = 1 << 16
@@ -49,6 +49,7 @@ class LeftOut:
 
     def report(self, what: str, path: PathLike) -> None:
         """Log how many were left out and why; write all their names to ``path`` (no file where there is none)."""
+        remove_leftovers(path)
         total = sum(map(len, self.names.values()))
         if not total:
             Path(path).unlink(missing_ok=True)

@@ -18,15 +18,16 @@ import pickle
 import re
 import shutil
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, Optional, Set, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple, TypeVar, Union
 
 from espnet_kd.cli import UserError
-from espnet_kd.files import replacing
 
 PathLike = Union[str, Path]
 Item = TypeVar("Item")
+Entry = Tuple[str, int, str]  # id, line number from 1, rest of the line
 MAX_SHOWN = 10  # faults told in full
 RUN = 20_000  # items sorted in memory at a time, some 20 MB of utterances
 # Blanks as C's isspace sees them. str.split() would also cut at U+3000 and U+00A0, which may stand inside a text.
@@ -47,8 +48,11 @@ class Utterance:
     end: Optional[float] = None
 
 
-def iter_lines(path: PathLike) -> Iterator[Tuple[int, str]]:
+def iter_lines(path: PathLike, errors: str = "strict") -> Iterator[Tuple[int, str]]:
     """Yield (line number from 1, line without its end).
+
+    Args:
+        errors: "strict", or "replace" to go on where bytes are not UTF-8.
 
     Raises:
         UserError: the file is missing, or a line is not UTF-8.
@@ -57,7 +61,7 @@ def iter_lines(path: PathLike) -> Iterator[Tuple[int, str]]:
         with open(path, "rb") as f:
             for number, raw in enumerate(f, 1):
                 try:
-                    yield number, raw.rstrip(b"\r\n").decode("utf-8")
+                    yield number, raw.rstrip(b"\r\n").decode("utf-8", errors)
                 except UnicodeDecodeError as e:
                     raise UserError(f"{path}:{number}: not UTF-8 ({e.reason} at byte {e.start + 1})") from e
     except FileNotFoundError as e:
@@ -90,67 +94,101 @@ def read_map(path: PathLike) -> Dict[str, str]:
     return out
 
 
-def read_segments(path: PathLike) -> Iterator[Tuple[str, str, float, float]]:
-    """Stream (utterance, recording, start, end) with times in seconds."""
-    for number, line in iter_lines(path):
-        fields = line.split()
-        if not fields:
-            continue
-        try:
-            utt_id, recording, start, end = fields[0], fields[1], float(fields[2]), float(fields[3])
-        except (IndexError, ValueError) as e:
-            raise UserError(f"{path}:{number}: expected 'utterance recording start end', found '{line}'") from e
-        if not 0 <= start < end:
-            raise UserError(f"{path}:{number}: utterance '{utt_id}': start {start} and end {end} make no segment")
-        yield utt_id, recording, start, end
+def read_sorted(path: PathLike, errors: str = "strict") -> Iterator[Entry]:
+    """Stream (id, line number, rest of the line) sorted by id, in memory that does not grow with the file.
+
+    A file that is sorted, as it should be, is read as it stands. Blank lines are passed over.
+    """
+
+    def entries() -> Iterator[Entry]:
+        for number, line in iter_lines(path, errors):
+            key, value = split_line(line)
+            if key:
+                yield key, number, value
+
+    if all(a[0] <= b[0] for a, b in itertools.pairwise(entries())):
+        yield from entries()
+    else:
+        yield from sort_externally(entries(), itemgetter(0), tempfile.gettempdir())
+
+
+def join_sorted(streams: Mapping[str, Iterable[Tuple]]) -> Iterator[Tuple[str, Dict[str, List[Any]]]]:
+    """Join streams of tuples sorted by their first item: yield (id, {name of a stream: its tuples with this id}).
+
+    An id that a stream lacks is no key of the dict; more than one tuple in a list is an id that stands twice.
+    """
+
+    def tagged(name: str, items: Iterable[Tuple]) -> Iterator[Tuple[str, str, Tuple]]:
+        for item in items:
+            yield item[0], name, item
+
+    merged = heapq.merge(*(tagged(name, items) for name, items in streams.items()), key=itemgetter(0))
+    for key, group in itertools.groupby(merged, itemgetter(0)):
+        found: Dict[str, List[Any]] = {}
+        for _, name, item in group:
+            found.setdefault(name, []).append(item)
+        yield key, found
+
+
+def parse_segment(value: str, where: str) -> Tuple[str, float, float]:
+    """Return (recording, start, end) of a line of ``segments`` without its id; times in seconds.
+
+    Raises:
+        UserError: beginning with ``where``: it is no such line, or the times make no segment.
+    """
+    fields = value.split()
+    try:
+        recording, start, end = fields[0], float(fields[1]), float(fields[2])
+    except (IndexError, ValueError) as e:
+        raise UserError(f"{where}: expected 'recording start end', found '{value}'") from e
+    if not 0 <= start < end:
+        raise UserError(f"{where}: start {start} and end {end} make no segment")
+    return recording, start, end
 
 
 def read_data_dir(data_dir: PathLike, read_text: bool = True) -> Iterator[Utterance]:
-    """Stream the utterances of a data dir, in the order of ``segments`` or ``wav.scp``.
+    """Stream the utterances of a data dir, sorted by id; only the recordings of ``segments`` are held in memory.
 
     ``text`` and ``utt2num_samples`` may be missing; the corresponding fields are then None. The audio is not opened,
     nor, without ``read_text``, a ``text``.
 
     Raises:
-        UserError: a file is missing or malformed, or an utterance lacks its speaker or recording.
+        UserError: a file is missing or malformed, an id stands twice in it, or an utterance lacks its speaker or
+            recording.
     """
     data_dir = Path(data_dir)
-    speakers = read_map(data_dir / "utt2spk")
-    texts = read_map(data_dir / "text") if read_text and (data_dir / "text").exists() else {}
-    samples = read_map(data_dir / "utt2num_samples") if (data_dir / "utt2num_samples").exists() else {}
-
-    def make(utt_id: str, audio: str, **extra) -> Utterance:
-        if utt_id not in speakers:
+    segmented = (data_dir / "segments").exists()
+    audio_of = read_map(data_dir / "wav.scp") if segmented else {}
+    main = "segments" if segmented else "wav.scp"
+    optional = [name for name in ("text", "utt2num_samples") if (data_dir / name).exists()]
+    names = [main, "utt2spk", *(name for name in optional if read_text or name != "text")]
+    for utt_id, found in join_sorted({name: read_sorted(data_dir / name) for name in names}):
+        for name, entries in found.items():
+            if len(entries) > 1:
+                raise UserError(f"{data_dir / name}:{entries[1][1]}: utterance '{utt_id}' stands twice in this file; "
+                                "keep one of the lines")  # fmt: skip
+        values = {name: entries[0][2] for name, entries in found.items()}
+        if main not in values:
+            continue
+        if "utt2spk" not in values:
             raise UserError(f"{data_dir / 'utt2spk'}: utterance '{utt_id}' is missing; add its speaker")
-        num = samples.get(utt_id)
-        return Utterance(
-            utt_id, speakers[utt_id], audio, texts.get(utt_id), int(num) if num and num.isdigit() else None, **extra
-        )
-
-    if (data_dir / "segments").exists():
-        audio_of = read_map(data_dir / "wav.scp")
-        for utt_id, recording, start, end in read_segments(data_dir / "segments"):
+        number = values.get("utt2num_samples", "")
+        utt = Utterance(utt_id, values["utt2spk"], values[main], values.get("text"),
+                        int(number) if number.isdigit() else None)  # fmt: skip
+        if segmented:
+            where = f"{data_dir / 'segments'}:{found[main][0][1]}: utterance '{utt_id}'"
+            recording, start, end = parse_segment(values[main], where)
             if recording not in audio_of:
                 raise UserError(f"{data_dir / 'segments'}: recording '{recording}' of '{utt_id}' is not in wav.scp")
-            yield make(utt_id, audio_of[recording], recording=recording, start=start, end=end)
-    else:
-        for utt_id, audio in read_pairs(data_dir / "wav.scp"):
-            yield make(utt_id, audio)
-
-
-def write_pairs(path: PathLike, pairs: Iterable[Tuple[str, str]]) -> None:
-    """Write (id, value) lines sorted in C-locale order, whole or not at all."""
-    # Code-point order is UTF-8 byte order, so Python's own comparison is `LC_ALL=C sort`.
-    with replacing(path) as f:
-        for key, value in sorted(pairs):
-            f.write(f"{key} {value}\n" if value else f"{key}\n")
+            utt = replace(utt, audio=audio_of[recording], recording=recording, start=start, end=end)
+        yield utt
 
 
 def sort_externally(items: Iterable[Item], key: Callable[[Item], Any], directory: PathLike) -> Iterator[Item]:
     """Yield ``items`` sorted by ``key`` in memory that does not grow with their number.
 
-    All of them are read before the first is yielded. More than RUN of them wait, pickled, in nameless files of
-    ``directory``, of which a kill leaves nothing.
+    All of them are read before the first is yielded; equal keys stay in their order. More than RUN of them wait,
+    pickled, in nameless files of ``directory``, of which a kill leaves nothing.
     """
     items, runs = iter(items), []
     while chunk := sorted(itertools.islice(items, RUN), key=key):

@@ -8,20 +8,34 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import heapq
+import io
+import itertools
 import json
 import logging
 import math
 import os
 import shutil
+from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Dict, Iterable, List, Optional, Sequence, Set, Tuple, Union
+from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple, Union
+
+from tqdm import tqdm
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.audio import read_audio_info
-from espnet_kd.data.datadir import Utterance, read_data_dir, write_data_dir
+from espnet_kd.data.datadir import (
+    MAX_SHOWN,
+    Spool,
+    Utterance,
+    os_errors_told,
+    read_data_dir,
+    read_pairs,
+    write_data_dir,
+)
 from espnet_kd.data.parallel import map_with_bar
-from espnet_kd.files import replacing
+from espnet_kd.files import remove_leftovers, replacing
 
 PathLike = Union[str, Path]
 # Decoding these anew every epoch took a quarter of a small student's training step.
@@ -66,53 +80,45 @@ def format_data(
             test set is never thinned out), and is only counted.
         nj: processes.
 
-    A finished ``dst`` with the same settings and source is left alone; an interrupted one goes on.
+    A finished ``dst`` with the same settings and source is left alone; an interrupted one goes on. Memory does not grow
+    with the number of utterances.
 
     Raises:
-        UserError: a fault in the source (named), a bad option, or nothing left after dropping.
+        UserError: a fault in the source (named), a bad option, nothing left after dropping, or the system refuses to
+            write.
     """
-    sources, dst = [Path(s) for s in ([src] if isinstance(src, (str, Path)) else src)], Path(dst)
+    sources = {Path(s): text != "none" for s in ([src] if isinstance(src, (str, Path)) else src)}
     factors = _check(speed_factors, fs, min_seconds, max_seconds, nj)
-    parts = {source: list(read_data_dir(source, read_text=text != "none")) for source in sources}
-    _check_unique(parts)
-    fingerprint = hashlib.sha256()
-    for source, part in parts.items():
-        _check_text(source, part, text)
-        _fingerprint(source, part, fingerprint)
-    utts = [u for part in parts.values() for u in part]
-    names = ", ".join(map(str, sources))
-    if 0 < sum(u.text is None for u in utts) < len(utts):
-        raise UserError(f"{names}: some of them have a text and some have none; format them apart")
-    settings = {
-        "version": VERSION, "fs": fs, "speed_factors": list(factors), "min_seconds": min_seconds,
-        "max_seconds": max_seconds, "drop_out_of_range": drop_out_of_range, "source": fingerprint.hexdigest(),
-    }  # fmt: skip
-    done, begun = dst / ".done", dst / ".begun"
-    if _read_json(done) == settings and (dst / "wav.scp").exists():
-        logging.info("%s: formatted already with these settings", dst)
-        return len({u.utt_id for u in read_data_dir(dst)})
-    done.unlink(missing_ok=True)
-    (dst / "out_of_range").unlink(missing_ok=True)
-    if _read_json(begun) != settings:
-        shutil.rmtree(dst / "audio", ignore_errors=True)
-        with replacing(begun) as f:
-            json.dump(settings, f)
-    plan = _Plan(str(dst / "audio"), fs, factors)
-    made: List[Utterance] = []
-    rates: Dict[int, int] = {}
-    for copies, rate in map_with_bar(functools.partial(_format_one, plan=plan), utts, nj=nj, desc=str(dst)):
-        made.extend(copies)
-        rates[rate] = rates.get(rate, 0) + 1
-    for rate, number in sorted(rates.items()):
-        if rate != fs:
-            logging.info("%s: %d of %d utterances resampled from %d to %d Hz", names, number, len(utts), rate, fs)
-    kept = _within_limits(made, fs, min_seconds, max_seconds, drop_out_of_range, dst)
-    number = write_data_dir(dst, kept)
-    with replacing(done) as f:
-        json.dump(settings, f)
-    begun.unlink()
-    hours = sum(u.num_samples or 0 for u in kept) / fs / 3600
-    logging.info("%s: %d utterances, %.2f h%s", dst, number, hours, ", no text" if kept[0].text is None else "")
+    names, dst = ", ".join(map(str, sources)), Path(dst)
+    with os_errors_told(dst):
+        total, fingerprint = _survey(sources, text, names)
+        settings = {
+            "version": VERSION, "fs": fs, "speed_factors": list(factors), "min_seconds": min_seconds,
+            "max_seconds": max_seconds, "drop_out_of_range": drop_out_of_range, "source": fingerprint,
+        }  # fmt: skip
+        if _read_json(dst / ".done") == settings and (dst / "wav.scp").exists():
+            logging.info("%s: formatted already with these settings", dst)
+            return sum(1 for _ in read_pairs(dst / "utt2spk"))
+        _begin(dst, settings)
+        rates: Dict[int, int] = {}
+
+        def made() -> Iterator[Utterance]:
+            utts = (u for _, u in _merge(sources))
+            work = functools.partial(_format_one, plan=_Plan(str(dst / "audio"), fs, factors))
+            for copies, rate in map_with_bar(work, utts, nj=nj, desc=str(dst), total=total):
+                rates[rate] = rates.get(rate, 0) + 1
+                yield from copies
+            for rate, number in sorted(rates.items()):
+                if rate != fs:
+                    logging.info("%s: %d of %d utterances resampled from %d to %d Hz", names, number, total, rate, fs)
+            if (dst / "audio").exists():
+                os.sync()  # once, before wav.scp says that the files are whole
+
+        number = write_data_dir(dst, _within_limits(made(), fs, min_seconds, max_seconds, drop_out_of_range, dst))
+        os.replace(dst / ".begun", dst / ".done")
+        hours = sum(int(samples) for _, samples in read_pairs(dst / "utt2num_samples")) / fs / 3600
+    no_text = "" if (dst / "text").exists() else ", no text"
+    logging.info("%s: %d utterances, %.2f h%s", dst, number, hours, no_text)
     return number
 
 
@@ -123,46 +129,118 @@ def combine(transcribed: PathLike, untranscribed: PathLike, dst: PathLike) -> in
     ``text`` is not opened. Where ``transcribed`` has no text, ``dst`` has none. A ``dst`` that is so already stays.
 
     Raises:
-        UserError: an utterance id is in both, or a transcript is empty.
+        UserError: an utterance id is in both, a transcript is empty or missing, or the system refuses to write.
     """
-    known = list(read_data_dir(transcribed))
-    extra = list(read_data_dir(untranscribed, read_text=False))
-    _check_unique({Path(transcribed): known, Path(untranscribed): extra})
-    for u in known:
-        if u.text == "":
+    transcribed, untranscribed, dst = Path(transcribed), Path(untranscribed), Path(dst)
+    has_text = (transcribed / "text").exists()
+    silent = 0
+
+    def both() -> Iterator[Utterance]:
+        nonlocal silent
+        silent = 0
+        for source, u in _merge({transcribed: True, untranscribed: False}):
+            if source == transcribed and has_text and not u.text:
+                why = "has no line in it" if u.text is None else "the text is empty"
+                raise UserError(f"{transcribed / 'text'}: utterance '{u.utt_id}': {why}; "
+                                "move untranscribed audio to the other data dir")  # fmt: skip
+            silent += not u.text
+            yield replace(u, text="") if has_text and u.text is None else u
+
+    with os_errors_told(dst):
+        if (dst / "wav.scp").exists() and all(a == b for a, b in itertools.zip_longest(read_data_dir(dst), both())):
+            number = sum(1 for _ in read_pairs(dst / "utt2spk"))
+        else:
+            number = write_data_dir(dst, both())
+    logging.info("%s: %d utterances, %d of them without text", dst, number, silent)
+    return number
+
+
+def _merge(sources: Mapping[Path, bool]) -> Iterator[Tuple[Path, Utterance]]:
+    """Stream (data dir, utterance) of all data dirs, sorted by id; ``sources`` says of each whether to open its text.
+
+    Raises:
+        UserError: an id is in two data dirs; one of the utterances would take the other's place.
+    """
+
+    def tagged(source: Path) -> Iterator[Tuple[Path, Utterance]]:
+        for u in read_data_dir(source, sources[source]):
+            yield source, u
+
+    streams = map(tagged, sources)
+    previous: Optional[Tuple[Path, Utterance]] = None
+    for source, u in heapq.merge(*streams, key=lambda pair: pair[1].utt_id):
+        if previous is not None and previous[1].utt_id == u.utt_id:
             raise UserError(
-                f"{Path(transcribed) / 'text'}: utterance '{u.utt_id}': the text is empty; "
-                "move untranscribed audio to the other data dir"
+                f"utterance '{u.utt_id}' is in {previous[0]} and in {source}; rename one, or leave a data dir "
+                "out if both hold the same audio"
             )
-    if known and known[0].text is not None:
-        extra = [replace(u, text="") for u in extra]
-    utts = sorted(known + extra, key=lambda u: u.utt_id)
-    logging.info("%s: %d utterances, %d of them without text", dst, len(utts), sum(not u.text for u in utts))
-    if (Path(dst) / "wav.scp").exists() and list(read_data_dir(dst)) == utts:
-        return len(utts)
-    return write_data_dir(dst, utts)
+        previous = source, u
+        yield source, u
 
 
-def _check_text(source: Path, utts: List[Utterance], text: str) -> None:
-    """Every utterance has its text, or none has one and none is ``required``."""
-    silent = [u.utt_id for u in utts if u.text is None]
-    if text == "required" and utts and len(silent) == len(utts) and not (source / "text").exists():
-        raise UserError(f"{source / 'text'}: no such file; untranscribed audio needs --text optional or none")
-    if silent and (text == "required" or len(silent) < len(utts)):
-        shown = ", ".join(silent[:5]) + (f" and {len(silent) - 5} more" if len(silent) > 5 else "")
-        raise UserError(f"{source / 'text'} has no line for {shown}; add them, or take them out of wav.scp")
+def _survey(sources: Mapping[Path, bool], text: str, names: str) -> Tuple[int, str]:
+    """Return the number of utterances and a hash of what is to be formatted.
+
+    The hash has the size and time of each audio file as well: a corpus made anew is formatted anew.
+
+    Raises:
+        UserError: an audio file is missing, or the texts are not what ``text`` asks for: every utterance of a data dir
+            has its text, or none has one and none is required.
+    """
+    digest = hashlib.sha256()
+    total: Counter[Path] = Counter()
+    silent: Counter[Path] = Counter()
+    shown: Dict[Path, List[str]] = {source: [] for source in sources}
+    previous = None
+    for source, u in tqdm(_merge(sources), desc=f"reading {names}", unit="utt", mininterval=1.0):
+        total[source] += 1
+        if u.text is None:
+            if text == "required" and not (source / "text").exists():
+                why = "no such file; untranscribed audio needs --text optional or none"
+                raise UserError(f"{source / 'text'}: {why}")
+            silent[source] += 1
+            shown[source] += [u.utt_id] if silent[source] <= 5 else []
+        # utt2num_samples is not used here, and an entry more or less in it changes nothing.
+        digest.update(repr(replace(u, num_samples=None)).encode("utf-8"))
+        if u.audio != previous:
+            digest.update(_stamp(u, source).encode())
+        previous = u.audio
+    for source in sources:
+        if silent[source] and (text == "required" or silent[source] < total[source]):
+            more = f" and {silent[source] - 5} more" if silent[source] > 5 else ""
+            raise UserError(f"{source / 'text'} has no line for {', '.join(shown[source])}{more}; add them, or take "
+                            "them out of wav.scp")  # fmt: skip
+    if 0 < silent.total() < total.total():
+        raise UserError(f"{names}: some of them have a text and some have none; format them apart")
+    return total.total(), digest.hexdigest()
 
 
-def _check_unique(parts: Dict[Path, List[Utterance]]) -> None:
-    """Refuse ids that stand in two data dirs: one of the utterances would take the other's place."""
-    where: Dict[str, Path] = {}
-    for source, utts in parts.items():
-        for u in utts:
-            if where.setdefault(u.utt_id, source) != source:
-                raise UserError(
-                    f"utterance '{u.utt_id}' is in {where[u.utt_id]} and in {source}; rename one, or leave a data dir "
-                    "out if both hold the same audio"
-                )
+def _stamp(u: Utterance, source: Path) -> str:
+    """Return size and time of an utterance's audio file."""
+    try:
+        stat = os.stat(u.audio)
+    except OSError as e:
+        why = f"{u.audio}: {e.strerror}"
+        if "|" in u.audio:
+            why = f"'{u.audio}' is a shell pipe, which is not run here: convert the audio to a file (flac, wav)"
+        raise UserError(f"{source / 'wav.scp'}: utterance '{u.utt_id}': {why}") from e
+    return f"{stat.st_size} {stat.st_mtime_ns}"
+
+
+def _begin(dst: Path, settings: Dict) -> None:
+    """Make ``dst`` ready for a run with these settings; keep the audio that an interrupted one has made."""
+    for name in (".done", "out_of_range"):
+        (dst / name).unlink(missing_ok=True)
+    for name in (".begun", "out_of_range"):
+        remove_leftovers(dst / name)
+    if _read_json(dst / ".begun") == settings:
+        for path in (dst / "audio").rglob(".*.flac.*"):
+            path.unlink()  # begun by a run that was killed
+        return
+    (dst / "wav.scp").unlink(missing_ok=True)  # it names the audio that is removed next
+    shutil.rmtree(dst / "audio", ignore_errors=True)
+    with replacing(dst / ".begun") as f:
+        json.dump(settings, f)
 
 
 def _check(
@@ -179,24 +257,6 @@ def _check(
     return factors
 
 
-def _fingerprint(src: Path, utts: Iterable[Utterance], digest) -> None:
-    """Hash what is to be formatted, with size and time of each audio file: a corpus made anew is formatted anew."""
-    seen: Set[str] = set()
-    for u in utts:
-        # utt2num_samples is not used here, and an entry more or less in it changes nothing.
-        digest.update(repr(replace(u, num_samples=None)).encode("utf-8"))
-        if u.audio not in seen:
-            seen.add(u.audio)
-            try:
-                stat = os.stat(u.audio)
-            except OSError as e:
-                why = f"{u.audio}: {e.strerror}"
-                if "|" in u.audio:
-                    why = f"'{u.audio}' is a shell pipe, which is not run here: convert the audio to a file (flac, wav)"
-                raise UserError(f"{src / 'wav.scp'}: utterance '{u.utt_id}': {why}") from e
-            digest.update(f"{stat.st_size} {stat.st_mtime_ns}".encode())
-
-
 def _read_json(path: Path) -> Dict:
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -205,24 +265,27 @@ def _read_json(path: Path) -> Dict:
 
 
 def _within_limits(
-    utts: List[Utterance], fs: int, min_seconds: float, max_seconds: float, drop: bool, dst: Path
-) -> List[Utterance]:
-    """Name what is outside the limits, and leave it out if ``drop``."""
-    outside = [u for u in utts if not min_seconds <= (u.num_samples or 0) / fs <= max_seconds]
-    if not outside:
-        return utts
-    shown = ", ".join(f"{u.utt_id} ({(u.num_samples or 0) / fs:.2f} s)" for u in outside[:10])
-    more = f" and {len(outside) - 10} more (all in {dst / 'out_of_range'})" if len(outside) > 10 else ""
+    utts: Iterable[Utterance], fs: int, min_seconds: float, max_seconds: float, drop: bool, dst: Path
+) -> Iterator[Utterance]:
+    """Pass the utterances on; name those outside the limits, and leave them out if ``drop``."""
+    outside = Spool(dst)
+    for u in utts:
+        seconds = (u.num_samples or 0) / fs
+        inside = min_seconds <= seconds <= max_seconds
+        if not inside:
+            outside.append((u.utt_id, seconds))
+        if inside or not drop:
+            yield u
+    if not len(outside):
+        return
+    shown = ", ".join(f"{utt_id} ({seconds:.2f} s)" for utt_id, seconds in itertools.islice(outside, MAX_SHOWN))
+    more = f" and {len(outside) - MAX_SHOWN} more (all in {dst / 'out_of_range'})" if len(outside) > MAX_SHOWN else ""
     with replacing(dst / "out_of_range") as f:
-        f.writelines(f"{u.utt_id} {(u.num_samples or 0) / fs:.3f}\n" for u in outside)
+        f.writelines(f"{utt_id} {seconds:.3f}\n" for utt_id, seconds in outside)
     logging.warning(
         "%s: %d utterances outside %g to %g s %s: %s%s",
         dst, len(outside), min_seconds, max_seconds, "dropped" if drop else "kept", shown, more,
     )  # fmt: skip
-    if not drop:
-        return utts
-    gone = {u.utt_id for u in outside}
-    return [u for u in utts if u.utt_id not in gone]
 
 
 def _format_one(utt: Utterance, plan: _Plan) -> Tuple[List[Utterance], int]:
@@ -230,7 +293,7 @@ def _format_one(utt: Utterance, plan: _Plan) -> Tuple[List[Utterance], int]:
     import numpy as np
 
     try:
-        frames, rate, channels = read_audio_info(utt.audio)
+        frames, rate, channels = read_audio_info(utt.audio, whole=True)  # what is only referred to is not decoded here
     except UserError as e:
         raise UserError(f"utterance '{utt.utt_id}': {e}") from e
     copies: List[Utterance] = []
@@ -244,7 +307,7 @@ def _format_one(utt: Utterance, plan: _Plan) -> Tuple[List[Utterance], int]:
             start=None,
             end=None,
         )
-        quick = Path(utt.audio).suffix.lower() not in SLOW_TO_DECODE
+        quick = os.path.splitext(utt.audio)[1].lower() not in SLOW_TO_DECODE
         if factor == 1.0 and utt.recording is None and rate == plan.fs and channels == 1 and quick:
             if frames == 0:
                 raise UserError(f"utterance '{utt.utt_id}': the audio has zero length: {utt.audio}")
@@ -257,10 +320,11 @@ def _format_one(utt: Utterance, plan: _Plan) -> Tuple[List[Utterance], int]:
                 signal = _read(utt, rate, frames)
             y = _resample(signal, rate * factor, plan.fs)
             number = len(y)
-            with replacing(path, "wb") as f:
-                _soundfile().write(
-                    f, np.round(np.clip(y, -1, 1) * 32767).astype(np.int16), plan.fs, format="FLAC", subtype="PCM_16"
-                )
+            content = io.BytesIO()  # libsndfile would not say why it cannot write to a full disk
+            samples = np.round(np.clip(y, -1, 1) * 32767).astype(np.int16)
+            _soundfile().write(content, samples, plan.fs, format="FLAC", subtype="PCM_16")
+            with replacing(path, "wb", sync=False) as f:
+                f.write(content.getbuffer())
         copies.append(replace(new, audio=str(path), num_samples=number))
     return copies, rate
 
@@ -279,8 +343,11 @@ def _audio_path(audio_dir: str, utt: Utterance) -> Path:
 
 
 def _samples_of(path: Path) -> Optional[int]:
-    """Return the samples of a file that an interrupted run left whole (files are renamed into place), or None."""
-    return read_audio_info(str(path))[0] if path.exists() else None
+    """Return the samples of a file that an interrupted run left whole, or None."""
+    try:
+        return read_audio_info(str(path), whole=True)[0] if path.exists() else None
+    except UserError:  # renamed into place, but the machine went down before all of it was on the disk
+        return None
 
 
 def _read(utt: Utterance, rate: int, frames: int):

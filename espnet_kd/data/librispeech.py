@@ -7,6 +7,7 @@ speaker of the data dirs is the reader, not the chapter as in Kaldi, so that a s
 from __future__ import annotations
 
 import logging
+import os
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
@@ -189,7 +190,7 @@ def _read_chapter(chapter: Path, speaker: str, left_out: LeftOut) -> Iterator[Ut
         elif not text:
             left_out.fault("empty transcript", utt_id, where, "fill it in")
         else:
-            yield Utterance(utt_id, speaker, str(chapter / audio[utt_id]), text)
+            yield Utterance(utt_id, speaker, os.path.join(chapter, audio[utt_id]), text)
     for name in audio:
         if name not in seen:
             left_out.fault("audio without transcript", name, path, again)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import multiprocessing
+import os
 import signal
+import threading
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Callable, Collection, Deque, Iterator, List, TypeVar
+from typing import Callable, Deque, Iterable, Iterator, List, Optional, Sized, TypeVar
 
 from espnet_kd.cli import UserError
 
@@ -17,9 +19,18 @@ Result = TypeVar("Result")
 CHUNK = 16  # items a process gets at a time
 
 
-def _ignore_interrupt() -> None:
+def _start_worker() -> None:
     # Ctrl-C reaches the whole process group; the parent alone speaks, and stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # A parent that was killed stops nobody: without this its workers would wait for more items forever.
+    threading.Thread(target=_leave_with_parent, daemon=True).start()
+
+
+def _leave_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)
 
 
 def _work_all(work: Callable[[Item], Result], items: List[Item]) -> List[Result]:
@@ -27,18 +38,27 @@ def _work_all(work: Callable[[Item], Result], items: List[Item]) -> List[Result]
 
 
 def map_with_bar(
-    work: Callable[[Item], Result], items: Collection[Item], *, nj: int, desc: str, unit: str = "utt"
+    work: Callable[[Item], Result],
+    items: Iterable[Item],
+    *,
+    nj: int,
+    desc: str,
+    unit: str = "utt",
+    total: Optional[int] = None,
 ) -> Iterator[Result]:
     """Yield ``work(item)`` in the order of ``items``; ``work`` has to be importable by name where ``nj`` > 1.
 
     Only a few items for each process are on their way at a time, so that ``items`` may be more than memory holds.
+    ``total`` is their number, for the bar, where they cannot say it themselves.
 
     Raises:
         UserError: from ``work``, or where a worker process died.
     """
     from tqdm import tqdm
 
-    options = {"total": len(items), "desc": desc, "unit": unit, "mininterval": 1.0}
+    if total is None and isinstance(items, Sized):
+        total = len(items)
+    options = {"total": total, "desc": desc, "unit": unit, "mininterval": 1.0}
     if nj == 1:
         yield from tqdm(map(work, items), **options)
         return
@@ -47,7 +67,7 @@ def map_with_bar(
     waiting: Deque[Future] = deque()
     source = iter(items)
     try:
-        with ProcessPoolExecutor(nj, mp_context=context, initializer=_ignore_interrupt) as pool, tqdm(**options) as bar:
+        with ProcessPoolExecutor(nj, mp_context=context, initializer=_start_worker) as pool, tqdm(**options) as bar:
             try:
                 while True:
                     while len(waiting) < 4 * nj and (chunk := list(itertools.islice(source, CHUNK))):

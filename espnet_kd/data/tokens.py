@@ -6,21 +6,25 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
+import heapq
 import io
 import json
 import logging
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Union
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Union
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.datadir import iter_lines, split_line
-from espnet_kd.files import replacing
+from espnet_kd.data.datadir import iter_lines, os_errors_told, split_line
+from espnet_kd.files import remove_leftovers, replacing
 
 PathLike = Union[str, Path]
 BLANK, UNKNOWN, SOS_EOS, SPACE = "<blank>", "<unk>", "<sos/eos>", "<space>"
 VERSION = 1
+# SentencePiece holds its text, and takes some 25 bytes a character for it. Speed-perturbed copies say the same again.
+MAX_CHARACTERS = 20_000_000
 
 
 def make_token_list(texts: Sequence[PathLike], out_dir: PathLike, token_type: str = "char", nbpe: int = 500) -> Path:
@@ -28,7 +32,8 @@ def make_token_list(texts: Sequence[PathLike], out_dir: PathLike, token_type: st
 
     Args:
         texts: ``text`` files of training data; validation or test texts do not belong here.
-        token_type: "char" (blanks become ``<space>``) or "bpe" (a SentencePiece unigram model).
+        token_type: "char" (blanks become ``<space>``) or "bpe" (a SentencePiece unigram model; of texts longer than
+            MAX_CHARACTERS a sample, so that memory does not grow with them).
         nbpe: length of the whole list for "bpe".
 
     The same texts and settings again change nothing.
@@ -39,10 +44,17 @@ def make_token_list(texts: Sequence[PathLike], out_dir: PathLike, token_type: st
     out_dir = Path(out_dir)
     if token_type not in ("char", "bpe"):
         raise UserError(f"--token_type {token_type}: known are char and bpe")
-    sentences = [sentence for path in texts for sentence in _read_texts(path)]
-    if not sentences:
+    read = functools.partial(_read_texts, texts)  # read anew each time: sentences are not held
+    counts = Counter()
+    digest = hashlib.sha256()
+    number = 0
+    for sentence in read():
+        number += 1
+        counts.update(sentence)
+        digest.update(f"{sentence}\n".encode())
+    if not number:
         raise UserError(f"{', '.join(map(str, texts))}: no text to make a token list from")
-    settings = {"version": VERSION, "token_type": token_type, "texts": _hash(sentences)}
+    settings = {"version": VERSION, "token_type": token_type, "texts": digest.hexdigest()}
     if token_type == "bpe":
         settings["nbpe"] = nbpe
     if _is_made(out_dir, settings):
@@ -50,12 +62,12 @@ def make_token_list(texts: Sequence[PathLike], out_dir: PathLike, token_type: st
         return out_dir / "tokens.txt"
     model = None
     if token_type == "char":
-        tokens = count_characters(sentences)
+        tokens = _by_frequency(counts)
     else:
-        model = _train_bpe(sentences, nbpe)
+        model = _train_bpe(read() if counts.total() <= MAX_CHARACTERS else _sample(read()), nbpe, number)
         tokens = [piece for piece in read_pieces(model) if piece not in ("<unk>", "<s>", "</s>")]
     path = _write(out_dir, [BLANK, UNKNOWN, *tokens, SOS_EOS], model, settings)
-    logging.info("%s: %d tokens from %d sentences", path, len(tokens) + 3, len(sentences))
+    logging.info("%s: %d tokens from %d sentences", path, len(tokens) + 3, number)
     return path
 
 
@@ -125,38 +137,60 @@ def _is_made(out_dir: Path, settings: Dict[str, Any]) -> bool:
 
 def _write(out_dir: Path, tokens: Sequence[str], model: Optional[bytes], settings: Dict[str, Any]) -> Path:
     """Write ``tokens.txt`` and ``bpe.model``, and last the settings they were made with."""
-    (out_dir / "tokens.json").unlink(missing_ok=True)
-    if model is not None:
-        with replacing(out_dir / "bpe.model", "wb") as f:
-            f.write(model)
-    with replacing(out_dir / "tokens.txt") as f:
-        f.writelines(f"{token}\n" for token in tokens)
-    with replacing(out_dir / "tokens.json") as f:
-        json.dump(settings, f)
+    with os_errors_told(out_dir):
+        for name in ("tokens.json", "bpe.model", "tokens.txt"):
+            remove_leftovers(out_dir / name)
+        (out_dir / "tokens.json").unlink(missing_ok=True)
+        if model is not None:
+            with replacing(out_dir / "bpe.model", "wb") as f:
+                f.write(model)
+        with replacing(out_dir / "tokens.txt") as f:
+            f.writelines(f"{token}\n" for token in tokens)
+        with replacing(out_dir / "tokens.json") as f:
+            json.dump(settings, f)
     return out_dir / "tokens.txt"
 
 
-def _read_texts(path: PathLike) -> Iterator[str]:
-    for number, line in iter_lines(path):
-        key, text = split_line(line)
-        if key and not text:
-            raise UserError(f"{path}:{number}: utterance '{key}': the text is empty")
-        if key:
-            yield text
+def _read_texts(texts: Sequence[PathLike]) -> Iterator[str]:
+    for path in texts:
+        for number, line in iter_lines(path):
+            key, text = split_line(line)
+            if key and not text:
+                raise UserError(f"{path}:{number}: utterance '{key}': the text is empty")
+            if key:
+                yield text
 
 
-def _hash(sentences: Sequence[str]) -> str:
+def _hash(sentences: Iterable[str]) -> str:
     digest = hashlib.sha256()
     for sentence in sentences:
         digest.update(f"{sentence}\n".encode())
     return digest.hexdigest()
 
 
-def count_characters(sentences: Sequence[str]) -> List[str]:
+def _by_frequency(counts: Mapping[str, int]) -> List[str]:
     """Return the characters by falling frequency (ties by code point), the blank as ``<space>``."""
-    counts = Counter(char for sentence in sentences for char in sentence)
     ordered = sorted(counts, key=lambda char: (-counts[char], char))
     return [SPACE if char == " " else char for char in ordered]
+
+
+def _sample(sentences: Iterable[str]) -> List[str]:
+    """Return different sentences of at most MAX_CHARACTERS: those whose hashes come first, whatever their order."""
+    kept: Dict[int, str] = {}
+    hashes: List[int] = []  # a heap of negative ones, so that its first is the next to go
+    characters, limit = 0, 1 << 64
+    for sentence in sentences:
+        value = int.from_bytes(hashlib.blake2b(sentence.encode(), digest_size=8).digest(), "big")
+        if value >= limit or value in kept:
+            continue
+        kept[value] = sentence
+        heapq.heappush(hashes, -value)
+        characters += len(sentence)
+        while characters > MAX_CHARACTERS:
+            limit = -heapq.heappop(hashes)
+            characters -= len(kept.pop(limit))
+    logging.info("the BPE model is trained on %d different sentences, %d characters", len(kept), characters)
+    return [kept[value] for value in sorted(kept)]
 
 
 def read_pieces(model: bytes, name: str = "the BPE model") -> List[str]:
@@ -170,7 +204,7 @@ def read_pieces(model: bytes, name: str = "the BPE model") -> List[str]:
     return [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
 
 
-def _train_bpe(sentences: Sequence[str], nbpe: int) -> bytes:
+def _train_bpe(sentences: Iterable[str], nbpe: int, number: int) -> bytes:
     """Train a SentencePiece unigram model and return it as the bytes of its file."""
     import sentencepiece
 
@@ -189,5 +223,5 @@ def _train_bpe(sentences: Sequence[str], nbpe: int) -> bytes:
         )
     except (RuntimeError, ValueError) as e:
         # SentencePiece says what would fit, e.g. "Vocabulary size too high (500). Please set it to a value <= 123."
-        raise UserError(f"--nbpe {nbpe} does not suit these {len(sentences)} sentences: {e}") from e
+        raise UserError(f"--nbpe {nbpe} does not suit these {number} sentences: {e}") from e
     return model.getvalue()

@@ -2,63 +2,50 @@
 
 from __future__ import annotations
 
+import functools
+import re
+import tempfile
+from operator import itemgetter
 from pathlib import Path
-from typing import Callable, Dict, Iterable, List, Optional, Sequence, Tuple
+from typing import Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.audio import read_audio_info
-from espnet_kd.data.datadir import MAX_SHOWN, PathLike, iter_lines, split_line
+from espnet_kd.data.datadir import (
+    MAX_SHOWN,
+    Entry,
+    PathLike,
+    iter_lines,
+    join_sorted,
+    os_errors_told,
+    parse_segment,
+    read_sorted,
+    sort_externally,
+    split_line,
+)
+from espnet_kd.data.parallel import map_with_bar
 
 
 class Faults:
-    """Collects faults; :meth:`raise_if_any` tells the first ones and how many there are."""
+    """Counts faults and keeps the first MAX_SHOWN of them; :meth:`raise_if_any` tells."""
 
     def __init__(self, where: PathLike) -> None:
         self.where = where
-        self.messages: List[str] = []
+        self.number = 0
+        self.shown: List[str] = []
 
     def add(self, message: str) -> None:
         """Note one fault."""
-        self.messages.append(message)
+        self.number += 1
+        if len(self.shown) < MAX_SHOWN:
+            self.shown.append(message)
 
     def raise_if_any(self) -> None:
-        """Raise UserError with the first MAX_SHOWN faults and the count of all."""
-        if not self.messages:
-            return
-        shown = self.messages[:MAX_SHOWN]
-        more = len(self.messages) - len(shown)
-        tail = f"\n  … and {more} more" if more else ""
-        raise UserError(f"{self.where}: {len(self.messages)} fault(s) found\n  " + "\n  ".join(shown) + tail)
-
-
-def _read_checked(path: Path, faults: Faults, what: str = "utterance") -> Dict[str, Tuple[int, str]]:
-    """Read a file as {id: (line number, rest)}, noting bad UTF-8, order and double ids instead of stopping."""
-    out: Dict[str, Tuple[int, str]] = {}
-    previous = ""
-    if not path.exists():
-        faults.add(f"{path}: no such file")
-        return out
-    with open(path, "rb") as f:
-        for number, raw in enumerate(f, 1):
-            try:
-                line = raw.rstrip(b"\r\n").decode("utf-8")
-            except UnicodeDecodeError as e:
-                key = raw.split(maxsplit=1)[0].decode("utf-8", "replace") if raw.split() else "?"
-                faults.add(f"{path}:{number}: {what} '{key}': not UTF-8 ({e.reason} at byte {e.start + 1})")
-                out.setdefault(key, (number, "?"))
-                continue
-            key, value = split_line(line)
-            if not key:
-                faults.add(f"{path}:{number}: an empty line; remove it")
-                continue
-            if key in out:
-                faults.add(f"{path}:{number}: {what} '{key}' stands already in line {out[key][0]}; remove one")
-                continue
-            if key < previous:
-                faults.add(f"{path}:{number}: {what} '{key}' is not sorted; sort the file with LC_ALL=C sort")
-            previous = key
-            out[key] = (number, value)
-    return out
+        """Raise UserError with the first faults and the count of all."""
+        if self.number:
+            more = self.number - len(self.shown)
+            tail = f"\n  … and {more} more" if more else ""
+            raise UserError(f"{self.where}: {self.number} fault(s) found\n  " + "\n  ".join(self.shown) + tail)
 
 
 def validate(
@@ -72,8 +59,9 @@ def validate(
     max_seconds: float = 30.0,
     check_audio: bool = True,
     fs: Optional[int] = 16000,
+    nj: int = 1,
 ) -> int:
-    """Check a data dir and return its number of utterances.
+    """Check a data dir and return its number of utterances; only the recordings of ``segments`` are held in memory.
 
     Args:
         need_text: whether ``text`` has to exist; where it exists it is checked in any case.
@@ -83,6 +71,7 @@ def validate(
         min_seconds, max_seconds: limits of an utterance's duration.
         check_audio: whether to read the headers of the audio files.
         fs: sampling rate in Hz that every file must have; None to accept any.
+        nj: processes that read them.
 
     Raises:
         UserError: with the first faults, each with file, line and utterance, and their count.
@@ -92,125 +81,168 @@ def validate(
         raise UserError(f"{data_dir}: no such data directory")
     faults = Faults(data_dir)
     segmented = (data_dir / "segments").exists()
-    wavs = _read_checked(data_dir / "wav.scp", faults, "recording" if segmented else "utterance")
-    files = {"utt2spk": _read_checked(data_dir / "utt2spk", faults)}
-    if segmented:
-        files["segments"] = _read_checked(data_dir / "segments", faults)
-    else:
-        files["wav.scp"] = wavs
-    if need_text or (data_dir / "text").exists():
-        files["text"] = _read_checked(data_dir / "text", faults)
-    if (data_dir / "utt2num_samples").exists():
-        files["utt2num_samples"] = _read_checked(data_dir / "utt2num_samples", faults)
-    _check_ids(data_dir, files, faults)
-    _check_speakers(data_dir, files["utt2spk"], faults)
-    if "text" in files:
-        _check_texts(data_dir / "text", files["text"], allow_empty, token_list, token_type, faults)
-    lengths = _check_audio(data_dir / "wav.scp", wavs, check_audio, fs, faults)
-    spans = _check_segments(data_dir, files, lengths, faults) if segmented else lengths
-    where = "segments" if segmented else "wav.scp"
-    for utt_id, seconds in spans.items():
-        if not segmented and seconds == 0:
-            continue  # already said
-        if not min_seconds <= seconds <= max_seconds:
-            limit = f"shorter than {min_seconds}" if seconds < min_seconds else f"longer than {max_seconds}"
-            number = files[where][utt_id][0]
-            faults.add(f"{data_dir / where}:{number}: utterance '{utt_id}': {seconds:.2f} s, {limit} s")
+    names = ["segments" if segmented else "wav.scp", "utt2spk"]
+    names += ["text"] if need_text or (data_dir / "text").exists() else []
+    names += ["utt2num_samples"] if (data_dir / "utt2num_samples").exists() else []
+    kinds = {**dict.fromkeys(names, "utterance"), "spk2utt": "speaker"}
+    kinds.setdefault("wav.scp", "recording")
+    with os_errors_told(data_dir):
+        sizes = {name: _check_lines(data_dir / name, faults, what) for name, what in kinds.items()}
+        _check_entries(data_dir, names, allow_empty, token_list, token_type, faults)
+        lengths = _check_audio(data_dir / "wav.scp", sizes["wav.scp"], check_audio, fs, nj, faults)
+        spans = _check_segments(data_dir, {key: s for key, _, s in lengths}, faults) if segmented else lengths
+        for utt_id, number, seconds in spans:
+            if seconds and not min_seconds <= seconds <= max_seconds:  # of zero length it is said already
+                limit = f"shorter than {min_seconds}" if seconds < min_seconds else f"longer than {max_seconds}"
+                faults.add(f"{data_dir / names[0]}:{number}: utterance '{utt_id}': {seconds:.2f} s, {limit} s")
     faults.raise_if_any()
-    return len(files["utt2spk"])
+    return sizes["utt2spk"]
 
 
-def _check_ids(data_dir: Path, files: Dict[str, Dict[str, Tuple[int, str]]], faults: Faults) -> None:
-    """Every id of one file has to be in all others."""
-    for name, entries in files.items():
-        for other, others in files.items():
-            if name == other or not (data_dir / other).exists():
-                continue
-            for utt_id, (number, _) in entries.items():
-                if utt_id not in others:
-                    faults.add(f"{data_dir / name}:{number}: utterance '{utt_id}' is missing in {other}")
+def _look_up(token_list: Optional[PathLike], token_type: str) -> Callable[[str], List[str]]:
+    """Return a function that lists the symbols of a text that ``token_list`` lacks."""
+    if token_list is None:
+        return lambda text: []
+    known = {line for _, line in iter_lines(token_list)}
+    if token_type == "word":
+        return lambda text: sorted(set(text.split()) - known)
+    if token_type == "bpe":
+        known = {char for token in known for char in token}
+    return lambda text: sorted(set(text) - known - {" "})
 
 
-def _check_speakers(data_dir: Path, utt2spk: Dict[str, Tuple[int, str]], faults: Faults) -> None:
-    path = data_dir / "spk2utt"
-    told = {utt: spk for spk, (_, utts) in _read_checked(path, faults, "speaker").items() for utt in utts.split()}
-    for utt_id, (number, speaker) in utt2spk.items():
-        where = f"{data_dir / 'utt2spk'}:{number}: utterance '{utt_id}'"
-        if not speaker or " " in speaker:
-            faults.add(f"{where}: expected one speaker, found '{speaker}'")
-        elif path.exists() and told.get(utt_id) != speaker:
-            found = told.get(utt_id, "no speaker")
-            faults.add(f"{where}: speaker {speaker} here, {found} in spk2utt")
+def _check_lines(path: Path, faults: Faults, what: str) -> int:
+    """Note bad UTF-8, empty lines, order and double ids; return the number of ids."""
+    if not path.exists():
+        faults.add(f"{path}: no such file")
+        return 0
+    previous = ""
+    with open(path, "rb") as f:
+        for number, raw in enumerate(f, 1):
+            key, _ = split_line(raw.rstrip(b"\r\n").decode("utf-8", "replace"))
+            try:
+                raw.decode("utf-8")
+            except UnicodeDecodeError as e:
+                faults.add(f"{path}:{number}: {what} '{key}': not UTF-8 ({e.reason} at byte {e.start + 1})")
+            if not key:
+                faults.add(f"{path}:{number}: an empty line; remove it")
+            elif key < previous:
+                faults.add(f"{path}:{number}: {what} '{key}' is not sorted; sort the file with LC_ALL=C sort")
+            previous = key or previous
+    size = 0
+    for key, found in join_sorted({"": read_sorted(path, "replace")}):
+        size += 1
+        (_, first, _), *more = found[""]
+        for _, number, _ in more:
+            faults.add(f"{path}:{number}: {what} '{key}' stands already in line {first}; remove one")
+    return size
 
 
-def _check_texts(
-    path: Path,
-    texts: Dict[str, Tuple[int, str]],
+def _check_entries(
+    data_dir: Path,
+    names: Sequence[str],
     allow_empty: bool,
     token_list: Optional[PathLike],
     token_type: str,
     faults: Faults,
 ) -> None:
-    symbols: Callable[[str], Iterable[str]] = str.split if token_type == "word" else (lambda text: set(text) - {" "})
-    known = None
-    if token_list is not None:
-        known = {line for _, line in iter_lines(token_list)}
-        if token_type == "bpe":
-            known = {char for token in known for char in token}
-    for utt_id, (number, text) in texts.items():
-        if not text:
-            if not allow_empty:
-                faults.add(f"{path}:{number}: utterance '{utt_id}': the text is empty")
-        elif known is not None:
-            unknown: Sequence[str] = sorted(set(symbols(text)) - known)
-            if unknown:
-                listed = " ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
-                faults.add(f"{path}:{number}: utterance '{utt_id}': not in {token_list}: {listed}")
+    """Note ids that one file has and another lacks, speakers that differ, and what is wrong with a text."""
+    unknown_in = _look_up(token_list, token_type)
+    names = [name for name in names if (data_dir / name).exists()]
+    streams = {name: read_sorted(data_dir / name, "replace") for name in names}
+    told = (data_dir / "spk2utt").exists()
+    if told:
+        streams["spk2utt"] = _invert(data_dir / "spk2utt")
+    for utt_id, found in join_sorted(streams):
+        for name in (name for name in names if name in found):
+            _, number, value = found[name][0]
+            where = f"{data_dir / name}:{number}: utterance '{utt_id}'"
+            for other in names:
+                if other not in found:
+                    faults.add(f"{where} is missing in {other}")
+            if name == "utt2spk":
+                speakers = {speaker for _, _, speaker in found.get("spk2utt", ())}
+                if not value or " " in value:
+                    faults.add(f"{where}: expected one speaker, found '{value}'")
+                elif told and speakers != {value}:
+                    listed = " and ".join(sorted(speakers)) or "no speaker"
+                    faults.add(f"{where}: speaker {value} here, {listed} in spk2utt")
+            elif name == "text":
+                unknown = unknown_in(value)
+                if not value and not allow_empty:
+                    faults.add(f"{where}: the text is empty")
+                if unknown:
+                    listed = " ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
+                    faults.add(f"{where}: not in {token_list}: {listed}")
+
+
+def _invert(spk2utt: Path) -> Iterator[Entry]:
+    """Stream (utterance, line number, speaker) sorted by utterance."""
+    pairs = (
+        (match[0], number, speaker)
+        for speaker, number, utts in read_sorted(spk2utt, "replace")
+        for match in re.finditer(r"\S+", utts)
+    )
+    return sort_externally(pairs, itemgetter(0), tempfile.gettempdir())
 
 
 def _check_audio(
-    path: Path, wavs: Dict[str, Tuple[int, str]], check: bool, fs: Optional[int], faults: Faults
-) -> Dict[str, float]:
-    """Note unreadable, empty and wrongly sampled files; return {id: seconds} of the others."""
-    lengths: Dict[str, float] = {}
-    for key, (number, audio) in wavs.items():
+    path: Path, total: int, check: bool, fs: Optional[int], nj: int, faults: Faults
+) -> Iterator[Tuple[str, int, Optional[float]]]:
+    """Note unreadable, empty and wrongly sampled files; yield (id, line number, seconds where they are known)."""
+    if not path.exists():
+        return
+    work = functools.partial(_read_info, check=check)
+    entries = read_sorted(path, "replace")
+    # Nothing is worth a process where nothing is opened.
+    for (key, number, audio), info, fault in map_with_bar(
+        work, entries, nj=nj if check else 1, desc=f"checking {path.parent}", unit="file", total=total
+    ):
         where = f"{path}:{number}: '{key}'"
-        if "|" in audio or not audio:
-            why = "has a shell pipe, which is not run here: convert to a file" if audio else "names no audio file"
-            faults.add(f"{where} {why}")
-        elif check:
-            try:
-                frames, rate, channels = read_audio_info(audio)
-            except UserError as e:
-                faults.add(f"{where}: {e}")
-                continue
+        seconds = None
+        if fault:
+            faults.add(f"{where}{fault}")
+        if info:
+            frames, rate, channels = info
+            seconds = frames / rate
             if frames == 0:
                 faults.add(f"{where}: the audio has zero length: {audio}")
             if fs is not None and rate != fs:
                 faults.add(f"{where}: sampling rate {rate} Hz, expected {fs}: {audio}; resample it (stage 2 does)")
             if channels != 1:
                 faults.add(f"{where}: {channels} channels, expected 1: {audio}")
-            lengths[key] = frames / rate
-    return lengths
+        yield key, number, seconds
+
+
+def _read_info(entry: Entry, check: bool) -> Tuple[Entry, Optional[Tuple[int, int, int]], str]:
+    """Return a line of wav.scp with what the file's header says, and what is wrong with it."""
+    audio = entry[2]
+    if not audio:
+        return entry, None, " names no audio file"
+    if "|" in audio:
+        return entry, None, " has a shell pipe, which is not run here: convert to a file"
+    try:
+        return entry, read_audio_info(audio) if check else None, ""
+    except UserError as e:
+        return entry, None, f": {e}"
 
 
 def _check_segments(
-    data_dir: Path, files: Dict[str, Dict[str, Tuple[int, str]]], lengths: Dict[str, float], faults: Faults
-) -> Dict[str, float]:
-    """Note segments that do not fit their recording; return {utterance: seconds}."""
-    spans: Dict[str, float] = {}
-    for utt_id, (number, value) in files["segments"].items():
-        where = f"{data_dir / 'segments'}:{number}: utterance '{utt_id}'"
-        fields = value.split()
+    data_dir: Path, lengths: Mapping[str, Optional[float]], faults: Faults
+) -> Iterator[Tuple[str, int, float]]:
+    """Note segments that do not fit their recording; yield (utterance, line number, seconds) of the others."""
+    path = data_dir / "segments"
+    for utt_id, number, value in read_sorted(path, "replace"):
+        where = f"{path}:{number}: utterance '{utt_id}'"
         try:
-            recording, start, end = fields[0], float(fields[1]), float(fields[2])
-        except (IndexError, ValueError):
-            faults.add(f"{where}: expected 'recording start end', found '{value}'")
+            recording, start, end = parse_segment(value, where)
+        except UserError as e:
+            faults.add(str(e))
             continue
-        if not 0 <= start < end:
-            faults.add(f"{where}: start {start} and end {end} make no segment")
-        elif recording in lengths and end > lengths[recording] + 0.05:
-            faults.add(f"{where}: ends at {end} s, the recording '{recording}' at {lengths[recording]:.2f} s")
+        seconds = lengths.get(recording)
+        if recording not in lengths:
+            faults.add(f"{where}: recording '{recording}' is not in wav.scp")
+        elif seconds is not None and end > seconds + 0.05:
+            faults.add(f"{where}: ends at {end} s, the recording '{recording}' at {seconds:.2f} s")
         else:
-            spans[utt_id] = end - start
-    return spans
+            yield utt_id, number, end - start

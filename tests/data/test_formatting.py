@@ -153,9 +153,7 @@ def test_bad_options(src: Path, tmp_path: Path) -> None:
             format_data(src, tmp_path / "dump", **options)
 
 
-def test_text_is_required_optional_or_left_closed(
-    src: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_text_is_required_optional_or_left_closed(src: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     format_data(src, tmp_path / "with", text="optional")
     assert (tmp_path / "with" / "text").read_bytes() == (src / "text").read_bytes()
     (src / "text").write_bytes(b"a-0 \xff\n")
