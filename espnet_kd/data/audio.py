@@ -1,13 +1,15 @@
-"""What an audio file says of itself."""
+"""What an audio file says of itself, and how one is written."""
 
 from __future__ import annotations
 
+import io
 import os
 import re
 from pathlib import Path
-from typing import Tuple
+from typing import Tuple, Union
 
 from espnet_kd.cli import UserError
+from espnet_kd.files import replacing
 
 
 def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
@@ -38,6 +40,16 @@ def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
                 f"'sph2pipe -f wav {path} {Path(path).with_suffix('.wav')}', and remove it"
             ) from e
         raise UserError(f"unreadable audio {path}: {e}") from e
+
+
+def write_flac(path: Union[str, Path], samples, rate: int, sync: bool = True) -> None:
+    """Write int16 samples, (N,) or (N, channels), at ``rate`` Hz as 16-bit FLAC, whole or not at all."""
+    import soundfile
+
+    content = io.BytesIO()  # libsndfile would not say why it cannot write to a full disk
+    soundfile.write(content, samples, rate, format="FLAC", subtype="PCM_16")
+    with replacing(path, "wb", sync=sync) as f:
+        f.write(content.getbuffer())
 
 
 def _read_head(path: str) -> str:

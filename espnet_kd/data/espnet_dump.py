@@ -20,7 +20,16 @@ from pathlib import Path
 from typing import Iterator, Optional, Sequence, Tuple
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.datadir import PathLike, Spool, Utterance, read_data_dir, read_pairs, write_data_dir
+from espnet_kd.data.audio import write_flac
+from espnet_kd.data.datadir import (
+    PathLike,
+    Spool,
+    Utterance,
+    os_errors_told,
+    read_data_dir,
+    read_pairs,
+    write_data_dir,
+)
 from espnet_kd.data.parallel import map_with_bar
 from espnet_kd.files import replacing
 
@@ -38,11 +47,15 @@ def take_espnet_data(espnet_data: PathLike, sets: Sequence[str], out: PathLike, 
         nj: processes, for what has to be converted.
 
     Raises:
-        UserError: no such set, features instead of audio, audio that is not found or cannot be read.
+        UserError: no such set, features instead of audio, audio that is not found or cannot be read, an utterance
+            without line in a ``text``, or the system refuses to write.
     """
     sources = {name: find_set(Path(espnet_data), name) for name in sets}  # all of them, before the first is taken
-    for name, source in sources.items():
-        _take(source, Path(espnet_data), Path(out) / name, nj)
+    for source in sources.values():
+        _check_text(source)
+    with os_errors_told(out):
+        for name, source in sources.items():
+            _take(source, Path(espnet_data), Path(out) / name, nj)
 
 
 def find_set(espnet_data: Path, name: str) -> Path:
@@ -70,6 +83,23 @@ def _read(path: Path) -> str:
     return path.read_text(encoding="utf-8").strip() if path.is_file() else ""
 
 
+def _check_text(source: Path) -> None:
+    """Refuse a ``text`` that lacks an utterance (a data dir has all texts or none); say what it has without audio."""
+    if not (source / "text").exists():
+        return
+    number = 0
+    for u in read_data_dir(source):
+        number += 1
+        if u.text is None:
+            raise UserError(
+                f"{source / 'text'} has no line for '{u.utt_id}'; add it, or take such utterances out "
+                f"(in the ESPnet recipe: utils/fix_data_dir.sh {source})"
+            )
+    extra = sum(1 for _ in read_pairs(source / "text")) - number
+    if extra:
+        logging.warning("%s: %d lines without audio are left out", source / "text", extra)
+
+
 def _take(source: Path, espnet_data: Path, dst: Path, nj: int) -> None:
     wav_scp = source / "wav.scp"
     root = _find_root(wav_scp, espnet_data)
@@ -79,6 +109,8 @@ def _take(source: Path, espnet_data: Path, dst: Path, nj: int) -> None:
     inputs = f"{wav_scp.resolve()} {facts.st_size} {facts.st_mtime_ns}"
     if _read(stamp) != inputs:
         shutil.rmtree(audio_dir, ignore_errors=True)
+    for path in audio_dir.rglob(".*.flac.*"):
+        path.unlink()  # begun by a run that was killed
     todo = Spool(dst, (entry for entry in _entries(source) if _needs_conversion(entry[1])))
     if len(todo):
         with replacing(stamp) as f:
@@ -140,7 +172,6 @@ def _flac(audio_dir: Path, key: str) -> Path:
 def _convert(entry: Tuple[str, str, Optional[int]], root: Path, audio_dir: Path) -> int:
     """Write one entry of a wav.scp as FLAC unless it is there; return its size in bytes."""
     import numpy as np
-    import soundfile
 
     key, audio, expected = entry
     path = _flac(audio_dir, key)
@@ -152,8 +183,7 @@ def _convert(entry: Tuple[str, str, Optional[int]], root: Path, audio_dir: Path)
             raise UserError(f"'{key}': {len(samples)} samples in {audio}, {expected} in utt2num_samples; is it cut?")
         # Exact for 16-bit audio, which soundfile gives divided by 32768.
         whole = np.round(samples * 32768).clip(-32768, 32767).astype(np.int16)
-        with replacing(path, "wb") as f:
-            soundfile.write(f, whole, rate, format="FLAC", subtype="PCM_16")
+        write_flac(path, whole, rate)
     return path.stat().st_size
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import heapq
-import io
 import itertools
 import json
 import logging
@@ -24,7 +23,7 @@ from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, 
 from tqdm import tqdm
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.audio import read_audio_info
+from espnet_kd.data.audio import read_audio_info, write_flac
 from espnet_kd.data.datadir import (
     MAX_SHOWN,
     Spool,
@@ -320,11 +319,7 @@ def _format_one(utt: Utterance, plan: _Plan) -> Tuple[List[Utterance], int]:
                 signal = _read(utt, rate, frames)
             y = _resample(signal, rate * factor, plan.fs)
             number = len(y)
-            content = io.BytesIO()  # libsndfile would not say why it cannot write to a full disk
-            samples = np.round(np.clip(y, -1, 1) * 32767).astype(np.int16)
-            _soundfile().write(content, samples, plan.fs, format="FLAC", subtype="PCM_16")
-            with replacing(path, "wb", sync=False) as f:
-                f.write(content.getbuffer())
+            write_flac(path, np.round(np.clip(y, -1, 1) * 32767).astype(np.int16), plan.fs, sync=False)
         copies.append(replace(new, audio=str(path), num_samples=number))
     return copies, rate
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import pickle
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -63,9 +66,9 @@ def test_again_converts_nothing_unless_the_list_is_new(espnet: Path, tmp_path: P
         taken = take(espnet, tmp_path / "data")
         assert (espnet / "ran").read_text().count("x") == 3 * times
     some = next(taken.glob("audio/*/*.flac"))
-    some.unlink()  # as after a kill
+    some.rename(some.with_name(f".{some.name}.a1b2c3d4"))  # as after a kill
     take(espnet, tmp_path / "data")
-    assert some.is_file() and (espnet / "ran").read_text().count("x") == 4
+    assert not list(taken.rglob(".*.flac.*")) and some.is_file() and (espnet / "ran").read_text().count("x") == 4
     scp.write_text("".join(scp.read_text().splitlines(keepends=True)[:2]))
     for name in ("utt2spk", "text"):
         path = scp.with_name(name)
@@ -99,6 +102,36 @@ def test_mistakes_are_named(espnet: Path, tmp_path: Path) -> None:
     }.items():
         tiny_espnet.write(data_dir, "wav.scp", {u: entry for u in ids})
         refused(words)
+
+
+def test_a_text_has_all_lines_or_is_refused(espnet: Path, tmp_path: Path, caplog) -> None:
+    tiny_espnet.add_set(espnet, "train", "flac", SECONDS)
+    text = espnet / "dump/raw/train/text"
+    lines = text.read_text().splitlines(keepends=True)
+    text.write_text("".join(lines[1:]))
+    # A data dir without text is untranscribed audio: the other transcripts would be lost without a word.
+    with pytest.raises(UserError, match="text has no line for 'train-0'"):
+        take(espnet, tmp_path / "data", "train")
+    assert not (tmp_path / "data").exists()
+    text.write_text("".join([*lines, "train-9 abc\n"]))
+    with caplog.at_level("WARNING"):
+        taken = take(espnet, tmp_path / "data", "train")
+    assert "1 lines without audio are left out" in caplog.text
+    assert (taken / "text").read_text() == "".join(lines)
+
+
+def test_a_disk_that_is_full_while_audio_is_written(espnet: Path, tmp_path: Path) -> None:
+    tiny_espnet.add_set(espnet, "train", "pipe", SECONDS)
+    command = [sys.executable, "-m", "espnet_kd.bin.asr_kd_data", "espnet", "--espnet_data", str(espnet)]
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY))
+
+    command += ["--sets", "train", "--out", str(tmp_path / "data")]
+    done = subprocess.run(command, capture_output=True, text=True, preexec_fn=limit)
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert "File too large, and give the same command again" in done.stderr
+    assert not list(tmp_path.glob("data/**/*flac*")) and not (tmp_path / "data/train/wav.scp").exists()
 
 
 class Mark:

@@ -82,6 +82,36 @@ def test_one_machine_and_an_espnet_recipe(egs2):
     assert "exp/teacher_given/export" in said[-3]
 
 
+@pytest.mark.parametrize(
+    "options, sets",
+    [
+        ([], ["test_clean", "test_other"]),
+        (["--split_by_speaker", "train-clean-5"], ["test"]),
+        (["--split_by_speaker", "train-clean-5", "--test_parts", "test-clean"], ["test_clean"]),
+        (["--test_parts", "test-clean", "--split_by_speaker", "train-clean-5"], ["test_clean"]),
+        (["--test_parts", "test-clean", "--test_sets", "test"], ["test"]),
+    ],
+)
+def test_what_librispeech_decodes(egs2, options, sets):
+    # The corpus need not be there.
+    done = Recipe(egs2, "librispeech").run("--librispeech", "/no/such/place", *options, "--stage", "13", "--dry_run")
+    said = commands(done.stdout)[0]
+    assert said[said.index("--data_dir") + 1 :] == [f"dump/raw/{name}" for name in sets]
+
+
+def test_without_test_sets_nothing_can_be_decoded(egs2):
+    recipe = Recipe(egs2, "librispeech")
+    done = recipe.run("--test_parts", "", "--dry_run", check=False)
+    assert done.returncode == 2 and "error: no --test_sets" in done.stdout
+    assert recipe.run("--test_parts", "", "--dry_run", "--stage", "11", "--stop_stage", "11").returncode == 0
+
+
+@pytest.mark.parametrize("name, option", [("librispeech", "--split_by_speaker"), ("aishell", "--aishell DIR")])
+def test_help_has_the_recipes_own_options(egs2, name, option):
+    help_text = Recipe(egs2, name).run("--help").stdout
+    assert option in help_text and "--stop_stage 13" in help_text and "set -euo" not in help_text
+
+
 def test_several_machines_need_a_cluster(egs2):
     recipe = Recipe(egs2, "mini")
     for name in ("dump/raw/train/wav.scp", "dump/raw/train/text", "dump/raw/valid/text", "exp/stats_train_char/.done"):

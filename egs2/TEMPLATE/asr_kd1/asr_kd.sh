@@ -78,6 +78,8 @@ read -r -a kd_stages_list <<<"${kd_stages}"
 read -r -a teacher_args_list <<<"${teacher_args}"
 read -r -a train_args_list <<<"${train_args}"
 read -r -a test_list <<<"${test_sets}"
+[ ${#test_list[@]} -gt 0 ] || [ "${stop_stage}" -lt 12 ] ||
+    refuse "no --test_sets: there is nothing to decode in stage 12; name a data dir, or give --stop_stage 11"
 # What teacher and students have in common, in front of the options of each.
 scale=(${use_amp:+--use_amp "${use_amp}"} ${batch_bins:+--batch_bins "${batch_bins}"})
 scale+=(${accum_grad:+--accum_grad "${accum_grad}"})

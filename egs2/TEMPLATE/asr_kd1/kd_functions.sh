@@ -7,6 +7,8 @@ Usage: ./run.sh [--stage N] [--stop_stage N] [--option value …]
 Example: ./run.sh --stage 8 --method progressive_fkl --teacher exp/teacher --ngpu 1
          ./run.sh --ngpu 4 --num_nodes 2 --dry_run
 
+$(sed -n '2,/^[^#]/s/^# //p' run.sh)
+
 Stages, the same in every recipe:
    1 data preparation          5 teacher training         8-10 KD stages 1-3
    2 formatting, speed         6 student without KD       11 export

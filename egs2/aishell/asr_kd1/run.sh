@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# AISHELL-1: Mandarin, read, 151 h to train on: ./run.sh --aishell DIR (with transcript/ and wav/ in it). See --help.
+# AISHELL-1: Mandarin, read, 151 h to train on: ./run.sh --aishell DIR (with transcript/ and wav/ in it).
 set -euo pipefail
 
 args=()
 while [ $# -gt 0 ]; do
     if [ "$1" = --aishell ]; then
         # For local/data.sh, from the directory this script is called in.
-        aishell=$(realpath "${2:?--aishell needs a directory}")
+        aishell=$(realpath -m "${2:?--aishell needs a directory}")
         export aishell
         shift 2
     else

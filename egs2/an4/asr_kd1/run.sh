@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# CMU AN4: real speech, 50 minutes of it. ./run.sh --an4 DIR, or without it the corpus is downloaded. See --help.
+# CMU AN4: real speech, 50 minutes of it. ./run.sh --an4 DIR, or without it the corpus is downloaded.
 set -euo pipefail
 
 args=()
 while [ $# -gt 0 ]; do
     if [ "$1" = --an4 ]; then
         # For local/data.sh, from the directory this script is called in.
-        an4=$(realpath "${2:?--an4 needs a directory}")
+        an4=$(realpath -m "${2:?--an4 needs a directory}")
         export an4
         shift 2
     else

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The embedded default: speech synthesised on the spot, nothing to download. See --help.
+# The embedded default: speech synthesised on the spot, nothing to download.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 

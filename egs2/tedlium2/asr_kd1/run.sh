@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# TED-LIUM release 2: talks, about 210 h to train on: ./run.sh --tedlium2 DIR (with train/, dev/, test/ in it). See --help.
+# TED-LIUM release 2: talks, about 210 h to train on: ./run.sh --tedlium2 DIR (with train/, dev/, test/ in it).
 set -euo pipefail
 
 args=()
 while [ $# -gt 0 ]; do
     if [ "$1" = --tedlium2 ]; then
         # For local/data.sh, from the directory this script is called in.
-        tedlium2=$(realpath "${2:?--tedlium2 needs a directory}")
+        tedlium2=$(realpath -m "${2:?--tedlium2 needs a directory}")
         export tedlium2
         shift 2
     else
