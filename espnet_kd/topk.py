@@ -81,7 +81,8 @@ class TopK:
 
     def log_nonblank_at(self, temperature: float) -> Tensor:
         """(B, T) log(1 − p(blank)) at ``temperature``; exact where p(blank) rounds to 1."""
-        log_blank = self.log_blank_at(temperature)
+        # Rounding may leave it a little above 0.
+        log_blank = self.log_blank_at(temperature).clamp(max=0.0)
         return log_blank.expm1().neg().log()
 
     def remainder_at(self, temperature: float) -> Tensor:
@@ -148,5 +149,7 @@ def compress(logits: Tensor, k: int, temperatures: Sequence[float] = ()) -> TopK
     # From the others' mass: log_softmax has no digits left where p(blank) rounds to 1.
     log_blank = -torch.nn.functional.softplus(tokens.logsumexp(-1) - logits[..., 0])
     best = log_probs[..., 1:].topk(min(k, tokens.size(-1)), -1)
-    norms = {tau: (log_probs / tau).logsumexp(-1) for tau in temperatures if tau != 1}
+    # In double and from the exact blank: log p(blank) at τ is a difference from this, often of two tiny numbers.
+    exact = torch.cat([log_blank[..., None], log_probs[..., 1:]], -1).double() if temperatures else log_probs
+    norms = {tau: (exact / tau).logsumexp(-1).to(log_probs.dtype) for tau in temperatures if tau != 1}
     return TopK(log_blank, best.indices + 1, best.values, logits.size(-1), norms)

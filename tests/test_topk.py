@@ -200,6 +200,21 @@ def test_blank_is_exact_where_it_rounds_to_one():
     assert short.log_nonblank_at(1.0).item() == pytest.approx(math.log(V - 1) - 30, rel=1e-5)
 
 
+@pytest.mark.parametrize("temperature", [0.25, 0.5, 2.0])
+def test_sure_teacher_in_single_precision_at_a_temperature(temperature):
+    """p(blank) at τ is a difference of numbers near 0, which must not be above 1."""
+    torch.manual_seed(0)
+    logits = 2 * torch.randn(1, 400, 50)
+    logits[..., 0] += torch.linspace(5, 40, 400)
+    student = torch.randn(1, 400, 50).requires_grad_()
+    short = compress(logits, 8, (temperature,))
+    exact = compress(logits.double(), 8, (temperature,))
+    got, expected = (x.log_nonblank_at(temperature).exp().double() for x in (short, exact))
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=3e-7)
+    losses.blank_kl(student, short, torch.tensor([400]), temperature=temperature).backward()
+    assert student.grad.isfinite().all()
+
+
 def test_weights_of_representations_agree():
     _, teacher, _ = batch()
     torch.testing.assert_close(losses.nonblank_mass(compress(teacher, 1)), losses.nonblank_mass(teacher))

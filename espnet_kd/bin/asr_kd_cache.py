@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import logging
 import math
-import shutil
 from dataclasses import asdict
 from pathlib import Path
 from typing import Optional, Sequence, Tuple
 
 from espnet_kd import cli
-from espnet_kd.bin.asr_kd_inference import describe_inputs
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -55,7 +53,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise cli.UserError(f"--batch_seconds is {args.batch_seconds}; it must be a number above 0")
     job, jobs = parse_job(args.job)
     output = Path(args.output)
-    data = [describe_inputs(Path(args.teacher), Path(d))["wav_scp_sha256"] for d in args.data_dir]
+    if args.force and jobs > 1:
+        raise cli.UserError(f"--force with --job would remove what other jobs wrote; remove {output} first instead")
 
     # Imported here: --help and mistakes in the command line are answered at once.
     import torch
@@ -84,12 +83,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     shift = measure_frame_shift(model, rate)
     recogniser = writer.TargetRecogniser(model, train_args, config.parent, policy=policy)
     shards = writer.split(read_all_utterances(args.data_dir, recogniser.rate), args.shard_size)
+    data = [hash_file(Path(d) / "wav.scp") for d in args.data_dir]
     manifest = Manifest(
         str(model_file), hash_file(model_file), hash_tokens(recogniser.token_list), len(recogniser.token_list), shift,
         rate, model.encoder.output_size(), policy, data, len(shards), {},
     )  # fmt: skip
-    if args.force and output.exists():
-        shutil.rmtree(output)
+    if args.force:
+        writer.remove(output)
     writer.write_manifest(output, manifest, recogniser.token_list)
     if jobs == 1:
         writer.remove_leftovers(output)

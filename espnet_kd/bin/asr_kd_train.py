@@ -78,6 +78,8 @@ def _run(cmd: List[str], args: argparse.Namespace) -> None:
     page = load_page(args.kd_config)
     if args.teacher and page.teacher == "none":
         logging.warning("%s has no teacher: --teacher is not used", page.method)
+    if args.target_cache and page.teacher == "none":
+        logging.warning("%s has no teacher: --target_cache is not used", page.method)
     chosen = choose_stages(page, args.kd_stages)
     epochs = page.epochs(args.max_epoch, chosen)
     if args.kd_stage is not None and args.kd_stage not in epochs:
@@ -245,6 +247,7 @@ def _finished(output_dir: Path, record: Dict[str, Any], label: str) -> bool:
     except ValueError as e:
         raise UserError(f"{output_dir / RECORD} is damaged ({e}); remove {output_dir} to train {label} anew") from e
     finished = found.pop("finished", False)
+    record = json.loads(json.dumps(record))  # as it comes back: tuples are lists
     differing = [k for k in {**record, **found} if found.get(k) != record.get(k)]
     # A directory in which nothing was trained yet may take a mended command.
     if differing and (output_dir / CHECKPOINT).exists():

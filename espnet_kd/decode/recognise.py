@@ -7,7 +7,9 @@ made of utterances of like length, and give what each utterance gives alone (see
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
+import threading
 import time
 from array import array
 from concurrent.futures import ThreadPoolExecutor
@@ -90,6 +92,17 @@ class Recogniser:
         if not make_batch_exact(model):
             logging.warning("%s: the last frames of a batch depend a little on padding", type(model.encoder).__name__)
         self.model = model
+        self._here = threading.local()
+
+    @property
+    def own_model(self) -> torch.nn.Module:
+        """The model for this thread, with the same parameters: ESPnet's attention keeps its weights in itself on the
+        way, so that in one model threads would mix them up.
+        """
+        if not hasattr(self._here, "model"):
+            shared = {id(x): x for x in (*self.model.parameters(), *self.model.buffers())}
+            self._here.model = copy.deepcopy(self.model, shared)
+        return self._here.model
 
     @torch.inference_mode()
     def logits(self, speech: Sequence[np.ndarray]) -> Tuple[torch.Tensor, torch.Tensor]:
@@ -103,7 +116,7 @@ class Recogniser:
         padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
         padded = torch.nn.functional.pad(padded, (0, max(0, self._min_samples - padded.size(1))))
         try:
-            encoded, frames = self.model.encode(
+            encoded, frames = self.own_model.encode(
                 padded.to(self.device), lengths.clamp(min=self._min_samples).to(self.device)
             )
         except TooShortUttError:
@@ -111,7 +124,7 @@ class Recogniser:
         if isinstance(encoded, tuple):  # (output, outputs of InterCTC layers)
             encoded = encoded[0]
         frames = frames.cpu().clamp(max=encoded.size(1)).masked_fill(too_short, 0)
-        return self.model.ctc.ctc_lo(encoded), frames
+        return self.own_model.ctc.ctc_lo(encoded), frames
 
     def __call__(self, speech: Sequence[np.ndarray]) -> List[Hypothesis]:
         """Recognise utterances, each (N_i,) float samples at ``rate`` Hz, as one batch."""

@@ -97,9 +97,15 @@ class _FactorizedKL(torch.autograd.Function):
         temperature: float,
         weights: Tuple[float, float, float],
     ) -> Tensor:
+        sizes = tuple(teacher.size(i) for i in range(3))
+        if sizes != tuple(student.shape) or counted.shape != student.shape[:2]:
+            # Frames are found by their place among all: with other sizes it would be another frame's.
+            raise ValueError(
+                f"student {tuple(student.shape)}, teacher {sizes} and frames {tuple(counted.shape)} differ in size"
+            )
         ctx.save_for_backward(student)
         ctx.constants = blank_id, temperature, weights[0]
-        rows = counted.flatten().nonzero()[:, 0]
+        rows = counted.flatten().nonzero()[:, 0].to(student.device)
         ctx.frames = None
         if not len(rows):
             return student.new_zeros((), dtype=_dtype(student))
@@ -154,7 +160,7 @@ class _FactorizedKL(torch.autograd.Function):
             p = ctx.teacher.probabilities(block[tokens], norm[tokens], g, tokens) if len(tokens) else None
             g *= (pull * mass - push)[:, None]
             if p is not None:
-                g.index_add_(0, tokens, p.mul_(pull[tokens][:, None]), alpha=-1)
+                g.index_add_(0, tokens, p.mul_(pull[tokens][:, None]).to(g.dtype), alpha=-1)
             g[:, blank_id] = push
             flat_out.index_copy_(0, block, g.mul_(scale).to(out.dtype))
         return out, None, None, None, None, None
@@ -217,7 +223,8 @@ class _Buckets:
         x = self.teacher[rows]
         p = q[where].scatter_(1, x.tokens, 0.0)
         share = x.remainder_at(self.temperature)[:, None] / p.sum(-1, keepdim=True)
-        return p.mul_(share.nan_to_num(0.0, 0.0)).scatter_(1, x.tokens, x.log_tokens_at(self.temperature).exp())
+        kept = x.log_tokens_at(self.temperature).exp().to(p.dtype)
+        return p.mul_(share.nan_to_num(0.0, 0.0)).scatter_(1, x.tokens, kept)
 
 
 class _Reader:

@@ -71,7 +71,7 @@ class Manifest:
     policy: Policy
     data: List[Any]  #: what it was made from
     shards: int
-    counts: Dict[str, int]  #: utterances, frames, nonblank, bytes; empty while it is being made
+    counts: Dict[str, int]  #: utterances, frames, rows, bytes; empty while it is being made
     format: int = FORMAT
 
     def to_json(self) -> str:
@@ -142,7 +142,7 @@ def read_index(shard: Path, policy: Policy) -> Iterator[Entry]:
         tables = [dict(_read_scp(shard, name)) for name in ark_names(policy)]
         for number, line in iter_lines(shard / INDEX):
             try:
-                utt_id, frames, rows, crc = line.split()
+                utt_id, frames, rows, crc = line.rsplit(" ", 3)
                 offsets = tuple(table.get(utt_id) for table in tables)
                 # An utterance without a token has no row, and Kaldi knows no empty matrix.
                 missing = [n for n, o in zip(ark_names(policy), offsets) if o is None and (n != "tokens" or int(rows))]
@@ -194,6 +194,10 @@ def load_arrays(shard: Path, policy: Policy, entry: Entry) -> List[np.ndarray]:
             continue
         try:
             with open(shard / f"{name}.ark", "rb") as f:
+                f.seek(offset)
+                # Of what kaldiio reads only this: other headers have it parse text, or unpickle.
+                if f.read(2) != b"\0B":
+                    raise ValueError("no binary array")
                 f.seek(offset)
                 arrays.append(np.array(kaldiio.matio.read_kaldi(f), dtype=np.float32))
         except Exception as e:  # a damaged ark: whatever kaldiio stumbles over
@@ -322,6 +326,8 @@ class CachedTeacher:
         hidden = {}
         for tap in set(taps):
             each = [h[self.policy.taps.index(tap)] for _, h in found]
+            # Of an utterance without frames there is no array, hence no width.
+            each = [h if len(h) else h.new_zeros(0, self.hidden_size) for h in each]
             hidden[tap] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True).to(self.device)
         return EncoderOutputs(logits, lengths.to(self.device), self.frame_shift, hidden)
 

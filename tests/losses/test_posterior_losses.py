@@ -9,6 +9,7 @@ import torch
 
 from espnet_kd.frames import select
 from espnet_kd.losses import blank_kl, consistency, delayed_kl, factorized_kl, guided_ctc, kl, softmax_l2
+from espnet_kd.topk import compress
 
 LOSSES = {
     "kl": kl,
@@ -390,3 +391,25 @@ def test_nonblank_rule_is_at_temperature_1():
     got = factorized_kl(student, teacher, lengths, temperature=50.0, **ALL_WEIGHTS)
     expected = reference.factorized_kl(student, teacher, mask, temperature=50.0, weights=(1, 1, 1))
     assert got.item() == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("name", ["blank_kl", "factorized_kl"])
+@pytest.mark.parametrize("cached", [False, True])
+def test_student_and_teacher_of_different_types(name, cached):
+    student, teacher, lengths, _ = reference.batch()
+    options = {"nonblank_on_blank_weight": 0.5} if name == "factorized_kl" else {}
+    expected = with_gradient(name, student, teacher, lengths, **options)
+    for mine, theirs in ((torch.float32, torch.float64), (torch.float64, torch.float32)):
+        said = compress(teacher.to(theirs), teacher.size(-1)) if cached else teacher.to(theirs)
+        got, grad = with_gradient(name, student.to(mine), said, lengths, **options)
+        assert grad.dtype == mine
+        torch.testing.assert_close(got.double(), expected[0], rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(grad.double(), expected[1], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["kl", "blank_kl", "factorized_kl", "softmax_l2", *GUIDED])
+def test_other_numbers_of_frames_are_refused(name):
+    """A frame must not be taken for another."""
+    student, teacher, lengths, _ = reference.batch()
+    with pytest.raises((ValueError, IndexError)):
+        LOSSES[name](student[:, :-1], teacher, (lengths - 1).clamp(min=0))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import pickle
 import random
 import shutil
 import signal
@@ -10,6 +11,7 @@ import time
 import kaldiio
 import numpy as np
 import pytest
+import tiny_asr
 import tiny_kd
 import torch
 
@@ -134,6 +136,90 @@ def test_jobs_together_write_the_same(corpus, teacher, unbroken, tmp_path):
     assert_equal(cache, unbroken)
 
 
+def test_batches_at_the_same_time_keep_their_own_hidden_states(corpus, teacher, tmp_path):
+    """Hooks on one model, and its attention's own memory, would mix up what threads compute: wrong targets, unseen."""
+    waves = {f"utt{i:02}": tiny_asr.audio(0.7 + 0.05 * (i % 9), i) for i in range(36)}
+    data = tiny_asr.data_dir(tmp_path / "data", waves)
+    page = tmp_path / "page.yaml"
+    taps = "[[encoder, encoder], [encoder, encoder.1]]"
+    page.write_text(f"stages: [{{objectives: [{{objective: factorized_representation, taps: {taps}}}]}}]\n")
+    run = ["--teacher", str(teacher), "--data_dir", str(data), "--kd_config", str(page), "--batch_seconds", "3"]
+    for nj in ("1", "4"):
+        asr_kd_cache.main([*run, "--output", str(tmp_path / nj), "--nj", nj])
+    torch.set_num_threads(1)
+    assert_equal(tmp_path / "4", tmp_path / "1")
+
+
+def test_too_short_for_the_encoder(teacher, tmp_path):
+    """Alone in its batch, and read beside one that is not: no frames, and no width of its own."""
+    waves = {"a": tiny_asr.audio(1.0, 1), "b": tiny_asr.audio(0.9, 2), "short": tiny_asr.audio(0.1, 3)[:400]}
+    data = tiny_asr.data_dir(tmp_path / "data", waves)
+    for size in ("2", "3"):
+        cache = tmp_path / size
+        run = ["--teacher", str(teacher), "--data_dir", str(data), "--kd_config", "progressive_fkl"]
+        asr_kd_cache.main([*run, "--output", str(cache), "--shard_size", size])
+        got = CachedTeacher(cache).targets(["short", "a"], None, None, ["encoder"])
+        assert int(got.lengths[0]) == 0 < int(got.lengths[1])
+        assert got.hidden["encoder"].shape == (2, int(got.lengths[1]), CachedTeacher(cache).hidden_size)
+
+
+def test_teacher_with_inter_ctc(corpus, unbroken, tmp_path):
+    """Its encoder gives the inner layers' outputs along with the last one's."""
+    encoder = {"output_size": 24, "num_blocks": 3, "interctc_layer_idx": [1], "interctc_use_conditioning": True}
+    conf = tiny_asr.config("conformer", **encoder)
+    conf["model_conf"] = {"ctc_weight": 1.0, "interctc_weight": 0.3}
+    teacher = tiny_asr.save(tiny_asr.build(conf, seed=1), conf, tmp_path / "teacher")
+    asr_kd_cache.main(command(teacher, corpus, tmp_path / "targets"))
+    utt_id, speech, lengths = next(speech_of(corpus, "train"))
+    expected = OnlineTeacher(teacher).targets([utt_id], speech, lengths, ["encoder"]).hidden["encoder"]
+    got = CachedTeacher(tmp_path / "targets").targets([utt_id], None, None, ["encoder"]).hidden["encoder"]
+    assert (got - expected).abs().max() < 0.02 * (expected.amax() - expected.amin())
+
+
+def test_teacher_that_gives_nan_is_refused(corpus, teacher, tmp_path):
+    broken = shutil.copytree(teacher, tmp_path / "broken")
+    for path in broken.glob("*.pth"):
+        state = torch.load(path, weights_only=True)
+        state["ctc.ctc_lo.bias"][2] = torch.nan
+        torch.save(state, path)
+    with pytest.raises(UserError, match="broken gives NaN"):
+        asr_kd_cache.main(command(broken, corpus, tmp_path / "targets"))
+
+
+def test_utterance_ids_with_other_blanks(teacher, tmp_path):
+    names = ["no\u00a0break", "wide\u3000blank", "é:|x"]
+    data = tiny_asr.data_dir(tmp_path / "data", {name: tiny_asr.audio(0.8, i) for i, name in enumerate(names)})
+    run = ["--teacher", str(teacher), "--data_dir", str(data), "--kd_config", "progressive_fkl"]
+    asr_kd_cache.main([*run, "--output", str(tmp_path / "targets")])
+    assert CachedTeacher(tmp_path / "targets").targets(names, None, None).lengths.all()
+
+
+def test_force_removes_a_cache_and_nothing_else(corpus, teacher, unbroken, cache, tmp_path):
+    other = shutil.copytree(teacher, tmp_path / "other")
+    before = sorted(other.iterdir())
+    for more in ([], ["--force"]):
+        with pytest.raises(UserError, match="no part of a target cache"):
+            asr_kd_cache.main(command(teacher, corpus, other, *more))
+    assert sorted(other.iterdir()) == before
+    with pytest.raises(UserError, match="what other jobs wrote"):
+        asr_kd_cache.main(command(teacher, corpus, cache, "--force", "--job", "1/2"))
+    asr_kd_cache.main(command(teacher, corpus, cache, "--force"))
+    assert_equal(cache, unbroken)
+
+
+def test_output_that_is_a_file_is_refused(corpus, teacher, tmp_path):
+    (tmp_path / "file").write_text("")
+    for more in ([], ["--force"]):
+        with pytest.raises(UserError, match="is a file"):
+            asr_kd_cache.main(command(teacher, corpus, tmp_path / "file", *more))
+
+
+def test_others_may_read_what_the_umask_lets_them(unbroken):
+    umask = os.umask(0)
+    os.umask(umask)
+    assert (shard_dir(unbroken, 0).stat().st_mode & 0o777) == 0o777 & ~umask
+
+
 def test_killed_at_random_moments(corpus, teacher, unbroken, tmp_path):
     """20 kills, each followed by the same command; then bit-equal to an unbroken run's."""
     cache, draw = tmp_path / "targets", random.Random(0)
@@ -212,6 +298,26 @@ def test_damage_is_refused_and_mended(damage, corpus, teacher, cache, unbroken):
             cached.targets([utt_id], None, None)
     asr_kd_cache.main(command(teacher, corpus, cache))
     assert_equal(cache, unbroken)
+
+
+class Trap:
+    """Unpickled, it would leave a file."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+def test_nothing_is_unpickled(cache, tmp_path):
+    """kaldiio would, where an ark says so."""
+    ark, trap = shard_dir(cache, 0) / "blank.ark", tmp_path / "trap"
+    utt_id, place = (shard_dir(cache, 0) / "blank.scp").read_text().splitlines()[0].split()
+    ark.write_bytes(ark.read_bytes()[: int(place.rpartition(":")[2])] + b"PKL" + pickle.dumps(Trap(str(trap))))
+    with pytest.raises(UserError, match="cannot be read"):
+        CachedTeacher(cache).targets([utt_id], None, None)
+    assert not trap.exists()
 
 
 def test_full_disk(corpus, teacher, unbroken, tmp_path, monkeypatch):
@@ -297,6 +403,15 @@ def test_training_from_the_cache_is_training_with_the_teacher(trainings, stage):
         assert set(online) == set(cached)
         assert cached["nonblank_share"] == pytest.approx(online["nonblank_share"], rel=1e-6)
         assert cached["loss_kd"] == pytest.approx(online["loss_kd"], rel=0.5)
+
+
+def test_finished_training_from_the_cache_is_skipped(corpus, trainings, caplog):
+    """The same command again: the record that it finds is its own."""
+    out = trainings / "cached"
+    run = ["--target_cache", str(trainings / "targets"), "--kd_config", "progressive_fkl"]
+    with caplog.at_level("INFO"):
+        asr_kd_train.main(corpus.options(out, *run, batch_size=1))
+    assert f"is finished in {out}" in caplog.text
 
 
 def test_record_names_the_cache(trainings):
