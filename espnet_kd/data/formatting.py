@@ -209,6 +209,9 @@ def _survey(sources: Mapping[Path, bool], text: str, names: str) -> Tuple[int, s
             more = f" and {silent[source] - 5} more" if silent[source] > 5 else ""
             raise UserError(f"{source / 'text'} has no line for {', '.join(shown[source])}{more}; add them, or take "
                             "them out of wav.scp")  # fmt: skip
+        lines = sum(1 for _ in read_pairs(source / "text")) if sources[source] and (source / "text").exists() else 0
+        if lines > total[source]:
+            logging.warning("%s: %d of %d lines left out: no audio", source / "text", lines - total[source], lines)
     if 0 < silent.total() < total.total():
         raise UserError(f"{names}: some of them have a text and some have none; format them apart")
     return total.total(), digest.hexdigest()

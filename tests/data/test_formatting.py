@@ -103,6 +103,13 @@ def test_limits(src: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
         format_data(src, tmp_path / "none", drop_out_of_range=True, min_seconds=10)
 
 
+def test_transcripts_without_audio_are_counted(src: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with open(src / "text", "a") as f:
+        f.write("b-0 NO AUDIO\nb-1 NOR HERE\n")
+    assert format_data(src, tmp_path / "dump") == 3
+    assert "text: 2 of 5 lines left out: no audio" in caplog.text
+
+
 def test_again(src: Path, tmp_path: Path) -> None:
     dump = tmp_path / "dump"
 
