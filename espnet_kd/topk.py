@@ -16,6 +16,10 @@ from torch import Tensor
 _ROUNDING = 1e-6
 
 
+class NotKept(ValueError):
+    """Something is read of cached targets that was not kept."""
+
+
 @dataclass(frozen=True)
 class TopK:
     """Log-probabilities at temperature 1; blank is token 0.
@@ -61,21 +65,19 @@ class TopK:
         """(B, T) log p(blank) at ``temperature``.
 
         Raises:
-            ValueError: nothing was kept for this temperature.
+            NotKept: nothing was kept for this temperature.
         """
         return self._scaled(self.log_blank, temperature)
 
     def log_tokens_at(self, temperature: float) -> Tensor:
-        """(B, T, k) log-probabilities at ``temperature`` (ValueError as :meth:`log_blank_at`)."""
+        """(B, T, k) log-probabilities at ``temperature`` (NotKept as :meth:`log_blank_at`)."""
         return self._scaled(self.log_probs, temperature)
 
     def _scaled(self, x: Tensor, temperature: float) -> Tensor:
         if temperature == 1:
             return x
         if temperature not in self.norms:
-            raise ValueError(
-                f"the cached targets are not for temperature {temperature:g}; make the cache for this page"
-            )
+            raise NotKept(f"the cached targets are not for temperature {temperature:g}; make the cache for this page")
         norm = self.norms[temperature]
         return x / temperature - (norm[..., None] if x.dim() > norm.dim() else norm)
 
@@ -89,11 +91,11 @@ class TopK:
         """(B, T) probability of all tokens that were not kept; 0 where it is rounding.
 
         Raises:
-            ValueError: in some of the frames no token was kept at all.
+            NotKept: in some of the frames no token was kept at all.
         """
         log_nonblank = self.log_nonblank_at(temperature)
         if ((self.log_probs[..., 0] == -torch.inf) & (log_nonblank > -torch.inf)).any():
-            raise ValueError("the cached targets keep no tokens on some of these frames; make the cache for this page")
+            raise NotKept("the cached targets keep no tokens on some of these frames; make the cache for this page")
         finite = log_nonblank.masked_fill(log_nonblank == -torch.inf, 0.0)
         share = 1 - (self.log_tokens_at(temperature) - finite[..., None]).double().exp().sum(-1)
         share = share.masked_fill((share < _ROUNDING) | (self.tokens.size(-1) >= self.num_tokens - 1), 0.0)
@@ -108,7 +110,7 @@ def kept_probabilities(teacher: TopK, temperature: float) -> Tuple[Tensor, Tenso
     """Of N frames: probabilities of blank and the kept tokens (N, 1 + k), and which tokens these are (N, 1 + k).
 
     Raises:
-        ValueError: temperature or tokens were not kept.
+        NotKept: temperature or tokens were not kept.
     """
     teacher.remainder_at(temperature)
     log_p = torch.cat([teacher.log_blank_at(temperature)[:, None], teacher.log_tokens_at(temperature)], 1)
@@ -126,7 +128,7 @@ def in_buckets(student: Tensor, teacher: TopK, temperature: float) -> Tuple[Tens
         log p and log q, (N, k + 2) each; gradient flows to ``student``.
 
     Raises:
-        ValueError: temperature or tokens were not kept.
+        NotKept: temperature or tokens were not kept.
     """
     rest = teacher.remainder_at(temperature)
     log_p = torch.cat([teacher.log_blank_at(temperature)[:, None], teacher.log_tokens_at(temperature)], 1)

@@ -21,6 +21,7 @@ from espnet_kd.distill.schedule import Progress, weight_at
 from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.encode import EncoderOutputs, encode, measure_frame_shift, recording_decoder
 from espnet_kd.targets.teacher import Teacher
+from espnet_kd.topk import NotKept
 
 
 class ESPnetASRKDModel(ESPnetASRModel):
@@ -293,7 +294,10 @@ class ESPnetASRKDModel(ESPnetASRModel):
         total = pulled = student.logits.new_zeros(())
         branches = {"ctc": self.ctc_weight, "attention": 1 - self.ctc_weight}
         for spec, objective in self.objectives:
-            value, extra = objective(student, target, batch, self.progress)
+            try:
+                value, extra = objective(student, target, batch, self.progress)
+            except NotKept as e:  # of an objective that does not say all it reads
+                raise UserError(f"{spec.name}: {e}") from e
             weighted = weight_at(spec.weight, self.progress) * value
             total = total + branches[objective.branch] * weighted
             pulled = pulled + weighted.detach()

@@ -191,8 +191,10 @@ def cached_teacher(args: argparse.Namespace, page: Page) -> CachedTeacher:
     """The teacher of ``--target_cache``.
 
     Raises:
-        UserError: it lacks utterances, or is not that of ``--teacher``.
+        UserError: it lacks utterances or what the page reads, or is not that of ``--teacher``.
     """
+    if page.pool == "mean":
+        raise UserError(f"{page.path}: pool: mean needs whole posteriors, which a target cache has not; use --teacher")
     teacher = CachedTeacher(args.target_cache)
     if len(args.teacher) > 1 or page.teacher_weights:
         raise UserError(f"--target_cache {args.target_cache} holds one teacher's targets; several need --teacher alone")

@@ -422,3 +422,19 @@ def test_record_names_the_cache(trainings):
 def test_padding_of_cached_targets_is_inside_no_length(unbroken):
     targets = CachedTeacher(unbroken).targets(["train0", "train5"], None, None)
     assert valid(targets.lengths, targets.logits.size(1)).any(1).all()
+
+
+def test_mean_pooling_needs_the_teacher(corpus, unbroken, tmp_path):
+    page = {"pool": "mean", "stages": [{"share": 1.0, "objectives": [{"objective": "factorized_kl"}]}]}
+    path = tiny_kd.write_yaml(tmp_path / "page.yaml", page)
+    with pytest.raises(UserError, match="pool: mean needs whole posteriors"):
+        asr_kd_train.main(corpus.options(tmp_path / "exp", "--target_cache", str(unbroken), "--kd_config", str(path)))
+
+
+def test_objective_that_does_not_say_what_it_reads(corpus, unbroken, tmp_path, monkeypatch):
+    """As one from outside may: it is told at the first batch, not in a traceback."""
+    from espnet_kd.distill.objectives.posteriors import KL
+
+    monkeypatch.setattr(KL, "nonblank_only", True)
+    with pytest.raises(UserError, match="kl: the cached targets keep no tokens"):
+        asr_kd_train.main(corpus.options(tmp_path / "exp", "--target_cache", str(unbroken), "--kd_config", "kl"))
