@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import sys
+import unittest.mock
 from pathlib import Path
 from typing import Any, Dict, List, Tuple
 
@@ -20,7 +22,8 @@ def config(vocabulary: int, size: Size) -> Dict[str, Any]:
     from espnet_kd.offline import ASRTask
 
     blocks, width = size
-    conf = ASRTask.get_default_config()
+    with unittest.mock.patch.object(sys, "argv", sys.argv[:1]):  # ESPnet would read this command's options
+        conf = ASRTask.get_default_config()
     conf.update(
         token_list=["<blank>", "<unk>", *map(str, range(vocabulary - 3)), "<sos/eos>"],
         token_type="word",

@@ -18,51 +18,27 @@ from typing import List, Optional, Sequence
 import torch
 from tqdm import tqdm
 
+from espnet_kd.bench import models
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.page import load_page
 from espnet_kd.distill.schedule import Progress
-from espnet_kd.offline import ASRTask
-
-RATE = 16000  # Hz
-
-
-def build(vocabulary: int, blocks: int, width: int) -> torch.nn.Module:
-    """A plain ESPnet Conformer CTC model."""
-    conf = ASRTask.get_default_config()
-    conf.update(
-        token_list=["<blank>", "<unk>", *map(str, range(vocabulary - 3)), "<sos/eos>"],
-        encoder="conformer",
-        encoder_conf=dict(
-            output_size=width, attention_heads=4, linear_units=4 * width, num_blocks=blocks, cnn_module_kernel=15,
-            macaron_style=True, rel_pos_type="latest", pos_enc_layer_type="rel_pos",
-            selfattention_layer_type="rel_selfattn",
-        ),
-        model_conf=dict(ctc_weight=1.0), ctc_conf={}, normalize=None, specaug=None, frontend_conf=dict(fs=RATE),
-    )  # fmt: skip
-    return ASRTask.build_model(argparse.Namespace(**conf))
 
 
 def measure(vocabulary: int, args: argparse.Namespace) -> None:
     """Print one line."""
     torch.manual_seed(0)
-    plain = build(vocabulary, args.blocks, args.width)
+    plain = models.build(models.config(vocabulary, (args.blocks, args.width)))
     page = load_page("self_kd")
     progress = Progress(epoch=5, max_epoch=10)
-    student = ESPnetASRKDModel.adopt(copy.deepcopy(plain), page, 1, None, progress, RATE)
-    samples = int(args.seconds * RATE)
-    batch = dict(
-        speech=torch.randn(args.batch, samples),
-        speech_lengths=torch.full((args.batch,), samples),
-        text=torch.randint(2, vocabulary - 1, (args.batch, int(args.seconds * 4))),  # about 4 BPE units a second
-        text_lengths=torch.full((args.batch,), int(args.seconds * 4)),
-    )
-    models = {"plain": plain.train(), "self_kd": student.train()}
-    optimizers = {k: torch.optim.Adam(m.parameters(), lr=1e-4) for k, m in models.items()}
-    times = {k: [] for k in models}
+    student = ESPnetASRKDModel.adopt(copy.deepcopy(plain), page, 1, None, progress, models.RATE)
+    batch = models.batch(args.batch, args.seconds, vocabulary)
+    kinds = {"plain": plain.train(), "self_kd": student.train()}
+    optimizers = {k: torch.optim.Adam(m.parameters(), lr=1e-4) for k, m in kinds.items()}
+    times = {k: [] for k in kinds}
     for step in tqdm(range(args.steps + 2), desc=f"V = {vocabulary}"):
-        for name in sorted(models, reverse=bool(step % 2)):
+        for name in sorted(kinds, reverse=bool(step % 2)):
             start = time.process_time()
-            loss = models[name](**{k: v.clone() for k, v in batch.items()})[0]
+            loss = kinds[name](**models.copied(batch))[0]
             optimizers[name].zero_grad()
             loss.backward()
             optimizers[name].step()
