@@ -58,6 +58,14 @@ def trained(tmp_path_factory, corpus, teacher_dir):
     return out
 
 
+@pytest.fixture
+def fkl():
+    """The page of the main method."""
+    from espnet_kd.distill.page import load_page
+
+    return load_page("progressive_fkl")
+
+
 def pytest_terminal_summary(terminalreporter):
     """What tests have to say when they pass (``record_property("summary", …)``), also from xdist's workers."""
     reports = [r for r in terminalreporter.getreports("passed") if r.when == "call"]

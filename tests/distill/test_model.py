@@ -8,7 +8,6 @@ import tiny_kd
 import torch
 
 from espnet_kd import losses
-from espnet_kd.cli import UserError
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.objectives import Batch, Objective, lay_on
 from espnet_kd.distill.page import METHODS_DIR, load_page
@@ -78,11 +77,6 @@ def test_names_of_parameters_are_the_plain_students(write_page, teacher):
     plain, model = adopt(tiny_kd.student_config(), write_page(one_stage({"objective": "kl"})), teacher=teacher)
     assert list(model.state_dict()) == list(plain.state_dict())
     assert not hasattr(model, "kd_heads")
-
-
-@pytest.fixture
-def fkl():
-    return load_page("progressive_fkl")
 
 
 def test_the_teacher_is_out_of_sight(fkl, teacher_dir):
@@ -377,81 +371,3 @@ def test_the_protocols_base_class():
 
     assert Constant("frame")(outputs([4, 4], 4), None, Batch(()), Progress()) == (3.0, {})
     assert Constant("utterance")(outputs([4, 4], 4), None, Batch(()), Progress())[0] == 12.0
-
-
-# What doesn't fit is refused before training starts.
-
-
-def changed_teacher(tmp_path, edit):
-    conf = tiny_asr.config()
-    edit(conf)
-    return OnlineTeacher(tiny_asr.save(tiny_asr.build(conf), conf, tmp_path / "other"))
-
-
-def set_tokens(tokens):
-    return lambda conf: conf.update(token_list=tokens)
-
-
-@pytest.mark.parametrize(
-    "edit, message",
-    [
-        (
-            set_tokens(["<blank>", "<unk>", "<space>", *"abcdefghiX", "<sos/eos>"]),
-            r"token lists differ: student 14 tokens.*only the student has \['j'\], only the teacher \['X'\]",
-        ),
-        (set_tokens(["<blank>", "<unk>", "<space>", *"bacdefghij", "<sos/eos>"]), "moved .*'a' is 3 / 4"),
-        (set_tokens([*tiny_asr.TOKENS[:-1], "k", "<sos/eos>"]), "student 14 tokens.*15; .*only the teacher.*'k'"),
-        (lambda conf: conf["frontend_conf"].update(fs=8000), "student hears 16000 Hz, the teacher .* 8000 Hz"),
-    ],
-)
-def test_a_teacher_that_does_not_fit(tmp_path, fkl, edit, message):
-    with pytest.raises(UserError, match=message):
-        adopt(tiny_kd.student_config(), fkl, teacher=changed_teacher(tmp_path, edit))
-
-
-def test_no_teacher(fkl):
-    with pytest.raises(UserError, match="progressive_fkl.yaml needs a teacher: give --teacher"):
-        adopt(tiny_kd.student_config(), fkl)
-
-
-def test_a_student_without_ctc(fkl, teacher):
-    with pytest.raises(UserError, match="no CTC branch"):
-        adopt_with_ctc_weight_0(fkl, teacher)
-
-
-def adopt_with_ctc_weight_0(fkl, teacher):
-    import argparse
-
-    from espnet_kd.offline import ASRTask
-
-    student = ASRTask.build_model(argparse.Namespace(**tiny_kd.student_config(ctc_weight=0.0)))
-    return ESPnetASRKDModel.adopt(student, fkl, 1, teacher, Progress(), 16000.0)
-
-
-def test_blank_must_be_token_0(write_page):
-    conf = tiny_kd.student_config()
-    conf["token_list"] = ["<unk>", "<blank>", *tiny_asr.TOKENS[2:]]
-    with pytest.raises(UserError, match="<blank> must be .*it is token 1"):
-        adopt(conf, write_page(PLAIN))
-
-
-@pytest.mark.parametrize("taps, who", [(["encoder.7", "encoder"], "student"), (["encoder", "encoder.7"], "teacher")])
-def test_taps_of_a_later_stage_are_checked_up_front(write_page, teacher, taps, who):
-    page = one_stage({"objective": "blank_kl"})
-    page["stages"][0]["share"] = 0.5
-    page["stages"].append({"share": 0.5, "objectives": [{"objective": "factorized_representation", "taps": [taps]}]})
-    with pytest.raises(UserError, match=f"the {who} .* has no tap 'encoder.7'; it has: encoder, encoder.1"):
-        adopt(tiny_kd.student_config(), write_page(page), 1, teacher)
-
-
-def test_an_objective_that_needs_a_teacher_on_a_page_without_one(write_page):
-    page = {"teacher": "none", **one_stage({"objective": "kl"})}
-    with pytest.raises(UserError, match="page.yaml: KD stage 1: kl: needs a teacher, but the page says teacher: none"):
-        adopt(tiny_kd.student_config(), write_page(page))
-
-
-def test_frames_that_cannot_be_aligned_are_refused_before_training(fkl, teacher_dir, monkeypatch):
-    teacher = OnlineTeacher(teacher_dir)
-    monkeypatch.setattr(teacher, "frame_shift", 3 * teacher.frame_shift)  # claims lengths that it does not give
-    with pytest.raises(UserError, match="differ by more than two frames"):
-        adopt(tiny_kd.student_config(), fkl, 1, teacher)

@@ -20,7 +20,6 @@ from espnet_kd.distill.schedule import Progress
 from espnet_kd.targets.encode import encode
 from espnet_kd.targets.nbest import weights
 from espnet_kd.targets.online import OnlineTeacher
-from espnet_kd.targets.teacher import SeveralTeachers
 
 HYBRID = dict(ctc_weight=0.3)
 
@@ -400,39 +399,6 @@ def test_untranscribed_utterances_are_left_out_of_ctc(write_page, teacher):
     loss, _ = run(model.train(), batch)
     loss.backward()
     assert loss.item() == 0.0
-
-
-def test_several_teachers_average_probabilities(teacher, tmp_path):
-    other = OnlineTeacher(tiny_kd.save_teacher(tmp_path / "other", seed=3))
-    both = SeveralTeachers([teacher, other], [3.0, 1.0])
-    batch = tiny_kd.batch()
-    said = both.targets((), *speech_of(batch), ["encoder"])
-    a, b = (t.targets((), *speech_of(batch), ["encoder"]) for t in (teacher, other))
-    expected = 0.75 * a.logits.softmax(-1) + 0.25 * b.logits.softmax(-1)
-    torch.testing.assert_close(said.logits.exp(), expected, rtol=1e-5, atol=1e-7)
-    assert torch.equal(said.hidden["encoder"], a.hidden["encoder"])  # the first's
-    assert both.frame_shift == teacher.frame_shift and both.hidden_size == teacher.hidden_size
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (dict(token_list=["<blank>", "x"]), "different token lists"),
-        (dict(frame_shift=0.06), "different frame shifts: .* 40 ms, .* 60 ms"),
-        (dict(sampling_rate=8000.0), "different sampling rates: .* 16000 Hz, .* 8000 Hz"),
-    ],
-)
-def test_teachers_that_do_not_go_together(teacher, teacher_dir, change, message):
-    other = OnlineTeacher(teacher_dir)
-    vars(other).update(change)
-    with pytest.raises(UserError, match=message):
-        SeveralTeachers([teacher, other])
-
-
-def test_weights_of_teachers(teacher):
-    assert SeveralTeachers([teacher, teacher]).weights == [0.5, 0.5]
-    with pytest.raises(UserError, match="2 numbers for 1 teachers"):
-        SeveralTeachers([teacher], [0.5, 0.5])
 
 
 RNN = dict(num_layers=1, hidden_size=8, output_size=12)
