@@ -2,80 +2,146 @@
 
 from __future__ import annotations
 
+import functools
+import time
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Sequence
+
+import numpy as np
 
 from espnet_kd.bench.timing import interleaved, median
+from espnet_kd.cli import UserError
+
+_NATS = 0.01  # a smaller difference between two texts' log-probabilities is none
 
 
-def measure(experiment: Path, data_dir: Path, rounds: int, *, beam_size: int = 10, most: int = 0) -> Dict[str, float]:
+def measure(
+    experiment: Path,
+    data_dir: Path,
+    rounds: int,
+    *,
+    beam_size: int = 10,
+    beam_size_token: int = 20,
+    batch_seconds: float = 60.0,
+    most: int = 0,
+) -> Dict[str, Any]:
     """How many times faster our decoding loops are, and the error rates of all four.
 
-    One thread each. Imports and loading are not in the times; reading the audio is in all of them.
+    The data dir is decoded once by each, sorted by length as our decoder does, in ``rounds`` chunks of about equal
+    audio; in each chunk the four take turns. One thread each, or the GPU where there is one. Imports, loading and
+    reading audio are not in the times.
 
     Args:
         experiment: a finished ESPnet experiment with CTC, or an export.
         data_dir: formatted, with text.
+        rounds: chunks.
         beam_size: of both beam searches; stock greedy is its beam search of width 1.
-        most: of the data dir's utterances; 0: all.
+        beam_size_token: of our beam search (see `espnet_kd.decode.beam`); the stock one tries every token.
+        batch_seconds: of our batches.
+        most: of the data dir's utterances, in its order; 0: all.
 
     Returns:
-        ``greedy``, ``beam``: seconds of the stock loop / ours; seconds and ``wer_…`` of each.
+        ``greedy``, ``beam``: seconds of the stock loop / ours, median over the chunks; ``…_total``: of all chunks;
+        ``wer_greedy``, ``wer_stock_greedy`` and so on in percent; ``wer_greedy_difference``, ``wer_beam_difference``:
+        (ours − stock, low, high) in percentage points with the paired bootstrap's 95 % interval over utterances;
+        ``likelier_greedy``, ``likelier_beam``: utterances for which ours, and for which the stock search has found
+        the text of higher log P(text | audio), all alignments summed: where a search goes wrong;
+        seconds of each, and of loading (all four) and reading, which both loops would have to do.
+
+    Raises:
+        UserError: no text for an utterance.
     """
-    import jiwer
     import torch
-    from espnet2.bin.asr_inference import Speech2Text
 
     from espnet_kd.data.datadir import read_map
-    from espnet_kd.decode.recognise import NbestRecogniser, Recogniser, read_audio, read_utterances, recognise
+    from espnet_kd.decode.recognise import BeamRecogniser, Recogniser, make_batches, read_audio, read_utterances
+    from espnet_kd.decode.score import count_errors, name_some, paired_bootstrap
+    from espnet_kd.decode.stock import StockRecogniser
     from espnet_kd.targets.experiment import find_experiment, load_model
 
     torch.set_num_threads(1)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     config, model_file = find_experiment(experiment)
-    greedy = Recogniser(*load_model(config, model_file), config.parent)
-    beam = NbestRecogniser(*load_model(config, model_file), config.parent, nbest=1, beam_size=beam_size)
-    utterances = read_utterances(data_dir, greedy.rate)[: most or None]
+    start = time.perf_counter()
+    stock = functools.partial(StockRecogniser, config, model_file, device, ctc_weight=1.0, nbest=1)
+    recognisers: Dict[str, Callable[[Sequence[np.ndarray]], List]] = {
+        "greedy": Recogniser(*load_model(config, model_file, device), config.parent),
+        "stock_greedy": stock(beam_size=1),
+        "beam": BeamRecogniser(
+            *load_model(config, model_file, device), config.parent, search_on_gpu=device == "cuda",
+            nbest=1, beam_size=beam_size, beam_size_token=beam_size_token,
+        ),
+        "stock_beam": stock(beam_size=beam_size),
+    }  # fmt: skip
+    load_seconds = time.perf_counter() - start
+    utterances = read_utterances(data_dir, recognisers["greedy"].rate)[: most or None]
     references = read_map(data_dir / "text")
-    stock = {
-        width: Speech2Text(str(config), str(model_file), ctc_weight=1.0, beam_size=width, device="cpu")
-        for width in (1, beam_size)
-    }
-    found: Dict[str, List[Tuple[str, str]]] = {}
+    if missing := {u.utt_id for u in utterances} - references.keys():
+        raise UserError(f"{data_dir}/text lacks utterances of wav.scp: {name_some(missing)}")
 
-    def run_stock(name: str, width: int) -> None:
-        texts = []
-        for u in utterances:
-            hypotheses = stock[width](read_audio(u))
-            texts.append((u.utt_id, hypotheses[0][0] or ""))
-        found[name] = texts
+    batches = make_batches(utterances, batch_seconds)
+    start = time.perf_counter()
+    audio = {u.utt_id: read_audio(u) for u in utterances}
+    read_seconds = time.perf_counter() - start
+    best: Dict[str, Dict[str, Any]] = {name: {} for name in recognisers}  # {utt_id: Hypothesis}
 
-    def run_greedy() -> None:
-        found["greedy"] = [(k, h.text) for k, h in recognise(greedy, utterances, progress=False)[0].items()]
+    def decode(name: str, chunks) -> None:
+        for batch in next(chunks):
+            found = recognisers[name]([audio[u.utt_id] for u in batch])
+            best[name].update((u.utt_id, h[0]) for u, h in zip(batch, found))
 
-    def run_beam() -> None:
-        result = recognise(beam, utterances, progress=False)[0]
-        found["beam"] = [
-            (k, greedy.to_text([greedy.token_list[i] for i in h[0][1]]) if h else "") for k, h in result.items()
-        ]
-
+    for recogniser in recognisers.values():
+        recogniser([audio[batches[-1][-1].utt_id]])  # one-time costs
+    parts = min(rounds, len(batches))
+    bounds = [len(batches) * i // parts for i in range(parts + 1)]
+    chunks = [batches[a:b] for a, b in zip(bounds, bounds[1:])]
     times = interleaved(
-        {
-            "greedy": run_greedy,
-            "stock_greedy": lambda: run_stock("stock_greedy", 1),
-            "beam": run_beam,
-            "stock_beam": lambda: run_stock("stock_beam", beam_size),
-        },
-        rounds,
-        warm_up=0 if rounds == 1 else 1,
+        {name: functools.partial(decode, name, iter(chunks)) for name in recognisers}, len(chunks), warm_up=0
     )
-    result = {f"{name}_seconds": median(values) for name, values in times.items()}
+
+    counts = {
+        name: count_errors({k: (best[name][k].text, references[k]) for k in audio}, "word") for name in recognisers
+    }
+    result: Dict[str, Any] = {f"{name}_seconds": sum(values) for name, values in times.items()}
+    result.update(load_seconds=load_seconds, read_seconds=read_seconds, utterances=len(audio), chunks=len(chunks))
+    for name, found in counts.items():
+        result[f"wer_{name}"] = 100.0 * float(found.errors.sum() / found.lengths.sum())
     for name in ("greedy", "beam"):
-        result[name] = median([s / o for s, o in zip(times[f"stock_{name}"], times[name])])
-    for name, texts in found.items():
-        result[f"wer_{name}"] = _wer(jiwer, references, texts)
+        ours, theirs = name, f"stock_{name}"
+        result[name] = median([s / o for s, o in zip(times[theirs], times[ours])])
+        result[f"{name}_total"] = sum(times[theirs]) / sum(times[ours])
+        difference = paired_bootstrap(counts[ours].errors, counts[theirs].errors, counts[ours].lengths)
+        result[f"wer_{name}_difference"] = difference[:3]
+        values = [likelihoods(recognisers["greedy"], batches, audio, best[who]) for who in (ours, theirs)]
+        gains = [a - b for a, b in zip(*values)]
+        result[f"likelier_{name}"] = [sum(g > _NATS for g in gains), sum(g < -_NATS for g in gains)]
     return result
 
 
-def _wer(jiwer: object, references: Dict[str, str], texts: Sequence[Tuple[str, str]]) -> float:
-    """Percent."""
-    return 100 * jiwer.wer([references[k] for k, _ in texts], [text for _, text in texts])
+def likelihoods(recogniser: Any, batches: Sequence[Sequence], audio: Mapping, best: Mapping) -> List[float]:
+    """Log P(text | audio) of each utterance's hypothesis in nats, in the order of ``batches``.
+
+    Args:
+        recogniser: of the model.
+        batches: utterances.
+        audio: {utt_id: samples}.
+        best: {utt_id: Hypothesis}.
+    """
+    import torch
+
+    result: List[float] = []
+    for batch in batches:
+        logits, frames = recogniser.logits([audio[u.utt_id] for u in batch])
+        texts = [best[u.utt_id].token_ids for u in batch]
+        logits = torch.nn.functional.pad(
+            logits, (0, 0, 0, 1)
+        )  # one frame more: ctc_loss wants one, and counts `frames`
+        losses = torch.nn.functional.ctc_loss(
+            logits.float().log_softmax(-1).transpose(0, 1).cpu(),
+            torch.tensor([i for text in texts for i in text], dtype=torch.long),
+            frames,
+            torch.tensor([len(text) for text in texts]),
+            reduction="none",
+        )
+        result += (-losses).tolist()
+    return result

@@ -1,16 +1,21 @@
-"""Decode data dirs with the CTC heads of ESPnet experiments, in batches, greedily.
+r"""Decode data dirs with the CTC heads of ESPnet experiments, in batches: greedily, or with a beam.
 
     python -m espnet_kd.bin.asr_kd_inference --expdir exp/teacher exp/student_plain exp/student_kl/export \
         --data_dir dump/raw/test
+    python -m espnet_kd.bin.asr_kd_inference --expdir exp/student_kl --data_dir dump/raw/test \
+        --beam_size 10 --nbest 5 --ngram_file 4gram.bin --ngram_weight 0.5
 
 Every experiment decodes every data dir into EXP/decode_<name of the data dir>; what is decoded with EXP/export lies
-beside it, in EXP/decode_…. Each holds 1best_recog/{text,token,token_int,score} in ESPnet's layout and decode.json.
-A finished decoding of the same model and data is kept; --force decodes again.
+beside it, in EXP/decode_…. Each holds 1best_recog/{text,token,token_int,score} in ESPnet's layout, 2best_recog and so
+on up to --nbest, and decode.json. A finished decoding of the same model, data and search is kept; --force decodes
+again. With --ctc_weight below 1 decoding is handed over to espnet2.bin.asr_inference, in whose search the attention
+decoder takes part, an utterance at a time.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import datetime
 import hashlib
 import json
@@ -26,6 +31,9 @@ from espnet_kd.files import replacing
 
 #: The models that `espnet_kd.targets.experiment.find_experiment` chooses from.
 MODELS = ("model.pth", "*.ave.pth", "*.ave_*best.pth", "*.best.pth", "latest.pth")
+#: The numbers that a search is made with.
+SEARCH = ("beam_size", "nbest", "beam_size_token", "ngram_weight", "ctc_weight")
+BEAM_SIZE_TOKEN_HELP = "likeliest tokens of a frame that a beam search tries"
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -37,10 +45,36 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_dir", required=True, nargs="+", metavar="DIR", help="data dirs with wav.scp")
     parser.add_argument("--output_dir", help="of one experiment and one data dir; default EXP/decode_<data dir>")
     parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="0: CPU, 1: GPU")
-    parser.add_argument("--batch_seconds", type=float, default=120.0, help="audio in a batch, padding included")
-    parser.add_argument("--nj", type=int, default=1, help="batches decoded at the same time; 1 on a GPU")
+    parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio in a batch, padding included")
+    parser.add_argument(
+        "--nj",
+        type=int,
+        default=1,
+        help="batches decoded at the same time, but for their beam searches; 1 on a GPU and with --ctc_weight below 1",
+    )
     parser.add_argument("--force", action="store_true", help="decode again even if it is done")
+    parser.add_argument("--beam_size", type=int, default=1, help="hypotheses kept per frame; 1: greedy")
+    parser.add_argument("--nbest", type=int, default=1, help="hypotheses of an utterance that are written, at most")
+    parser.add_argument("--beam_size_token", type=int, default=20, help=BEAM_SIZE_TOKEN_HELP)
+    parser.add_argument("--ngram_file", help="n-gram model over the model's tokens, ARPA or KenLM's binary format")
+    parser.add_argument("--ngram_weight", type=float, default=0.9, help="of its log10 probabilities, as in ESPnet")
+    parser.add_argument("--ctc_weight", type=float, default=1.0, help="below 1, the attention decoder has the rest")
     return parser
+
+
+def check_options(args: argparse.Namespace) -> None:
+    """Refuse numbers that no batched search can have, before anything is loaded.
+
+    Raises:
+        UserError: which option, and what it must be.
+    """
+    for name in ("nj", "nbest", "beam_size", "beam_size_token"):
+        if getattr(args, name) < 1:
+            raise cli.UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
+    if args.beam_size < args.nbest:
+        raise cli.UserError(f"--beam_size is {args.beam_size}; for --nbest {args.nbest} it must be that or more")
+    if not (args.batch_seconds > 0 and math.isfinite(args.batch_seconds)):
+        raise cli.UserError(f"--batch_seconds is {args.batch_seconds}; it must be a number above 0")
 
 
 def main(argv: Optional[Sequence[str]] = None) -> None:
@@ -50,19 +84,25 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         UserError: anything that the user can mend.
     """
     args = get_parser().parse_args(argv)
-    if args.nj < 1:
-        raise cli.UserError(f"--nj is {args.nj}; it must be 1 or more")
-    if not (args.batch_seconds > 0 and math.isfinite(args.batch_seconds)):
-        raise cli.UserError(f"--batch_seconds is {args.batch_seconds}; it must be a number above 0")
-    if args.ngpu:
-        args.nj = 1  # a GPU gains nothing from batches side by side; recipes pass both options
+    check_options(args)
+    if not 0 <= args.ctc_weight <= 1:
+        raise cli.UserError(f"--ctc_weight is {args.ctc_weight}; it must be between 0 and 1")
+    if not math.isfinite(args.ngram_weight):
+        raise cli.UserError(f"--ngram_weight is {args.ngram_weight}; it must be a number")
+    if args.ngram_file and args.beam_size == 1:
+        raise cli.UserError("--ngram_file has no say in greedy decoding; give --beam_size, e.g. 10")
+    if args.ngpu or args.ctc_weight < 1:
+        # A GPU gains nothing from batches side by side, ESPnet's search is for one thread; recipes pass --nj anyway.
+        args.nj = 1
     places = list_decodings(args.expdir, args.data_dir, args.output_dir)
+    search = {name: getattr(args, name) for name in SEARCH}
+    ngram = {"ngram_sha256": _hash_ngram(args.ngram_file) if args.ngram_file else None}
     # {experiment: [(data dir, output dir, inputs)]} of what is left to do
     todo: Dict[str, List[Tuple[Path, Path, Dict]]] = {}
     for expdir, data_dir, output_dir in places:
-        inputs = describe_inputs(Path(expdir), data_dir)
+        inputs = {**describe_inputs(Path(expdir), data_dir), "search": {**search, **ngram}}
         if not args.force and is_done(output_dir, inputs):
-            logging.info("%s is decoded already with this model and data (--force decodes again)", output_dir)
+            logging.info("%s is decoded already with this model, data and search (--force decodes again)", output_dir)
         else:
             todo.setdefault(expdir, []).append((data_dir, output_dir, inputs))
     if not todo:
@@ -72,8 +112,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     # Imported here: --help, mistakes in the command line and finished decodings are answered at once.
     import torch
 
-    from espnet_kd.decode.recognise import Recogniser, read_utterances
-    from espnet_kd.targets.experiment import find_experiment, load_model
+    from espnet_kd.decode.recognise import read_utterances
+    from espnet_kd.targets.experiment import find_experiment
 
     if args.ngpu and not torch.cuda.is_available():
         raise cli.UserError("--ngpu 1, but torch sees no GPU; use --ngpu 0")
@@ -84,13 +124,19 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         config, model_file = found[expdir]
         if len(todo) > 1:
             logging.info("experiment %d of %d: %s", number, len(todo), expdir)
-        model, train_args = load_model(config, model_file, "cuda" if args.ngpu else "cpu")
-        recogniser = Recogniser(model, train_args, config.parent)
+        recogniser = _load(config, model_file, args)
         _warm_up(recogniser)
         load_seconds = time.perf_counter() - start
         for data_dir, output_dir, inputs in decodings:
             utterances = read_utterances(data_dir, recogniser.rate)
-            facts = {"model": str(model_file), "load_seconds": round(load_seconds, 3), "inputs": inputs}
+            facts = {
+                "model": str(model_file),
+                "data_dir": str(data_dir),
+                **search,
+                "ngram_file": args.ngram_file,
+                "load_seconds": round(load_seconds, 3),
+                "inputs": inputs,
+            }
             _decode(recogniser, utterances, output_dir, facts, args)
         start = time.perf_counter()
 
@@ -128,6 +174,24 @@ def decode_dir(expdir: Union[str, Path], data_dir: Union[str, Path]) -> Path:
     return path / f"decode_{os.path.basename(os.path.abspath(data_dir))}"
 
 
+def _load(config: Path, model_file: Path, args: argparse.Namespace):
+    """Load an experiment as what decodes it with the options given: batches of samples to the N-best of each."""
+    from espnet_kd.decode.recognise import BeamRecogniser, Recogniser
+    from espnet_kd.targets.experiment import load_model
+
+    device = "cuda" if args.ngpu else "cpu"
+    options = {name: getattr(args, name) for name in ("beam_size", "nbest", "ngram_file", "ngram_weight")}
+    if args.ctc_weight < 1:
+        from espnet_kd.decode.stock import StockRecogniser
+
+        return StockRecogniser(config, model_file, device, ctc_weight=args.ctc_weight, **options)
+    model, train_args = load_model(config, model_file, device)
+    if args.beam_size == 1:
+        return Recogniser(model, train_args, config.parent)
+    options["beam_size_token"] = args.beam_size_token
+    return BeamRecogniser(model, train_args, config.parent, search_on_gpu=bool(args.ngpu), **options)
+
+
 def _decode(recogniser, utterances: List, output_dir: Path, facts: Dict, args: argparse.Namespace) -> None:
     """Decode one data dir; ``facts`` go to decode.json with what is measured here."""
     import torch
@@ -137,7 +201,7 @@ def _decode(recogniser, utterances: List, output_dir: Path, facts: Dict, args: a
     hypotheses, timing = recognise(recogniser, utterances, args.batch_seconds, args.nj)
     # decode.json vouches for the rest: it goes before anything is replaced, and comes back last.
     (output_dir / "decode.json").unlink(missing_ok=True)
-    write_hypotheses(output_dir / "1best_recog", hypotheses)
+    write_nbest(output_dir, hypotheses, args.nbest)
     rtf = timing.decode_seconds / timing.audio_seconds if timing.audio_seconds else None
     facts = {
         "params": recogniser.num_parameters,
@@ -186,6 +250,13 @@ def describe_inputs(experiment: Path, data_dir: Path) -> Dict:
     return {"models": models, "wav_scp_sha256": wav_scp}
 
 
+def _hash_ngram(path: str) -> str:
+    try:
+        return _hash(Path(path))
+    except OSError as e:
+        raise cli.UserError(f"cannot read --ngram_file {path}: {e.strerror}") from e
+
+
 def _hash(path: Path) -> str:
     digest = hashlib.sha256()
     with path.open("rb") as f:
@@ -202,17 +273,29 @@ def is_done(output_dir: Path, inputs: Dict) -> bool:
         return False
 
 
-def write_hypotheses(directory: Path, hypotheses: Dict) -> None:
-    """Write text, token, token_int and score of ``{utt_id: Hypothesis}``, as ESPnet does but with plain scores."""
+def write_nbest(output_dir: Path, hypotheses: Dict[str, List], nbest: int) -> None:
+    """Write text, token, token_int and score of ``{utt_id: N-best}``, as ESPnet does but with plain scores.
+
+    Where an utterance has fewer than n hypotheses, ``<n>best_recog`` lacks it. What another search left of more than
+    ``nbest`` is removed.
+    """
     columns = {
         "text": lambda h: h.text,
         "token": lambda h: " ".join(h.tokens),
         "token_int": lambda h: " ".join(map(str, h.token_ids)),
         "score": lambda h: f"{h.score:.6f}",
     }
-    for name, show in columns.items():
-        with replacing(directory / name) as f:
-            f.writelines(f"{utt_id} {show(h)}\n" for utt_id, h in hypotheses.items())
+    for n in range(nbest):
+        for name, show in columns.items():
+            with replacing(output_dir / f"{n + 1}best_recog" / name) as f:
+                f.writelines(f"{utt_id} {show(found[n])}\n" for utt_id, found in hypotheses.items() if n < len(found))
+    n = nbest + 1
+    while (left := output_dir / f"{n}best_recog").is_dir():
+        for name in columns:
+            (left / name).unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is something of the user's in it
+            left.rmdir()
+        n += 1
 
 
 def _warm_up(recogniser) -> None:

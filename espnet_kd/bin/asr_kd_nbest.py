@@ -15,12 +15,11 @@ import argparse
 import datetime
 import json
 import logging
-import math
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence
 
 from espnet_kd import cli
-from espnet_kd.bin.asr_kd_inference import describe_inputs
+from espnet_kd.bin.asr_kd_inference import BEAM_SIZE_TOKEN_HELP, check_options, describe_inputs
 from espnet_kd.files import replacing
 
 
@@ -34,9 +33,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", required=True, metavar="FILE", help="e.g. exp/teacher/nbest")
     parser.add_argument("--nbest", type=int, default=5, help="hypotheses of an utterance, at most")
     parser.add_argument("--beam_size", type=int, default=20, help="hypotheses kept per frame; 4 × --nbest misses few")
-    parser.add_argument("--beam_size_token", type=int, default=20, help="likeliest tokens of a frame that are tried")
+    parser.add_argument("--beam_size_token", type=int, default=20, help=BEAM_SIZE_TOKEN_HELP)
     parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="0: CPU, 1: GPU (the search is on the CPU)")
-    parser.add_argument("--batch_seconds", type=float, default=120.0, help="audio in a batch, padding included")
+    parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio in a batch, padding included")
     parser.add_argument("--nj", type=int, default=1, help="batches encoded at the same time; 1 on a GPU")
     parser.add_argument("--force", action="store_true", help="search again even if it is done")
     return parser
@@ -49,13 +48,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         UserError: anything that the user can mend.
     """
     args = get_parser().parse_args(argv)
-    for name in ("nj", "nbest", "beam_size_token"):
-        if getattr(args, name) < 1:
-            raise cli.UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
-    if args.beam_size < args.nbest:
-        raise cli.UserError(f"--beam_size is {args.beam_size}; for --nbest {args.nbest} it must be that or more")
-    if not (args.batch_seconds > 0 and math.isfinite(args.batch_seconds)):
-        raise cli.UserError(f"--batch_seconds is {args.batch_seconds}; it must be a number above 0")
+    check_options(args)
     output = Path(args.output)
     if output.is_dir():
         raise cli.UserError(f"--output {output} is a directory; give a file, e.g. {output / 'nbest'}")

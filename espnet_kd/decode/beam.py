@@ -1,85 +1,216 @@
-"""CTC prefix beam search without a lexicon or language model (flashlight-text, through torchaudio)."""
+"""CTC prefix beam search without a lexicon, with or without an n-gram model of tokens (flashlight-text, KenLM)."""
 
 from __future__ import annotations
 
+import logging
 import math
-from typing import Dict, List, Optional, Sequence, Tuple
+import threading
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-from torchaudio.models.decoder import ctc_decoder
+from flashlight.lib.text.decoder import CriterionType, LexiconFreeDecoder, LexiconFreeDecoderOptions, ZeroLM
 
 from espnet_kd import frames
+from espnet_kd.cli import UserError
+from espnet_kd.decode.greedy import ctc_collapse
 
 #: Nats below the best that are kept however far: the beam alone prunes. Finite, so that -inf never passes.
 _NO_THRESHOLD = 1e30
+#: Token ids and score of each hypothesis, best first.
+Hypotheses = List[Tuple[List[int], float]]
 
 
-def ctc_nbest(
-    log_probs: torch.Tensor,
-    lengths: torch.Tensor,
-    *,
-    nbest: int,
-    beam_size: int,
-    beam_size_token: Optional[int] = None,
-    blank_id: int = 0,
-    drop: Sequence[int] = (),
-) -> List[List[Tuple[List[int], float]]]:
-    """Search the likeliest token sequences of each utterance, all alignments of a sequence summed.
+class BeamSearch:
+    """Finds the likeliest token sequences of each utterance, all alignments of a sequence summed.
 
     Exact where the beam holds every sequence and ``beam_size_token`` every token; otherwise a score is a lower bound.
+    With an n-gram model a score is log P(tokens | audio) in nats + ``ngram_weight`` · log10 P_ngram(<s> tokens </s>),
+    the units of ESPnet's own n-gram scorer. Safe for several threads, which take turns: the search holds Python's lock.
+    """
 
-    Args:
-        log_probs: (B, T, V) log-probabilities (not logits: the scores are sums of them), on any device.
-        lengths: (B,) frames that count; 0 is legal and gives one empty hypothesis of score 0.
-        nbest: hypotheses wanted, at most ``beam_size``; fewer come where the beam ends in fewer sequences.
-        beam_size: hypotheses kept after each frame; one that ends in a blank and one that doesn't are two.
-        beam_size_token: likeliest labels of a frame that are tried, blank included; None: all (slow if V is large).
-        blank_id: blank label.
-        drop: labels never hypothesised (ESPnet's <sos/eos>, which is no text). Their probability is lost, not shared.
+    def __init__(
+        self,
+        tokens: Sequence[str],
+        *,
+        nbest: int,
+        beam_size: int,
+        beam_size_token: Optional[int] = None,
+        blank_id: int = 0,
+        drop: Sequence[int] = (),
+        ngram_file: Union[str, Path, None] = None,
+        ngram_weight: float = 0.9,
+    ):
+        """Build the search once for many utterances.
 
-    Returns:
-        For each utterance, best first, (token ids, log-probability in nats) of distinct token sequences.
+        Args:
+            tokens: names of the V labels; they matter to the n-gram model only.
+            nbest: hypotheses wanted, at most ``beam_size``; fewer come where the beam ends in fewer sequences.
+            beam_size: hypotheses kept after each frame; one that ends in a blank and one that doesn't are two.
+            beam_size_token: likeliest labels of a frame that are tried, blank included; None: all (slow if V is large).
+            blank_id: blank label.
+            drop: labels never hypothesised (ESPnet's <sos/eos>, which is no text). Their probability is lost.
+            ngram_file: ARPA or KenLM's binary format, over ``tokens``.
+            ngram_weight: of its log10 probabilities.
+
+        Raises:
+            ValueError: numbers out of range.
+            UserError: the n-gram model cannot be read, or knows none of the tokens.
+        """
+        if not 1 <= nbest <= beam_size:
+            raise ValueError(f"want 1 <= nbest <= beam_size, not {nbest} and {beam_size}")
+        if beam_size_token is not None and beam_size_token < 1:
+            raise ValueError(f"beam_size_token is {beam_size_token}; it must be 1 or more")
+        # Dropped labels leave the matrix: a low score instead could still fill a beam that has room.
+        self._kept = [v for v in range(len(tokens)) if v == blank_id or v not in set(drop)]
+        self._blank = self._kept.index(blank_id)
+        self._vocabulary, self._nbest = len(tokens), nbest
+        # The decoder doesn't keep the model alive.
+        self._lm = load_ngram(ngram_file, [tokens[v] for v in self._kept], self._blank) if ngram_file else ZeroLM()
+        options = LexiconFreeDecoderOptions(
+            beam_size=beam_size,
+            beam_size_token=min(beam_size_token or len(self._kept), len(self._kept)),
+            beam_threshold=_NO_THRESHOLD,
+            lm_weight=ngram_weight if ngram_file else 0.0,
+            sil_score=0.0,
+            log_add=True,
+            criterion_type=CriterionType.CTC,
+        )
+        # The decoder starts and ends on "silence": any token but blank would be swallowed at the start of a text.
+        self._decoder = LexiconFreeDecoder(options, self._lm, self._blank, self._blank, [])
+        self._lock = threading.Lock()
+
+    def __call__(self, log_probs: torch.Tensor, lengths: torch.Tensor) -> List[Hypotheses]:
+        """Search a batch.
+
+        Args:
+            log_probs: (B, T, V) log-probabilities (not logits: the scores are sums of them), on any device.
+            lengths: (B,) frames that count; 0 is legal and gives one empty hypothesis.
+
+        Returns:
+            For each utterance, best first, (token ids, score) of distinct token sequences.
+
+        Raises:
+            ValueError: shapes that don't fit.
+            FloatingPointError: NaN inside the lengths.
+        """
+        check_batch(log_probs, lengths, self._vocabulary)
+        emissions = log_probs[..., self._kept].to("cpu", torch.float32).contiguous()
+        return [self._search(rows[:n]) for rows, n in zip(emissions, lengths.tolist())]
+
+    def _search(self, emissions: torch.Tensor) -> Hypotheses:
+        """Search one utterance (T, V), contiguous."""
+        with self._lock:
+            found = self._decoder.decode(emissions.data_ptr(), *emissions.shape)
+            alignments = [(h.tokens, h.score) for h in found]
+        merged: Dict[Tuple[int, ...], float] = {}
+        for labels, score in alignments:
+            ids = tuple(self._kept[i] for i in ctc_collapse(torch.tensor(labels), self._blank))
+            merged[ids] = float(np.logaddexp(merged.get(ids, -math.inf), score))
+        ranked = sorted(merged.items(), key=lambda item: -item[1])
+        return [(list(ids), score) for ids, score in ranked[: self._nbest] if score > -math.inf]
+
+
+class CudaBeamSearch:
+    """`BeamSearch` without an n-gram model by torchaudio's CUDA decoder, on the GPU that holds the log-probabilities.
+
+    Its beam is no larger than the vocabulary, and it tries every token. Not yet run: no GPU was at hand.
+    """
+
+    def __init__(self, tokens: Sequence[str], *, nbest: int, beam_size: int, drop: Sequence[int] = ()):
+        """Build the search; blank is label 0.
+
+        Raises:
+            RuntimeError, AttributeError, OSError: this torchaudio has no CUDA decoder.
+        """
+        from torchaudio.models.decoder import cuda_ctc_decoder
+
+        # All of the beam comes back: hypotheses with dropped labels are taken out here. No blank frame is skipped.
+        beam_size = min(beam_size, len(tokens))
+        self._decoder = cuda_ctc_decoder(list(tokens), nbest=beam_size, beam_size=beam_size, blank_skip_threshold=1.0)
+        self._vocabulary, self._nbest, self._drop = len(tokens), nbest, list(drop)
+
+    def __call__(self, log_probs: torch.Tensor, lengths: torch.Tensor) -> List[Hypotheses]:
+        """Search a batch (see `BeamSearch`)."""
+        check_batch(log_probs, lengths, self._vocabulary)
+        nothing: Hypotheses = [([], 0.0)]
+        if not log_probs.size(1):
+            return [nothing] * len(lengths)
+        emissions = log_probs.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
+        emissions[..., self._drop] = -_NO_THRESHOLD
+        counts = lengths.clamp(min=1).to(log_probs.device, torch.int32)
+        result = []
+        for hypotheses, n in zip(self._decoder(emissions, counts), lengths.tolist()):
+            found = [(list(map(int, h.tokens)), float(h.score)) for h in hypotheses if h.score > -_NO_THRESHOLD]
+            result.append([h for h in found if not set(h[0]) & set(self._drop)][: self._nbest] if n else nothing)
+        return result
+
+
+def build_search(
+    tokens: Sequence[str],
+    on_gpu: bool,
+    *,
+    beam_size_token: Optional[int] = None,
+    ngram_file: Union[str, Path, None] = None,
+    ngram_weight: float = 0.9,
+    **options,
+) -> Union[BeamSearch, CudaBeamSearch]:
+    """`CudaBeamSearch` if asked for, present and without an n-gram model, else `BeamSearch`; blank is label 0.
 
     Raises:
-        ValueError: shapes that don't fit, or numbers out of range.
+        ValueError, UserError: see `BeamSearch`.
+    """
+    if on_gpu and ngram_file is None:
+        try:
+            return CudaBeamSearch(tokens, **options)
+        except (RuntimeError, AttributeError, OSError) as e:
+            logging.warning("torchaudio's CUDA beam search is not usable (%s); searching on the CPU", e)
+    return BeamSearch(
+        tokens, beam_size_token=beam_size_token, ngram_file=ngram_file, ngram_weight=ngram_weight, **options
+    )
+
+
+def load_ngram(ngram_file: Union[str, Path], tokens: Sequence[str], unknown: int):
+    """Load a KenLM model whose words are ``tokens``; ``unknown`` is the index of one that it cannot know (blank).
+
+    Raises:
+        UserError: no KenLM, an unreadable file, or a model of something else.
+    """
+    from flashlight.lib.text.dictionary import Dictionary
+
+    try:
+        from flashlight.lib.text.decoder.kenlm import KenLM
+    except ImportError as e:
+        raise UserError(
+            f"--ngram_file needs KenLM, which this flashlight-text lacks ({e}); pip install a wheel of flashlight-text"
+        ) from e
+    try:
+        lm = KenLM(str(ngram_file), Dictionary(list(tokens)))
+    except (RuntimeError, ValueError) as e:
+        reason = str(e).strip().splitlines()[-1:] or [type(e).__name__]
+        raise UserError(f"cannot read the n-gram model {ngram_file}: {reason[0]}; give ARPA or KenLM's format") from e
+    scores = [lm.score(lm.start(False), i)[1] for i in range(len(tokens))]
+    if all(score == scores[unknown] for score in scores):
+        raise UserError(
+            f"the n-gram model {ngram_file} knows none of the model's tokens ({', '.join(tokens[2:6])}, …); "
+            "is it a model of words? Train it on text split into tokens"
+        )
+    return lm
+
+
+def check_batch(log_probs: torch.Tensor, lengths: torch.Tensor, vocabulary: int) -> None:
+    """Refuse (B, T, V) log-probabilities and (B,) lengths that cannot be searched.
+
+    Raises:
+        ValueError: shapes that don't fit each other or ``vocabulary``.
         FloatingPointError: NaN inside the lengths.
     """
-    if log_probs.dim() != 3 or lengths.shape != log_probs.shape[:1]:
-        raise ValueError(f"want (B, T, V) and (B,), not {tuple(log_probs.shape)} and {tuple(lengths.shape)}")
-    if not 1 <= nbest <= beam_size:
-        raise ValueError(f"want 1 <= nbest <= beam_size, not {nbest} and {beam_size}")
-    if beam_size_token is not None and beam_size_token < 1:
-        raise ValueError(f"beam_size_token is {beam_size_token}; it must be 1 or more")
-    batch, time, vocabulary = log_probs.shape
+    if log_probs.dim() != 3 or lengths.shape != log_probs.shape[:1] or log_probs.size(2) != vocabulary:
+        raise ValueError(f"want (B, T, {vocabulary}) and (B,), not {tuple(log_probs.shape)} and {tuple(lengths.shape)}")
+    batch, time, _ = log_probs.shape
     if batch and not 0 <= int(lengths.min()) <= int(lengths.max()) <= time:
         raise ValueError(f"lengths must be within 0…{time}: {lengths.tolist()}")
     inside = frames.valid(lengths.to(log_probs.device), time)
     if log_probs.isnan().any(dim=-1)[inside].any():
         raise FloatingPointError("NaN among the log-probabilities")
-    # Dropped labels leave the matrix: a low score instead could still fill a beam that has room.
-    kept = [v for v in range(vocabulary) if v == blank_id or v not in set(drop)]
-    emissions = log_probs[..., kept].to("cpu", torch.float32).contiguous()
-    decoder = ctc_decoder(
-        lexicon=None,
-        tokens=[str(v) for v in kept],
-        nbest=beam_size,
-        beam_size=beam_size,
-        beam_size_token=min(beam_size_token or len(kept), len(kept)),
-        beam_threshold=_NO_THRESHOLD,
-        lm_weight=0.0,
-        log_add=True,
-        blank_token=str(blank_id),
-        # The decoder starts and ends on "silence": any other token would be swallowed at the start of a text.
-        sil_token=str(blank_id),
-        sil_score=0.0,
-    )
-    result = []
-    for found in decoder(emissions, lengths.cpu()):
-        merged: Dict[Tuple[int, ...], float] = {}
-        for hypothesis in found:
-            ids = tuple(kept[i] for i in hypothesis.tokens.tolist())
-            merged[ids] = float(np.logaddexp(merged.get(ids, -math.inf), hypothesis.score))
-        ranked = sorted(merged.items(), key=lambda item: -item[1])
-        result.append([(list(ids), score) for ids, score in ranked[:nbest] if score > -math.inf])
-    return result

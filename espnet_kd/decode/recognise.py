@@ -15,7 +15,7 @@ from array import array
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
 import soundfile
@@ -80,15 +80,14 @@ class Recogniser:
             raise UserError(f"the model of {config_dir} has no CTC head; decode it with espnet2.bin.asr_inference")
         if model.frontend is None:
             raise UserError(f"the model of {config_dir} takes features (input_size is set), not audio")
-        self.rate = _sampling_rate(args)
+        self.rate = audio_rate(args)
         self.volume = getattr(args, "speech_volume_normalize", None)
         self.token_list: List[str] = list(model.token_list)
         self.to_text = build_detokeniser(args, config_dir)
         self.device = next(model.parameters()).device
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._no_text = sorted({model.sos, model.eos})
-        # The STFT reflects half a window at each end, which a shorter signal doesn't have.
-        self._min_samples = getattr(getattr(model.frontend, "stft", None), "n_fft", 0) // 2 + 1
+        self._min_samples = least_samples(model)
         if not make_batch_exact(model):
             logging.warning("%s: the last frames of a batch depend a little on padding", type(model.encoder).__name__)
         self.model = model
@@ -104,21 +103,23 @@ class Recogniser:
             self._here.model = copy.deepcopy(self.model, shared)
         return self._here.model
 
+    def encode(self, speech: torch.Tensor, lengths: torch.Tensor) -> Tuple[Any, torch.Tensor]:
+        """The model's own ``encode``, for a subclass to run it in another precision."""
+        return self.own_model.encode(speech, lengths)
+
     @torch.inference_mode()
     def logits(self, speech: Sequence[np.ndarray]) -> Tuple[torch.Tensor, torch.Tensor]:
         """CTC logits (B, T, V) and frames (B,) of utterances (N_i,); frames are 0 where the audio is too short."""
         from espnet2.asr.encoder.conformer_encoder import TooShortUttError
 
-        waves = [torch.from_numpy(self._normalise(x)) for x in speech]
+        waves = [torch.from_numpy(normalise(x, self.volume)) for x in speech]
         lengths = torch.tensor([len(w) for w in waves])
         too_short = lengths < self._min_samples
         # Too short ones are stretched with silence so that the others can be decoded; they count no frames below.
         padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
         padded = torch.nn.functional.pad(padded, (0, max(0, self._min_samples - padded.size(1))))
         try:
-            encoded, frames = self.own_model.encode(
-                padded.to(self.device), lengths.clamp(min=self._min_samples).to(self.device)
-            )
+            encoded, frames = self.encode(padded.to(self.device), lengths.clamp(min=self._min_samples).to(self.device))
         except TooShortUttError:
             return torch.zeros(len(waves), 0, len(self.token_list)), torch.zeros(len(waves), dtype=torch.long)
         if isinstance(encoded, tuple):  # (output, outputs of InterCTC layers)
@@ -126,24 +127,19 @@ class Recogniser:
         frames = frames.cpu().clamp(max=encoded.size(1)).masked_fill(too_short, 0)
         return self.own_model.ctc.ctc_lo(encoded), frames
 
-    def __call__(self, speech: Sequence[np.ndarray]) -> List[Hypothesis]:
-        """Recognise utterances, each (N_i,) float samples at ``rate`` Hz, as one batch."""
-        result = []
-        for ids, score in ctc_greedy(*self.logits(speech), blank_id=BLANK_ID, drop=self._no_text):
-            tokens = [self.token_list[i] for i in ids]
-            result.append(Hypothesis(ids, tokens, self.to_text(tokens), score))
-        return result
+    def __call__(self, speech: Sequence[np.ndarray]) -> List[List[Hypothesis]]:
+        """Recognise utterances, each (N_i,) float samples at ``rate`` Hz, as one batch; here one hypothesis each."""
+        found = ctc_greedy(*self.logits(speech), blank_id=BLANK_ID, drop=self._no_text)
+        return [[self.hypothesis(ids, score)] for ids, score in found]
 
-    def _normalise(self, samples: np.ndarray) -> np.ndarray:
-        """Bring the peak to ``speech_volume_normalize``, as ESPnet's preprocessor does at inference too."""
-        peak = np.abs(samples).max(initial=0.0)
-        if self.volume is not None and peak > 0:
-            samples = samples * (self.volume / peak)
-        return samples.astype(np.float32, copy=False)
+    def hypothesis(self, token_ids: List[int], score: float) -> Hypothesis:
+        """Put tokens and text to token ids."""
+        tokens = [self.token_list[i] for i in token_ids]
+        return Hypothesis(token_ids, tokens, self.to_text(tokens), score)
 
 
-class NbestRecogniser(Recogniser):
-    """A recogniser that gives each utterance its N-best instead, as `espnet_kd.targets.nbest` writes them."""
+class BeamRecogniser(Recogniser):
+    """A recogniser that searches a beam, with or without an n-gram model."""
 
     def __init__(
         self,
@@ -151,14 +147,51 @@ class NbestRecogniser(Recogniser):
         args: argparse.Namespace,
         config_dir: Union[str, Path] = ".",
         *,
-        nbest: int,
-        beam_size: int,
-        beam_size_token: Optional[int] = None,
+        search_on_gpu: bool = False,
+        **options: Any,
     ):
-        """Take what `Recogniser` takes, and the options of `espnet_kd.decode.beam.ctc_nbest`."""
+        """Take what `Recogniser` takes, and the options of `espnet_kd.decode.beam.BeamSearch` from ``nbest`` on.
+
+        ``search_on_gpu``: where torchaudio's CUDA decoder is there and no n-gram model is given.
+
+        Raises:
+            UserError: as in `Recogniser`, or the n-gram model is no good.
+        """
+        from espnet_kd.decode.beam import build_search  # only here: greedy decoding does without its libraries
+
         super().__init__(model, args, config_dir)
-        self._options = {"nbest": nbest, "beam_size": beam_size, "beam_size_token": beam_size_token}
         self._where = config_dir
+        self._search = build_search(self.token_list, search_on_gpu, drop=self._no_text, **options)
+
+    def search(self, log_probs: torch.Tensor, frames: torch.Tensor) -> List[List[Tuple[List[int], float]]]:
+        """The N-best of log-probabilities (B, T, V), (token ids, score) each.
+
+        Raises:
+            UserError: the model gives NaN.
+        """
+        try:
+            return self._search(log_probs, frames)
+        except FloatingPointError as e:
+            raise UserError(f"the model of {self._where}: {e}; it has diverged, or its file is damaged") from e
+
+    def __call__(self, speech: Sequence[np.ndarray]) -> List[List[Hypothesis]]:
+        """Recognise utterances, each (N_i,) float samples at ``rate`` Hz, as one batch; best hypotheses first.
+
+        Raises:
+            UserError: the model gives NaN.
+        """
+        logits, frames = self.logits(speech)
+        found = self.search(logits.float().log_softmax(dim=-1), frames)
+        return [[self.hypothesis(ids, score) for ids, score in hypotheses] for hypotheses in found]
+
+
+class NbestRecogniser(BeamRecogniser):
+    """A recogniser that gives each utterance its N-best as `espnet_kd.targets.nbest` writes them, and the prior."""
+
+    def __init__(
+        self, model: torch.nn.Module, args: argparse.Namespace, config_dir: Union[str, Path] = ".", **options: Any
+    ):
+        super().__init__(model, args, config_dir, **options)
         self._mass: List[Tuple[torch.Tensor, int]] = []  # of each batch; appending is safe in threads
 
     def log_prior(self) -> np.ndarray:
@@ -175,18 +208,14 @@ class NbestRecogniser(Recogniser):
         Raises:
             UserError: the model gives NaN.
         """
-        from espnet_kd.decode.beam import ctc_nbest  # only here: greedy decoding does without its libraries
-
         logits, frames = self.logits(speech)
         log_probs = logits.float().log_softmax(dim=-1)
         counted = valid(frames, log_probs.size(1)).to(log_probs.device)
         self._mass.append((log_probs[counted].double().exp().sum(0).cpu(), int(frames.sum())))
-        try:
-            found = ctc_nbest(log_probs, frames, blank_id=BLANK_ID, drop=self._no_text, **self._options)
-        except FloatingPointError as e:
-            raise UserError(f"the model of {self._where}: {e}; it has diverged, or its file is damaged") from e
         # Arrays, since the hypotheses of the whole corpus are held at once.
-        return [[(score, array("i", ids)) for ids, score in hypotheses] for hypotheses in found]
+        return [
+            [(score, array("i", ids)) for ids, score in hypotheses] for hypotheses in self.search(log_probs, frames)
+        ]
 
 
 def build_detokeniser(args: argparse.Namespace, config_dir: Union[str, Path]) -> Callable[[List[str]], str]:
@@ -273,14 +302,14 @@ def make_batches(utterances: Sequence[Utterance], batch_seconds: float) -> List[
 def recognise(
     recogniser: Callable[[Sequence[np.ndarray]], List[Found]],
     utterances: Sequence[Utterance],
-    batch_seconds: float = 120.0,
+    batch_seconds: float = 60.0,
     nj: int = 1,
     progress: bool = True,
 ) -> Tuple[Dict[str, Found], Timing]:
     """Decode utterances in batches.
 
     Args:
-        recogniser: maps a batch of samples to what is found in each, usually a `Recogniser` or `NbestRecogniser`;
+        recogniser: maps a batch of samples to what is found in each, usually a `Recogniser` of some kind;
             called from ``nj`` threads.
         utterances: in the order wanted in the result.
         batch_seconds: audio in a batch, padding included; a longer utterance is a batch of its own.
@@ -311,6 +340,19 @@ def recognise(
     return {u.utt_id: found[u.utt_id] for u in utterances}, timing
 
 
-def _sampling_rate(args: argparse.Namespace) -> Optional[int]:
+def normalise(samples: np.ndarray, volume: Optional[float]) -> np.ndarray:
+    """Bring the peak to ``volume`` (``speech_volume_normalize``), as ESPnet's preprocessor does at inference too."""
+    peak = np.abs(samples).max(initial=0.0)
+    if volume is not None and peak > 0:
+        samples = samples * (volume / peak)
+    return samples.astype(np.float32, copy=False)
+
+
+def least_samples(model: torch.nn.Module) -> int:
+    """Samples that audio must have: the STFT reflects half a window at each end, which a shorter signal hasn't."""
+    return getattr(getattr(model.frontend, "stft", None), "n_fft", 0) // 2 + 1
+
+
+def audio_rate(args: argparse.Namespace) -> Optional[int]:
     """Sampling rate in Hz of the model's own frontend, or None where it doesn't say."""
     return int(sampling_rate(args)) if getattr(args, "frontend", None) == "default" else None

@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections import defaultdict
+from collections import defaultdict, namedtuple
 
 import numpy as np
 import pytest
@@ -12,11 +12,15 @@ import torch
 
 from espnet_kd.bin import asr_kd_nbest
 from espnet_kd.cli import UserError
-from espnet_kd.decode.beam import ctc_nbest
+from espnet_kd.decode.beam import BeamSearch, build_search
 from espnet_kd.decode.greedy import ctc_greedy
 from espnet_kd.decode.recognise import NbestRecogniser, Recogniser
 from espnet_kd.targets.experiment import find_experiment, load_model
 from espnet_kd.targets.nbest import read_nbest
+
+
+def ctc_nbest(log_probs, lengths, **options):
+    return BeamSearch([str(v) for v in range(log_probs.size(-1))], **options)(log_probs, lengths)
 
 
 def enumerate_texts(log_probs, blank_id=0, drop=()):
@@ -249,3 +253,79 @@ def test_mistakes_in_the_command_line(tmp_path, expdir, dirs, more, message):
     with pytest.raises(UserError, match=message):
         asr_kd_nbest.main(options(expdir, dirs, tmp_path / "nbest", *more))
     assert not (tmp_path / "nbest").exists()
+
+
+def ngram_score(ids, names, unigrams, bigrams):
+    """log10 P of <s> ids </s> under the model of `tiny_asr.write_arpa`."""
+    sentence = ["<s>", *(names[i] for i in ids), "</s>"]
+    return sum(bigrams.get((a, b), tiny_asr.BACK_OFF + unigrams[b]) for a, b in zip(sentence, sentence[1:]))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.7, 2.0])
+def test_ngram_scores_are_added_to_those_of_ctc(tmp_path, weight):
+    # Names in an order that neither the alphabet nor a hash gives: each token must get its own score.
+    names, unigrams = ["<blank>", "q", "b", "x", "<sos/eos>"], {"x": -1.0, "q": -2.0, "b": -3.0, "</s>": -1.5}
+    bigrams = {("<s>", "b"): -0.2, ("b", "b"): -3.0, ("x", "q"): -0.1, ("q", "</s>"): -0.4}
+    log_probs = posteriors(2, 4, 5, seed=5)
+    arpa = tiny_asr.write_arpa(tmp_path / "lm", unigrams, bigrams)
+    search = BeamSearch(names, nbest=999, beam_size=999, drop=[4], ngram_file=arpa, ngram_weight=weight)
+    for found, rows in zip(search(log_probs, torch.tensor([4, 4])), log_probs):
+        expected = [
+            (ids, score + weight * ngram_score(ids, names, unigrams, bigrams))
+            for ids, score in enumerate_texts(rows, drop=[4])
+        ]
+        assert_same(found, sorted(expected, key=lambda h: -h[1]))
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (None, "cannot read the n-gram model .*No such file"),
+        ("hello\n", "cannot read the n-gram model"),
+        (["the", "cat"], "knows none of the model's tokens"),
+    ],
+)
+def test_ngram_model_that_is_no_good(tmp_path, content, message):
+    path = tmp_path / "lm.arpa"
+    if isinstance(content, str):
+        path.write_text(content)
+    elif content:
+        tiny_asr.write_arpa(path, dict.fromkeys(content, -1.0), {("the", "cat"): -0.1})
+    with pytest.raises(UserError, match=message):
+        BeamSearch(tiny_asr.TOKENS, nbest=1, beam_size=2, ngram_file=path)
+
+
+def test_without_a_gpu_the_search_is_on_the_cpu(monkeypatch, caplog):
+    def lacking(*_, **__):
+        raise RuntimeError("no such build")
+
+    monkeypatch.setattr("torchaudio.models.decoder.cuda_ctc_decoder", lacking, raising=False)
+    search = build_search(["<blank>", "a", "b"], True, nbest=1, beam_size=4)
+    assert isinstance(search, BeamSearch) and "not usable (no such build)" in caplog.text
+
+
+def test_gpu_search_takes_out_dropped_labels_and_padding(monkeypatch, tmp_path):
+    class StandIn:
+        """Answers as torchaudio's CUDA decoder does: always the whole beam, best first."""
+
+        def __init__(self, tokens, *, nbest, beam_size, blank_skip_threshold):
+            assert nbest == beam_size == 4 and blank_skip_threshold == 1.0
+
+        def __call__(self, log_probs, lengths):
+            assert lengths.dtype == torch.int32 and lengths.tolist() == [2, 1]
+            assert log_probs[..., 3].max() < -1e29 and log_probs.dtype == torch.float32
+            hypothesis = namedtuple("hypothesis", "tokens score")
+            beam = [([1, 2], -0.5), ([3], -0.7), ([2], -2.0), ([1], -math.inf)]
+            return [[hypothesis(*h) for h in beam]] * 2
+
+    monkeypatch.setattr("torchaudio.models.decoder.cuda_ctc_decoder", StandIn, raising=False)
+    search = build_search(["<blank>", "a", "b", "<sos/eos>"], True, nbest=3, beam_size=10, drop=[3])
+    log_probs = posteriors(2, 2, 4)
+    before = log_probs.clone()
+    assert search(log_probs, torch.tensor([2, 0])) == [[([1, 2], -0.5), ([2], -2.0)], [([], 0.0)]]
+    assert search(log_probs[:, :0], torch.tensor([0, 0])) == [[([], 0.0)]] * 2
+    torch.testing.assert_close(log_probs, before)
+    # An n-gram model is for the CPU's search.
+    arpa = tiny_asr.write_arpa(tmp_path / "lm", {"a": -1.0, "b": -1.0}, {("a", "b"): -0.1})
+    search = build_search(["<blank>", "a", "b", "c"], True, nbest=1, beam_size=4, ngram_file=arpa)
+    assert isinstance(search, BeamSearch)

@@ -14,7 +14,14 @@ import torch
 
 from espnet_kd.bin import asr_kd_inference
 from espnet_kd.cli import UserError
-from espnet_kd.decode.recognise import Recogniser, Utterance, build_detokeniser, make_batches, read_utterances
+from espnet_kd.decode.recognise import (
+    Recogniser,
+    Utterance,
+    build_detokeniser,
+    make_batches,
+    normalise,
+    read_utterances,
+)
 from espnet_kd.targets.experiment import find_experiment, load_model
 
 SECONDS = (2.17, 1.503, 1.0, 0.9, 0.31)
@@ -68,15 +75,15 @@ def test_same_text_as_stock_asr_inference(expdir, recogniser, waves):
     stock = Speech2Text(expdir / "config.yaml", expdir / "valid.loss.ave.pth", ctc_weight=1.0, beam_size=1)
     # A hypothesis as long as its frames gets a spurious end symbol from ESPnet's beam search.
     expected = [stock(wave)[0][0].replace("<sos/eos>", "") for wave in waves]
-    assert [h.text for h in recogniser(waves)] == expected
+    assert [h[0].text for h in recogniser(waves)] == expected
     assert all(expected)
 
 
 def test_audio_too_short_gives_an_empty_hypothesis_and_leaves_others_alone(recogniser, waves):
     short = [np.zeros(0, np.float32), waves[0][:50], waves[0][:700]]
     found = recogniser([*waves, *short])
-    assert [h.text for h in found[: len(waves)]] == [h.text for h in recogniser(waves)]
-    for h in found[len(waves) :] + recogniser(short):
+    assert [h[0].text for h in found[: len(waves)]] == [h[0].text for h in recogniser(waves)]
+    for (h,) in found[len(waves) :] + recogniser(short):
         assert (h.token_ids, h.tokens, h.text, h.score) == ([], [], "", 0.0)
 
 
@@ -87,7 +94,7 @@ def test_heads_trained_beside_a_student_are_dropped(tmp_path, expdir, recogniser
     tiny_asr.save(model, tiny_asr.config(), tmp_path)
     other = Recogniser(*load_model(*find_experiment(tmp_path)))
     assert other.num_parameters == recogniser.num_parameters
-    assert [h.text for h in other(waves)] == [h.text for h in recogniser(waves)]
+    assert [h[0].text for h in other(waves)] == [h[0].text for h in recogniser(waves)]
 
 
 @pytest.mark.parametrize("change", ["missing", "unexpected"])
@@ -114,10 +121,10 @@ def test_batches_are_bounded_sorted_and_complete():
     assert [len(b) * b[0].samples / 16000 for b in batches] == [50, 40, 28]  # one alone is over the limit, legally
 
 
-def test_volume_normalisation_is_that_of_the_preprocessor(recogniser):
-    recogniser.volume = 0.5
-    assert recogniser._normalise(np.array([0.1, -0.2], np.float32)) == pytest.approx([0.25, -0.5])
-    assert recogniser._normalise(np.zeros(2, np.float32)).tolist() == [0, 0]
+def test_volume_normalisation_is_that_of_the_preprocessor():
+    assert normalise(np.array([0.1, -0.2], np.float32), 0.5) == pytest.approx([0.25, -0.5])
+    assert normalise(np.array([0.1, -0.2], np.float32), None) == pytest.approx([0.1, -0.2])
+    assert normalise(np.zeros(2, np.float32), 0.5).tolist() == [0, 0]
 
 
 def test_detokenise(tmp_path):
@@ -167,7 +174,7 @@ def test_command(tmp_path, expdir, recogniser, waves, caplog):
     argv = ["--expdir", str(expdir), "--data_dir", str(data), "--output_dir", str(out), "--batch_seconds", "3"]
     asr_kd_inference.main(argv)
 
-    expected = recogniser(waves)
+    expected = [h for (h,) in recogniser(waves)]
     read = {n: (out / "1best_recog" / n).read_text().split("\n") for n in ("text", "token", "token_int", "score")}
     assert read["text"] == [*(f"u{i} {h.text}" for i, h in enumerate(expected)), "e ", ""]
     assert read["token"][0] == f"u0 {' '.join(expected[0].tokens)}"
@@ -212,7 +219,7 @@ def test_several_experiments_decode_several_data_dirs(tmp_path, expdir, waves, r
     text = {p.parent.parent.relative_to(tmp_path / "exp"): p.read_text() for p in tmp_path.glob("exp/**/text")}
     assert sorted(map(str, text)) == ["one/decode_clean", "one/decode_other", "two/decode_clean", "two/decode_other"]
     for place, wave in (("decode_clean", waves[0]), ("decode_other", waves[1])):
-        assert text[Path("one") / place] == f"u {recogniser([wave])[0].text}\n"
+        assert text[Path("one") / place] == f"u {recogniser([wave])[0][0].text}\n"
         assert text[Path("two") / place] != text[Path("one") / place]
     assert json.loads((two / "decode_other/decode.json").read_text())["model"] == str(two / "export/model.pth")
 

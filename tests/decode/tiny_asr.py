@@ -75,3 +75,16 @@ def data_dir(directory: Path, waves: dict) -> Path:
             soundfile.write(directory / f"{utt_id}.wav", samples, 16000, subtype="PCM_16")
             f.write(f"{utt_id} {directory / f'{utt_id}.wav'}\n")
     return directory
+
+
+BACK_OFF = -0.3
+
+
+def write_arpa(path: Path, unigrams: dict, bigrams: dict) -> Path:
+    """Write a bigram model {token: log10 P}, {(a, b): log10 P}, with the weight `BACK_OFF` wherever it backs off."""
+    rows = {"<unk>": -9.0, "<s>": -99.0, "</s>": -1.5, **unigrams}
+    one = "".join(f"{p}\t{t}" + ("\n" if t == "</s>" else f"\t{BACK_OFF}\n") for t, p in rows.items())
+    two = "".join(f"{p}\t{a} {b}\n" for (a, b), p in bigrams.items())
+    counts = f"ngram 1={len(rows)}\nngram 2={len(bigrams)}\n"
+    path.write_text(f"\\data\\\n{counts}\n\\1-grams:\n{one}\n\\2-grams:\n{two}\n\\end\\\n", encoding="utf-8")
+    return path

@@ -1,0 +1,80 @@
+"""Decoding by ``espnet2.bin.asr_inference``, one utterance at a time: where an attention decoder takes part."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, List, Sequence, Union
+
+import numpy as np
+
+from espnet_kd.cli import UserError
+from espnet_kd.decode.recognise import Hypothesis, audio_rate, least_samples, normalise
+from espnet_kd.targets.experiment import load_model
+
+
+class StockRecogniser:
+    """Stands in for a `espnet_kd.decode.recognise.Recogniser`; for one thread."""
+
+    def __init__(
+        self,
+        config: Union[str, Path],
+        model_file: Union[str, Path],
+        device: str = "cpu",
+        *,
+        ctc_weight: float,
+        **options: Any,
+    ):
+        """Load an experiment.
+
+        Args:
+            config: config.yaml; its paths are looked up in the working directory, as ESPnet does.
+            model_file: the model.
+            device: where the model runs.
+            ctc_weight: below 1 the attention decoder has the rest.
+            options: of ``espnet2.bin.asr_inference.Speech2Text``: beam_size, nbest, ngram_file, ….
+
+        Raises:
+            UserError: the files are no good, or there is no attention decoder and one is asked for.
+        """
+        from espnet2.bin import asr_inference
+
+        # ESPnet's loader lets missing keys pass and runs what a pickle says: ours, which does neither, goes first.
+        model, args = load_model(config, model_file)
+        if ctc_weight < 1 and model.decoder is None:
+            raise UserError(
+                f"the model of {config} has no attention decoder (its ctc_weight is 1), so --ctc_weight {ctc_weight} "
+                "cannot be; leave it at 1"
+            )
+        self.rate = audio_rate(args)
+        self.num_parameters = sum(p.numel() for p in model.parameters())
+        self._volume = getattr(args, "speech_volume_normalize", None)
+        self._least_samples = least_samples(model)
+        for name in ("espnet", "espnet2.bin.asr_inference"):
+            logging.getLogger(name).setLevel(logging.WARNING)  # else a dozen lines for each utterance
+        try:
+            self._speech2text = asr_inference.Speech2Text(
+                str(config), str(model_file), device=device, ctc_weight=ctc_weight, **options
+            )
+        except ModuleNotFoundError as e:
+            raise UserError(f"ESPnet's decoding needs {e.name}, which is not installed: pip install {e.name}") from e
+        except OSError as e:
+            raise UserError(f"ESPnet cannot load {config}: {e}; run from the recipe's directory") from e
+
+    def __call__(self, speech: Sequence[np.ndarray]) -> List[List[Hypothesis]]:
+        """Recognise utterances, each (N_i,) float samples at ``rate`` Hz, in turn; best hypotheses first."""
+        return [self._recognise(samples) for samples in speech]
+
+    def _recognise(self, samples: np.ndarray) -> List[Hypothesis]:
+        from espnet2.asr.encoder.conformer_encoder import TooShortUttError
+
+        nothing = [Hypothesis([], [], "", 0.0)]
+        if len(samples) < self._least_samples:
+            return nothing
+        try:
+            found = self._speech2text(normalise(samples, self._volume))
+        except TooShortUttError:
+            return nothing
+        if isinstance(found, tuple):  # (hypotheses, what InterCTC layers say)
+            found = found[0]
+        return [Hypothesis(ids, tokens, text or "", float(h.score)) for text, tokens, ids, h in found]
