@@ -1,13 +1,16 @@
-"""Files that are whole or absent: write beside, then rename into place."""
+"""Files that are whole or absent: write beside, then rename into place. Directories held by one run at a time."""
 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import glob
 import os
 import tempfile
 from pathlib import Path
 from typing import IO, Iterator, Union
+
+from espnet_kd.cli import UserError
 
 
 @contextlib.contextmanager
@@ -42,3 +45,32 @@ def remove_leftovers(path: Union[str, Path]) -> None:
     path = Path(path)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         leftover.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def locked(
+    directory: Union[str, Path], option: str = "--output_dir", *, part: str = "", shared: bool = False
+) -> Iterator[None]:
+    """Hold ``directory``, which is made where it is missing, for this run: two at once would overwrite each other.
+
+    Args:
+        option: what the user calls it, for the message.
+        part: hold a part of it alone, of this name.
+        shared: together with others who share it.
+
+    Raises:
+        UserError: another run holds it, or it cannot be locked.
+    """
+    directory = Path(directory)
+    with contextlib.ExitStack() as stack:
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            f = stack.enter_context(open(directory / (f".lock.{part}" if part else ".lock"), "w"))
+            # The lock goes with the process, also after a kill; the file stays.
+            fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+        except BlockingIOError as e:
+            what = f"part {part} of {directory}" if part else str(directory)
+            raise UserError(f"{what} is in use by another run; wait, or choose another {option}") from e
+        except OSError as e:
+            raise UserError(f"cannot lock {directory}: {e.strerror}; choose another {option}") from e
+        yield

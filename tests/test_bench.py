@@ -1,14 +1,18 @@
 """The benchmark command: that what it compares is equal, and that its figures come out; not the figures."""
 
 import json
+import os
 
 import pytest
+import tiny_asr
 import torch
 
-from espnet_kd.bench import loss, steps
-from espnet_kd.bin import asr_kd_bench
+from espnet_kd.bench import decoding, loss, steps, timing
+from espnet_kd.bin import asr_kd_bench, asr_kd_inference
 from espnet_kd.cli import UserError
+from espnet_kd.decode.recognise import BeamRecogniser, Utterance
 from espnet_kd.losses import factorized_kl
+from espnet_kd.targets.experiment import find_experiment, load_model
 
 SMALL = (3, 20, 50, 5)
 
@@ -43,10 +47,28 @@ def test_loss_part(monkeypatch, capsys):
 
 def test_steps_part(capsys):
     found = steps.measure(30, 1, student=(1, 16), teacher=(1, 24), utts=2, seconds=1.0)
-    assert found["cached_step"] > 0 and found["online_step"] > 0 and found["bytes_per_frame"] > 0
-    found["cache_bytes"] = found.pop("bytes_per_frame")
+    assert found["cached_step"] > 0 and found["online_step"] > 0 and found["cache_bytes"] > 0
+    # 40 ms a frame, less the one or two that a second of audio loses at its ends.
+    assert found["cache_bytes_per_hour"] / found["cache_bytes"] in (23 * 3600, 24 * 3600)
     printed = asr_kd_bench.table([{"vocabulary": 30, **found}])
     assert "KD step from the cache / plain step | vocabulary = 30 |" in printed
+    assert f"cache, bytes per hour of audio | vocabulary = 30 | {found['cache_bytes_per_hour']:,.0f} |" in printed
+
+
+@pytest.mark.parametrize("ours", [0.9, 1.0])
+def test_what_noise_hides_is_no_ratio(ours, monkeypatch):
+    """A negative or an infinite one would pass for a result."""
+    monkeypatch.setattr(loss, "interleaved", lambda runs, rounds: {"ctc": [1.0], "ours": [ours], "plain": [1.5]})
+    monkeypatch.setattr(loss, "peak_memory", lambda run: 2**20)
+    found = loss.measure(0.2, 1, SMALL)
+    assert found["fkl_time"] is None and json.loads(json.dumps(asr_kd_bench.headline([found])))["fkl_time"] is None
+    assert "plainly written / ours |  | too noisy: give more --rounds |" in asr_kd_bench.table([found])
+
+
+def test_a_process_that_dies_is_told():
+    """Instead of being waited for."""
+    with pytest.raises(UserError, match="ended with exit code 3 "):
+        timing.peak_memory(os._exit, 3)
 
 
 def test_mistakes_are_told():
@@ -54,3 +76,45 @@ def test_mistakes_are_told():
         asr_kd_bench.main(["--only", "decoding"])
     with pytest.raises(UserError, match="--rounds"):
         asr_kd_bench.main(["--rounds", "0"])
+
+
+def test_decoding_part(tmp_path, capsys):
+    """Each of the four decodes every utterance once; against our own greedy texts only the others can be wrong."""
+    conf = tiny_asr.config()
+    exp = tiny_asr.save(tiny_asr.build(conf, sharpen=20.0), conf, tmp_path / "exp")
+    data = tiny_asr.data_dir(tmp_path / "test", {f"u{i}": tiny_asr.audio(0.5 + 0.1 * i, i) for i in range(5)})
+    asr_kd_inference.main(["--expdir", str(exp), "--data_dir", str(data)])
+    argv = ["--only", "decoding", "--expdir", str(exp), "--data_dir", str(data), "--rounds", "2", "--beam_size", "4"]
+    with pytest.raises(UserError, match="text: no such file"):
+        asr_kd_bench.main(argv)
+    greedy = (exp / "decode_test/1best_recog/text").read_text().replace("<unk>", "")
+    (data / "text").write_text(greedy)
+    capsys.readouterr()  # what ESPnet printed above
+    asr_kd_bench.main([*argv, "--json"])
+    found = json.loads(capsys.readouterr().out)
+    measured = found["measured"][0]
+    assert found["greedy"] == measured["greedy"] > 0 and found["beam"] == measured["beam"] > 0
+    assert measured["utterances"] == 5 and measured["beam_size"] == 4 and measured["beam_size_token"] == 20
+    for name in ("greedy", "beam"):
+        difference, low, high = measured[f"wer_{name}_difference"]
+        assert difference == pytest.approx(measured[f"wer_{name}"] - measured[f"wer_stock_{name}"])
+        assert low <= difference <= high
+        assert 0 <= sum(measured[f"likelier_{name}"]) <= 5
+    printed = asr_kd_bench.table(found["measured"])
+    assert "| likelier texts found, beam: by ours / by asr_inference |" in printed
+    assert "| WER in percent, greedy: ours − asr_inference [95 % interval] | beam_size = 4, " in printed
+    (data / "text").write_text("".join(greedy.splitlines(keepends=True)[1:]))
+    with pytest.raises(UserError, match="text lacks utterances of wav.scp: u0"):
+        asr_kd_bench.main(argv)
+
+
+def test_likelihoods_are_those_of_the_search(tmp_path):
+    """With a beam that holds everything, the score of a hypothesis is log P(text | audio)."""
+    conf = tiny_asr.config()
+    exp = tiny_asr.save(tiny_asr.build(conf, sharpen=20.0), conf, tmp_path)
+    recogniser = BeamRecogniser(*load_model(*find_experiment(exp)), exp, nbest=1, beam_size=2000)
+    audio = {f"u{i}": tiny_asr.audio(0.2 + 0.1 * i, i) for i in range(2)} | {"short": tiny_asr.audio(0.001, 0)}
+    best = {u: recogniser([x])[0][0] for u, x in audio.items()}
+    batch = [Utterance(u, "", len(x), 16000) for u, x in audio.items()]
+    found = decoding.likelihoods(recogniser, [batch[:2], batch[2:]], audio, best)
+    assert found == pytest.approx([h.score for h in best.values()], abs=1e-3)

@@ -33,7 +33,8 @@ def config(vocabulary: int, size: Size) -> Dict[str, Any]:
             macaron_style=True, rel_pos_type="latest", pos_enc_layer_type="rel_pos",
             selfattention_layer_type="rel_selfattn",
         ),
-        model_conf=dict(ctc_weight=1.0), ctc_conf={}, normalize=None, specaug=None, frontend_conf=dict(fs=RATE),
+        model_conf=dict(ctc_weight=1.0), ctc_conf={}, normalize=None, specaug=None,
+        frontend_conf=dict(fs=RATE, n_fft=512, hop_length=160),
     )  # fmt: skip
     return conf
 

@@ -34,7 +34,8 @@ def measure(
 
     Returns:
         ``cached_step``: KD step from the cache / plain step; ``online_step``: KD step with the teacher beside / (plain
-        step + one teacher forward); seconds of each; ``bytes_per_frame`` of this cache.
+        step + one teacher forward); seconds of each; ``cache_bytes`` per frame of this cache, with the hidden states
+        that the method reads, and ``cache_bytes_per_hour`` of audio.
     """
     from espnet_kd.bin import asr_kd_cache
     from espnet_kd.distill.model import ESPnetASRKDModel
@@ -78,7 +79,8 @@ def measure(
         "cached_step": median([c / p for c, p in zip(times["cached"], times["plain"])]),
         "online_step": median([o / b for o, b in zip(times["online"], both)]),
         **{f"{name}_seconds": median(values) for name, values in times.items()},
-        "bytes_per_frame": counts["bytes"] / counts["frames"],
+        "cache_bytes": counts["bytes"] / counts["frames"],
+        "cache_bytes_per_hour": counts["bytes"] / (utts * seconds) * 3600,
     }
 
 

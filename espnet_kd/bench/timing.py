@@ -14,6 +14,8 @@ from typing import Any, Callable, Dict, List, Mapping
 import torch
 from tqdm import tqdm
 
+from espnet_kd.cli import UserError
+
 
 def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> Dict[str, List[float]]:
     """Seconds of each function in each round; the functions take turns, so that a noisy moment hits all alike.
@@ -43,23 +45,32 @@ def median(values: List[float]) -> float:
 
 
 def peak_memory(run: Callable[..., Any], *args: Any) -> int:
-    """Most memory in bytes that ``run(*args)`` held, in a fresh process of its own (GPU: ``max_memory_allocated``)."""
+    """Most memory in bytes that ``run(*args)`` held, in a fresh process of its own (GPU: ``max_memory_allocated``).
+
+    Raises:
+        UserError: the process died, for want of memory most likely.
+    """
     context = get_context("spawn")
-    queue = context.Queue()
-    process = context.Process(target=_measure, args=(queue, run, args))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_measure, args=(sender, run, args))
     process.start()
-    peak = queue.get()
-    process.join()
-    return peak
+    sender.close()  # the process has the only other one: if it dies, the pipe ends
+    try:
+        return receiver.recv()
+    except EOFError as e:
+        process.join()
+        raise UserError(
+            f"the process that measures memory ended with exit code {process.exitcode} (-9: killed, when memory runs "
+            "out); free some, or leave the loss out (--only)"
+        ) from e
+    finally:
+        process.join()
 
 
-def _measure(queue: Any, run: Callable[..., Any], args: Any) -> None:
+def _measure(sender: Any, run: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
     run(*args)
-    if torch.cuda.is_available():
-        queue.put(torch.cuda.max_memory_allocated())
-    else:
-        queue.put(_peak_rss())
+    sender.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_rss())
 
 
 def _peak_rss() -> int:

@@ -11,11 +11,14 @@ experiment and a data dir are needed. Times are CPU time of one thread, or of th
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from espnet_kd import cli
+from espnet_kd.bin.asr_kd_inference import BEAM_SIZE_TOKEN_HELP
 
 PARTS = ("steps", "loss", "decoding")
 #: What the table says of each ratio: key, meaning, which way is better.
@@ -25,6 +28,7 @@ TABLE = (
     ("fkl_time", "factorized KL beside CTC: extra time, plainly written / ours"),
     ("fkl_memory", "factorized KL beside CTC: extra peak memory, plainly written / ours"),
     ("cache_bytes", "cache, bytes per frame"),
+    ("cache_bytes_per_hour", "cache, bytes per hour of audio"),
     ("greedy", "greedy decoding: asr_inference / ours, time"),
     ("beam", "beam search of equal width: asr_inference / ours, time"),
 )
@@ -36,10 +40,13 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--only", nargs="+", choices=PARTS, help="some of the parts; default all that are possible")
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[500, 5000], help="tokens V, for the steps")
     parser.add_argument("--nonblank", type=float, nargs="+", default=[0.2], help="NB shares, for the loss")
-    parser.add_argument("--rounds", type=int, default=7, help="counted rounds of runs in turn")
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="counted rounds of runs in turn; for decoding: parts of the data dir"
+    )
     parser.add_argument("--expdir", help="a trained experiment, for decoding")
     parser.add_argument("--data_dir", help="a formatted data dir with text, for decoding")
-    parser.add_argument("--beam_size", type=int, default=10)
+    parser.add_argument("--beam_size", type=int, default=10, help="of both beam searches")
+    parser.add_argument("--beam_size_token", type=int, default=20, help=f"{BEAM_SIZE_TOKEN_HELP}; asr_inference: all")
     parser.add_argument("--most", type=int, default=0, help="utterances that are decoded; 0: all")
     parser.add_argument("--json", action="store_true", help="print everything measured, as JSON")
     return parser
@@ -54,6 +61,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     args = get_parser().parse_args(argv)
     if args.rounds < 1:
         raise cli.UserError(f"--rounds is {args.rounds}; it must be 1 or more")
+    for name in ("beam_size", "beam_size_token"):
+        if getattr(args, name) < 1:
+            raise cli.UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
     parts = list(args.only or PARTS)
     if "decoding" in parts and not (args.expdir and args.data_dir):
         if args.only:
@@ -62,6 +72,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             )
         parts.remove("decoding")
 
+    with contextlib.redirect_stdout(sys.stderr):  # ESPnet prints as it is imported; the output is to be JSON
+        measured = measure(parts, args)
+    if args.json:
+        print(json.dumps({"machine": machine(), "measured": measured, **headline(measured)}, indent=2))
+    else:
+        print(table(measured))
+
+
+def measure(parts: Sequence[str], args: argparse.Namespace) -> List[Dict[str, Any]]:
+    """What each part measures, with the options that it was measured with."""
     import torch
 
     torch.set_num_threads(1)
@@ -70,9 +90,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         from espnet_kd.bench import steps
 
         for vocabulary in args.vocabulary:
-            found = steps.measure(vocabulary, args.rounds)
-            found["cache_bytes"] = found.pop("bytes_per_frame")
-            measured.append({"part": "steps", "vocabulary": vocabulary, **found})
+            measured.append({"part": "steps", "vocabulary": vocabulary, **steps.measure(vocabulary, args.rounds)})
     if "loss" in parts:
         from espnet_kd.bench import loss
 
@@ -82,17 +100,20 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         from espnet_kd.bench import decoding
 
         found = decoding.measure(
-            Path(args.expdir), Path(args.data_dir), args.rounds, beam_size=args.beam_size, most=args.most
+            Path(args.expdir),
+            Path(args.data_dir),
+            args.rounds,
+            beam_size=args.beam_size,
+            beam_size_token=args.beam_size_token,
+            most=args.most,
         )
-        measured.append({"part": "decoding", "beam_size": args.beam_size, **found})
-    if args.json:
-        print(json.dumps({"machine": machine(), "measured": measured, **headline(measured)}, indent=2))
-    else:
-        print(table(measured))
+        searches = {"beam_size": args.beam_size, "beam_size_token": args.beam_size_token}
+        measured.append({"part": "decoding", **searches, **found})
+    return measured
 
 
-def headline(measured: Sequence[Dict[str, Any]]) -> Dict[str, float]:
-    """The ratios by their names; of several vocabularies or shares the first."""
+def headline(measured: Sequence[Dict[str, Any]]) -> Dict[str, Optional[float]]:
+    """The ratios by their names; of several vocabularies or shares the first. None: lost in noise."""
     return {key: next(m[key] for m in measured if key in m) for key, _ in TABLE if any(key in m for m in measured)}
 
 
@@ -100,13 +121,26 @@ def table(measured: Sequence[Dict[str, Any]]) -> str:
     """The ratios as a Markdown table, and what they were measured with."""
     rows: List[Tuple[str, str, str]] = []
     for m in measured:
-        what = ", ".join(f"{k} = {m[k]:g}" for k in ("vocabulary", "nonblank", "beam_size") if k in m)
-        rows += [(meaning, what, f"{m[key]:.3g}") for key, meaning in TABLE if key in m]
-        wers = [f"{k[4:]} {m[k]:.2f}" for k in m if k.startswith("wer_")]
-        if wers:
-            rows.append(("WER, percent", what, ", ".join(wers)))
+        what = ", ".join(
+            f"{k} = {m[k]:g}" for k in ("vocabulary", "nonblank", "beam_size", "beam_size_token") if k in m
+        )
+        rows += [(meaning, what, shown(m[key])) for key, meaning in TABLE if key in m]
+        for key in ("greedy", "beam"):
+            if f"wer_{key}" in m:
+                difference, low, high = m[f"wer_{key}_difference"]
+                wers = f"{m[f'wer_{key}']:.2f} − {m[f'wer_stock_{key}']:.2f} = {difference:.2f} [{low:.2f}, {high:.2f}]"
+                rows.append((f"WER in percent, {key}: ours − asr_inference [95 % interval]", what, wers))
+                likelier = " / ".join(map(str, m[f"likelier_{key}"]))
+                rows.append((f"likelier texts found, {key}: by ours / by asr_inference", what, likelier))
     lines = ["| | with | ratio |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
     return "\n".join([*lines, "", ", ".join(f"{k} {v}" for k, v in machine().items())])
+
+
+def shown(value: Optional[float]) -> str:
+    """A figure of the table."""
+    if value is None:
+        return "too noisy: give more --rounds"
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
 
 
 def machine() -> Dict[str, str]:

@@ -4,8 +4,9 @@ r"""Keep what a teacher says of data dirs on disk, so that training runs without
         --data_dir dump/raw/train dump/raw/valid --output exp/teacher/targets --nj 4
 
 The page says what is kept: tokens on non-blank frames or on all, temperatures, hidden states. The same command
-continues a run that was stopped: finished shards are verified, damaged ones made again. With --job 2/4, on several
-machines or GPUs at once, each does its part; run the command without --job at the end. Train with --target_cache DIR.
+continues a run that was stopped, or checks one that is finished: every array is read, damaged shards are made again.
+With --job 2/4, on several machines or GPUs at once, each does its part; run the command without --job at the end. Train
+with --target_cache DIR.
 """
 
 from __future__ import annotations
@@ -29,11 +30,11 @@ def get_parser() -> argparse.ArgumentParser:
         "--data_dir", required=True, nargs="+", action="extend", metavar="DIR", help="training and validation data dirs"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="the cache, e.g. exp/teacher/targets")
-    parser.add_argument("--top_k", type=int, default=16, help="tokens kept of a frame, blank apart")
+    parser.add_argument("--top_k", type=int, default=96, help="tokens kept of a frame, blank apart")
     parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="0: CPU, 1: GPU")
-    parser.add_argument("--batch_seconds", type=float, default=120.0, help="audio in a batch, padding included")
+    parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio in a batch, padding included")
     parser.add_argument("--nj", type=int, default=1, help="batches at the same time; 1 on a GPU")
-    parser.add_argument("--job", default="1/1", metavar="I/N", help="do the I-th of N parts, from 1")
+    parser.add_argument("--job", default="1/1", metavar="I/N", help="do the I-th of N parts, from 1; N is that of all")
     parser.add_argument("--shard_size", type=int, default=200, help="utterances of a shard, which is redone as a whole")
     parser.add_argument("--force", action="store_true", help="make it anew, even where another cache is")
     return parser
@@ -58,6 +59,21 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
     # Imported here: --help and mistakes in the command line are answered at once.
     import torch
+
+    from espnet_kd.targets.cache_writer import holding
+
+    if args.ngpu and not torch.cuda.is_available():
+        raise cli.UserError("--ngpu 1, but torch sees no GPU; use --ngpu 0")
+    if args.ngpu:
+        args.nj = 1  # a GPU gains nothing from batches side by side; recipes pass both options
+    if args.nj > 1:
+        torch.set_num_threads(1)  # batches run side by side instead
+    with holding(output, job, jobs):
+        write(args, output, job, jobs)
+
+
+def write(args: argparse.Namespace, output: Path, job: int, jobs: int) -> None:
+    """Write the shards of part ``job`` of ``jobs``; if it is the only one, finish the cache (:class:`UserError`)."""
     from tqdm import tqdm
 
     from espnet_kd.bin.asr_kd_nbest import read_all_utterances
@@ -69,12 +85,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from espnet_kd.targets.experiment import find_experiment, load_model
     from espnet_kd.targets.online import sampling_rate
 
-    if args.ngpu and not torch.cuda.is_available():
-        raise cli.UserError("--ngpu 1, but torch sees no GPU; use --ngpu 0")
-    if args.ngpu:
-        args.nj = 1  # a GPU gains nothing from batches side by side; recipes pass both options
-    if args.nj > 1:
-        torch.set_num_threads(1)  # batches run side by side instead
     config, model_file = find_experiment(args.teacher)
     model, train_args = load_model(config, model_file, "cuda" if args.ngpu else "cpu")
     top_k = min(args.top_k, len(model.token_list) - 1)
@@ -85,8 +95,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     shards = writer.split(read_all_utterances(args.data_dir, recogniser.rate), args.shard_size)
     data = [hash_file(Path(d) / "wav.scp") for d in args.data_dir]
     manifest = Manifest(
-        str(model_file), hash_file(model_file), hash_tokens(recogniser.token_list), len(recogniser.token_list), shift,
-        rate, model.encoder.output_size(), policy, data, len(shards), {},
+        str(model_file), hash_file(model_file), hash_file(config), hash_tokens(recogniser.token_list),
+        len(recogniser.token_list), shift, rate, model.encoder.output_size(), policy, data, len(shards), {},
     )  # fmt: skip
     if args.force:
         writer.remove(output)
@@ -96,19 +106,20 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     mine = list(enumerate(shards))[job - 1 :: jobs]
     with tqdm(total=sum(len(u) for _, u in mine), unit="utt", desc=output.name) as bar:
         written = writer.write_shards(
-            output, policy, mine,
+            output, manifest, mine,
             lambda utterances: recognise(recogniser, utterances, args.batch_seconds, args.nj, progress=False)[0],
             bar.update,
         )  # fmt: skip
-    logging.info("%s: %d of %d shards written, %d were there", output, written, len(mine), len(mine) - written)
+    logging.info("%s: %d of %d shards written, %d found whole", output, written, len(mine), len(mine) - written)
     if jobs > 1:
         logging.info("when all %d jobs are through, run the same command without --job", jobs)
         return
     counts = writer.finish(output, manifest).counts
+    frames = max(counts["frames"], 1)
     logging.info(
-        "%s: %d utterances, %d frames, %.1f %% of them with tokens, %.1f bytes a frame",
-        output, counts["utterances"], counts["frames"], 100 * counts["rows"] / max(counts["frames"], 1),
-        counts["bytes"] / max(counts["frames"], 1),
+        "%s: %d utterances, %d frames, %.1f %% of them with tokens, %.1f bytes a frame, %.2f MB an hour of audio",
+        output, counts["utterances"], counts["frames"], 100 * counts["rows"] / frames, counts["bytes"] / frames,
+        counts["bytes"] / frames / shift * 3600 / 1e6,
     )  # fmt: skip
 
 

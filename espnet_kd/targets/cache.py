@@ -5,13 +5,16 @@ A cache is a directory::
     manifest.json        teacher, policy, frame shift, counts
     tokens.txt           the teacher's tokens
     shard.00000/         a few hundred utterances, whole or absent
-      utterances         'id frames rows checksum' a line, sorted
+      utterances         whose targets these are, and the sizes of the arks in bytes; then 'id frames rows checksum' a
+                         line, sorted
       blank.ark .scp     (T,) log p(blank) of every frame; with more temperatures (T, 1 + n): log Σ p^(1/τ) beside it
-      tokens.ark .scp    (N, 1 + 2k): the frame, k token ids, k log-probabilities; for the frames that have them
+      tokens.ark .scp    (N, 1 + k): the frame and k token ids, of the frames that have them; 16 bits a number
+      log_probs.ark .scp (N, k) their log-probabilities; 16 bits a number, scaled by the utterance's range
       encoder.3.ark .scp (T, D) hidden states of a tap, in Kaldi's 8-bit compression
 
-The arks are Kaldi's, so that other tools read them. Every array is checked against its checksum when it is read: a
-damaged file stops training instead of teaching something else.
+The arks are Kaldi's, so that other tools read them. Files that are missing, cut or of another cache are found when the
+cache is opened. Every array is checked against its checksum when it is read: flipped bytes stop training instead of
+teaching something else. The command that made a cache, given again, checks it all and makes what is damaged anew.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
+from array import array
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
@@ -29,13 +33,18 @@ from torch import Tensor
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines
-from espnet_kd.targets.encode import EncoderOutputs
+from espnet_kd.strict import check_type, parameters
+from espnet_kd.targets.encode import FEATURE_RATE, EncoderOutputs
 from espnet_kd.targets.teacher import Needs
 from espnet_kd.topk import TopK
 
 PathLike = Union[str, Path]
-FORMAT = 1
+FORMAT = 2
+MEND = "make it again with the same asr_kd_cache command"
 MANIFEST, TOKENS, INDEX = "manifest.json", "tokens.txt", "utterances"
+ROWS = ("tokens", "log_probs")  #: arks that have a row for each frame with tokens; of none where there is none
+#: Least log-probability that is kept, in nats: with 16 bits a number its error stays below 0.0005.
+_FLOOR = -60.0
 
 
 @dataclass(frozen=True)
@@ -62,7 +71,8 @@ class Manifest:
     """What a cache says of itself."""
 
     teacher: str
-    teacher_sha256: str
+    teacher_sha256: str  #: of the model file
+    config_sha256: str  #: of its config.yaml
     tokens_sha256: str
     num_tokens: int
     frame_shift: float  #: seconds
@@ -73,6 +83,12 @@ class Manifest:
     shards: int
     counts: Dict[str, int]  #: utterances, frames, rows, bytes; empty while it is being made
     format: int = FORMAT
+
+    @property
+    def identity(self) -> str:
+        """Short hash of what decides the targets; every shard bears it."""
+        decisive = (self.teacher_sha256, self.config_sha256, self.tokens_sha256, self.policy, self.data)
+        return hashlib.sha256(repr(decisive).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
         """As in manifest.json."""
@@ -89,14 +105,22 @@ def read_manifest(cache: PathLike) -> Manifest:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("format") != FORMAT:
-            raise UserError(f"{path} has format {content.get('format')}, not {FORMAT}; make the cache anew")
+            raise UserError(
+                f"{path} has format {content.get('format')}, not {FORMAT}; make the cache anew: asr_kd_cache --force"
+            )
         policy = content.pop("policy")
+        for kind, found in ((Policy, policy), (Manifest, content)):
+            for name, hint in parameters(kind).items():
+                if name in found:
+                    check_type(found[name], hint, f"{path} is damaged: {name}")
         policy = Policy(**{k: tuple(v) if isinstance(v, list) else v for k, v in policy.items()})
         return Manifest(policy=policy, **content)
     except FileNotFoundError as e:
         raise UserError(f"{cache} is no target cache: it has no {MANIFEST}; asr_kd_cache makes one") from e
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
-        raise UserError(f"{path} is damaged ({type(e).__name__}: {e}); make the cache anew with asr_kd_cache") from e
+        raise UserError(
+            f"{path} is damaged ({type(e).__name__}: {e}); make the cache anew: asr_kd_cache --force"
+        ) from e
 
 
 def shard_dir(cache: PathLike, number: int) -> Path:
@@ -125,44 +149,54 @@ class Entry(NamedTuple):
 
 def ark_names(policy: Policy) -> Tuple[str, ...]:
     """The arks of a shard."""
-    return ("blank", "tokens", *policy.taps)
+    return ("blank", *ROWS, *policy.taps)
 
 
-def read_index(shard: Path, policy: Policy) -> Iterator[Entry]:
-    """Yield the utterances of a shard.
+def read_index(shard: Path, manifest: Manifest) -> Iterator[Entry]:
+    """Yield the utterances of a shard; sizes and offsets are checked, what the arks hold is not.
 
     Raises:
-        UserError: a file is missing or damaged; the message says how to mend it.
+        UserError: a file is missing, cut or damaged, or of another cache; the message says how to mend it.
     """
-    mend = "make it again with the same asr_kd_cache command"
-    missing = [name for name in (INDEX, *(f"{n}.scp" for n in ark_names(policy))) if not (shard / name).is_file()]
+    names = ark_names(manifest.policy)
+    missing = [name for name in (INDEX, *(f"{n}.scp" for n in names)) if not (shard / name).is_file()]
     if missing:
-        raise UserError(f"{shard / missing[0]} is missing; {mend}")
+        raise UserError(f"{shard / missing[0]} is missing; {MEND}")
+    number = 1
     try:
-        tables = [dict(_read_scp(shard, name)) for name in ark_names(policy)]
-        for number, line in iter_lines(shard / INDEX):
-            try:
-                utt_id, frames, rows, crc = line.rsplit(" ", 3)
-                offsets = tuple(table.get(utt_id) for table in tables)
-                # An utterance without a token has no row, and Kaldi knows no empty matrix.
-                missing = [n for n, o in zip(ark_names(policy), offsets) if o is None and (n != "tokens" or int(rows))]
-                if missing and int(frames):
-                    raise UserError(f"{shard / missing[0]}.scp lacks utterance '{utt_id}'; {mend}")
-                yield Entry(utt_id, int(frames), int(rows), int(crc), offsets)
-            except ValueError as e:
-                raise UserError(f"{shard / INDEX}:{number} is damaged; {mend}") from e
+        lines = iter_lines(shard / INDEX)
+        identity, *sizes = next(lines, (1, ""))[1].split(" ")
+        if identity != manifest.identity:
+            raise UserError(f"{shard} is damaged, or holds the targets of another cache; {MEND}")
+        tables = [dict(_read_scp(shard, name, int(size))) for name, size in zip(names, sizes, strict=True)]
+        for number, line in lines:  # noqa: B007 (told below)
+            utt_id, frames, rows, crc = line.rsplit(" ", 3)
+            offsets = tuple(table.get(utt_id) for table in tables)
+            # An utterance without a token has no row, and Kaldi knows no empty matrix.
+            missing = [n for n, o in zip(names, offsets) if o is None and (n not in ROWS or int(rows))]
+            if missing and int(frames):
+                raise UserError(f"{shard / missing[0]}.scp lacks utterance '{utt_id}'; {MEND}")
+            yield Entry(utt_id, int(frames), int(rows), int(crc), offsets)
+    except ValueError as e:
+        raise UserError(f"{shard / INDEX}:{number} is damaged; {MEND}") from e
     except OSError as e:
-        raise UserError(f"{e.filename or shard}: {e.strerror}; {mend}") from e
+        raise UserError(f"{e.filename or shard}: {e.strerror}; {MEND}") from e
 
 
-def _read_scp(shard: Path, name: str) -> Iterator[Tuple[str, int]]:
-    """Utterances and offsets of ``name.scp``. The ark lies beside, wherever the cache was moved to."""
+def _read_scp(shard: Path, name: str, size: int) -> Iterator[Tuple[str, int]]:
+    """Utterances and offsets of ``name.scp``. The ark lies beside, wherever the cache was moved to.
+
+    ``size`` is what the ark had in bytes when it was written.
+    """
+    found = (shard / f"{name}.ark").stat().st_size
+    if found != size:
+        raise UserError(f"{shard / name}.ark has {found} bytes, not {size}; {MEND}")
     for number, line in iter_lines(shard / f"{name}.scp"):
         utt_id, _, place = line.partition(" ")
         path, _, offset = place.rpartition(":")
-        if "|" in place or Path(path).name != f"{name}.ark" or not offset.isdigit():
-            where = f"{shard / name}.scp:{number}"
-            raise UserError(f"{where}: expected 'utterance …/{name}.ark:offset', found '{line}'")
+        if "|" in place or Path(path).name != f"{name}.ark" or not offset.isdigit() or int(offset) >= size:
+            where, expected = f"{shard / name}.scp:{number}", f"'utterance …/{name}.ark:offset' with offset < {size}"
+            raise UserError(f"{where}: expected {expected}, found '{line}'; {MEND}")
         yield utt_id, int(offset)
 
 
@@ -174,10 +208,7 @@ def read_arrays(shard: Path, policy: Policy, entry: Entry) -> List[np.ndarray]:
     """
     arrays = load_arrays(shard, policy, entry)
     if checksum(arrays) != entry.crc:
-        raise UserError(
-            f"{shard}: the targets of '{entry.utt_id}' are damaged (checksum); make them again with the same "
-            "asr_kd_cache command"
-        )
+        raise UserError(f"{shard}: the targets of '{entry.utt_id}' are damaged (checksum); {MEND}")
     return arrays
 
 
@@ -189,7 +220,7 @@ def load_arrays(shard: Path, policy: Policy, entry: Entry) -> List[np.ndarray]:
     arrays: List[np.ndarray] = []
     for name, offset in zip(ark_names(policy), entry.offsets):
         if offset is None:
-            widths = {"blank": 1 + len(policy.temperatures), "tokens": 1 + 2 * policy.top_k}
+            widths = {"blank": 1 + len(policy.temperatures), "tokens": 1 + policy.top_k, "log_probs": policy.top_k}
             arrays.append(np.zeros((0, widths.get(name, 0)), np.float32))
             continue
         try:
@@ -202,8 +233,7 @@ def load_arrays(shard: Path, policy: Policy, entry: Entry) -> List[np.ndarray]:
                 arrays.append(np.array(kaldiio.matio.read_kaldi(f), dtype=np.float32))
         except Exception as e:  # a damaged ark: whatever kaldiio stumbles over
             why = e.strerror if isinstance(e, OSError) and e.strerror else f"{type(e).__name__} in {name}.ark"
-            again = "make them again with the same asr_kd_cache command"
-            raise UserError(f"{where} cannot be read ({why}); {again}") from e
+            raise UserError(f"{where} cannot be read ({why}); {MEND}") from e
     return arrays
 
 
@@ -212,24 +242,24 @@ def pack(x: TopK, hidden: Sequence[np.ndarray], policy: Policy) -> List[np.ndarr
     blank = [x.log_blank, *(x.norms[tau] for tau in policy.temperatures)]
     nonblank = x.argmax() != 0
     kept = torch.ones_like(nonblank) if policy.tokens_on == "all" else nonblank
-    frames = kept.nonzero()
-    rows = torch.cat([frames.float(), x.tokens[kept].float(), x.log_probs[kept].float()], 1)
+    tokens = torch.cat([kept.nonzero(), x.tokens[kept]], 1).float()
+    log_probs = x.log_probs[kept].float().clamp(min=_FLOOR)
     columns = torch.stack(blank, 1).float().cpu().numpy()
-    return [columns[:, 0] if len(blank) == 1 else columns, rows.cpu().numpy(), *hidden]
+    return [columns[:, 0] if len(blank) == 1 else columns, tokens.cpu().numpy(), log_probs.cpu().numpy(), *hidden]
 
 
 def unpack(arrays: Sequence[np.ndarray], policy: Policy, num_tokens: int) -> Tuple[TopK, List[Tensor]]:
     """The inverse of :func:`pack`: a :class:`TopK` of T frames and the hidden states."""
-    blank, rows = torch.from_numpy(arrays[0]), torch.from_numpy(arrays[1])
+    blank, rows, values, *hidden = map(torch.from_numpy, arrays)
     columns = blank[:, None] if blank.dim() == 1 else blank
-    k = policy.top_k
-    tokens = torch.zeros(len(columns), k, dtype=torch.int64)
-    log_probs = torch.full((len(columns), k), -torch.inf)
+    tokens = torch.zeros(len(columns), policy.top_k, dtype=torch.int64)
+    log_probs = torch.full(tokens.shape, -torch.inf)
     if len(rows):
-        frames = rows[:, 0].long()
-        tokens[frames], log_probs[frames] = rows[:, 1 : 1 + k].long(), rows[:, 1 + k :]
+        # Rounded: 16 bits come back a few thousandths off the whole number.
+        rows = rows.round().long()
+        tokens[rows[:, 0]], log_probs[rows[:, 0]] = rows[:, 1:], values
     norms = {tau: columns[:, 1 + i] for i, tau in enumerate(policy.temperatures)}
-    return TopK(columns[:, 0], tokens, log_probs, num_tokens, norms), [torch.from_numpy(x) for x in arrays[2:]]
+    return TopK(columns[:, 0], tokens, log_probs, num_tokens, norms), hidden
 
 
 class CachedTeacher:
@@ -253,19 +283,21 @@ class CachedTeacher:
             raise UserError(f"{self.path / TOKENS} is not the list that this cache was made with; make it anew")
         self.sampling_rate, self.frame_shift = self.manifest.sampling_rate, self.manifest.frame_shift
         self.device = torch.device("cpu")
-        ids, numbers = [], []
+        # Packed shard by shard: as Python's objects the index would be several times as large on the way.
+        ids: List[np.ndarray] = []
+        numbers = array("q")
         for number in range(self.manifest.shards):
-            for e in read_index(shard_dir(cache, number), self.policy):
-                ids.append(e.utt_id.encode())
-                numbers.append((number, e.frames, e.rows, e.crc, *(-1 if o is None else o for o in e.offsets)))
-        if len(ids) != self.manifest.counts["utterances"]:
+            entries = list(read_index(shard_dir(cache, number), self.manifest))
+            ids.append(np.array([e.utt_id.encode() for e in entries], dtype=np.bytes_))
+            for e in entries:
+                numbers.extend((number, e.frames, e.rows, e.crc, *(-1 if o is None else o for o in e.offsets)))
+        found = sum(map(len, ids))
+        if found != self.manifest.counts["utterances"]:
             raise UserError(
-                f"{cache} has {len(ids)} utterances and its manifest says {self.manifest.counts['utterances']}; make "
-                "it again with the same asr_kd_cache command"
+                f"{cache} has {found} utterances and its manifest says {self.manifest.counts['utterances']}; {MEND}"
             )
-        order = sorted(range(len(ids)), key=ids.__getitem__)
-        self._ids = np.array([ids[i] for i in order])
-        self._numbers = np.array(numbers, dtype=np.int64)[order]
+        self._ids = np.concatenate(ids)  # sorted, as asr_kd_cache cuts a sorted list into shards
+        self._numbers = np.frombuffer(numbers, dtype=np.int64).reshape(found, -1)
 
     @property
     def hidden_size(self) -> int:
@@ -293,7 +325,8 @@ class CachedTeacher:
 
     def probe(self, speech: Tensor, speech_lengths: Tensor) -> EncoderOutputs:
         """Frames alone, by the frame shift."""
-        frames = (speech_lengths / self.sampling_rate / self.frame_shift).long()
+        rate = FEATURE_RATE if speech.dim() == 3 else self.sampling_rate  # (B, T, D): features
+        frames = (speech_lengths / rate / self.frame_shift).long()
         empty = speech.new_zeros(len(frames), int(frames.max()), 1)
         return EncoderOutputs(empty, frames, self.frame_shift)
 
@@ -333,6 +366,8 @@ class CachedTeacher:
 
     def _find(self, utt_id: str) -> Optional[int]:
         key = utt_id.encode()
+        if len(key) > self._ids.itemsize:
+            return None  # searchsorted would copy all ids to the longer type
         i = int(np.searchsorted(self._ids, key))
         return i if i < len(self._ids) and self._ids[i] == key else None
 

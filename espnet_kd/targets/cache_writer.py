@@ -9,7 +9,7 @@ import shutil
 import uuid
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Sequence, Tuple, Union
+from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -17,7 +17,8 @@ import torch
 from espnet_kd import files
 from espnet_kd.cli import UserError
 from espnet_kd.decode.recognise import Recogniser, Utterance
-from espnet_kd.files import replacing
+from espnet_kd.files import locked, replacing
+from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.cache import (
     INDEX,
     MANIFEST,
@@ -34,10 +35,11 @@ from espnet_kd.targets.cache import (
     read_manifest,
     shard_dir,
 )
-from espnet_kd.targets.encode import check_taps, recording
+from espnet_kd.targets.encode import check_taps, half_on_gpu, recording
 from espnet_kd.topk import compress
 
-EIGHT_BITS = 2  # kaldiio's compression_method: a byte a number, scaled by columns
+# kaldiio's compression_method
+EIGHT_BITS, SIXTEEN_BITS, SIXTEEN_BIT_INTEGERS = 2, 3, 4  # scaled by columns, by the matrix's range, exact
 
 
 class TargetRecogniser(Recogniser):
@@ -52,6 +54,12 @@ class TargetRecogniser(Recogniser):
             raise UserError("attention_kl reads the teacher's decoder, which a target cache has not; use --teacher")
         self.policy = policy
         self._where = config_dir
+
+    def encode(self, speech: torch.Tensor, lengths: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """As for training: in bf16 on a GPU that has it, the CTC head not."""
+        with half_on_gpu(self.device):
+            out, frames = super().encode(speech, lengths)
+        return full_precision(out[0] if isinstance(out, tuple) else out), frames
 
     @torch.inference_mode()
     def __call__(self, speech: Sequence[np.ndarray]) -> List[List[np.ndarray]]:
@@ -94,19 +102,43 @@ def split(utterances: Sequence[Utterance], shard_size: int) -> List[List[Utteran
     return [ordered[i : i + shard_size] for i in range(0, len(ordered), shard_size)]
 
 
-def is_whole(shard: Path, policy: Policy, utterances: Sequence[Utterance]) -> bool:
+@contextlib.contextmanager
+def holding(cache: Path, job: int, jobs: int) -> Iterator[None]:
+    """Hold a cache: for the run that finishes it alone, for one of several jobs together with the others.
+
+    Raises:
+        UserError: another run is in the way, or the place is no cache's (:func:`check_place`).
+    """
+    if not (cache / MANIFEST).exists():
+        check_place(cache)  # a lock file would lie in it
+    with locked(cache, "--output", shared=jobs > 1), contextlib.ExitStack() as stack:
+        if jobs > 1:
+            stack.enter_context(locked(cache, "--output", part=str(job)))
+        yield
+
+
+def is_whole(shard: Path, manifest: Manifest, utterances: Sequence[Utterance]) -> bool:
     """Whether a shard holds these utterances, undamaged: every array is read."""
     if not shard.is_dir():
         return False
     try:
-        entries = list(read_index(shard, policy))
+        entries = list(read_index(shard, manifest))
         if [e.utt_id for e in entries] != [u.utt_id for u in utterances]:
             return False
         for entry in entries:
-            read_arrays(shard, policy, entry)
+            read_arrays(shard, manifest.policy, entry)
     except UserError:
         return False
     return True
+
+
+def compression(name: str, x: np.ndarray, policy: Policy) -> Optional[int]:
+    """How kaldiio compresses an array of an ark; None: not at all."""
+    if name in policy.taps:
+        return EIGHT_BITS
+    if name == "tokens":  # frames and token ids; in float32 where there are more than 16 bits hold
+        return SIXTEEN_BIT_INTEGERS if x.max() < 2**15 else None
+    return SIXTEEN_BITS if name == "log_probs" else None
 
 
 @contextlib.contextmanager
@@ -118,7 +150,7 @@ def _writing(place: Path) -> Iterator[None]:
 
 
 def write_shard(
-    shard: Path, policy: Policy, utterances: Sequence[Utterance], targets: Dict[str, List[np.ndarray]]
+    shard: Path, manifest: Manifest, utterances: Sequence[Utterance], targets: Dict[str, List[np.ndarray]]
 ) -> None:
     """Write a shard beside its place and rename it into place.
 
@@ -127,6 +159,7 @@ def write_shard(
     """
     import kaldiio
 
+    policy = manifest.policy
     # Not mkdtemp, whose directories nobody else may read.
     work = shard.parent / f".{shard.name}.{uuid.uuid4().hex[:8]}"
     try:
@@ -143,12 +176,12 @@ def write_shard(
                             offsets[u.utt_id].append(-1)
                             continue
                         offset = f.tell() + len(f"{u.utt_id} ".encode())
-                        method = EIGHT_BITS if name in policy.taps else None
-                        kaldiio.save_ark(f, {u.utt_id: x}, compression_method=method)
+                        kaldiio.save_ark(f, {u.utt_id: x}, compression_method=compression(name, x, policy))
                         offsets[u.utt_id].append(offset)
                         scps[name].append(f"{u.utt_id} {shard / name}.ark:{offset}\n")
                 (work / f"{name}.scp").write_text("".join(scps[name]), encoding="utf-8")
-            lines = []
+            sizes = [str((work / f"{name}.ark").stat().st_size) for name in names]
+            lines = [" ".join([manifest.identity, *sizes]) + "\n"]
             for u in utterances:
                 blank, tokens, *_ = targets[u.utt_id]
                 entry = Entry(
@@ -176,8 +209,8 @@ def write_manifest(cache: Path, manifest: Manifest, token_list: Sequence[str]) -
     if (cache / MANIFEST).exists():
         there = read_manifest(cache)
         for name, what in (
-            ("teacher_sha256", "teacher"), ("tokens_sha256", "token list"), ("policy", "policy"), ("data", "data"),
-            ("shards", "number of shards"),
+            ("teacher_sha256", "teacher"), ("config_sha256", "config.yaml of the teacher"),
+            ("tokens_sha256", "token list"), ("policy", "policy"), ("data", "data"), ("shards", "number of shards"),
         ):  # fmt: skip
             if getattr(there, name) != getattr(manifest, name):
                 shown = "teacher" if name == "teacher_sha256" else name
@@ -194,7 +227,7 @@ def write_manifest(cache: Path, manifest: Manifest, token_list: Sequence[str]) -
 
 
 def _is_own(path: Path) -> bool:
-    beginnings = ("shard.", ".shard.", f".{MANIFEST}.", f".{TOKENS}.")
+    beginnings = ("shard.", ".shard.", f".{MANIFEST}.", f".{TOKENS}.", ".lock")
     return path.name in (MANIFEST, TOKENS) or path.name.startswith(beginnings)
 
 
@@ -210,10 +243,14 @@ def check_place(cache: Path) -> None:
 
 
 def remove(cache: Path) -> None:
-    """Remove a cache, if there is one (UserError as :func:`check_place`)."""
+    """Remove a cache, if there is one, but for the lock that this run holds (UserError as :func:`check_place`)."""
     check_place(cache)
-    if cache.exists():
-        shutil.rmtree(cache)
+    with _writing(cache):
+        for path in cache.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif not path.name.startswith(".lock"):
+                path.unlink()
 
 
 def count(cache: Path, manifest: Manifest) -> Dict[str, int]:
@@ -221,7 +258,7 @@ def count(cache: Path, manifest: Manifest) -> Dict[str, int]:
     counts = {"utterances": 0, "frames": 0, "rows": 0, "bytes": 0}
     for number in range(manifest.shards):
         shard = shard_dir(cache, number)
-        for entry in read_index(shard, manifest.policy):
+        for entry in read_index(shard, manifest):
             counts["utterances"] += 1
             counts["frames"] += entry.frames
             counts["rows"] += entry.rows
@@ -233,6 +270,8 @@ def remove_leftovers(cache: Path) -> None:
     """Remove what killed runs left; nobody may be writing now."""
     for path in cache.glob(".shard.*"):
         shutil.rmtree(path, ignore_errors=True)
+    for path in cache.glob(".lock.*"):  # of jobs
+        path.unlink(missing_ok=True)
     for name in (MANIFEST, TOKENS):
         files.remove_leftovers(cache / name)
 
@@ -247,7 +286,7 @@ def finish(cache: Path, manifest: Manifest) -> Manifest:
 
 def write_shards(
     cache: Path,
-    policy: Policy,
+    manifest: Manifest,
     shards: Sequence[Tuple[int, Sequence[Utterance]]],
     run: Callable[[Sequence[Utterance]], Dict[str, List[np.ndarray]]],
     done: Callable[[int], None],
@@ -260,8 +299,8 @@ def write_shards(
     written = 0
     for number, utterances in shards:
         shard = shard_dir(cache, number)
-        if not is_whole(shard, policy, utterances):
-            write_shard(shard, policy, utterances, run(utterances))
+        if not is_whole(shard, manifest, utterances):
+            write_shard(shard, manifest, utterances, run(utterances))
             written += 1
         done(len(utterances))
     return written

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass, field
-from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -124,6 +124,16 @@ def encode(
     if "encoder" in taps:
         hidden["encoder"] = out
     return out, lengths, intermediate, hidden
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether a device computes in bf16 by itself: GPUs since Ampere."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def half_on_gpu(device: torch.device) -> ContextManager:
+    """bf16 for a teacher's encoder where the GPU has it, elsewhere as it is. Not yet run on a GPU."""
+    return torch.autocast(device.type, torch.bfloat16) if has_bf16(device) else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -5,15 +5,18 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import pickle
+import re
 import tempfile
+import zipfile
 from pathlib import Path
-from typing import Dict, Iterator, Tuple, Union
+from typing import Any, Dict, Iterator, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 import yaml
 
-from espnet_kd.cli import UserError
+from espnet_kd.cli import UserError, trusts_pickles
 
 #: Prefix of what is trained beside a student (projections, heads) and dropped from it afterwards.
 KD_PREFIX = "kd_heads."
@@ -65,14 +68,38 @@ def read_config(config: Union[str, Path]) -> Dict:
     return content
 
 
+def load_safely(path: Union[str, Path], allowed: Sequence[Any] = (), mmap: bool = False) -> Any:
+    """Load what ``torch.save`` wrote onto the CPU: tensors, plain values and ``allowed`` classes.
+
+    With ``ESPNET_KD_TRUST_PICKLE=1`` everything is loaded.
+
+    Raises:
+        UserError: a whole file that holds something else: to read that could run code.
+        Whatever torch raises for a file that is absent, damaged or of another kind.
+    """
+    try:
+        with torch.serialization.safe_globals(list(allowed)):
+            return torch.load(path, map_location="cpu", weights_only=not trusts_pickles(), mmap=mmap)
+    except pickle.UnpicklingError as e:
+        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(e))
+        if found is None or (zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None):
+            raise
+        raise UserError(
+            f"{path} holds more than tensors ({found[1]}), and reading that could run code; "
+            "if you trust who made it, set ESPNET_KD_TRUST_PICKLE=1"
+        ) from e
+
+
 def load_state(model_file: Union[str, Path]) -> Dict[str, torch.Tensor]:
-    """Load a state dict, refusing anything but tensors (``weights_only=True``).
+    """Load a state dict, refusing anything but tensors (:func:`load_safely`).
 
     Raises:
         UserError: unreadable, damaged, or holding other objects.
     """
     try:
-        state = torch.load(model_file, map_location="cpu", weights_only=True)
+        state = load_safely(model_file)
+    except UserError:
+        raise
     except Exception as e:  # pickle, zip, runtime or OS error: all of them say that this file is no good
         reason = next(iter(str(e).splitlines()), type(e).__name__)
         raise UserError(f"cannot load {model_file}: {reason}; is the file damaged, or not a model?") from e
@@ -98,7 +125,6 @@ def load_model(config: Union[str, Path], model_file: Union[str, Path], device: s
         UserError: the files don't fit each other, or cannot be read.
     """
     from espnet_kd.offline import ASRTask
-
 
     args = argparse.Namespace(**read_config(config))
     args.init = None  # the values come from the file

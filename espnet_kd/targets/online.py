@@ -11,7 +11,8 @@ from espnet.nets.pytorch_backend.transformer.add_sos_eos import add_sos_eos
 from torch import Tensor
 
 from espnet_kd.cli import UserError
-from espnet_kd.targets.encode import EncoderOutputs, check_taps, encode, measure_frame_shift
+from espnet_kd.losses.common import full_precision
+from espnet_kd.targets.encode import EncoderOutputs, check_taps, encode, half_on_gpu, measure_frame_shift
 from espnet_kd.targets.experiment import find_experiment, load_model
 from espnet_kd.targets.teacher import Needs
 
@@ -83,7 +84,7 @@ class OnlineTeacher:
         text: Optional[Tensor] = None,
         text_lengths: Optional[Tensor] = None,
     ) -> EncoderOutputs:
-        """What the teacher says of a batch.
+        """What the teacher says of a batch: its encoder in bf16 on a GPU that has it, its CTC head in float32.
 
         Args:
             utt_ids: B names.
@@ -97,13 +98,18 @@ class OnlineTeacher:
             key = (*utt_ids, *taps, *speech.shape, *speech_lengths.tolist(), speech.sum().item())
             if key in self._said:
                 return self._said[key]
-        self._model.eval()
-        out, lengths, _, hidden = encode(self._model, speech, speech_lengths, taps)
-        said = EncoderOutputs(self._model.ctc.ctc_lo(out), lengths, self.frame_shift, hidden)
-        if "decoder" in taps:
-            model = self._model
-            labels, _ = add_sos_eos(text, model.sos, model.eos, model.ignore_id)
-            said.decoder = model.decoder(out, lengths, labels, text_lengths + 1)[0]
+        model = self._model.eval()
+        said_by_decoder = None
+        with half_on_gpu(speech.device):
+            out, lengths, _, hidden = encode(model, speech, speech_lengths, taps)
+            if "decoder" in taps:
+                labels, _ = add_sos_eos(text, model.sos, model.eos, model.ignore_id)
+                said_by_decoder = model.decoder(out, lengths, labels, text_lengths + 1)[0]
+        head = model.ctc.ctc_lo
+        with torch.autocast(speech.device.type, enabled=False):  # the student's AMP
+            logits = head(out.to(head.weight.dtype))
+        hidden = {tap: full_precision(h) for tap, h in hidden.items()}
+        said = EncoderOutputs(logits, lengths, self.frame_shift, hidden, said_by_decoder)
         size = sum(x.nbytes for x in (said.logits, said.decoder, *hidden.values()) if x is not None)
         if key and size <= self._room:
             self._said[key] = said

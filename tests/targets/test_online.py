@@ -6,6 +6,7 @@ import tiny_kd
 import torch
 
 from espnet_kd.cli import UserError
+from espnet_kd.targets import encode
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate
 from espnet_kd.targets.teacher import Needs
 
@@ -106,3 +107,31 @@ def test_sampling_rate(fs, hz):
 
     conf = {} if fs is None else {"fs": fs}
     assert sampling_rate(argparse.Namespace(frontend_conf=conf)) == hz
+
+
+def test_half_precision_where_the_device_has_it(teacher_dir, monkeypatch):
+    """A GPU's bf16, stood in for by a CPU's: the encoder computes in it, the CTC head does not."""
+    teacher, batch = OnlineTeacher(teacher_dir), tiny_kd.batch()
+    kinds = {"encoder": set(), "head": set()}
+    layer, head = teacher._model.encoder.encoders[0].feed_forward.w_1, teacher._model.ctc.ctc_lo
+    for name, module in (("encoder", layer), ("head", head)):
+        module.register_forward_hook(lambda m, i, o, name=name: kinds[name].add(o.dtype))
+    say = lambda: teacher.targets((), batch["speech"], batch["speech_lengths"], ["encoder", "encoder.1"])  # noqa: E731
+    expected = say()
+    assert kinds == {"encoder": {torch.float32}, "head": {torch.float32}}
+    monkeypatch.setattr(encode, "has_bf16", lambda device: True)
+    got = say()
+    with torch.autocast("cpu", torch.float16):  # as the trainer's AMP may do with the student
+        say()
+    assert kinds == {"encoder": {torch.float32, torch.bfloat16}, "head": {torch.float32}}
+    for x, y in ((got.logits, expected.logits), *((got.hidden[k], expected.hidden[k]) for k in expected.hidden)):
+        assert x.dtype == torch.float32 and not torch.equal(x, y)
+        assert (x - y).abs().mean() < 0.02 * y.abs().mean()
+
+
+def test_which_devices_have_half_precision(monkeypatch):
+    gpu = torch.device("cuda", 0)
+    assert not encode.has_bf16(torch.device("cpu"))
+    for capability, has in (((7, 5), False), ((8, 0), True), ((9, 0), True)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, c=capability: c)
+        assert encode.has_bf16(gpu) == has

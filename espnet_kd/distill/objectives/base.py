@@ -60,9 +60,9 @@ class Objective:
     #: Taps it reads, of the student and of the teacher.
     student_taps: Tuple[str, ...] = ()
     teacher_taps: Tuple[str, ...] = ()
-    #: Frames on which it reads the teacher's tokens, ``nonblank`` or ``all``, and temperatures other than 1 at which it
-    #: reads posteriors: what a target cache has to keep.
-    tokens_on: str = "nonblank"
+    #: Frames on which it reads the teacher's tokens, ``nonblank`` (enough for their argmax everywhere) or ``all``, and
+    #: temperatures other than 1 at which it reads posteriors: what a target cache has to keep.
+    tokens_on: str = "all"
     temperatures: Tuple[float, ...] = ()
 
     def __init__(self, per: str = "utterance"):
@@ -75,6 +75,8 @@ class Objective:
 
     def needs(self) -> Needs:
         """What it reads of the teacher."""
+        if not (self.needs_teacher and self.reads_target):
+            return Needs()
         return Needs(self.tokens_on, self.temperatures, self.teacher_taps)
 
     def init_student(self, student: torch.nn.Module, teacher: Optional[Teacher]) -> None:
@@ -146,9 +148,9 @@ def taps_at(layers: Sequence[float], student: torch.nn.Module) -> Tuple[str, ...
 
 
 def check_temperature(temperature: float) -> Tuple[float, ...]:
-    """Refuse a temperature of 0 or less (:class:`UserError`); it alone, where it isn't 1 (`Objective.temperatures`)."""
-    if not 0 < temperature < math.inf:
-        raise UserError(f"temperature: must be a number above 0, not {temperature}")
+    """Refuse one that is no temperature (:class:`UserError`); it alone, where it isn't 1 (`Objective.temperatures`)."""
+    if not 0 < temperature <= 1000:
+        raise UserError(f"temperature: must be a number above 0, at most 1000, not {temperature}")
     return () if temperature == 1 else (float(temperature),)
 
 

@@ -67,7 +67,6 @@ class InterKD(Objective):
     """
 
     needs_text = True
-    tokens_on = "all"
 
     def __init__(
         self,

@@ -43,7 +43,12 @@ class Selection:
     @property
     def nonblank_only(self) -> bool:
         """Whether no blank frame can be among those it selects."""
-        return self.rule == "elimination" and self.options.get("log_prior") is None
+        return self.rule == "elimination" and not self.reads_all_tokens
+
+    @property
+    def reads_all_tokens(self) -> bool:
+        """Whether it looks at tokens on blank frames too: of one that the prior favours, a token may win."""
+        return self.options.get("log_prior") is not None
 
     def check(self, student: torch.nn.Module) -> None:
         """Refuse a prior of another vocabulary (:class:`UserError`)."""
@@ -85,8 +90,8 @@ class PosteriorObjective(Objective):
         self.options = dict(options, temperature=temperature)
         self.factor = temperature**2 if tau_squared else 1.0
         self.selection = Selection(frames)
-        if not self.nonblank_only and not self.selection.nonblank_only:
-            self.tokens_on = "all"
+        if (self.nonblank_only or self.selection.nonblank_only) and not self.selection.reads_all_tokens:
+            self.tokens_on = "nonblank"
 
     def place(self, student: torch.nn.Module) -> None:
         """See :class:`Objective`."""
@@ -137,6 +142,7 @@ class GuidedCTC(PosteriorObjective):
         per: str = "utterance",
     ):
         super().__init__(temperature, False, frames, per, log=log)
+        self.temperatures = ()  # τ is the student's alone; of the guide it reads the argmax
 
     def count(self, frames: Tensor, target: EncoderOutputs) -> Tensor:
         """The non-blank frames among those selected."""
@@ -241,6 +247,7 @@ class AttentionKL(Objective):
     """
 
     branch = "attention"
+    tokens_on = "nonblank"
     needs_text = True
     student_taps = teacher_taps = ("decoder",)
 

@@ -23,6 +23,8 @@ class Representation(Objective):
         per: see :class:`Objective`.
     """
 
+    tokens_on = "nonblank"  # of the posterior, argmax and p(blank)
+
     def __init__(self, taps: Sequence[Sequence[str]] = (("encoder", "encoder"),), per: str = "utterance"):
         super().__init__(per)
         for pair in taps or [None]:
