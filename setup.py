@@ -12,14 +12,14 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["espnet_kd", "espnet_kd.*"]),
-    package_data={"espnet_kd": ["conf/**/*.yaml", "conf/**/*.md"]},
+    package_data={"espnet_kd": ["conf/**/*.yaml", "conf/**/*.md", "report/*.jinja"]},
     python_requires=">=3.10,<3.13",
     install_requires=[
         # Upper bounds: without them pip fetches several torch builds that espnet's setuptools pin rules out.
         "espnet>=202509,<202601",
         "torch>=2.4,<2.13",
         "torchaudio>=2.4,<2.12",  # espnet2.tasks.asr imports it, espnet does not ask for it
-        "flashlight-text>=0.0.7,<0.1",  # torchaudio's CTC beam search runs on it but does not ask for it
+        "flashlight-text>=0.0.7,<0.1",  # CTC beam search; its wheel holds KenLM
         "kaldiio",
         "sentencepiece",
         "pyyaml",
@@ -29,6 +29,7 @@ setup(
         "tensorboard",  # ESPnet's trainer writes to it by default
         "matplotlib",
         "jiwer",
+        "jinja2",
         "tqdm",
     ],
     extras_require={

@@ -1,8 +1,11 @@
-"""Gather the results of all experiments: a table, a JSON list and a picture of the training curves.
+"""See what was gained: one page of tables and pictures of all experiments, or how far those that run are.
 
-    python -m espnet_kd.bin.asr_kd_report --expdir exp [--teacher EXP]
+    python -m espnet_kd.bin.asr_kd_report exp [--teacher EXP]
+    python -m espnet_kd.bin.asr_kd_report egs2/an4/asr_kd1/exp egs2/mini/asr_kd1/exp --output_dir report
+    python -m espnet_kd.bin.asr_kd_report --watch exp
 
-Writes EXPDIR/results.json, EXPDIR/RESULTS.md and EXPDIR/curves.png. What is missing is named, the rest is shown.
+Writes report.html (opens anywhere, without network), RESULTS.md (the same), results.json and report/*.png into the
+first EXPDIR, and prints the summary. What is missing is named, the rest is shown.
 """
 
 from __future__ import annotations
@@ -18,8 +21,16 @@ from espnet_kd import cli
 def get_parser() -> argparse.ArgumentParser:
     """Command line of asr_kd_report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--expdir", default="exp", help="directory of the experiments")
+    parser.add_argument("expdir", nargs="+", metavar="EXPDIR", help="directories of experiments, one for each recipe")
     parser.add_argument("--teacher", nargs="+", default=[], metavar="EXP", help="teachers that lie elsewhere")
+    parser.add_argument("--output_dir", metavar="DIR", help="where the report goes; default: the first EXPDIR")
+    parser.add_argument(
+        "--frame_utts", type=int, default=100, help="utterances of each test set to run models on (100)"
+    )
+    parser.add_argument("--examples", type=int, default=3, help="of these to draw, for each test set (3)")
+    parser.add_argument("--no_frames", action="store_true", help="run no models: leave the section on alignment out")
+    parser.add_argument("--watch", action="store_true", help="instead: a line for each run, until Ctrl-C")
+    parser.add_argument("--once", action="store_true", help="with --watch: once")
     return parser
 
 
@@ -29,20 +40,45 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     Raises:
         UserError: anything that the user can mend.
     """
-    args = get_parser().parse_args(argv)
-    from espnet_kd.report.curves import draw_curves
-    from espnet_kd.report.results import gather, write_json, write_markdown
+    parser = get_parser()
+    args = parser.parse_args(argv)
+    if args.once and not args.watch:
+        parser.error("--once goes with --watch")
+    for name, least in (("frame_utts", 1), ("examples", 0)):
+        if getattr(args, name) < least:
+            raise cli.UserError(f"--{name} is {getattr(args, name)}; it must be {least} or more")
+    expdirs = list(dict.fromkeys(map(Path, args.expdir)))
+    if args.watch:
+        from espnet_kd.report.watch import watch
 
-    expdir = Path(args.expdir)
-    gathered = gather(expdir, [Path(t) for t in args.teacher])
-    picture = expdir / "curves.png"
-    if not draw_curves(gathered.curves, picture):
-        picture.unlink(missing_ok=True)  # one of an earlier report would show other experiments
-    write_json(gathered.rows, expdir / "results.json")
-    write_markdown(gathered, expdir / "RESULTS.md", picture.name if picture.exists() else None)
-    for note in gathered.notes:
+        watch(expdirs, once=args.once)
+        return
+    # Imported here: --help and mistakes in the command line are answered at once.
+    from espnet_kd.files import replacing
+    from espnet_kd.report import sections as show
+    from espnet_kd.report.frame_section import show_frames
+    from espnet_kd.report.page import to_html, to_markdown
+    from espnet_kd.report.results import gather, write_json
+
+    teachers = [Path(t) for t in args.teacher]
+    everything = [gather(e, teachers if i == 0 else ()) for i, e in enumerate(expdirs)]
+    output_dir = Path(args.output_dir) if args.output_dir else expdirs[0]
+    parts, pictures = show.make_parts(everything), show.Pictures(output_dir / "report")
+    sections = [show.summarise(parts), show.draw_costs(parts, pictures), show.draw_training(parts, pictures)]
+    if not args.no_frames:
+        sections.append(show_frames(parts, pictures, args.frame_utts, args.examples))
+    sections += [show.show_worst(parts), show.tell_environment()]
+    missing = show.list_missing(parts)
+    sections += [missing] if missing else []
+    write_json([row for gathered in everything for row in gathered.rows], output_dir / "results.json")
+    for name, text in (("RESULTS.md", to_markdown(sections, output_dir)), ("report.html", to_html(sections))):
+        with replacing(output_dir / name) as f:
+            f.write(text)
+    pictures.remove_others(sections)
+    for note in (note for gathered in everything for note in gathered.notes):
         logging.warning("missing: %s", note)
-    logging.info("%d rows → %s and %s", len(gathered.rows), expdir / "RESULTS.md", expdir / "results.json")
+    print(to_markdown(sections[:1], output_dir))
+    logging.info("the whole report: %s (the same: %s)", output_dir / "report.html", output_dir / "RESULTS.md")
 
 
 if __name__ == "__main__":

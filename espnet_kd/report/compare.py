@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import csv
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
 from espnet_kd.decode.score import bootstrap_interval, paired_bootstrap
+from espnet_kd.report.labels import Row, label_rows
+from espnet_kd.report.results import Gathered
 
-Row = Dict[str, Any]  # keys: espnet_kd.report.results.KEYS
 UNITS = ("cer", "wer")
 
 
@@ -41,6 +41,12 @@ class Kind:
     rows: List[Row]
     rates: Dict[str, Rate]
     against: Union[Difference, str, None] = None  #: None: nothing to be compared with (a teacher, a plain student)
+    cost: Optional[float] = None  #: training time as a multiple of the plain students', where both are known
+
+    def mean(self, key: str) -> Optional[float]:
+        """Mean of one number over the rows that have it."""
+        values = [row[key] for row in self.rows if row[key] is not None]
+        return sum(values) / len(values) if values else None
 
 
 def find_plain(row: Row, rows: Sequence[Row]) -> Union[Row, str]:
@@ -58,12 +64,13 @@ def find_plain(row: Row, rows: Sequence[Row]) -> Union[Row, str]:
     return min(equal, key=lambda r: (r["epochs"] != row["epochs"], r["experiment"]))
 
 
-def compare(rows: Sequence[Row], expdir: Path, label: Callable[[Row], str]) -> List[Kind]:
+def compare(gathered: Gathered) -> List[Kind]:
     """One entry for each kind of scored experiment, by test set: teachers, plain students, then what helped most.
 
     The intervals are bootstraps over utterances; the errors of an utterance are summed over the seeds first, so that
     it stays one observation. They say nothing of other seeds.
     """
+    rows, label = gathered.rows, label_rows(gathered.rows)
     groups: Dict[Tuple, List[Row]] = {}
     for row in rows:
         if all(row[unit] is not None for unit in UNITS):
@@ -75,9 +82,13 @@ def compare(rows: Sequence[Row], expdir: Path, label: Callable[[Row], str]) -> L
         else:
             parts = [(name, members)]
         for title, part in parts:
-            rates = {unit: _mean(part, expdir, unit) for unit in UNITS}
-            against = _against(part, rows, expdir) if part[0]["role"] == "student" else None
-            kinds.append(Kind(title, part, rates, against))
+            kind = Kind(title, part, {unit: _mean(part, gathered, unit) for unit in UNITS})
+            if part[0]["role"] == "student":
+                found = [(row, find_plain(row, rows)) for row in part]
+                pairs = [(row, plain) for row, plain in found if not isinstance(plain, str)]
+                kind.against = _against(pairs, gathered) if pairs else str(found[0][1])
+                kind.cost = _cost(pairs)
+            kinds.append(kind)
     return sorted(kinds, key=_order)
 
 
@@ -88,29 +99,31 @@ def _order(kind: Kind) -> Tuple:
     return row["testset"] or "", role, not known, gain, row["params"] or 0, kind.label
 
 
-def _mean(rows: Sequence[Row], expdir: Path, unit: str) -> Rate:
+def _mean(rows: Sequence[Row], gathered: Gathered, unit: str) -> Rate:
     """Mean over the seeds; its interval needs the counts of the same utterances from each."""
     mean = sum(r[unit] for r in rows) / len(rows)
     if len(rows) == 1:
         return Rate(mean, rows[0][f"{unit}_low"], rows[0][f"{unit}_high"])
-    tables = [_counts(expdir, r, unit) for r in rows]
+    tables = [count_table(gathered, r, unit) for r in rows]
     if None in tables or any(t.keys() != tables[0].keys() for t in tables):
         return Rate(mean)
     errors, lengths = sum(_column(t, 0) for t in tables), sum(_column(t, 1) for t in tables)
     return Rate(mean, *bootstrap_interval(errors, lengths))
 
 
-def _against(rows: Sequence[Row], everything: Sequence[Row], expdir: Path) -> Union[Difference, str]:
-    found = [(row, find_plain(row, everything)) for row in rows]
-    pairs = [(row, plain) for row, plain in found if not isinstance(plain, str)]
-    if not pairs:
-        return str(found[0][1])
+def _cost(pairs: Sequence[Tuple[Row, Row]]) -> Optional[float]:
+    times = [(row["train_seconds"], plain["train_seconds"]) for row, plain in pairs]
+    times = [(ours, theirs) for ours, theirs in times if ours and theirs]
+    return sum(t[0] for t in times) / sum(t[1] for t in times) if times else None
+
+
+def _against(pairs: Sequence[Tuple[Row, Row]], gathered: Gathered) -> Union[Difference, str]:
     rates = {}
     for unit in UNITS:
         a, b, lengths = 0, 0, 0
         ids = None
         for pair in pairs:
-            ours, theirs = (_counts(expdir, row, unit) for row in pair)
+            ours, theirs = (count_table(gathered, row, unit) for row in pair)
             if ours is None or theirs is None:
                 return "no per_utt.tsv: score again"
             ids = ours.keys() if ids is None else ids
@@ -123,19 +136,20 @@ def _against(rows: Sequence[Row], everything: Sequence[Row], expdir: Path) -> Un
     return Difference([row["seed"] for row, _ in pairs], rates)
 
 
-def _counts(expdir: Path, row: Row, unit: str) -> Optional[Dict[str, Tuple[int, int]]]:
-    """{utterance: (errors, reference length)}, None where the file is missing."""
-    path = expdir / row["experiment"] / f"decode_{row['testset']}" / "per_utt.tsv"
-    if not path.is_file():
+def count_table(gathered: Gathered, row: Row, unit: str) -> Optional[Dict[str, Tuple[int, int]]]:
+    """{utterance: (errors, reference length)}, None where the file is missing or damaged."""
+    path = gathered.decoding(row) / "per_utt.tsv"
+    try:
+        with path.open(encoding="utf-8", newline="") as f:
+            return {
+                r["utt_id"]: (
+                    sum(int(r[f"{unit}_{k}"]) for k in ("sub", "del", "ins")),
+                    sum(int(r[f"{unit}_{k}"]) for k in ("corr", "sub", "del")),
+                )
+                for r in csv.DictReader(f, delimiter="\t")
+            }
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    with path.open(encoding="utf-8", newline="") as f:
-        return {
-            r["utt_id"]: (
-                sum(int(r[f"{unit}_{k}"]) for k in ("sub", "del", "ins")),
-                sum(int(r[f"{unit}_{k}"]) for k in ("corr", "sub", "del")),
-            )
-            for r in csv.DictReader(f, delimiter="\t")
-        }
 
 
 def _column(table: Dict[str, Tuple[int, int]], index: int) -> np.ndarray:

@@ -9,8 +9,6 @@ import re
 from pathlib import Path
 from typing import Dict, List, Optional
 
-from espnet_kd.distill.checkpoints import load_checkpoint
-
 #: {epoch: {"train" | "valid": {statistic: value}}}; "time" is in seconds.
 History = Dict[int, Dict[str, Dict[str, float]]]
 
@@ -41,6 +39,8 @@ def seconds(history: History) -> float:
 
 
 def _from_checkpoint(path: Path) -> Optional[History]:
+    from espnet_kd.distill.checkpoints import load_checkpoint  # only here: it takes torch
+
     try:
         stats = load_checkpoint(path)["reporter"]["stats"]
         return {int(epoch): {k: _numbers(v) for k, v in phases.items()} for epoch, phases in stats.items()}

@@ -1,16 +1,12 @@
 """The report of fabricated experiments, whole and with parts missing."""
 
 import json
-import math
-from datetime import timedelta
 
-import numpy as np
 import pytest
-import torch
+from tiny_results import describe, experiment, report, score, train
 
 from espnet_kd.bin import asr_kd_report
 from espnet_kd.cli import UserError
-from espnet_kd.report.history import read_history, read_stages, seconds
 
 ISSUE_KEYS = {
     "role", "method", "kd_stages", "params", "epochs", "seed", "testset", "cer", "wer", "wer_low", "wer_high", "rtf",
@@ -18,55 +14,16 @@ ISSUE_KEYS = {
 }  # fmt: skip
 
 
-def train(run_dir, epochs, names, log_only=False):
-    """Leave what an ESPnet run of so many epochs leaves: 61.5 s of training and 3 s of validation in each."""
-    from espnet2.train.reporter import Reporter
-
-    run_dir.mkdir(parents=True, exist_ok=True)
-    reporter, log = Reporter(), []
-    for epoch in range(1, epochs + 1):
-        reporter.set_epoch(epoch)
-        for phase, duration in (("train", 61.5), ("valid", 3.0)):
-            with reporter.observe(phase) as sub:
-                sub.register({n: torch.tensor(10.0 * math.exp(-epoch) + i) for i, n in enumerate(names)})
-                sub.next()
-            reporter.stats[epoch][phase]["time"] = timedelta(seconds=duration)
-        log.append(f"[host] 2025-01-01 (trainer:1) INFO: {reporter.log_message()}\n")
-    (run_dir / "train.log").write_text("".join(log))
-    if not log_only:
-        torch.save({"model": {"w": torch.zeros(9)}, "reporter": reporter.state_dict()}, run_dir / "checkpoint.pth")
-
-
-def describe(expdir, role, method=None, kd_stages=None, seed=0):
-    expdir.mkdir(parents=True, exist_ok=True)
-    facts = {"role": role, "method": method, "kd_stages": kd_stages, "seed": seed}
-    (expdir / "experiment.json").write_text(json.dumps(facts))
-
-
-def score(expdir, wer, testset="test", params=1234567):
-    out = expdir / f"decode_{testset}"
-    out.mkdir(parents=True, exist_ok=True)
-    rates = {k: {"err": e, "low": e - 1, "high": e + 1} for k, e in (("cer", wer / 2), ("wer", wer))}
-    (out / "score.json").write_text(json.dumps({"testset": testset, **rates, "utterances": 7}))
-    (out / "decode.json").write_text(json.dumps({"params": params, "rtf": 0.01}))
-
-
-def experiment(expdir, role, errors, *, method=None, seed=0, params=1000, testset="test", kd_stages=None, prefix="u"):
-    """A finished experiment that made so many word errors in each utterance of ten words (and five characters each)."""
-    describe(expdir, role, method, kd_stages or ([1] if role == "student" else None), seed)
-    score(expdir, 100.0 * sum(errors) / (10 * len(errors)), testset, params)
-    lines = ["\t".join(["utt_id", *(f"{u}_{k}" for u in ("cer", "wer") for k in ("corr", "sub", "del", "ins"))])]
-    for i, e in enumerate(errors):
-        lines.append("\t".join(map(str, [f"{prefix}{i}", 50 - e, e, 0, 0, 10 - e, e, 0, 0])))
-    (expdir / f"decode_{testset}" / "per_utt.tsv").write_text("\n".join(lines) + "\n")
+def table(page, title):
+    """{first cell: {head: cell}} of the table after a heading, in its order."""
+    lines = [line.strip("|").split("|") for line in page.split(f"# {title}\n")[1].split("\n#")[0].splitlines()
+             if line.startswith("|")]  # fmt: skip
+    return {cells[0]: dict(zip(lines[0], cells)) for cells in lines[2:]}
 
 
 def comparison(page):
-    """{label: cells} of the comparison of methods, in its order."""
-    table = page.split("## Comparison of methods")[1].split("## Error rates")[0]
-    lines = [line.strip("|").split("|") for line in table.splitlines() if line.startswith("|")]
-    return {cells[0]: dict(zip(["", *lines[0][1:8], "wer_p", lines[0][9], "cer_p", lines[0][11]], cells))
-            for cells in lines[2:]}  # fmt: skip
+    """The comparison of methods; of the two columns p the latter counts."""
+    return table(page, "Comparison of methods")
 
 
 @pytest.fixture
@@ -85,11 +42,6 @@ def exp(tmp_path):
     return exp
 
 
-def report(exp, *options):
-    asr_kd_report.main(["--expdir", str(exp), *map(str, options)])
-    return json.loads((exp / "results.json").read_text()), (exp / "RESULTS.md").read_text()
-
-
 def test_rows_table_and_picture(exp, tmp_path):
     score(tmp_path / "elsewhere" / "big", 9.0)
     rows, page = report(exp, "--teacher", tmp_path / "elsewhere" / "big")
@@ -103,12 +55,16 @@ def test_rows_table_and_picture(exp, tmp_path):
     assert (student["epochs"], student["params"], student["rtf"]) == (5, 1234567, 0.01)
     assert student["train_seconds"] == pytest.approx(5 * 64.5)  # all three KD stages
     assert (student["wer"], student["wer_low"], student["wer_high"], student["cer"]) == (18.0, 17.0, 19.0, 9.0)
-    line = "|fkl0|student|progressive_fkl|1+2+3|0|test|1,234,567|9.00 [8.00, 10.00]|18.00 [17.00, 19.00]|0.0100|5|"
-    assert line + "5 min 22 s|-1.00|-2.00|" in page
+    line = "|fkl0|progressive_fkl, KD stages 1+2+3|0|test|9.00 [8.00, 10.00]|18.00 [17.00, 19.00]|-1.00|-2.00|0.0100|5|"
+    assert line + "5 min 22 s|" in page
     assert "|progressive_fkl, KD stages 1+2+3|test|0 1|1,234,567|5|9.25|18.50|no per_utt.tsv: score again|" in page
-    assert "## Environments" in page and "torch version" in page and "](curves.png)" in page
+    assert "## Environments" in page and "torch version" in page and "](report/curves_1.png)" in page
     assert "## Missing" not in page
-    assert (exp / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert (exp / "report/curves_1.png").read_bytes().startswith(b"\x89PNG")
+    stages = [line for line in page.split("### KD stages")[1].split("###")[0].splitlines() if line.startswith("|fkl0|")]
+    assert [line.split("|")[2:5] for line in stages] == [
+        ["1", "1", "1 min 04 s"], ["2", "1", "1 min 04 s"], ["3", "3", "3 min 14 s"],
+    ]  # fmt: skip
 
 
 def test_missing_parts_are_named_and_the_rest_shown(exp):
@@ -135,9 +91,11 @@ def test_missing_parts_are_named_and_the_rest_shown(exp):
 def test_no_statistics_at_all_leave_no_picture(tmp_path):
     score(tmp_path / "a", 5.0)
     describe(tmp_path / "a", "teacher")
-    (tmp_path / "curves.png").write_text("of another time")
+    (tmp_path / "report").mkdir()
+    (tmp_path / "report/curves_1.png").write_text("of another time")
     _, page = report(tmp_path)
-    assert "curves.png" not in page and not (tmp_path / "curves.png").exists()
+    assert "curves_1.png" not in page and not (tmp_path / "report/curves_1.png").exists()
+    assert "No training statistics" in page
 
 
 def test_several_test_sets_are_several_rows(tmp_path):
@@ -146,49 +104,6 @@ def test_several_test_sets_are_several_rows(tmp_path):
     score(tmp_path / "a", 9.0, "other")
     rows, _ = report(tmp_path)
     assert [(r["testset"], r["wer"]) for r in rows] == [("clean", 5.0), ("other", 9.0)]
-
-
-def test_log_stands_in_for_a_missing_or_damaged_checkpoint(tmp_path):
-    train(tmp_path, 3, ["loss", "loss_ctc"])
-    whole = read_history(tmp_path)
-    assert seconds(whole) == pytest.approx(3 * 64.5)
-    data = (tmp_path / "checkpoint.pth").read_bytes()
-    for damage in (lambda p: p.write_bytes(data[: len(data) // 2]), lambda p: p.unlink()):
-        damage(tmp_path / "checkpoint.pth")
-        parsed = read_history(tmp_path)
-        assert seconds(parsed) == pytest.approx(3 * 64.5)
-        assert parsed[2]["valid"]["loss_ctc"] == pytest.approx(whole[2]["valid"]["loss_ctc"], abs=1e-3)
-
-
-def test_a_checkpoint_cannot_run_code(tmp_path):
-    torch.save({"reporter": {"stats": {1: {"train": {"loss": Evil()}}}, "epoch": 1}}, tmp_path / "checkpoint.pth")
-    Evil.ran = False
-    assert read_history(tmp_path) is None
-    assert not Evil.ran
-
-
-class Evil:
-    ran = False
-
-    def __reduce__(self):
-        return (_run, ())
-
-
-def _run():
-    Evil.ran = True
-
-
-def test_numpy_numbers_in_a_checkpoint_are_read(tmp_path):
-    stats = {1: {"train": {"loss": np.float64(2.5), "time": timedelta(seconds=4), "total_count": 3}}}
-    torch.save({"reporter": {"stats": stats, "epoch": 1}}, tmp_path / "checkpoint.pth")
-    assert read_history(tmp_path)[1]["train"] == {"loss": 2.5, "time": 4.0, "total_count": 3.0}
-
-
-def test_stages_come_in_order(tmp_path):
-    train(tmp_path, 3, ["loss"], log_only=True)
-    train(tmp_path / "kd_stage2", 2, ["loss"], log_only=True)
-    train(tmp_path / "kd_stage1", 1, ["loss"], log_only=True)
-    assert [len(h) for h in read_stages(tmp_path)] == [1, 2, 3]
 
 
 def test_nothing_to_report(tmp_path):
@@ -213,27 +128,31 @@ def test_a_student_is_compared_with_the_plain_one_of_its_seed_and_size(tmp_path)
         experiment(tmp_path / f"student_wide{tag}", "student", [2] * MANY, method="wide", seed=seed, params=5000)
         experiment(tmp_path / f"student_odd{tag}", "student", [2] * MANY, method="odd", seed=seed, params=77)
         train(tmp_path / f"student_kl{tag}", 2 + 2 * seed, ["loss"])
+        if seed:
+            train(tmp_path / f"student_plain{tag}", 2, ["loss"])
     experiment(tmp_path / "student_kl_seed2", "student", [0] * MANY, method="kl", seed=2)
     experiment(tmp_path / "teacher", "teacher", [1] * MANY, params=9000)
     _, page = report(tmp_path)
-    table = comparison(page)
+    rates = comparison(page)
     # Teacher, plain students by size, students by what they gain, then those without anything to compare with.
-    assert list(table) == ["teacher", "plain, 1,000 parameters", "plain, 5,000 parameters", "kl", "wide", "odd"]
-    kl, wide = table["kl"], table["wide"]
+    assert list(rates) == ["teacher", "plain, 1,000 parameters", "plain, 5,000 parameters", "kl", "wide", "odd"]
+    kl, wide = rates["kl"], rates["wide"]
     assert (kl["seeds"], kl["parameters"], kl["epochs"]) == ("0 1 2", "1,000", "2/4")
-    assert kl["training"] == "3 min 14 s"  # mean of two and four epochs of 64.5 s
+    costs = table(page, "Size, speed and cost")
+    assert costs["kl"]["training"] == "3 min 14 s"  # mean of two and four epochs of 64.5 s
+    assert costs["kl"]["cost of KD"] == "2.00 ×"  # of seed 1 alone both are known
     assert kl["WER"].startswith("20.00 [")  # mean of 25, 35 and 0
     assert kl["WER to plain"].startswith("-5.00 [-6.") and kl["WER to plain"].endswith("] (seeds 0 1)")
-    assert kl["CER to plain"].startswith("-1.00 [") and float(kl["wer_p"]) < 0.01
+    assert kl["CER to plain"].startswith("-1.00 [") and float(kl["p"]) < 0.01
     assert wide["WER to plain"] == "+10.00 [+10.00, +10.00]"  # the small plain student would have made it -15
-    assert table["odd"]["WER to plain"] == "no plain student of this size"
-    assert table["teacher"]["WER to plain"] == table["plain, 1,000 parameters"]["WER to plain"] == "–"
-    assert table["plain, 1,000 parameters"]["WER"] == "35.00 [35.00, 35.00]"
+    assert rates["odd"]["WER to plain"] == "no plain student of this size"
+    assert rates["teacher"]["WER to plain"] == rates["plain, 1,000 parameters"]["WER to plain"] == "–"
+    assert rates["plain, 1,000 parameters"]["WER"] == "35.00 [35.00, 35.00]"
     # The same of each run.
-    runs = {line.split("|")[1]: line for line in page.split("## Error rates")[1].splitlines()[4:] if "|" in line}
-    assert runs["student_kl"].endswith("|-2.50|-5.00|") and runs["student_kl_seed1"].endswith("|-2.50|-5.00|")
-    assert runs["student_wide"].endswith("|+5.00|+10.00|")
-    assert runs["student_kl_seed2"].endswith("|–|–|") and runs["student_plain"].endswith("|–|–|")
+    runs = {k: (run["CER to plain"], run["WER to plain"]) for k, run in table(page, "Every run").items()}
+    assert runs["student_kl"] == runs["student_kl_seed1"] == ("-2.50", "-5.00")
+    assert runs["student_wide"] == ("+5.00", "+10.00")
+    assert runs["student_kl_seed2"] == runs["student_plain"] == ("–", "–")
 
 
 def test_runs_that_cannot_be_paired_say_why(tmp_path):
@@ -245,12 +164,12 @@ def test_runs_that_cannot_be_paired_say_why(tmp_path):
     (tmp_path / "mine/decode_test/per_utt.tsv").unlink()
     experiment(tmp_path / "other", "student", [1] * 5, method="other", testset="dev")
     _, page = report(tmp_path)
-    table = comparison(page)
-    assert table["kl"]["WER to plain"] == "no plain student of this seed"
-    assert table["cr"]["WER to plain"] == "scored on other utterances"
-    assert table["mine"]["WER to plain"] == "no per_utt.tsv: score again"
-    assert table["other"]["WER to plain"] == "no plain student of this size"
-    assert list(table)[0] == "other" and table["other"]["test set"] == "dev"
+    rates = comparison(page)
+    assert rates["kl"]["WER to plain"] == "no plain student of this seed"
+    assert rates["cr"]["WER to plain"] == "scored on other utterances"
+    assert rates["mine"]["WER to plain"] == "no per_utt.tsv: score again"
+    assert rates["other"]["WER to plain"] == "no plain student of this size"
+    assert list(rates)[0] == "other" and rates["other"]["test set"] == "dev"
 
 
 def test_runs_of_one_seed_and_different_tags_are_not_averaged(tmp_path):
@@ -258,9 +177,9 @@ def test_runs_of_one_seed_and_different_tags_are_not_averaged(tmp_path):
     experiment(tmp_path / "student_kl", "student", [1] * 5, method="kl")
     experiment(tmp_path / "student_kl_again", "student", [3] * 5, method="kl")
     _, page = report(tmp_path)
-    table = comparison(page)
-    assert table["kl (student_kl)"]["WER to plain"].startswith("+0.00")
-    assert table["kl (student_kl_again)"]["WER to plain"].startswith("+20.00")
+    rates = comparison(page)
+    assert rates["kl (student_kl)"]["WER to plain"].startswith("+0.00")
+    assert rates["kl (student_kl_again)"]["WER to plain"].startswith("+20.00")
 
 
 def test_kd_stages_are_named_where_a_method_has_several(tmp_path):
@@ -269,3 +188,46 @@ def test_kd_stages_are_named_where_a_method_has_several(tmp_path):
     experiment(tmp_path / "c", "student", [1] * 5, method="fkl", kd_stages=[1, 3])
     _, page = report(tmp_path)
     assert sorted(comparison(page)) == ["fkl, KD stages 1", "fkl, KD stages 1+3", "kl"]
+
+
+def test_several_directories_are_compared_each_for_itself(tmp_path):
+    for recipe, errors in (("an4", 1), ("mini", 5)):
+        experiment(tmp_path / recipe / "exp/student_plain", "plain", [errors] * 5)
+        experiment(tmp_path / recipe / "exp/student_kl", "student", [errors + 1] * 5, method="kl")
+    first, second, out = tmp_path / "an4/exp", tmp_path / "mini/exp", tmp_path / "out"
+    out.mkdir()
+    asr_kd_report.main([str(first), str(second), "--no_frames", "--output_dir", str(out)])
+    page = (out / "RESULTS.md").read_text()
+    rows = json.loads((out / "results.json").read_text())
+    assert [r["expdir"] for r in rows] == [str(first)] * 2 + [str(second)] * 2
+    for expdir in (first, second):
+        assert table(page, str(expdir))["kl"]["WER to plain"].startswith("+10.00")
+    assert not (first / "results.json").exists()
+
+
+def test_size_on_disk_is_that_of_the_model_decoded(tmp_path):
+    experiment(tmp_path / "exp/a", "plain", [1] * 5)
+    (tmp_path / "exp/a/model.pth").write_bytes(b"x" * 1230000)
+    facts = tmp_path / "exp/a/decode_test/decode.json"
+    facts.write_text(json.dumps({**json.loads(facts.read_text()), "model": "exp/a/model.pth"}))
+    rows, page = report(tmp_path / "exp")
+    assert rows[0]["model_bytes"] == 1230000 and table(page, "Size, speed and cost")["plain"]["MB on disk"] == "1.23"
+
+
+@pytest.mark.parametrize("facts", ["[]", "{", '{"role": ["x"], "method": {"a": 1}, "kd_stages": 3, "seed": "s"}'])
+def test_damaged_facts_are_no_traceback(tmp_path, facts):
+    experiment(tmp_path / "a", "student", [1] * 5, method="kl")
+    (tmp_path / "a/experiment.json").write_text(facts)
+    (tmp_path / "a/decode_test/decode.json").write_text('{"params": "many", "rtf": "fast", "model": 3}')
+    (tmp_path / "a/decode_test/per_utt.tsv").write_text("utt_id\tcer_corr\n\tx\n")
+    rows, _ = report(tmp_path)
+    assert (rows[0]["role"] in (None, "student"), rows[0]["params"], rows[0]["rtf"]) == (True, None, None)
+
+
+def test_numbers_on_the_command_line_are_checked(tmp_path, capsys):
+    for options, name in ((["--frame_utts", "0"], "frame_utts"), (["--examples", "-1"], "examples")):
+        with pytest.raises(UserError, match=f"--{name} is .*or more"):
+            asr_kd_report.main([str(tmp_path), *options])
+    with pytest.raises(SystemExit) as caught:
+        asr_kd_report.main([str(tmp_path), "--once"])
+    assert caught.value.code == 2 and "--once goes with --watch" in capsys.readouterr().err

@@ -1,0 +1,272 @@
+"""Where a student puts its tokens, and on which frames it agrees with its teacher: the module that runs models."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Dict, Iterator, List, Optional, Sequence, Tuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from espnet_kd.cli import UserError
+from espnet_kd.decode.recognise import BLANK_ID, Recogniser, Utterance, read_audio, read_utterances, recognise
+from espnet_kd.frames import align, nearest_multiple, valid
+from espnet_kd.report.labels import Row
+from espnet_kd.report.matching import match
+from espnet_kd.report.results import Gathered, find_data, find_recipe, read_json
+from espnet_kd.targets.encode import measure_frame_shift
+from espnet_kd.targets.experiment import find_experiment, load_model
+from espnet_kd.targets.online import sampling_rate
+from espnet_kd.topk import TopK, compress
+
+
+class Listener(Recogniser):
+    """A recogniser that gives what the model says of each frame, (T,): p(blank) and the likeliest other token."""
+
+    def __call__(self, speech: Sequence[np.ndarray]) -> List[TopK]:
+        """Of utterances, each (N_i,) float samples at ``rate`` Hz, as one batch."""
+        logits, frames = self.logits(speech)
+        if not logits[valid(frames, logits.size(1)).to(logits.device)].isfinite().all():
+            raise UserError("it gives NaN; it has diverged, or its file is damaged")
+        short = compress(logits.float(), 1).map(torch.Tensor.cpu)
+        return [short[i, :n] for i, n in enumerate(frames.tolist())]
+
+
+@dataclass
+class Said:
+    """What a model says of utterances; ``posteriors`` (T,) by utterance id."""
+
+    token_list: List[str]
+    frame_shift: float  #: seconds
+    posteriors: Dict[str, TopK]
+
+    def spikes(self, utt_id: str) -> List[Tuple[int, int]]:
+        """(token, frame in which it begins) of the greedy path, without blanks."""
+        path, counts = torch.unique_consecutive(self.posteriors[utt_id].argmax(), return_counts=True)
+        starts = counts.cumsum(0) - counts
+        return [(t, n) for t, n in zip(path.tolist(), starts.tolist()) if t != BLANK_ID]
+
+
+@dataclass
+class Agreement:
+    """A student beside its teacher; counts are of frames or of tokens, a ratio of none is None."""
+
+    step: float  #: seconds that one frame of an offset lasts: the longer of both frame shifts
+    tokens: int = 0  #: of the teacher
+    offsets: Counter = field(default_factory=Counter)  #: frames later than the teacher → tokens that both have
+    frames: Counter = field(default_factory=Counter)  #: see `compare_frames`
+
+    @staticmethod
+    def _ratio(part: float, whole: float) -> Optional[float]:
+        return part / whole if whole else None
+
+    def shares(self) -> Dict[str, Optional[float]]:
+        """The table's numbers.
+
+        Returns:
+            {tokens, matched: share of the teacher's tokens that the student has too, moved: share of these that are on
+            another frame, distance: by how many frames on average, delay: mean of all in ms (above 0: later),
+            blank, teacher_blank: share of frames, agreement_nb, agreement_bl: share of the teacher's non-blank (blank)
+            frames on which the student says the same}
+        """
+        both = sum(self.offsets.values())
+        moved = both - self.offsets[0]
+        return {
+            "tokens": self.tokens,
+            "matched": self._ratio(both, self.tokens),
+            "moved": self._ratio(moved, both),
+            "distance": self._ratio(sum(abs(k) * n for k, n in self.offsets.items()), moved),
+            "delay": self._ratio(1000 * self.step * sum(k * n for k, n in self.offsets.items()), both),
+            "blank": self._ratio(self.frames["blank"], self.frames["all"]),
+            "teacher_blank": self._ratio(self.frames["teacher_blank"], self.frames["teacher_all"]),
+            "agreement_nb": self._ratio(self.frames["nb_same"], self.frames["nb"]),
+            "agreement_bl": self._ratio(self.frames["bl_same"], self.frames["bl"]),
+        }
+
+
+def compare_frames(teacher: Said, student: Said) -> Agreement:
+    """Count where two models agree, over the utterances of the student.
+
+    Frames are laid beside each other as in training (:func:`espnet_kd.frames.align`). Tokens are matched by the fewest
+    edits between both greedy paths; a token's place is the frame in which it begins, in frames of the slower rate.
+
+    Raises:
+        UserError: other tokens, or lengths that do not fit.
+    """
+    if teacher.token_list != student.token_list:
+        raise UserError("its tokens are not the teacher's")
+    ratio = nearest_multiple(student.frame_shift, teacher.frame_shift)
+    result = Agreement(max(teacher.frame_shift, student.frame_shift))
+    for utt_id, said in student.posteriors.items():
+        target = teacher.posteriors[utt_id]
+        num = torch.tensor([len(said.log_blank)])
+        theirs = torch.tensor([len(target.log_blank)])
+        try:
+            aligned, _, both = align(
+                *(target[None], {}, theirs, teacher.frame_shift, int(num), num, student.frame_shift), blank_id=BLANK_ID
+            )
+        except ValueError as e:
+            raise UserError(f"{utt_id}: {e}") from e
+        mine, wanted = said.argmax()[: int(both)], aligned.argmax()[0, : int(both)]
+        nb = wanted != BLANK_ID
+        result.frames.update(
+            all=int(num), blank=int((said.argmax() == BLANK_ID).sum()), teacher_all=int(theirs),
+            teacher_blank=int((target.argmax() == BLANK_ID).sum()), nb=int(nb.sum()), bl=int((~nb).sum()),
+            nb_same=int((mine == wanted)[nb].sum()), bl_same=int((mine == wanted)[~nb].sum()),
+        )  # fmt: skip
+        before, after = teacher.spikes(utt_id), student.spikes(utt_id)
+        result.tokens += len(before)
+        for kind, there, here in match(*([str(t) for t, _ in spikes] for spikes in (before, after))):
+            if kind == "equal":
+                for (_, j), (_, i) in zip(before[there], after[here]):
+                    result.offsets[_offset(j, i, ratio)] += 1
+    return result
+
+
+def _offset(teacher_frame: int, student_frame: int, ratio: float) -> int:
+    """How many frames of the slower rate later; ``ratio``: student's by teacher's frame shift."""
+    # Rounding must not put the first of a slower frame's frames into the one before.
+    if ratio >= 1:
+        return student_frame - int(teacher_frame / ratio + 1e-9)
+    return int(student_frame * ratio + 1e-9) - teacher_frame
+
+
+@dataclass
+class Frames:
+    """What the models of one test set say of some of its utterances; by experiment."""
+
+    said: Dict[str, Said] = field(default_factory=dict)
+    teachers: Dict[str, Said] = field(default_factory=dict)  #: that of each plain or distilled student
+    agreements: Dict[str, Agreement] = field(default_factory=dict)
+    audio: Dict[str, Tuple[np.ndarray, int]] = field(default_factory=dict)  #: samples (N,) and Hz of those asked for
+    num_utts: int = 0
+
+
+def listen(
+    gathered: Gathered, testset: str, num_utts: int, examples: Sequence[str], notes: List[str], progress: bool = True
+) -> Frames:
+    """Run the models of all experiments on ``examples`` and others of a test set, ``num_utts`` in all, evenly spread.
+
+    Where a model or the audio is missing or does not fit, ``notes`` says so and the rest is done.
+    """
+    result = Frames()
+    rows = [row for row in gathered.rows if row["testset"] == testset]
+    models, teachers = _find_models(gathered, rows, notes)
+    data = next(filter(None, (find_data(gathered.decoding(row)) for row in rows)), None)
+    if data is None:
+        notes.append(f"{testset}: its data dir is not there, so that nothing can be said of its frames")
+        return result
+    with _inside(data[0]):
+        try:
+            utterances = _choose(read_utterances(data[1]), num_utts, examples)
+        except UserError as e:
+            notes.append(str(e))
+            return result
+        result.audio = {u.utt_id: (read_audio(u), u.rate) for u in utterances if u.utt_id in examples}
+    result.num_utts = len(utterances)
+    heard: Dict[str, Said] = {}
+    places = {_key(place): place for place in [*models.values(), *teachers.values()]}
+    for key, place in tqdm(places.items(), desc=f"frames of {testset}", unit="model", disable=not progress):
+        try:
+            heard[key] = _hear(place, data[0], utterances)
+        except UserError as e:
+            notes.append(f"{place[1]}: {e}")
+    for name, place in models.items():
+        if _key(place) in heard:
+            result.said[name] = heard[_key(place)]
+    for name, place in teachers.items():
+        if _key(place) in heard and name in result.said:
+            result.teachers[name] = heard[_key(place)]
+            try:
+                result.agreements[name] = compare_frames(result.teachers[name], result.said[name])
+            except UserError as e:
+                notes.append(f"{name}: {e}")
+    return result
+
+
+Place = Tuple[Path, str]  # a recipe's directory, and a path as named from there
+
+
+def _find_models(
+    gathered: Gathered, rows: Sequence[Row], notes: List[str]
+) -> Tuple[Dict[str, Place], Dict[str, Place]]:
+    """What each experiment was decoded with, and each student's teacher: its own, else that of the table."""
+    models: Dict[str, Place] = {}
+    for row in rows:
+        decoding = gathered.decoding(row)
+        given = (read_json(decoding / "decode.json", notes) or {}).get("model")
+        recipe = find_recipe(decoding, given)
+        if recipe is None:
+            notes.append(f"{row['experiment']}: the model that decoded it, {given or 'of unknown name'}, is not there")
+        else:
+            models[row["experiment"]] = (recipe, given)
+    theirs = [models[row["experiment"]] for row in rows if row["role"] == "teacher" and row["experiment"] in models]
+    teachers: Dict[str, Place] = {}
+    for row in rows:
+        name = row["experiment"]
+        if row["role"] != "teacher" and name in models:
+            own = _teacher_of(gathered.paths[name], notes) or next(iter(theirs), None)
+            if own is None:
+                notes.append(f"{name}: no teacher to be compared with")
+            else:
+                teachers[name] = own
+    return models, teachers
+
+
+def _key(place: Place) -> str:
+    return os.path.realpath(place[0] / place[1])
+
+
+def _teacher_of(experiment: Path, notes: List[str]) -> Optional[Place]:
+    """The teacher that a student was trained from, the first of several; None where it has none or it is gone."""
+    given = (read_json(experiment / "kd_stage.json", notes) or {}).get("teacher")
+    if not isinstance(given, list) or not given:
+        return None
+    recipe = find_recipe(experiment, given[0])
+    if recipe is None:
+        notes.append(f"{experiment.name}: its teacher {given[0]} is not there; that of the table is taken")
+        return None
+    with _inside(recipe):
+        try:
+            return recipe, str(find_experiment(given[0])[1])
+        except UserError as e:
+            notes.append(f"{experiment.name}: {e}; the teacher of the table is taken")
+            return None
+
+
+def _choose(utterances: Sequence[Utterance], num: int, wanted: Sequence[str]) -> List[Utterance]:
+    """The wanted ones, and others evenly spread: neighbours are often of one speaker."""
+    chosen = [u for u in utterances if u.utt_id in wanted]
+    others = [u for u in utterances if u.utt_id not in wanted]
+    num = min(max(num - len(chosen), 0), len(others))
+    return chosen + [others[i * len(others) // num] for i in range(num)]
+
+
+def _hear(place: Place, data_home: Path, utterances: Sequence[Utterance]) -> Said:
+    with _inside(place[0]):
+        config, model_file = find_experiment(place[1])
+        model, args = load_model(config, model_file)
+        listener = Listener(model, args, config.parent)
+        shift = measure_frame_shift(model, listener.rate or sampling_rate(args))
+    wrong = next((u for u in utterances if u.rate != (listener.rate or u.rate)), None)
+    if wrong is not None:
+        raise UserError(f"it wants {listener.rate} Hz, and {wrong.utt_id} has {wrong.rate} Hz")
+    with _inside(data_home):
+        posteriors, _ = recognise(listener, utterances, progress=False)
+    return Said(listener.token_list, shift, posteriors)
+
+
+@contextlib.contextmanager
+def _inside(directory: Path) -> Iterator[None]:
+    """Work in a recipe's directory, from which its files name each other."""
+    before = os.getcwd()
+    os.chdir(directory)
+    try:
+        yield
+    finally:
+        os.chdir(before)

@@ -1,0 +1,41 @@
+"""Which units of one sequence stand for which of another, by the fewest edits, as the error rates count them."""
+
+from __future__ import annotations
+
+from typing import Iterator, List, Sequence, Tuple
+
+import jiwer
+
+#: A stretch of text that both have (``equal``), that is missing (``del``) or too much (``ins``).
+Piece = Tuple[str, str]
+
+
+def match(reference: Sequence[str], hypothesis: Sequence[str]) -> Iterator[Tuple[str, slice, slice]]:
+    """Yield (``equal`` | ``substitute`` | ``delete`` | ``insert``, units of the reference, units of the hypothesis).
+
+    Units are not empty and hold no blank.
+    """
+    if not reference or not hypothesis:  # jiwer versions differ on these
+        if reference or hypothesis:
+            yield "delete" if reference else "insert", slice(0, len(reference)), slice(0, len(hypothesis))
+        return
+    for chunk in jiwer.process_words(" ".join(reference), " ".join(hypothesis)).alignments[0]:
+        yield chunk.type, slice(chunk.ref_start_idx, chunk.ref_end_idx), slice(chunk.hyp_start_idx, chunk.hyp_end_idx)
+
+
+def mark(reference: str, hypothesis: str, unit: str = "word") -> List[Piece]:
+    """The hypothesis with what it lacks of the reference, and what it has too much, as pieces in reading order.
+
+    ``unit`` is ``word``, or ``char`` for a language that does not part words (blanks are left out then).
+    """
+    between = " " if unit == "word" else ""
+    ref, hyp = ([*text.split()] if between else [*"".join(text.split())] for text in (reference, hypothesis))
+    pieces: List[Piece] = []
+    for kind, there, here in match(ref, hyp):
+        if kind == "equal":
+            pieces.append(("equal", between.join(hyp[here])))
+            continue
+        for name, units in (("del", ref[there]), ("ins", hyp[here])):
+            if units:
+                pieces.append((name, between.join(units)))
+    return pieces

@@ -1,0 +1,257 @@
+"""The sections of a report, from what was gathered; pictures are drawn on the way."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, List, Optional, Sequence
+
+from espnet_kd.report.compare import UNITS, Difference, Kind, Rate, compare, find_plain
+from espnet_kd.report.curves import draw_curves
+from espnet_kd.report.environment import environment
+from espnet_kd.report.history import History, seconds
+from espnet_kd.report.labels import Row, label_rows
+from espnet_kd.report.page import Block, Examples, Items, Picture, Section, Table
+from espnet_kd.report.results import Gathered
+from espnet_kd.report.tradeoff import AXES, draw_tradeoff
+from espnet_kd.report.worst import choose_student, collect_worst
+
+
+@dataclass
+class Part:
+    """One EXPDIR: what was gathered, compared, and ``where`` to tell it from others ("" for a single one)."""
+
+    gathered: Gathered
+    kinds: List[Kind]
+    where: str = ""
+
+    @property
+    def test_sets(self) -> List[str]:
+        """Those that anything is scored on, sorted."""
+        return sorted({testset for _, testset in self.gathered.decodings})
+
+    @property
+    def labels(self) -> List[str]:
+        """What its pictures show, in an order that is the same in all of them."""
+        label = label_rows(self.gathered.rows)
+        return list(dict.fromkeys([*map(label, self.gathered.rows), *(kind.label for kind in self.kinds)]))
+
+    def name(self, what: str) -> str:
+        """``what``, and where if need be."""
+        return f"{what}, {self.where}" if self.where else what
+
+
+def make_parts(everything: Sequence[Gathered]) -> List[Part]:
+    """Compare the experiments of each EXPDIR among themselves."""
+    several = len(everything) > 1
+    return [Part(g, compare(g), str(g.expdir) if several else "") for g in everything]
+
+
+class Pictures:
+    """Names for the pictures of one report in its directory."""
+
+    def __init__(self, directory: Path):
+        self.directory, self._numbers = directory, Counter()
+
+    def name(self, kind: str) -> Path:
+        """A file for another picture of this kind."""
+        self._numbers[kind] += 1
+        return self.directory / f"{kind}_{self._numbers[kind]}.png"
+
+    def remove_others(self, sections: Sequence[Section]) -> None:
+        """Remove those of an earlier report, which would show other experiments."""
+        shown = {block.path for section in sections for block in section.blocks if isinstance(block, Picture)}
+        for path in self.directory.glob("*_*.png"):
+            if path not in shown:
+                path.unlink()
+
+
+def summarise(parts: Sequence[Part]) -> Section:
+    """Who is how good, at what cost."""
+    blocks: List[Block] = []
+    for part in parts:
+        gathered = part.gathered
+        if part.kinds:
+            head = ("method", "test set", "seeds", "parameters", "epochs", "CER", "WER", "WER to plain", "p",
+                    "CER to plain", "p")  # fmt: skip
+            blocks.append(Table(head, [_compared(kind) for kind in part.kinds], part.where))
+            head = ("method", "test set", "parameters", "MB on disk", "real-time factor", "training", "cost of KD")
+            blocks.append(Table(head, [_cost(kind) for kind in part.kinds], part.name("Size, speed and cost")))
+        numbers = {row["experiment"]: row["kd_stages"] for row in gathered.rows}
+        stages = [line for c in gathered.curves for line in _stages(c.experiment, c.stages, numbers[c.experiment])]
+        if stages:
+            head = ("experiment", "KD stage", "epochs", "training", "validation loss, first → last")
+            blocks.append(Table(head, stages, part.name("KD stages")))
+        head = ("experiment", "kind", "seed", "test set", "CER", "WER", "CER to plain", "WER to plain",
+                "real-time factor", "epochs", "training")  # fmt: skip
+        label = label_rows(gathered.rows)
+        body = [_run(row, label(row), gathered.rows) for row in gathered.rows]
+        blocks.append(Table(head, body, part.name("Every run")))
+    return Section("Comparison of methods", _COMPARISON, blocks)
+
+
+_COMPARISON = (
+    "Means over seeds, in percent. To plain: difference in points to the plain student of the same seeds and size; "
+    "below 0 is better. In brackets 95 % bootstrap intervals over utterances, paired for the differences; errors are "
+    "summed over the seeds, so they say nothing of other seeds. p is that of one method alone: of twenty that do "
+    "nothing, one has p < 0.05. Cost of KD: training time as a multiple of the plain student's; it holds where nothing "
+    "else ran beside."
+)
+
+
+def draw_costs(parts: Sequence[Part], pictures: Pictures) -> Section:
+    """Accuracy against size and speed."""
+    section = Section(
+        "Accuracy against size and speed",
+        "Down is more accurate, left is smaller or faster: the lower left corner is the best. Bars are 95 % intervals; "
+        "points of equal size are moved apart a little. "
+        "Speed is as decoding measured it; it can be compared within one machine.",
+    )
+    for part in parts:
+        for key, what in AXES.items():
+            path = pictures.name("size" if key == "params" else "speed")
+            if draw_tradeoff(part.kinds, key, part.labels, path):
+                section.blocks.append(Picture(path, part.name(f"Error rates against {what}"), part.where))
+            else:
+                section.blocks.append(Items([part.name(f"Nothing is known of {what}")]))
+    return section
+
+
+def draw_training(parts: Sequence[Part], pictures: Pictures) -> Section:
+    """Curves of every loss."""
+    section = Section(
+        "Training curves",
+        "Every loss by epoch; solid lines are validation, dashed ones training. Epochs count on over KD stages, dotted "
+        "lines part them: a loss that jumps there means something else in the next stage.",
+    )
+    for part in parts:
+        path = pictures.name("curves")
+        if draw_curves(part.gathered.curves, part.labels, path):
+            section.blocks.append(Picture(path, part.name("Training curves"), part.where))
+        else:
+            section.blocks.append(Items([part.name("No training statistics")]))
+    return section
+
+
+def show_worst(parts: Sequence[Part]) -> Section:
+    """Texts of the utterances worth a look."""
+    section = Section(
+        "Worst utterances",
+        "Those with the most errors of the distilled student that helped most, then those that changed most against "
+        "the plain student. What a model has too much is underlined, what it lacks is struck out.",
+    )
+    for part in parts:
+        for testset in part.test_sets:
+            where, notes = part.name(testset), []
+            chosen = choose_student(part.gathered, part.kinds, testset)
+            if chosen is None:
+                notes.append(f"{where}: no distilled student is scored")
+            else:
+                found = collect_worst(part.gathered, chosen, notes)
+                for what, examples in found.items():
+                    title = f"{where}: {what} in {chosen.student['experiment']}"
+                    section.blocks.append(Examples(examples, title))
+                if not found and not notes:
+                    notes.append(f"{where}: no errors, or none counted (per_utt.tsv)")
+            if notes:
+                section.blocks.append(Items(notes))
+    return section
+
+
+def tell_environment() -> Section:
+    """With what the report was made."""
+    facts = Items([f"{k}: {v}" for k, v in environment().items()])
+    return Section("Environments", "Of the report; decode.json beside each result has those of decoding.", [facts])
+
+
+def list_missing(parts: Sequence[Part]) -> Optional[Section]:
+    """What could not be shown, if anything."""
+    notes = [note for part in parts for note in dict.fromkeys(part.gathered.notes)]
+    return Section("Missing", "What this report lacks, and why.", [Items(notes)]) if notes else None
+
+
+def _compared(kind: Kind) -> List[str]:
+    rows, against = kind.rows, kind.against
+    params = rows[0]["params"]
+    epochs = sorted({r["epochs"] for r in rows if r["epochs"] is not None})
+    if isinstance(against, Difference):
+        seeds = [r["seed"] for r in rows]
+        only = "" if against.seeds == seeds else f" (seeds {' '.join(map(_or_dash, against.seeds))})"
+        differences = []
+        for unit in reversed(UNITS):
+            rate = against.rates[unit]
+            differences += [f"{rate.value:+.2f} [{rate.low:+.2f}, {rate.high:+.2f}]{only}", f"{rate.p:.3f}"]
+    else:
+        differences = [against or "–", "–", "–", "–"]
+    return [
+        kind.label,
+        _or_dash(rows[0]["testset"]),
+        " ".join(_or_dash(r["seed"]) for r in rows),
+        "–" if params is None else f"{params:,}",
+        "/".join(map(str, epochs)) or "–",
+        *(_show(kind.rates[unit]) for unit in UNITS),
+        *differences,
+    ]
+
+
+def _cost(kind: Kind) -> List[str]:
+    params, size, rtf = kind.rows[0]["params"], kind.mean("model_bytes"), kind.mean("rtf")
+    return [
+        kind.label,
+        _or_dash(kind.rows[0]["testset"]),
+        "–" if params is None else f"{params:,}",
+        "–" if size is None else f"{size / 1e6:.2f}",
+        "–" if rtf is None else f"{rtf:.4f}",
+        duration(kind.mean("train_seconds")),
+        "–" if kind.cost is None else f"{kind.cost:.2f} ×",
+    ]
+
+
+def _stages(experiment: str, stages: Sequence[History], numbers: Optional[List[int]]) -> List[List[str]]:
+    """A line for each KD stage of an experiment that has several."""
+    lines = []
+    if numbers is None or len(numbers) != len(stages):  # one has left no statistics
+        numbers = list(range(1, len(stages) + 1))
+    for number, history in zip(numbers, stages):
+        losses = [history[e].get("valid", {}).get("loss") for e in sorted(history)]
+        losses = [f"{loss:.2f}" for loss in losses if loss is not None]
+        change = f"{losses[0]} → {losses[-1]}" if losses else "–"
+        lines.append([experiment, str(number), str(len(history)), duration(seconds(history)), change])
+    return lines if len(stages) > 1 else []
+
+
+def _run(row: Row, label: str, rows: Sequence[Row]) -> List[str]:
+    plain = find_plain(row, rows) if row["role"] == "student" and row["wer"] is not None else ""
+    to_plain = ["–", "–"]
+    if not isinstance(plain, str):
+        to_plain = ["–" if None in (row[u], plain[u]) else f"{row[u] - plain[u]:+.2f}" for u in UNITS]
+    return [
+        row["experiment"],
+        label,
+        _or_dash(row["seed"]),
+        _or_dash(row["testset"]),
+        *("–" if row[u] is None else _show(Rate(row[u], row[f"{u}_low"], row[f"{u}_high"])) for u in UNITS),
+        *to_plain,
+        "–" if row["rtf"] is None else f"{row['rtf']:.4f}",
+        _or_dash(row["epochs"]),
+        duration(row["train_seconds"]),
+    ]
+
+
+def _or_dash(value: Any) -> str:
+    return "–" if value is None else str(value)
+
+
+def _show(rate: Rate) -> str:
+    interval = "" if rate.low is None or rate.high is None else f" [{rate.low:.2f}, {rate.high:.2f}]"
+    return f"{rate.value:.2f}{interval}"
+
+
+def duration(value: Optional[float]) -> str:
+    """Seconds for people."""
+    if value is None:
+        return "–"
+    minutes, rest = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {rest:02} s" if minutes else f"{rest} s"

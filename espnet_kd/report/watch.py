@@ -1,0 +1,128 @@
+"""How far running experiments are: a line for each run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterator, List, Optional, Sequence, Tuple
+
+from espnet_kd.cli import UserError
+from espnet_kd.report.history import read_history, seconds
+from espnet_kd.report.sections import duration
+
+REFRESH = 5.0  #: seconds
+#: A run that has written nothing for so many epochs' time is called silent.
+SILENT = 2.0
+
+
+@dataclass
+class Status:
+    """One run: a teacher, a plain student, or a KD stage of a distilled one."""
+
+    name: str
+    what: str
+    epoch: int  #: the last finished one
+    epochs: Optional[int]
+    loss: Optional[float]  #: of validation, in the last finished epoch
+    left: Optional[float]  #: seconds; None while the first epoch runs
+    silent: float  #: seconds since anything was written
+    finished: bool
+    pace: float  #: seconds of an epoch; 0 while the first one runs
+
+    def __str__(self) -> str:
+        parts = [f"{self.name}: {self.what}", f"epoch {self.epoch} of {self.epochs or '?'}"]
+        if self.loss is not None:
+            parts.append(f"validation loss {self.loss:.3f}")
+        if self.finished:
+            parts.append("finished")
+        elif self.pace and self.silent > SILENT * self.pace:
+            parts.append(f"nothing written for {duration(self.silent)}: has it stopped?")
+        else:
+            parts.append("first epoch" if self.left is None else f"{duration(self.left)} left")
+        return ", ".join(parts)
+
+
+def watch(expdirs: Sequence[Path], once: bool = False) -> None:
+    """Print the status of every run below ``expdirs`` (or of one experiment), again and again until Ctrl-C.
+
+    Raises:
+        UserError: no such directory, or with ``once`` no run in it.
+    """
+    for expdir in expdirs:
+        if not expdir.is_dir():
+            raise UserError(f"{expdir} is not a directory; give one that holds experiments")
+    logging.getLogger().setLevel(logging.ERROR)  # a checkpoint that is being written cannot be read now
+    try:
+        while True:
+            lines = [str(read_status(*run)) for expdir in expdirs for run in find_runs(expdir)]
+            if once and not lines:
+                raise UserError(f"no run in {' '.join(map(str, expdirs))}: none has a config.yaml; train one first")
+            if sys.stdout.isatty() and not once:
+                print("\x1b[H\x1b[2J", end="")
+            print("\n".join(lines or ["no run yet"]), flush=True)
+            if once:
+                return
+            time.sleep(REFRESH)
+    except KeyboardInterrupt:
+        return  # its usual end
+
+
+def find_runs(expdir: Path) -> Iterator[Tuple[Path, str]]:
+    """(directory, name) of every run: an experiment, its KD stages before it."""
+    experiments = [expdir] if (expdir / "config.yaml").is_file() else sorted(p for p in expdir.iterdir() if p.is_dir())
+    for experiment in experiments:
+        stages = [p for p in experiment.glob("kd_stage*") if re.fullmatch(r"kd_stage\d+", p.name)]
+        for run in (*sorted(stages, key=lambda p: int(p.name[len("kd_stage") :])), experiment):
+            # Training writes config.yaml first; statistics have one, too, further down.
+            if (run / "config.yaml").is_file():
+                yield run, experiment.resolve().name
+
+
+def read_status(run: Path, name: str) -> Status:
+    """What a run has left on disk so far; whatever is missing or half written counts as not there."""
+    record = _read(run / "kd_stage.json")
+    facts = _read(run / "experiment.json")
+    what = (
+        f"{record['method']}, KD stage {record.get('kd_stage')}"
+        if "method" in record
+        else facts.get("role", "training")
+    )
+    history = read_history(run) or {}
+    epoch = max(history, default=0)
+    epochs = record.get("epochs") or _max_epoch(run / "config.yaml")
+    valid = history[epoch].get("valid", {}) if history else {}
+    pace = seconds(history) / epoch if epoch else 0.0
+    silent = time.time() - max(_written(run), default=run.stat().st_mtime)
+    since = time.time() - (run / "checkpoint.pth").stat().st_mtime if (run / "checkpoint.pth").exists() else 0.0
+    finished = bool(record.get("finished") or facts or (epochs and epoch >= epochs))
+    left = max(0.0, (epochs - epoch) * pace - since) if epochs and pace else None
+    return Status(name, str(what), epoch, epochs, valid.get("loss"), left, silent, finished, pace)
+
+
+def _written(run: Path) -> List[float]:
+    """When its checkpoint and logs were last written; the logs of KD stages lie in the experiment."""
+    logs = [*run.glob("train*.log"), *(run.parent.glob(f"train.{run.name}.log"))]
+    return [p.stat().st_mtime for p in (*logs, run / "checkpoint.pth", run / "config.yaml") if p.exists()]
+
+
+def _max_epoch(config: Path) -> Optional[int]:
+    from espnet_kd.targets.experiment import read_config
+
+    try:
+        value = read_config(config).get("max_epoch")
+    except UserError:
+        return None
+    return value if isinstance(value, int) else None
+
+
+def _read(path: Path) -> dict:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return content if isinstance(content, dict) else {}

@@ -1,0 +1,112 @@
+"""The utterances worth a look: of most errors, and of the largest change against the plain student."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Dict, List, Optional, Sequence, Tuple
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import read_map
+from espnet_kd.report.compare import Kind, count_table, find_plain
+from espnet_kd.report.labels import Row
+from espnet_kd.report.matching import Piece, mark
+from espnet_kd.report.results import Gathered, find_data
+
+SHOWN = 5  #: of each sort
+
+
+@dataclass
+class Chosen:
+    """The student that a test set's examples are of: the one that helped most, with its plain student, its teacher."""
+
+    student: Row
+    label: str
+    plain: Optional[Row]
+    teacher: Optional[Row]
+    errors: Dict[str, int] = field(default_factory=dict)  #: words (or characters) wrong in each utterance
+    change: Dict[str, int] = field(default_factory=dict)  #: errors less those of the plain student
+
+
+@dataclass
+class Example:
+    """One utterance: what each model made of the reference, by the model's label."""
+
+    utt_id: str
+    why: str
+    reference: str
+    texts: List[Tuple[str, List[Piece]]]
+
+
+def choose_student(gathered: Gathered, kinds: Sequence[Kind], testset: str) -> Optional[Chosen]:
+    """The first distilled student of a test set in the table's order, None where none is scored."""
+    mine = [kind for kind in kinds if kind.rows[0]["testset"] == testset]
+    kind = next((k for k in mine if k.rows[0]["role"] == "student"), None)
+    if kind is None:
+        return None
+    student = next((r for r in kind.rows if not isinstance(find_plain(r, gathered.rows), str)), kind.rows[0])
+    plain = find_plain(student, gathered.rows)
+    teacher = next((k.rows[0] for k in mine if k.rows[0]["role"] == "teacher"), None)
+    chosen = Chosen(student, kind.label, None if isinstance(plain, str) else plain, teacher)
+    counts = count_table(gathered, student, "wer") or {}
+    chosen.errors = {u: errors for u, (errors, _) in counts.items()}
+    before = (count_table(gathered, chosen.plain, "wer") if chosen.plain else None) or {}
+    chosen.change = {u: e - before[u][0] for u, e in chosen.errors.items() if u in before}
+    return chosen
+
+
+def choose_examples(chosen: Chosen, num: int) -> List[Tuple[str, str]]:
+    """(utterance, why) of up to ``num`` utterances: what distillation changed most, to the better and the worse, and
+    typical ones."""
+    picked: Dict[str, str] = {}
+    if chosen.change:
+        ranked = sorted(chosen.change, key=lambda u: (chosen.change[u], u))
+        for what, u in (("most improved", ranked[0]), ("most worsened", ranked[-1])):
+            picked.setdefault(u, f"{what}, errors against the plain student {chosen.change[u]:+d}")
+    ranked = sorted(chosen.errors, key=lambda u: (chosen.errors[u], u))
+    for i in sorted(range(len(ranked)), key=lambda i: abs(i - len(ranked) // 2))[: num + 2]:  # the median, and around
+        u = ranked[i]
+        picked.setdefault(u, f"typical, errors: {chosen.errors[u]}")
+    return list(picked.items())[:num]
+
+
+def collect_worst(gathered: Gathered, chosen: Chosen, notes: List[str]) -> Dict[str, List[Example]]:
+    """{what they have in common: examples with their texts}; what cannot be read is named in ``notes``."""
+    errors, change = chosen.errors, chosen.change
+    worst = sorted((u for u in errors if errors[u]), key=lambda u: (-errors[u], u))
+    better = sorted((u for u in change if change[u] < 0), key=lambda u: (change[u], u))
+    worse = sorted((u for u in change if change[u] > 0), key=lambda u: (-change[u], u))
+    if not worst:
+        return {}
+    reference = _find_reference(gathered, chosen.student, notes)
+    if reference is None:
+        return {}
+    texts = {}
+    for label, row in (("teacher", chosen.teacher), ("plain", chosen.plain), (chosen.label, chosen.student)):
+        found = row and _read(gathered.decoding(row) / "1best_recog" / "text", notes)
+        if found:
+            texts[label] = found
+    unit = "word" if any(" " in reference.get(u, "") for u in errors) else "char"
+    groups: Dict[str, List[Example]] = {}
+    for what, ids in (("most errors", worst), ("most improved", better), ("most worsened", worse)):
+        for u in [u for u in ids if u in reference][:SHOWN]:
+            said = [(name, mark(reference[u], text[u], unit)) for name, text in texts.items() if u in text]
+            why = f"errors: {errors[u]}" + (f", against the plain student {change[u]:+d}" if u in change else "")
+            groups.setdefault(what, []).append(Example(u, why, reference[u], said))
+    return groups
+
+
+def _find_reference(gathered: Gathered, row: Row, notes: List[str]) -> Optional[Dict[str, str]]:
+    place = find_data(gathered.decoding(row))
+    if place is None:
+        notes.append(f"{row['testset']}: its data dir is not there, and so no references")
+        return None
+    return _read(place[0] / place[1] / "text", notes)
+
+
+def _read(path: Path, notes: List[str]) -> Optional[Dict[str, str]]:
+    try:
+        return read_map(path)
+    except UserError as e:
+        notes.append(str(e))
+        return None

@@ -1,0 +1,53 @@
+"""Training statistics from checkpoints and logs, also damaged ones."""
+
+from datetime import timedelta
+
+import numpy as np
+import pytest
+import torch
+from tiny_results import train
+
+from espnet_kd.report.history import read_history, read_stages, seconds
+
+
+def test_log_stands_in_for_a_missing_or_damaged_checkpoint(tmp_path):
+    train(tmp_path, 3, ["loss", "loss_ctc"])
+    whole = read_history(tmp_path)
+    assert seconds(whole) == pytest.approx(3 * 64.5)
+    data = (tmp_path / "checkpoint.pth").read_bytes()
+    for damage in (lambda p: p.write_bytes(data[: len(data) // 2]), lambda p: p.unlink()):
+        damage(tmp_path / "checkpoint.pth")
+        parsed = read_history(tmp_path)
+        assert seconds(parsed) == pytest.approx(3 * 64.5)
+        assert parsed[2]["valid"]["loss_ctc"] == pytest.approx(whole[2]["valid"]["loss_ctc"], abs=1e-3)
+
+
+def test_a_checkpoint_cannot_run_code(tmp_path):
+    torch.save({"reporter": {"stats": {1: {"train": {"loss": Evil()}}}, "epoch": 1}}, tmp_path / "checkpoint.pth")
+    Evil.ran = False
+    assert read_history(tmp_path) is None
+    assert not Evil.ran
+
+
+class Evil:
+    ran = False
+
+    def __reduce__(self):
+        return (_run, ())
+
+
+def _run():
+    Evil.ran = True
+
+
+def test_numpy_numbers_in_a_checkpoint_are_read(tmp_path):
+    stats = {1: {"train": {"loss": np.float64(2.5), "time": timedelta(seconds=4), "total_count": 3}}}
+    torch.save({"reporter": {"stats": stats, "epoch": 1}}, tmp_path / "checkpoint.pth")
+    assert read_history(tmp_path)[1]["train"] == {"loss": 2.5, "time": 4.0, "total_count": 3.0}
+
+
+def test_stages_come_in_order(tmp_path):
+    train(tmp_path, 3, ["loss"], log_only=True)
+    train(tmp_path / "kd_stage2", 2, ["loss"], log_only=True)
+    train(tmp_path / "kd_stage1", 1, ["loss"], log_only=True)
+    assert [len(h) for h in read_stages(tmp_path)] == [1, 2, 3]

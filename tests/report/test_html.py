@@ -1,0 +1,159 @@
+"""report.html: whole by itself, every picture with something in it, foreign texts shown as they are."""
+
+import base64
+import html.parser
+import io
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from tiny_results import experiment, report, texts, train
+
+from espnet_kd.report.matching import mark
+
+EVIL = '<script src="//evil.example/x.js"></script>'
+
+
+class Page(html.parser.HTMLParser):
+    """Tags with their attributes, whether they are closed in order, and the text."""
+
+    def __init__(self, source):
+        super().__init__()
+        self.tags, self.words, self.open = [], [], []
+        self.feed(source)
+        assert not self.open
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in ("meta", "link", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+    def all(self, tag):
+        return [attrs for name, attrs in self.tags if name == tag]
+
+
+def check_static(source: str) -> Page:
+    """Nothing is asked of a network, and every picture decodes and is not blank."""
+    page = Page(source)
+    assert not page.all("script") and not re.search(r"https?://|@import|url\((?!data:)", source)
+    for tag, attrs in page.tags:
+        for name in ("src", "href", "srcset", "data", "action", "poster"):
+            assert attrs.get(name, "#").startswith(("#", "data:")), (tag, attrs)
+    for attrs in page.all("img"):
+        kind, _, data = attrs["src"].partition(",")
+        assert kind == "data:image/png;base64" and attrs["alt"]
+        pixels = imread(io.BytesIO(base64.b64decode(data, validate=True)))
+        assert pixels.shape[1] <= 1280 and pixels[..., :3].std() > 0.05
+    return page
+
+
+@pytest.fixture
+def exp(tmp_path):
+    """A recipe whose utterances, texts and names are not to be trusted."""
+    exp = tmp_path / "exp"
+    for name, role, errors in (("teacher", "teacher", [0, 1, 1]), ("plain", "plain", [1, 3, 1]),
+                               ("kl", "student", [2, 1, 1])):  # fmt: skip
+        experiment(exp / name, role, errors, method="<b>kl|*" if role == "student" else None)
+        train(exp / name, 3, ["loss", "loss_ctc"], log_only=True)
+        texts(exp / name, {"u0": f"A {name} C", "u1": "A B C", "u2": ""})
+    data = tmp_path / "dump/raw/test"
+    data.mkdir(parents=True)
+    (data / "text").write_text(f"u0 A B C\nu1 A {EVIL} C\nu2 A *B* C\n")
+    return exp
+
+
+def test_page_is_whole_and_shows_everything(exp):
+    _, markdown = report(exp)
+    source = (exp / "report.html").read_text()
+    page = check_static(source)
+    titles = ["Comparison of methods", "Accuracy against size and speed", "Training curves", "Worst utterances"]
+    assert re.findall("<h2>(.*?)</h2>", source) == [*titles, "Environments"]
+    assert re.findall("^## (.*)", markdown, re.MULTILINE) == [*titles, "Environments"]
+    assert len(page.all("img")) == 3 == markdown.count("](report/")
+    assert len(page.all("table")) == 3  # comparison, costs, runs
+    assert "@media print" in source and "text-decoration: line-through" in source
+
+
+def test_foreign_texts_are_shown_as_they_are(exp):
+    _, markdown = report(exp)
+    source = (exp / "report.html").read_text()
+    shown = "".join(Page(source).words)
+    for words in (f"A {EVIL} C", "<b>kl|*", "A *B* C"):
+        assert words in shown
+    for text in (source, markdown):
+        assert "<script" not in text and "<b>" not in text
+    assert "kl\\|\\*" in markdown and "A \\*B\\* C" in markdown
+
+
+def test_differences_are_marked(exp):
+    _, markdown = report(exp)
+    source = (exp / "report.html").read_text()
+    assert re.search(r"<dd>A <del>B</del> <ins>plain</ins> C\s*</dd>", source)
+    assert "  - plain: A <del>B</del> <ins>plain</ins> C\n" in markdown
+    worst = markdown.split("## Worst utterances")[1].split("\n## ")[0]
+    groups = dict(re.findall(r"### test: (.*?) in kl\n\n(.*?)(?=\n\n|\Z)", worst, re.DOTALL))
+    assert {k: re.findall(r"^- (\w+) \((.*)\)$", v, re.MULTILINE) for k, v in groups.items()} == {
+        "most errors": [
+            ("u0", "errors: 2, against the plain student +1"), ("u1", "errors: 1, against the plain student -2"),
+            ("u2", "errors: 1, against the plain student +0"),
+        ],
+        "most improved": [("u1", "errors: 1, against the plain student -2")],
+        "most worsened": [("u0", "errors: 2, against the plain student +1")],
+    }  # fmt: skip
+
+
+def test_missing_texts_and_references_are_said(exp):
+    (exp / "plain/decode_test/1best_recog/text").unlink()
+    _, markdown = report(exp)
+    assert "plain/decode_test/1best_recog/text" in markdown.split("## Worst")[1] and "  - teacher: " in markdown
+    shutil.rmtree(exp.parent / "dump")
+    _, markdown = report(exp)
+    assert "test: its data dir is not there, and so no references" in markdown
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "unit", "pieces"),
+    [
+        ("a b c", "a x c d", "word", [("equal", "a"), ("del", "b"), ("ins", "x"), ("equal", "c"), ("ins", "d")]),
+        ("", "a b", "word", [("ins", "a b")]),
+        ("a b", "", "word", [("del", "a b")]),
+        ("", "", "word", []),
+        ("漢字", "漢 語", "char", [("equal", "漢"), ("del", "字"), ("ins", "語")]),
+    ],
+)
+def test_mark(reference, hypothesis, unit, pieces):
+    assert mark(reference, hypothesis, unit) == pieces
+
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+
+
+@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+def test_in_chromium_no_errors_and_no_requests(exp, tmp_path):
+    report(exp)
+    net = tmp_path / "net.json"
+    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
+    options += ["--no-first-run", "--disable-component-update", "--enable-logging=stderr", f"--log-net-log={net}"]
+    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,2000", "--virtual-time-budget=2000"]
+    picture = tmp_path / "page.png"
+    page = (exp / "report.html").resolve().as_uri()
+    done = subprocess.run(
+        [BROWSER, *options, f"--screenshot={picture}", page], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr
+    log = json.loads(net.read_text())
+    urls = {e["params"]["url"] for e in log["events"] if "url" in e.get("params", {})}
+    assert not [u for u in urls if u.startswith(("http:", "https:")) and "google" not in u]  # the browser's own
+    pixels = imread(picture)
+    assert pixels.shape[1] == 1280 and np.std(pixels) > 0.05
