@@ -27,6 +27,7 @@ same teacher, with the same seed and epochs; at the end decoding and one table t
 A method whose student has to be another one has conf/train_student_METHOD.yaml in the recipe, and a plain student of
 that file to be compared with. A failed run is named at the end; the others go on. Logs: exp/run_all.
 
+Exit codes: 0 done; 1 a mistake or a failure, said in one line; 2 wrong options; 130 stopped with Ctrl-C, 143 with kill.
 Run it again and it continues where it stopped, or shows the table. Further options go to every stage of the recipe's
 run.sh, whose --help lists them.
 EOF_USAGE
@@ -65,16 +66,9 @@ done
 recipe=${ROOT}/egs2/${recipe}/asr_kd1
 run=${recipe}/run.sh
 
-# value NAME: what run.sh will take for an option: given here, else in the recipe's run.sh, else the stage script's own
-value() {
-    local i found
-    found=$(sed -nE "s/^$1=([^#]*[^# ])? *(#.*)?$/\1/p" "${recipe}/asr_kd.sh" | head -n 1 | tr -d "\"'")
-    found=$(sed -nE "s/^ +--$1 +(\"[^\"]*\"|'[^']*'|[^ ]+).*$/\1/p" "${run}" | head -n 1 | tr -d "\"'" | grep . || echo "${found}")
-    for ((i = 0; i + 1 < ${#options[@]}; i += 2)); do
-        [ "${options[i]}" != "--$1" ] || found=${options[i + 1]}
-    done
-    echo "${found}"
-}
+# value NAME: what run.sh takes for an option
+settings=$("${run}" "${options[@]}" --show_options) || exit
+value() { sed -n "s/^$1=//p" <<<"${settings}"; }
 
 if [ -n "${methods}" ]; then
     seeds=${seeds:-0}
@@ -104,22 +98,27 @@ end_runs() {
     for pid in "${pids[@]}"; do
         kill -- "-${pid}" 2>/dev/null || true
     done
+    wait
 }
 trap end_runs EXIT
-trap 'exit 130' INT
+trap 'echo "error: stopped; the same command continues where it stopped" >&2; exit 130' INT
 trap 'exit 143' TERM
+# start COMMAND …: in the background
+start() {
+    set -m
+    "$@" &
+    set +m
+    pids+=($!)
+}
 
 if [ -z "${methods}" ]; then
-    "${run}" --stage 1 --stop_stage 4 "${options[@]}"
     # Teacher and plain student need nothing of each other: side by side on two cores.
-    set -m
-    "${run}" --stage 5 --stop_stage 5 "${options[@]}" &
-    pids=($!)
-    set +m
-    "${run}" --stage 6 --stop_stage 6 "${options[@]}"
-    wait "${pids[0]}"
-    pids=()
-    "${run}" --stage 7 "${options[@]}"
+    for stages in "1 4" "5 5" "6 6" "7 13"; do
+        start "${run}" --stage "${stages% *}" --stop_stage "${stages#* }" "${options[@]}"
+        [ "${stages}" != "5 5" ] || continue
+        for pid in "${pids[@]}"; do wait "${pid}"; done
+        pids=()
+    done
     exit
 fi
 
@@ -166,7 +165,9 @@ EOF_PAGES
 # fact METHOD NAME
 fact() { sed -n "\|^method=$1\$|,/^method=/s/^$2=//p" <<<"${facts}"; }
 
-"${run}" "${options[@]}" --stage 1 --stop_stage 4
+start "${run}" "${options[@]}" --stage 1 --stop_stage 4
+wait "${pids[0]}"
+pids=()
 
 cd "${recipe}"
 expdir=$(value expdir)
@@ -264,10 +265,8 @@ run_pool() {
         collect "${limit}"
         name=${entry%%|*}
         read -r -a arguments <<<"${entry#*|}"
-        set -m
-        "${run}" "${options[@]}" "${arguments[@]}" >"${logs}/${name//[, ]/_}.log" 2>&1 </dev/null &
-        set +m
-        pids+=($!) names+=("${name}") starts+=("${SECONDS}")
+        start "${run}" "${options[@]}" "${arguments[@]}" >"${logs}/${name//[, ]/_}.log" 2>&1 </dev/null
+        names+=("${name}") starts+=("${SECONDS}")
     done
     collect 1
 }
@@ -314,8 +313,7 @@ done
 if [ "${#decoded[@]}" -gt 0 ]; then
     kd inference --expdir "${decoded[@]}" --data_dir "${sets[@]}" "${decode_options[@]}"
     kd score --expdir "${decoded[@]}" --data_dir "${sets[@]}"
-    kd report --expdir "${expdir}"
-    cat "${expdir}/RESULTS.md"
+    kd report "${expdir}"
 fi
 if [ "${#failed[@]}" -gt 0 ]; then
     echo "error: failed: $(printf '%s; ' "${failed[@]}")logs in ${recipe}/${logs}" >&2

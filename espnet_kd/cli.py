@@ -7,12 +7,28 @@ Exit codes: 0 done · 1 the user can mend it (one line ``error: …``) · 2 wron
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from typing import Callable, NoReturn, Optional, Sequence
 
 
 class UserError(Exception):
     """A mistake in what the user gave; the message says what, where, and what to do."""
+
+
+def trusts_pickles() -> bool:
+    """Whether checkpoints may hold more than tensors, which can run code: ``ESPNET_KD_TRUST_PICKLE=1``."""
+    return os.environ.get("ESPNET_KD_TRUST_PICKLE") == "1"
+
+
+def refusal(error: BaseException) -> Optional[str]:
+    """What the system refused (no permission, no space), in a line; None where ``error`` is something else."""
+    if isinstance(error, OSError):
+        return f"{error.filename or 'cannot read or write'}: {error.strerror or error}"
+    # torch.save, and those of its errors that name no cause
+    if "inline_container" in str(error) or "iostream error" in str(error):
+        return "a checkpoint cannot be written: the disk is full, or fails"
+    return None
 
 
 def run(main: Callable[[Optional[Sequence[str]]], None]) -> NoReturn:
@@ -27,6 +43,13 @@ def run(main: Callable[[Optional[Sequence[str]]], None]) -> NoReturn:
     except UserError as e:
         # "error:" in the log is also what ESPnet's own scripts look for when a job dies.
         print(f"error: {e}", file=sys.stderr)
+        sys.exit(1)
+    except (OSError, RuntimeError) as e:
+        said = refusal(e)
+        if said is None:
+            raise
+        logging.debug("where it was refused", exc_info=True)
+        print(f"error: {said}; mend that, and the same command goes on", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("error: interrupted; the same command continues where it stopped", file=sys.stderr)

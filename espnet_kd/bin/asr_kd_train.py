@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
 import json
 import logging
@@ -23,15 +22,17 @@ import time
 import uuid
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
 
 import torch
 
 from espnet_kd.cli import UserError, run
-from espnet_kd.distill.checkpoints import CHECKPOINT, RECORD, mend, read_checkpoint
+from espnet_kd.distill.checkpoints import CHECKPOINT, RECORD, finished_checkpoint, mend
+from espnet_kd.distill.configuration import check_configuration, check_options
 from espnet_kd.distill.page import KDStage, Page, list_pages, load_page
+from espnet_kd.distill.preflight import check_files
 from espnet_kd.distill.schedule import Ramp, Weight
-from espnet_kd.files import replacing
+from espnet_kd.files import locked, replacing
 from espnet_kd.targets.cache import read_manifest
 from espnet_kd.targets.experiment import find_experiment, load_state, student_only
 
@@ -51,7 +52,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Train (see the module's docstring)."""
     cmd = list(sys.argv[1:] if cmd is None else cmd)
-    args = get_parser().parse_args(cmd)
+    args = check_configuration(get_parser(), cmd)
     if args.kd_config is None and not (args.collect_stats or args.print_config):
         given = [o for o in ("teacher", "target_cache", "nbest", "kd_stage", "kd_stages") if getattr(args, o)]
         if given:
@@ -59,19 +60,35 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     if not first_rank(args):
         logging.getLogger().setLevel(logging.ERROR)  # one process speaks for all, as ESPnet has it
     with contextlib.ExitStack() as stack:
-        if args.output_dir and not args.collect_stats and not args.print_config and first_rank(args):
-            stack.enter_context(locked(Path(args.output_dir)))
+        if args.output_dir and not args.collect_stats and not args.print_config:
+            if first_rank(args):
+                stack.enter_context(locked(Path(args.output_dir)))
+            check_files(args)
+            for given in args.init_param:
+                load_state(given.split(":")[0])  # ESPnet would load it with all that it holds
         _run(cmd, args)
 
 
-def _run(cmd: List[str], args: argparse.Namespace) -> None:
+def train(cmd: List[str]) -> None:
+    """ESPnet's training."""
     from espnet_kd.tasks.asr_kd import ASRKDTask
 
+    try:
+        ASRKDTask.main(cmd=cmd)
+    except torch.multiprocessing.ProcessExitedException as e:
+        if e.exit_code != 1:
+            raise
+        sys.exit(1)  # one process per GPU: that one has told why
+
+
+def _run(cmd: List[str], args: argparse.Namespace) -> None:
     if args.kd_config is None or args.print_config or args.collect_stats or args.dry_run or not args.output_dir:
         # Statistics need no teacher, and without a page this is ESPnet's own training, made safe against kills.
         if args.resume and args.output_dir and first_rank(args):
             mend(Path(args.output_dir))
-        ASRKDTask.main(cmd=cmd)
+        train(cmd)
+        if args.output_dir and not args.collect_stats and not args.dry_run and first_rank(args):
+            finished_checkpoint(Path(args.output_dir), args.max_epoch, args.patience is not None)
         return
     if args.ngpu > 1 and not args.multiprocessing_distributed and args.dist_world_size is None:
         raise UserError("--ngpu above 1 needs --multiprocessing_distributed true (one process per GPU)")
@@ -86,9 +103,15 @@ def _run(cmd: List[str], args: argparse.Namespace) -> None:
         logging.info("KD stage %d: nothing to do, this run has KD stages %s", args.kd_stage, chosen)
     output_dir = Path(args.output_dir)
     dirs = {k: output_dir if k == chosen[-1] else output_dir / f"kd_stage{k}" for k in chosen}
-    for before, k in zip([None, *chosen], chosen):
-        if args.kd_stage in (None, k):
-            _train_stage(cmd, args, page, page.stages[k - 1], epochs[k], dirs[k], dirs.get(before))
+    stages = [(page.stages[k - 1], epochs[k], dirs[k], dirs.get(before)) for before, k in zip([None, *chosen], chosen)]
+    todo = []
+    for stage, *rest in stages:  # a mistake in the third shows before the first has trained
+        check_options(get_parser(), stage.train, f"{page.path}: stages[{stage.number - 1}].train")
+        check_configuration(get_parser(), stage_options(cmd, args, stage, *rest))
+        if args.kd_stage in (None, stage.number):
+            todo.append((stage, *rest))
+    for stage, *rest in todo:
+        _train_stage(cmd, args, page, stage, *rest)
     if args.kd_stage in (None, chosen[-1]) and first_rank(args):
         with replacing(output_dir / "experiment.json") as f:
             json.dump({"role": "student", "method": page.method, "kd_stages": chosen, "seed": args.seed}, f)
@@ -121,18 +144,6 @@ def fingerprint(args: argparse.Namespace) -> str:
     return digest.hexdigest()[:12]
 
 
-@contextlib.contextmanager
-def locked(output_dir: Path) -> Iterator[None]:
-    """Hold ``output_dir`` for this run: two at once would overwrite each other's checkpoints (:class:`UserError`)."""
-    output_dir.mkdir(parents=True, exist_ok=True)
-    with open(output_dir / ".lock", "w") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)  # goes with the process, also after a kill
-        except OSError as e:
-            raise UserError(f"{output_dir} is in use by another run; wait, or choose another --output_dir") from e
-        yield
-
-
 def choose_stages(page: Page, wanted: Optional[Sequence[int]]) -> List[int]:
     """The KD stages to train, in order (:class:`UserError` where the page has no such)."""
     chosen = sorted(set(wanted or range(1, len(page.stages) + 1)))
@@ -141,46 +152,10 @@ def choose_stages(page: Page, wanted: Optional[Sequence[int]]) -> List[int]:
     return chosen
 
 
-def _train_stage(
-    cmd: List[str],
-    args: argparse.Namespace,
-    page: Page,
-    stage: KDStage,
-    epochs: int,
-    output_dir: Path,
-    before: Optional[Path],
-) -> None:
-    """One KD stage: an ordinary ESPnet run that starts from the student of the one before."""
-    from espnet_kd.tasks.asr_kd import ASRKDTask
-
-    label = f"KD stage {stage.number} ({stage.name})"
-    record = {
-        "method": page.method,
-        "kd_stage": stage.number,
-        "epochs": epochs,
-        "objectives": [{"objective": o.name, "weight": str(o.weight), **o.conf} for o in stage.objectives],
-        "ctc": {"weight": as_record(stage.ctc_weight), "per": stage.ctc_per},
-        "seed": args.seed,
-        "teacher": args.teacher if page.teacher == "required" else [],
-        "student": fingerprint(args),
-        "pool": page.pool,
-        "init_from": page.init_from,
-        "train": stage.train,
-    }
-    if page.teacher == "required" and args.target_cache:
-        manifest = read_manifest(args.target_cache)
-        record["target_cache"] = {"teacher": manifest.teacher_sha256, **asdict(manifest.policy)}
-    if page.teacher_weights:
-        record["teacher_weights"] = page.teacher_weights
-    if stage.attention_weight != float(stage.ctc_weight != 0.0):
-        record["attention"] = as_record(stage.attention_weight)
-    if stage.nbest and args.nbest and Path(args.nbest).is_file():
-        record["nbest"] = hashlib.sha256(Path(args.nbest).read_bytes()).hexdigest()[:12]
-    if _finished(output_dir, record, label):
-        logging.info("%s is finished in %s", label, output_dir)
-        return
-    if before is not None and not (before / STUDENT).is_file():
-        raise UserError(f"{label} starts from {before / STUDENT}, which is missing: train the KD stage before it first")
+def stage_options(
+    cmd: List[str], args: argparse.Namespace, stage: KDStage, epochs: int, output_dir: Path, before: Optional[Path]
+) -> List[str]:
+    """The command line of one KD stage as an ESPnet run."""
     own = [
         *to_options(stage.train),
         *cmd,
@@ -195,17 +170,62 @@ def _train_stage(
     # Every KD stage of an externally launched job forms a process group of its own, hence its own file.
     if args.dist_init_method.startswith("file://"):
         own += ["--dist_init_method", f"{args.dist_init_method}.kd_stage{stage.number}"]
+    return own
+
+
+def _train_stage(
+    cmd: List[str],
+    args: argparse.Namespace,
+    page: Page,
+    stage: KDStage,
+    epochs: int,
+    output_dir: Path,
+    before: Optional[Path],
+) -> None:
+    """One KD stage: an ordinary ESPnet run that starts from the student of the one before."""
+    label = f"KD stage {stage.number} ({stage.name})"
+    record = {
+        "method": page.method,
+        "kd_stage": stage.number,
+        "epochs": epochs,
+        "objectives": [{"objective": o.name, "weight": str(o.weight), **o.conf} for o in stage.objectives],
+        "ctc": {"weight": as_record(stage.ctc_weight), "per": stage.ctc_per},
+        "seed": args.seed,
+        # A cache says by itself whose it is; with it, --teacher is only compared, and may be spelled in any way.
+        "teacher": args.teacher if page.teacher == "required" and not args.target_cache else [],
+        "student": fingerprint(args),
+        "pool": page.pool,
+        "init_from": page.init_from,
+        "train": stage.train,
+    }
+    if page.teacher == "required" and args.target_cache:
+        manifest = read_manifest(args.target_cache)
+        whose = {"teacher": manifest.teacher_sha256, "config": manifest.config_sha256}
+        record["target_cache"] = {**whose, **asdict(manifest.policy)}
+    if page.teacher_weights:
+        record["teacher_weights"] = page.teacher_weights
+    if stage.attention_weight != float(stage.ctc_weight != 0.0):
+        record["attention"] = as_record(stage.attention_weight)
+    if stage.nbest and args.nbest and Path(args.nbest).is_file():
+        record["nbest"] = hashlib.sha256(Path(args.nbest).read_bytes()).hexdigest()[:12]
+    if _finished(output_dir, record, label):
+        logging.info("%s is finished in %s", label, output_dir)
+        return
+    if before is not None and not (before / STUDENT).is_file():
+        raise UserError(f"{label} starts from {before / STUDENT}, which is missing: train the KD stage before it first")
+    own = stage_options(cmd, args, stage, epochs, output_dir, before)
     if first_rank(args):
         output_dir.mkdir(parents=True, exist_ok=True)
         with replacing(output_dir / RECORD) as f:
             json.dump({**record, "finished": False}, f, indent=2)
         done = mend(output_dir)
         logging.info("%s: %d epochs into %s%s", label, epochs, output_dir, f", from epoch {done + 1}" if done else "")
-    ASRKDTask.main(cmd=own)
+    early = get_parser().parse_args(own).patience is not None
+    train(own)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.barrier()
         if first_rank(args):
-            _finish(output_dir, page, record)
+            _finish(output_dir, page, record, early)
         torch.distributed.barrier()
         if not args.dist_init_method.startswith("file://"):
             # The next KD stage meets in a file: torchrun's store outlives a group, and would give it old addresses.
@@ -214,7 +234,7 @@ def _train_stage(
             args.dist_init_method = f"file://{output_dir.resolve()}/.dist_init_{name[0]}"
         torch.distributed.destroy_process_group()
     elif first_rank(args):
-        _finish(output_dir, page, record)
+        _finish(output_dir, page, record, early)
     else:
         await_finish(output_dir)
 
@@ -256,11 +276,9 @@ def _finished(output_dir: Path, record: Dict[str, Any], label: str) -> bool:
     return finished and (output_dir / STUDENT).is_file()
 
 
-def _finish(output_dir: Path, page: Page, record: Dict[str, Any]) -> None:
+def _finish(output_dir: Path, page: Page, record: Dict[str, Any], early: bool) -> None:
     """Write the student-only file that the next KD stage starts from, then the record."""
-    states = read_checkpoint(output_dir / "checkpoint.pth")
-    if states is None:
-        raise UserError(f"training left no readable checkpoint in {output_dir}; see its log")
+    states = finished_checkpoint(output_dir, record["epochs"], early)
     state = load_state(find_experiment(output_dir)[1]) if page.init_from == "best" else states["model"]
     with replacing(output_dir / STUDENT, "wb") as f:
         torch.save(student_only(state), f)

@@ -221,8 +221,8 @@ def _stamp(u: Utterance, source: Path) -> str:
     """Return size and time of an utterance's audio file."""
     try:
         stat = os.stat(u.audio)
-    except OSError as e:
-        why = f"{u.audio}: {e.strerror}"
+    except (OSError, ValueError) as e:  # ValueError: a path with a NUL in it
+        why = f"{u.audio!r}: {e}" if isinstance(e, ValueError) else f"{u.audio}: {e.strerror}"
         if "|" in u.audio:
             why = f"'{u.audio}' is a shell pipe, which is not run here: convert the audio to a file (flac, wav)"
         raise UserError(f"{source / 'wav.scp'}: utterance '{u.utt_id}': {why}") from e
@@ -335,8 +335,8 @@ def _soundfile():
 
 def _audio_path(audio_dir: str, utt: Utterance) -> Path:
     for name in (utt.utt_id, utt.speaker):
-        if "/" in name or name in (".", ".."):
-            raise UserError(f"'{name}' has a '/': it cannot name a file; rename the utterance or speaker")
+        if {"/", "\0"} & set(name) or name in (".", ".."):
+            raise UserError(f"{name!r} cannot name a file (a '/', for instance); rename the utterance or speaker")
     return Path(audio_dir) / utt.speaker / f"{utt.utt_id}.flac"
 
 
@@ -352,7 +352,8 @@ def _read(utt: Utterance, rate: int, frames: int):
     """Read an utterance (or its segment) as float64, channels averaged."""
     start, stop = 0, frames
     if utt.start is not None and utt.end is not None:
-        start, stop = int(round(utt.start * rate)), min(int(math.ceil(utt.end * rate)), frames)
+        begin, end = (min(seconds, frames / rate) for seconds in (utt.start, utt.end))  # whatever the file says: 1e308
+        start, stop = int(round(begin * rate)), min(int(math.ceil(end * rate)), frames)
     if start >= stop:
         span = "" if utt.end is None else f", segment {utt.start} to {utt.end} s of {frames / rate:.2f} s"
         raise UserError(f"utterance '{utt.utt_id}': no audio in {utt.audio}{span}")

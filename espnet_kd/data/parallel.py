@@ -22,15 +22,14 @@ CHUNK = 16  # items a process gets at a time
 def _start_worker() -> None:
     # Ctrl-C reaches the whole process group; the parent alone speaks, and stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A parent that was killed stops nobody: without this its workers would wait for more items forever.
-    threading.Thread(target=_leave_with_parent, daemon=True).start()
+    leave_with_parent()
 
 
-def _leave_with_parent() -> None:
+def leave_with_parent() -> None:
+    """End this process when its parent is gone: one that was killed stops nobody, and its workers would go on."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        parent.join()
-        os._exit(1)
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _work_all(work: Callable[[Item], Result], items: List[Item]) -> List[Result]:

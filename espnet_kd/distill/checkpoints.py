@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import logging
 import os
 import shutil
@@ -12,7 +13,9 @@ from typing import Any, Dict, Optional
 import numpy as np
 import torch
 
+from espnet_kd.cli import UserError
 from espnet_kd.files import replacing
+from espnet_kd.targets.experiment import load_safely
 
 CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "checkpoint.prev.pth"
@@ -31,28 +34,58 @@ def keep_previous(output_dir: Path) -> None:
 def load_checkpoint(path: Path) -> Dict[str, Any]:
     """Load what ESPnet's trainer wrote: tensors, and of other objects only the numbers and times of its reporter.
 
-    Raises whatever torch raises for an absent or damaged file, or one that holds anything else.
+    Raises:
+        UserError: a whole file that holds anything else (:func:`espnet_kd.targets.experiment.load_safely`).
+        Whatever torch raises for an absent or damaged one.
     """
     scalars = [type(np.dtype(t)) for t in ("float32", "float64", "int64")]
     allowed = [datetime.timedelta, np.dtype, np.float64(0).__reduce__()[0], *scalars]
-    with torch.serialization.safe_globals(allowed):
-        # Memory-mapped: who wants the reporter's few numbers does not read model and optimizer.
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    # Memory-mapped: who wants the reporter's few numbers does not read model and optimizer.
+    return load_safely(path, allowed, mmap=True)
 
 
 def read_checkpoint(path: Path) -> Optional[Dict[str, Any]]:
-    """As :func:`load_checkpoint`, but None where the file is absent or damaged."""
+    """As :func:`load_checkpoint`, but None where the file is absent or damaged.
+
+    ESPnet itself loads a checkpoint with all that it holds: whoever resumes calls this first.
+    """
     if not path.is_file():
         return None
     try:
         states = load_checkpoint(path)
         states["model"], states["reporter"]["epoch"]
         return states
-    except (OSError, MemoryError):
-        raise  # the file may be well: nothing is to be concluded from a disk that did not answer
+    except (MemoryError, UserError):
+        raise
     except Exception as e:  # whatever a damaged archive raises, the answer is the same: not this one
+        # EINVAL is of places that a cut file lacks. After any other the file may be well: the disk did not answer.
+        if isinstance(e, OSError) and e.errno != errno.EINVAL:
+            raise
         logging.warning("%s is damaged (%s)", path, str(e).splitlines()[0] if str(e) else type(e).__name__)
         return None
+
+
+def finished_checkpoint(output_dir: Path, max_epoch: int, early: bool) -> Dict[str, Any]:
+    """The checkpoint of a training that has ended.
+
+    ESPnet ends without an error where no step of an epoch changed the model.
+
+    Args:
+        early: whether it may end before ``max_epoch`` (ESPnet's ``patience``).
+
+    Raises:
+        UserError: no readable checkpoint, or that of an epoch before the last.
+    """
+    states = read_checkpoint(output_dir / CHECKPOINT)
+    if states is None:
+        raise UserError(f"training left no readable checkpoint in {output_dir}; see its log")
+    epoch = states["reporter"]["epoch"]
+    if epoch < max_epoch and not early:
+        raise UserError(
+            f"training ended after epoch {epoch} of {max_epoch}: no step of it had finite gradients, so that nothing "
+            f"changed any more; see the log of {output_dir}, and lower the learning rate (optim_conf: lr)"
+        )
+    return states
 
 
 def mend(output_dir: Path) -> int:
@@ -88,7 +121,7 @@ def mend(output_dir: Path) -> int:
 
 def _same(path: Path, state: Dict[str, torch.Tensor]) -> bool:
     try:
-        found = torch.load(path, map_location="cpu", weights_only=True)
+        found = load_safely(path)
         return found.keys() == state.keys() and all(torch.equal(found[k], v) for k, v in state.items())
     except Exception:  # absent or damaged
         return False

@@ -20,6 +20,7 @@ from espnet_kd.targets.experiment import find_experiment, load_model, load_state
 #: Options that the task adds to ESPnet's; an exported config.yaml has none of them.
 KD_OPTIONS = (
     *("teacher", "target_cache", "kd_config", "kd_stage", "kd_stages", "teacher_memory", "augmented_teacher", "nbest"),
+    "max_nonfinite",
 )
 
 

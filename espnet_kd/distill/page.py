@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import inspect
 import math
@@ -15,6 +14,7 @@ import yaml
 from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives import OBJECTIVES, Objective
 from espnet_kd.distill.schedule import Ramp, Weight
+from espnet_kd.strict import check_mapping, check_type, fits, nearest, parameters
 from espnet_kd.targets.teacher import Needs
 
 METHODS_DIR = Path(__file__).resolve().parent.parent / "conf" / "methods"
@@ -102,10 +102,10 @@ def load_page(name: str) -> Page:
     if path.suffix not in (".yaml", ".yml"):
         path = METHODS_DIR / f"{name}.yaml"
         if not path.is_file():
-            raise UserError(f"unknown method {name!r}{_nearest(name, list_pages())}")
+            raise UserError(f"unknown method {name!r}{nearest(name, list_pages())}")
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+    except Exception as e:  # beside its own errors, PyYAML lets out those of a value that it cannot make (2026-13-01)
         raise UserError(f"cannot read the method page {path}: {e}") from e
     return _page(path, content)
 
@@ -128,12 +128,10 @@ def needed_targets(pages: Sequence[str]) -> Needs:
     )
 
 
-_NUMBER = (int, float)
-
-
 def _page(path: Path, content: Any) -> Page:
     where = str(path)
-    top = _mapping(content, where, ["teacher", "teacher_weights", "pool", "init_from", "ctc", "attention", "stages"])
+    keys = ["teacher", "teacher_weights", "pool", "init_from", "ctc", "attention", "stages"]
+    top = check_mapping(content, where, keys)
     if not isinstance(top.get("stages"), list) or not 1 <= len(top["stages"]) <= 3:
         raise UserError(f"{where}: stages must be a list of one to three KD stages")
     page = Page(
@@ -142,13 +140,11 @@ def _page(path: Path, content: Any) -> Page:
         teacher=_choice(top, "teacher", ["required", "none"], "required", where),
         pool=_choice(top, "pool", ["least_blank", "mean"], "least_blank", where),
         init_from=_choice(top, "init_from", ["last", "best"], "last", where),
-        teacher_weights=_typed(top, "teacher_weights", list, [], where),
-        stages=[
-            _stage(n, stage, top, f"{where}: stages[{n - 1}]") for n, stage in enumerate(top["stages"], 1)
-        ],
+        teacher_weights=_typed(top, "teacher_weights", List[float], [], where),
+        stages=[_stage(n, stage, top, f"{where}: stages[{n - 1}]") for n, stage in enumerate(top["stages"], 1)],
     )
     for weight in page.teacher_weights:
-        if isinstance(weight, bool) or not isinstance(weight, _NUMBER) or not 0 < weight < math.inf:
+        if not 0 < weight < math.inf:
             raise UserError(f"{where}: teacher_weights must be numbers above 0, not {page.teacher_weights}")
     if page.teacher == "none" and page.teacher_weights:
         raise UserError(f"{where}: teacher_weights with teacher: none")
@@ -159,9 +155,9 @@ def _page(path: Path, content: Any) -> Page:
 
 
 def _stage(number: int, content: Any, top: Mapping[str, Any], where: str) -> KDStage:
-    stage = _mapping(content, where, ["name", "share", "ctc", "attention", "objectives", "train"])
-    ctc = _mapping(stage.get("ctc", top.get("ctc", {})), f"{where}.ctc", ["weight", "per"])
-    attention = _mapping(stage.get("attention", top.get("attention", {})), f"{where}.attention", ["weight"])
+    stage = check_mapping(content, where, ["name", "share", "ctc", "attention", "objectives", "train"])
+    ctc = check_mapping(stage.get("ctc", top.get("ctc", {})), f"{where}.ctc", ["weight", "per"])
+    attention = check_mapping(stage.get("attention", top.get("attention", {})), f"{where}.attention", ["weight"])
     objectives = stage.get("objectives", [])
     if not isinstance(objectives, list):
         raise UserError(f"{where}.objectives must be a list")
@@ -169,13 +165,13 @@ def _stage(number: int, content: Any, top: Mapping[str, Any], where: str) -> KDS
     result = KDStage(
         number=number,
         name=_typed(stage, "name", str, f"stage{number}", where),
-        share=_typed(stage, "share", _NUMBER, 1.0, where),
+        share=_typed(stage, "share", float, 1.0, where),
         ctc_weight=ctc_weight,
         ctc_per=_choice(ctc, "per", ["utterance", "label"], "utterance", f"{where}.ctc"),
         # A hybrid student's attention branch uses labels too: off where CTC is off, unless said otherwise.
         attention_weight=_weight(attention.get("weight", float(ctc_weight != 0.0)), f"{where}.attention.weight"),
         objectives=[_objective(o, f"{where}.objectives[{i}]") for i, o in enumerate(objectives)],
-        train=_mapping(stage.get("train", {}), f"{where}.train", None),
+        train=check_mapping(stage.get("train", {}), f"{where}.train"),
     )
     if ctc_weight == 0.0:
         # Nothing pulls the CTC head, or a hybrid's decoder, and no CTC loss can choose the model.
@@ -190,22 +186,18 @@ def _stage(number: int, content: Any, top: Mapping[str, Any], where: str) -> KDS
 
 
 def _objective(content: Any, where: str) -> ObjectiveSpec:
-    entry = dict(_mapping(content, where, None))
+    entry = check_mapping(content, where)
     name = _typed(entry, "objective", str, None, where)
     weight = _weight(entry.pop("weight", 1.0), f"{where}.weight")
     entry.pop("objective")
     cls = objective_class(name, where)
-    named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    defaults = {p.name: p.default for p in inspect.signature(cls).parameters.values() if p.kind in named}
-    _mapping(entry, where, ["objective", "weight", *defaults])
-    for key, default in defaults.items():
-        if default is inspect.Parameter.empty and key not in entry:
+    hints = parameters(cls)
+    check_mapping(entry, where, ["objective", "weight", *hints])
+    for key, hint in hints.items():
+        if key in entry:
+            check_type(entry[key], hint, f"{where}.{key}")
+        elif inspect.signature(cls).parameters[key].default is inspect.Parameter.empty:
             raise UserError(f"{where}: {key} is missing")
-    for key, value in entry.items():
-        # Without a default, or with None, a class from outside checks its values itself.
-        if defaults[key] not in (None, inspect.Parameter.empty):
-            kind = type(defaults[key])
-            _typed(entry, key, {float: _NUMBER, tuple: list}.get(kind, kind), value, where)
 
     def make() -> Objective:
         try:
@@ -226,11 +218,11 @@ def objective_class(name: str, where: str) -> type:
     if name.lower() in OBJECTIVES.classes:
         return OBJECTIVES.get_class(name)
     if "." not in name:
-        raise UserError(f"{where}: unknown objective {name!r}{_nearest(name, list(OBJECTIVES.classes))}")
+        raise UserError(f"{where}: unknown objective {name!r}{nearest(name, list(OBJECTIVES.classes))}")
     module, _, attribute = name.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), attribute)
-    except (ImportError, AttributeError) as e:
+    except Exception as e:  # also whatever is wrong inside that module
         raise UserError(f"{where}: cannot import objective {name}: {e}; is its directory on PYTHONPATH?") from e
     if not (isinstance(cls, type) and issubclass(cls, Objective)):
         raise UserError(f"{where}: {name} is not a subclass of espnet_kd.distill.objectives.Objective")
@@ -238,12 +230,12 @@ def objective_class(name: str, where: str) -> type:
 
 
 def _weight(value: Any, where: str) -> Weight:
-    if isinstance(value, _NUMBER) and not isinstance(value, bool):
-        return _finite(value, where)
     if not isinstance(value, Mapping):
-        raise UserError(f"{where} must be a number, or a ramp {{start: …, end: …}}, not {value!r}")
-    ramp = _mapping(value, where, ["start", "end", "begin", "until", "by"])
-    numbers = {k: _finite(_typed(ramp, k, _NUMBER, 0.0, where), f"{where}.{k}") for k in ramp if k != "by"}
+        if not fits(value, float):
+            raise UserError(f"{where}: expected a number, or a ramp {{start: …, end: …}}, found {value!r}")
+        return _finite(value, where)
+    ramp = check_mapping(value, where, ["start", "end", "begin", "until", "by"])
+    numbers = {k: _finite(_typed(ramp, k, float, 0.0, where), f"{where}.{k}") for k in ramp if k != "by"}
     if not {"start", "end"} <= set(numbers):
         raise UserError(f"{where}: a ramp needs start and end (and may have begin and until, shares of the KD stage)")
     result = Ramp(**numbers, by=_choice(ramp, "by", ["step", "epoch"], "step", where))
@@ -258,26 +250,13 @@ def _finite(value: float, where: str) -> float:
     return float(value)
 
 
-def _mapping(value: Any, where: str, known: Any) -> Dict[str, Any]:
-    """``value`` as a mapping whose keys are all ``known`` (None: any)."""
-    if not isinstance(value, Mapping):
-        raise UserError(f"{where} must be a mapping, not {type(value).__name__}")
-    for key in value:
-        if known is not None and key not in known:
-            raise UserError(f"{where}: unknown key {key!r}{_nearest(str(key), known)}")
-    return dict(value)
-
-
 def _typed(mapping: Mapping[str, Any], key: str, kind: Any, default: Any, where: str) -> Any:
     if key not in mapping:
         if default is None:
             raise UserError(f"{where}: {key} is missing")
         return default
-    value = mapping[key]
-    if not isinstance(value, kind) or (kind is not bool and isinstance(value, bool)):
-        names = "a number" if kind == _NUMBER else f"a {kind.__name__}"
-        raise UserError(f"{where}.{key} must be {names}, not {value!r}")
-    return value
+    check_type(mapping[key], kind, f"{where}.{key}")
+    return mapping[key]
 
 
 def _choice(mapping: Mapping[str, Any], key: str, choices: List[str], default: str, where: str) -> str:
@@ -285,8 +264,3 @@ def _choice(mapping: Mapping[str, Any], key: str, choices: List[str], default: s
     if value not in choices:
         raise UserError(f"{where}.{key} must be one of {', '.join(choices)}, not {value!r}")
     return value
-
-
-def _nearest(name: str, known: Sequence[str]) -> str:
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(known)})"

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import multiprocessing
+import sys
 from pathlib import Path
 from typing import Any, Container, Dict, List, Optional, Sequence, Tuple
 
@@ -14,9 +16,12 @@ from torch import Tensor
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import read_pairs
+from espnet_kd.data.parallel import leave_with_parent
 from espnet_kd.distill.checkpoints import keep_previous
 from espnet_kd.distill.model import ESPnetASRKDModel
+from espnet_kd.distill.nonfinite import NonFiniteLosses
 from espnet_kd.distill.page import KDStage, Page, load_page
+from espnet_kd.distill.preflight import check_disk, log_memory
 from espnet_kd.distill.schedule import EpochHooks, Progress
 from espnet_kd.offline import ASRTask
 from espnet_kd.targets.cache import CachedTeacher, hash_file
@@ -76,6 +81,13 @@ class ASRKDTask(ASRTask):
             default=False,
             help="Let an online teacher hear noise and reverberation that the data loader adds",
         )
+        group.add_argument(
+            "--max_nonfinite",
+            type=int,
+            default=20,
+            metavar="N",
+            help="Stop where more batches of an epoch than this have a loss that is not finite; each is named",
+        )
 
     @classmethod
     def required_data_names(cls, train: bool = True, inference: bool = False) -> Tuple[str, ...]:
@@ -94,23 +106,46 @@ class ASRKDTask(ASRTask):
         Without ``--kd_config``, and for statistics, the student stays as it is and no teacher is loaded.
 
         Raises:
-            UserError: student, teacher and page don't fit.
+            UserError: student, teacher and page don't fit, or there is no room on the disk.
         """
-        student = super().build_model(args)
+        try:
+            student = super().build_model(args)
+        except Exception as e:  # what ESPnet's classes say of their arguments, and of files that they open
+            raise UserError(f"cannot build the model of {args.config}: {type(e).__name__}: {e}") from e
         if getattr(args, "collect_stats", False):
             student.__class__ = StatisticsModel
             return student
-        if getattr(args, "kd_config", None) is None:
-            return student
-        page = load_page(args.kd_config)
-        stage = 1 if args.kd_stage is None else args.kd_stage
-        if not 1 <= stage <= len(page.stages):
-            raise UserError(f"--kd_stage {stage}: {page.path} has KD stages 1 to {len(page.stages)}")
-        check_data(args, [page.stages[k - 1] for k in args.kd_stages or range(stage, len(page.stages) + 1)])
-        nbest = cls._nbest(args) if any(s.nbest for s in page.stages) else None
-        teacher = cls._teacher(args, page) if page.teacher == "required" else None
         cls.progress = Progress(max_epoch=args.max_epoch or 1)
-        return ESPnetASRKDModel.adopt(student, page, stage, teacher, cls.progress, sampling_rate(args), nbest)
+        model, teacher, stages = student, None, [1]
+        if getattr(args, "kd_config", None) is not None:
+            page = load_page(args.kd_config)
+            stage = 1 if args.kd_stage is None else args.kd_stage
+            if not 1 <= stage <= len(page.stages):
+                raise UserError(f"--kd_stage {stage}: {page.path} has KD stages 1 to {len(page.stages)}")
+            stages = [k for k in args.kd_stages or range(1, len(page.stages) + 1) if k >= stage]
+            check_data(args, [page.stages[k - 1] for k in stages])
+            nbest = cls._nbest(args) if any(s.nbest for s in page.stages) else None
+            teacher = cls._teacher(args, page) if page.teacher == "required" else None
+            rate = sampling_rate(args)
+            model = ESPnetASRKDModel.adopt(student, page, stage, teacher, cls.progress, rate, nbest)
+        check_disk(args, model, len(stages))
+        runs = teacher is not None and not args.target_cache
+        beside = sum(x.nbytes for x in teacher.state_dict().values()) if runs else 0
+        log_memory(args, model, sampling_rate(args), beside)
+        NonFiniteLosses(args.max_nonfinite, cls.progress).watch(model)
+        return model
+
+    @classmethod
+    def main_worker(cls, args: argparse.Namespace) -> None:
+        """ESPnet's; a process of its own, one per GPU, tells a mistake in one line too, and ends with its parent."""
+        leave_with_parent()
+        try:
+            super().main_worker(args)
+        except UserError as e:
+            if multiprocessing.parent_process() is None:
+                raise
+            print(f"error: {e}", file=sys.stderr)
+            sys.exit(1)
 
     @staticmethod
     def _nbest(args: argparse.Namespace) -> Optional[Dict[str, List[Tuple[float, Sequence[int]]]]]:
@@ -199,12 +234,13 @@ def cached_teacher(args: argparse.Namespace, page: Page) -> CachedTeacher:
     if len(args.teacher) > 1 or page.teacher_weights:
         raise UserError(f"--target_cache {args.target_cache} holds one teacher's targets; several need --teacher alone")
     for path in args.teacher:
-        file = find_experiment(path)[1]
-        if hash_file(file) != teacher.manifest.teacher_sha256:
-            raise UserError(
-                f"--target_cache {args.target_cache} was made with {teacher.manifest.teacher}, which differs from "
-                f"--teacher {file}; make the cache anew, or leave --teacher out"
-            )
+        config, file = find_experiment(path)
+        for given, kept in ((file, teacher.manifest.teacher_sha256), (config, teacher.manifest.config_sha256)):
+            if hash_file(given) != kept:
+                raise UserError(
+                    f"--target_cache {args.target_cache} was made with {teacher.manifest.teacher}, which differs from "
+                    f"--teacher {path} in {given.name}; make the cache anew, or leave --teacher out"
+                )
     check_utterances(args, teacher, args.target_cache, "asr_kd_cache")
     return teacher
 

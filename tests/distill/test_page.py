@@ -92,12 +92,21 @@ REFUSED = {
     "no objective": (edited("stages", 0, "objectives", 0, {"weight": 1}), r"objectives\[0\]: objective is missing"),
     "twice": (edited("stages", 0, "objectives", [{"objective": "kl"}] * 2), r"stages\[0\].*once, got kl, kl"),
     "number": (edited("stages", 1, "objectives", 0, "temperature", "hot"), r"\[0\].temperature.*number.*'hot'"),
-    "flag for a number": (edited("stages", 1, "objectives", 0, "temperature", True), "temperature must be a number"),
-    "number for a flag": (edited("stages", 1, "objectives", 0, "tau_squared", 1), "tau_squared must be a bool"),
-    "range": (edited("stages", 1, "objectives", 0, "temperature", 0), r"objectives\[0\]: temperature.*above 0, not 0"),
+    "flag for a number": (
+        edited("stages", 1, "objectives", 0, "temperature", True),
+        "temperature: expected a number, found True",
+    ),
+    "number for a flag": (
+        edited("stages", 1, "objectives", 0, "tau_squared", 1),
+        "tau_squared: expected true or false, found 1",
+    ),
+    "range": (edited("stages", 1, "objectives", 0, "temperature", 0), r"objectives\[0\]: temperature.*above 0.*not 0"),
     "per": (edited("stages", 1, "objectives", 0, "per", "label"), r"objectives\[0\]: per.*frame or utterance"),
     "per of ctc": (edited("ctc", {"per": "frame"}), "ctc.per must be one of utterance, label, not 'frame'"),
-    "weight": (edited("stages", 0, "objectives", 0, "weight", "big"), r"objectives\[0\].weight must be"),
+    "weight": (
+        edited("stages", 0, "objectives", 0, "weight", "big"),
+        r"objectives\[0\].weight: expected a number, or a ramp .*, found 'big'",
+    ),
     "ramp without end": (edited("stages", 0, "objectives", 0, "weight", {"start": 1}), "a ramp needs start and end"),
     "ramp's key": (edited("stages", 0, "objectives", 0, "weight", {"strat": 1}), "'strat'; did you mean 'start'"),
     "ramp backwards": (
@@ -112,17 +121,17 @@ REFUSED = {
     "init_from": (edited("init_from", "first"), "init_from must be one of last, best"),
     "no stages": (edited("stages", []), "stages must be a list of one to three"),
     "stages a mapping": (edited("stages", {"share": 1}), "stages must be a list"),
-    "stage a word": (edited("stages", 0, "binary"), r"stages\[0\] must be a mapping, not str"),
+    "stage a word": (edited("stages", 0, "binary"), r"stages\[0\]: expected a mapping, found 'binary'"),
     "objectives a word": (edited("stages", 0, "objectives", "kl"), r"stages\[0\].objectives must be a list"),
-    "train a list": (edited("stages", 0, "train", ["--max_epoch"]), r"stages\[0\].train must be a mapping"),
-    "not a page": (["teacher"], "page.yaml must be a mapping, not list"),
+    "train a list": (edited("stages", 0, "train", ["--max_epoch"]), r"stages\[0\].train: expected a mapping"),
+    "not a page": (["teacher"], r"page.yaml: expected a mapping, found \['teacher'\]"),
     "distance": (
         edited("stages", 0, "objectives", 0, {"objective": "factorized_representation", "distance": "l1"}),
         "distance: must be cosine or l2, not 'l1'",
     ),
     "taps": (
         edited("stages", 0, "objectives", 0, {"objective": "factorized_representation", "taps": ["encoder"]}),
-        "taps: must be pairs",
+        "taps: expected a list, each a list, each text",
     ),
 }
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from espnet_kd.bin import asr_kd_train
+from espnet_kd.cli import UserError
 from espnet_kd.distill.checkpoints import keep_previous, mend, read_checkpoint
 from espnet_kd.distill.schedule import EpochHooks
 
@@ -100,9 +101,43 @@ class Malicious:
         return open, (str(self.mark), "w")
 
 
-def test_a_checkpoint_with_code_is_not_run(tmp_path):
-    torch.save({"model": {}, "reporter": {"epoch": 1}, "x": Malicious(tmp_path / "ran")}, tmp_path / "checkpoint.pth")
-    assert read_checkpoint(tmp_path / "checkpoint.pth") is None
+def test_a_checkpoint_with_code_is_not_run(tmp_path, monkeypatch):
+    """Nor taken for a damaged one, which would cost its user all that was trained."""
+    checkpoint(tmp_path, 1)
+    states = torch.load(tmp_path / "checkpoint.pth", weights_only=False)
+    torch.save({**states, "x": Malicious(tmp_path / "ran")}, tmp_path / "checkpoint.pth")
+    with pytest.raises(UserError, match="checkpoint.pth holds more than tensors .io.open.*ESPNET_KD_TRUST_PICKLE=1"):
+        mend(tmp_path)
+    assert not (tmp_path / "ran").exists()
+    monkeypatch.setenv("ESPNET_KD_TRUST_PICKLE", "1")
+    assert mend(tmp_path) == 1 and (tmp_path / "ran").exists()
+
+
+def test_a_damaged_name_is_no_code(two):
+    """One byte of the pickle changed, and the archive's checksum with it no longer right."""
+    content = bytearray((two / "checkpoint.pth").read_bytes())
+    content[content.index(b"timedelta")] ^= 1
+    (two / "checkpoint.pth").write_bytes(content)
+    assert mend(two) == 1
+
+
+@pytest.mark.parametrize("more", [[], ["--kd_config", "kl", "--teacher", "{teacher}"]])
+def test_espnet_is_not_let_at_a_checkpoint_with_code(corpus, teacher_dir, tmp_path, more):
+    """Its own resume would run it."""
+    out = tmp_path / "out"
+    out.mkdir()
+    torch.save({"model": {}, "reporter": {"epoch": 1}, "x": Malicious(tmp_path / "ran")}, out / "checkpoint.pth")
+    more = [str(teacher_dir) if m == "{teacher}" else m for m in more]
+    with pytest.raises(UserError, match="could run code"):
+        asr_kd_train.main(corpus.options(out, "--resume", "true", *more))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_nor_at_initial_parameters_with_code(corpus, tmp_path):
+    torch.save({"x": Malicious(tmp_path / "ran")}, tmp_path / "init.pth")
+    options = corpus.options(tmp_path / "out", "--init_param", f"{tmp_path}/init.pth:encoder:encoder")
+    with pytest.raises(UserError, match="init.pth holds more than tensors .*could run code"):
+        asr_kd_train.main(options)
     assert not (tmp_path / "ran").exists()
 
 

@@ -1,6 +1,7 @@
 """--dry_run: what the stages would run, on a machine that has neither the data nor the GPUs; and several machines."""
 
 import shlex
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -97,6 +98,54 @@ def test_what_librispeech_decodes(egs2, options, sets):
     done = Recipe(egs2, "librispeech").run("--librispeech", "/no/such/place", *options, "--stage", "13", "--dry_run")
     said = commands(done.stdout)[0]
     assert said[said.index("--data_dir") + 1 :] == [f"dump/raw/{name}" for name in sets]
+
+
+@pytest.mark.parametrize(
+    "name, options, given",
+    [
+        ("an4", ["--an4", "corpus"], ["--an4", "{cwd}/corpus"]),
+        ("aishell", ["--aishell", "/a/b"], ["--aishell", "/a/b"]),
+        ("tedlium2", ["--tedlium2", ".."], ["--tedlium2", "{parent}"]),
+        ("librispeech", ["--train_parts", "x y", "--test_parts", ""], ["--train_parts", "x y", "--test_parts", ""]),
+        ("an4", [], []),
+    ],
+)
+def test_the_corpus_is_where_the_caller_says(egs2, tmp_path, name, options, given):
+    recipe = Recipe(egs2, name)
+    command = [str(recipe.dir / "run.sh"), *options, "--stop_stage", "1", "--local_data_opts", "--nj 3", "--dry_run"]
+    done = subprocess.run(command, cwd=tmp_path, env=recipe.env, capture_output=True, text=True, timeout=60)
+    given = [g.format(cwd=tmp_path, parent=tmp_path.parent) for g in given]
+    assert commands(done.stdout) == [["env", "nj=2", "local/data.sh", *given, "--nj", "3"]], done.stderr
+
+
+@pytest.mark.parametrize(
+    "name, options, message",
+    [
+        ("an4", ["--an4"], "option --an4 needs a value"),
+        ("an4", ["--an4", "--stage", "3"], "option --an4 needs a value"),
+        ("an4", ["--nj"], "option --nj needs a value"),
+        ("librispeech", ["--split_by_speaker"], "option --split_by_speaker needs a value"),
+        ("mini", ["--an4", "x"], "unknown option --an4"),
+        ("an4", ["--corpus_dirs", "x"], "unknown option --corpus_dirs"),
+        ("librispeech", ["--valid_set", "test_clean"], "--valid_set test_clean is one of --test_sets"),
+        ("mini", ["--train_set", "test"], "--train_set test is one of --test_sets"),
+        ("mini", ["--expdir", "my exp"], "--expdir must be without blanks, not 'my exp'"),
+        ("mini", ["--dumpdir", "my dump"], "--dumpdir must be without blanks"),
+    ],
+)
+def test_wrong_options_end_in_one_line(egs2, name, options, message):
+    done = Recipe(egs2, name).run("--dry_run", "true", *options, check=False)
+    assert done.returncode == 2 and done.stdout.count("\n") == 1 and f"error: {message}" in done.stdout
+
+
+def test_two_teachers_of_one_name_share_nothing(egs2):
+    recipe = Recipe(egs2, "mini")
+    places = set()
+    for teacher in ("/a/asr", "/b/asr", "/b/asr/5epoch.pth", "exp/asr"):
+        done = recipe.run("--teacher", teacher, "--stage", "3", "--stop_stage", "4", "--dry_run")
+        words = next(words for words in commands(done.stdout) if "tokens" in words)
+        places.add(words[words.index("--out") + 1])
+    assert len(places) == 3 and "data/token_list/teacher_asr" in places
 
 
 def test_without_test_sets_nothing_can_be_decoded(egs2):

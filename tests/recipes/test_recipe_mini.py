@@ -49,7 +49,7 @@ def test_results_table(finished):
         assert row["rtf"] > 0 and row["train_seconds"] > 0
     exp = finished.dir / "exp"
     assert "progressive_fkl" in (exp / "RESULTS.md").read_text()
-    assert (exp / "curves.png").stat().st_size > 10_000
+    assert (exp / "report/curves_1.png").stat().st_size > 10_000
 
 
 def test_every_kd_stage_has_its_epochs_and_statistics(finished):

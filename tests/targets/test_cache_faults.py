@@ -125,6 +125,7 @@ def empty(path):
 DAMAGES = {
     "cut ark": ("blank.ark", cut, "blank.ark has [0-9]+ bytes, not [0-9]+"),
     "cut tokens": ("tokens.ark", cut, "tokens.ark has"),
+    "cut log-probabilities": ("log_probs.ark", cut, "log_probs.ark has"),
     "cut hidden states": ("encoder.ark", cut, "encoder.ark has"),
     "missing ark": ("tokens.ark", unlink, "tokens.ark: No such file"),
     "offset outside": ("blank.scp", move_far, "offset < "),

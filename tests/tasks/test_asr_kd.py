@@ -1,14 +1,19 @@
 """The task: its options, and what it refuses before anything is trained."""
 
+import multiprocessing
+import os
 import subprocess
 import sys
+import time
 from argparse import Namespace
 from contextlib import nullcontext
 
 import pytest
 import tiny_kd
+import torch
 import yaml
 from espnet2.asr.espnet_model import ESPnetASRModel
+from espnet2.train.distributed_utils import resolve_distributed_mode
 
 from espnet_kd.bin import asr_kd_train
 from espnet_kd.cli import UserError
@@ -45,13 +50,6 @@ def test_print_config_goes_in_again(corpus, teacher_dir, tmp_path):
     assert args.teacher == [] and args.kd_config is None
     args.teacher = [str(teacher_dir)]
     assert ASRKDTask._teacher(args, load_page("kl")) is not None
-
-
-def test_unknown_option_of_a_students_yaml(tmp_path, capsys):
-    tiny_kd.write_yaml(tmp_path / "x.yaml", {"kd_wieght": 1})
-    with pytest.raises(SystemExit) as e:
-        asr_kd_train.main(["--config", str(tmp_path / "x.yaml")])
-    assert e.value.code == 2 and "kd_wieght" in capsys.readouterr().err
 
 
 def parsed(corpus, tmp_path, *more, **changes):
@@ -216,3 +214,49 @@ def test_data_without_text(corpus, method, refused):
         expected = pytest.raises(UserError, match=f"trains with transcripts, but --{without}_data.*label_free")
         with expected if refused else nullcontext():
             check_data(Namespace(**data), load_page(method).stages)
+
+
+def in_a_process(target, *args):
+    process = multiprocessing.get_context("fork").Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def test_a_process_per_gpu_tells_a_mistake_in_one_line(corpus, tmp_path, capfd):
+    args = parsed(corpus, tmp_path, "--kd_config", "progressive_fkl", "--log_level", "ERROR")
+    resolve_distributed_mode(args)
+    process = in_a_process(ASRKDTask.main_worker, args)
+    process.join(60)
+    said = [line for line in capfd.readouterr().err.splitlines() if "WARNING" not in line]
+    assert process.exitcode == 1 and len(said) == 1 and "needs a teacher: give --teacher" in said[0]
+
+
+def test_and_the_one_that_started_it_adds_nothing(corpus, tmp_path, monkeypatch):
+    def fail(cmd):
+        raise torch.multiprocessing.ProcessExitedException("", error_index=0, error_pid=1, exit_code=1)
+
+    monkeypatch.setattr(ASRKDTask, "main", fail)
+    with pytest.raises(SystemExit) as e:
+        asr_kd_train.main(corpus.options(tmp_path / "out"))
+    assert e.value.code == 1
+
+
+def test_a_process_per_gpu_ends_with_its_parent(tmp_path, monkeypatch):
+    def worker():
+        (tmp_path / "pid").write_text(str(os.getpid()))
+        time.sleep(60)
+
+    def parent():
+        monkeypatch.setattr(ASRTask, "main_worker", lambda args: worker())
+        in_a_process(ASRKDTask.main_worker, None).join()
+
+    process = in_a_process(parent)
+    deadline = time.time() + 30
+    while not ((tmp_path / "pid").exists() and (tmp_path / "pid").read_text()):
+        assert time.time() < deadline
+        time.sleep(0.05)
+    process.kill()
+    process.join()
+    while os.path.exists(f"/proc/{(tmp_path / 'pid').read_text()}"):
+        assert time.time() < deadline, "it goes on alone"
+        time.sleep(0.05)

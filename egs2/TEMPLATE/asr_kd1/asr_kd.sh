@@ -36,6 +36,7 @@ feats_normalize=global_mvn
 dumpdir=dump
 expdir=exp
 dry_run=false        # true, or --dry_run alone: print the commands of the stages, run none
+show_options=false   # likewise: print every option with its value, run nothing
 tag=                 # end of the students' directory names; default: the seed, where it isn't 0
 python=python3
 # ---- end of options ----
@@ -43,11 +44,19 @@ python=python3
 stages=${BASH_SOURCE[0]}
 # shellcheck source=egs2/TEMPLATE/asr_kd1/kd_functions.sh
 . "$(dirname "$(realpath "${stages}")")/kd_functions.sh"
-parse_options "$@"
+parse_options "$@" # directories of the corpus count from where this was called, all else from the recipe
+cd "$(dirname "${stages}")"
 # shellcheck disable=SC1091
 . ./path.sh
 # shellcheck disable=SC1091
 . ./cmd.sh
+# What follows from the recipe's own options, where it has such.
+# shellcheck disable=SC1091
+[ ! -e local/options.sh ] || . local/options.sh
+check_options
+[ "${show_options}" = false ] || show_options_and_exit
+trap 'stopped 130' INT
+trap 'stopped 143' TERM
 
 raw=${dumpdir}/raw
 kd_set=${train_set}${untranscribed:+_and_untranscribed} # what the KD stages train on
@@ -55,8 +64,7 @@ kd_set=${train_set}${untranscribed:+_and_untranscribed} # what the KD stages tra
 read -r -a teachers <<<"${teacher}"
 own_teacher=${expdir}/teacher
 if [ ${#teachers[@]} -gt 0 ]; then
-    teacher_name=${teachers[0]%/*.pth}
-    teacher_name=$(basename "${teacher_name}")
+    teacher_name=$(name_of_teacher "${teachers[0]%/*.pth}")
 else
     teachers=("${own_teacher}") teacher_name=teacher
 fi
@@ -94,7 +102,7 @@ if running 1; then
     else
         log "stage 1: data preparation"
         # shellcheck disable=SC2086
-        run env nj="${nj}" local/data.sh ${local_data_opts}
+        run env nj="${nj}" local/data.sh "${corpus[@]}" ${local_data_opts}
     fi
 fi
 
@@ -256,6 +264,5 @@ fi
 if running 13; then
     log "stage 13: scoring and results"
     kd score "${decode[@]}"
-    kd report --expdir "${expdir}"
-    act cat "${expdir}/RESULTS.md"
+    kd report "${expdir}"
 fi

@@ -7,7 +7,7 @@ Usage: ./run.sh [--stage N] [--stop_stage N] [--option value …]
 Example: ./run.sh --stage 8 --method progressive_fkl --teacher exp/teacher --ngpu 1
          ./run.sh --ngpu 4 --num_nodes 2 --dry_run
 
-$(sed -n '2,/^[^#]/s/^# //p' run.sh)
+$(sed -n '2,/^[^#]/s/^# //p' "$(dirname "${stages}")/run.sh")
 
 Stages, the same in every recipe:
    1 data preparation          5 teacher training         8-10 KD stages 1-3
@@ -22,6 +22,9 @@ Batches: --batch_bins is what all GPUs of all machines take together in a step, 
 --accum_grad such steps. On N times the GPUs, N times the --batch_bins fills the same memory of each; with an N-th of the
 --accum_grad beside it the optimizer does the same as before. Teacher and students get the same.
 
+Exit codes: 0 done; 1 a mistake or a failure, said in one line; 2 wrong options; 130 stopped with Ctrl-C, 143 with kill.
+Whatever stopped it, the same command continues where it stopped.
+
 Options (defaults):
 EOF
     options | sed -nE 's/^([a-z_]+)=([^#]*)(# ?(.*))?$/  --\1 \2\t\4/p' | expand -t 36
@@ -30,9 +33,13 @@ EOF
 # The lines of asr_kd.sh that name options and defaults
 options() { sed -n '/^# ---- options/,/^# ---- end/p' "${stages}"; }
 
+# Options of local/data.sh that a recipe names in corpus_dirs (directories) and corpus_options, as given to run.sh
+corpus=()
+declare -A given=() # options of the command line, and their values
+
 # Set the options from the command line; wrong ones end in exit code 2.
 parse_options() {
-    local name number
+    local name
     while [ $# -gt 0 ]; do
         case "$1" in
         -h | --help)
@@ -41,17 +48,32 @@ parse_options() {
             ;;
         --*)
             name=${1#--}
-            grep -qE "^${name}=" <(options) || refuse "unknown option $1; ./run.sh --help lists them"
-            if [ "${name}" = dry_run ] && [[ "${2:---}" == --* ]]; then
-                set -- "$1" true "${@:2}" # the one option that may stand alone
+            if [[ "${name}" =~ ^(dry_run|show_options)$ ]] && [[ "${2:---}" == --* ]]; then
+                set -- "$1" true "${@:2}" # these may stand alone
+            fi
+            if [[ " ${corpus_dirs:-} " == *" ${name} "* ]]; then
+                [[ "${2:---}" != --* ]] || refuse "option $1 needs a value, a directory"
+                set -- "$1" "$(realpath -m -- "$2")" "${@:3}"
             fi
             [ $# -ge 2 ] || refuse "option $1 needs a value"
-            printf -v "${name}" '%s' "$2"
+            if [[ " ${corpus_dirs:-} ${corpus_options:-} " == *" ${name} "* ]]; then
+                corpus+=("$1" "$2")
+            elif grep -qE "^${name}=" <(options); then
+                printf -v "${name}" '%s' "$2"
+            else
+                refuse "unknown option $1; ./run.sh --help lists them"
+            fi
+            given[${name}]=$2
             shift 2
             ;;
         *) refuse "unexpected argument $1; options are --name value" ;;
         esac
     done
+}
+
+# Refuse values that no stage could work with.
+check_options() {
+    local name number
     for number in stage stop_stage ngpu num_nodes nj seed fs batch_bins accum_grad; do
         case "${number}" in batch_bins | accum_grad) [ -n "${!number}" ] || continue ;; esac
         [[ "${!number}" =~ ^[0-9]+$ ]] || refuse "--${number} must be a whole number, not '${!number}'"
@@ -60,6 +82,20 @@ parse_options() {
         [[ "${!name}" =~ ^(true|false)$ ]] || [ "${name}${!name}" = use_amp ] ||
             refuse "--${name} must be true or false, not '${!name}'"
     done
+    for name in expdir dumpdir train_set valid_set tag; do
+        [[ "${!name}" != *[[:space:]]* ]] || refuse "--${name} must be without blanks, not '${!name}'"
+    done
+    for name in train_set valid_set; do
+        [[ " ${test_sets} " != *" ${!name} "* ]] ||
+            refuse "--${name} ${!name} is one of --test_sets: formatting would leave out some of a test set; copy it"
+    done
+}
+
+# Every option as NAME=VALUE, for scripts
+show_options_and_exit() {
+    local name
+    for name in $(options | sed -nE 's/^([a-z_]+)=.*/\1/p'); do echo "${name}=${!name}"; done
+    exit 0
 }
 
 log() { if dry; then echo "# $*"; else echo "$(date '+%H:%M:%S') $*" >&2; fi; }
@@ -79,8 +115,27 @@ run() {
         printf '%q ' "$@"
         echo
     else
-        "$@"
+        "$@" & # so that a signal is acted upon at once
+        wait $!
     fi
+}
+# stopped CODE: by a signal; no process is left behind
+stopped() {
+    local pid
+    trap '' INT TERM
+    for pid in $(jobs -p); do
+        # shellcheck disable=SC2046
+        kill $(with_descendants "${pid}") 2>/dev/null || true
+    done
+    wait
+    echo "error: stopped; the same command continues where it stopped" >&2
+    exit "$1"
+}
+with_descendants() {
+    local child
+    echo "$1"
+    # shellcheck disable=SC2013
+    for child in $(cat "/proc/$1/task/"*/children 2>/dev/null); do with_descendants "${child}"; done
 }
 # act COMMAND …: what stands around the work, such as making directories; nothing in a dry run
 act() { dry || "$@"; }
@@ -252,6 +307,17 @@ page_of() {
 # cached: whether the KD stages train from targets on disk
 cached() { [ "${target_cache}" = true ] && [ "${page[teacher]}" = required ]; }
 needs_teacher() { [ -n "${teacher}${page[without_teacher]}" ] || needs "${own_teacher}/.done" 5; }
+
+# name_of_teacher EXP: in the names of what is made of it; that of one from elsewhere says which of its name it is
+name_of_teacher() {
+    local dir
+    dir=$(realpath -m -- "$1")
+    if [ "$(dirname "${dir}")" = "$(realpath -m -- "${expdir}")" ]; then
+        basename "${dir}"
+    else
+        echo "$(basename "${dir}")_$(cksum <<<"${dir}" | cut -d ' ' -f 1)"
+    fi
+}
 
 # given_teacher I: set found to the given teacher number I, seen from where the recipe's results lie: they are not put
 # into somebody else's directory

@@ -33,8 +33,8 @@ progress() {
     }' >&2
 }
 
-pids=()
-trap 'kill "${pids[@]}" 2>/dev/null || true' INT TERM
+pids=() reader=""
+trap 'trap "" INT TERM; kill "${pids[@]}" 2>/dev/null || true; wait; exit 143' INT TERM
 for ((job = first; job <= last; job++)); do
     job_log=${log} command=("$@")
     if [ -n "${name}" ]; then
@@ -42,7 +42,10 @@ for ((job = first; job <= last; job++)); do
     fi
     mkdir -p "$(dirname "${job_log}")"
     if [ "${first}" = "${last}" ]; then
-        ("${command[@]}" 2>&1 | tee -a "${job_log}" | progress) &
+        exec {shown}> >(tee -a "${job_log}" | progress)
+        reader=$!
+        "${command[@]}" >&"${shown}" 2>&1 {shown}>&- & # not in a pipe: the signal above has to reach it
+        exec {shown}>&-
     else
         "${command[@]}" >"${job_log}" 2>&1 &
     fi
@@ -50,7 +53,10 @@ for ((job = first; job <= last; job++)); do
 done
 failed=0
 for i in "${!pids[@]}"; do
-    if ! wait "${pids[i]}"; then
+    rc=0
+    wait "${pids[i]}" || rc=$?
+    [ -z "${reader}" ] || wait "${reader}" 2>/dev/null || true # until all that was said is written
+    if [ "${rc}" != 0 ]; then
         failed=1
         job_log=${log//${name:-JOB}/$((first + i))}
         [ -n "${name}" ] || job_log=${log}

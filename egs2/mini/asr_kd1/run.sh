@@ -1,9 +1,7 @@
 #!/usr/bin/env bash
 # The embedded default: speech synthesised on the spot, nothing to download.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
-
-./asr_kd.sh \
+exec "$(dirname "${BASH_SOURCE[0]}")/asr_kd.sh" \
     --token_type char \
     --min_seconds 0.4 \
     --max_seconds 10 \

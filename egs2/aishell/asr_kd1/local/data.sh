@@ -5,4 +5,4 @@ set -euo pipefail
 # shellcheck source=/dev/null
 . ./path.sh
 
-python3 -m espnet_kd.bin.asr_kd_data aishell --out data --nj "${nj:-1}" ${aishell:+--aishell "${aishell}"} "$@"
+python3 -m espnet_kd.bin.asr_kd_data aishell --out data --nj "${nj:-1}" "$@"

@@ -5,4 +5,4 @@ set -euo pipefail
 # shellcheck source=/dev/null
 . ./path.sh
 
-python3 -m espnet_kd.bin.asr_kd_data an4 --out data ${an4:+--an4 "${an4}"} "$@"
+python3 -m espnet_kd.bin.asr_kd_data an4 --out data "$@"

@@ -5,8 +5,4 @@ set -euo pipefail
 # shellcheck source=/dev/null
 . ./path.sh
 
-opts=()
-for name in librispeech train_parts valid_parts test_parts split_by_speaker; do
-    [ -z "${!name+x}" ] || opts+=("--${name}" "${!name}")
-done
-python3 -m espnet_kd.bin.asr_kd_data librispeech --out data --nj "${nj:-1}" "${opts[@]}" "$@"
+python3 -m espnet_kd.bin.asr_kd_data librispeech --out data --nj "${nj:-1}" "$@"

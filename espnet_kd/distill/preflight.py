@@ -1,0 +1,174 @@
+"""What is looked at before training begins, in seconds: data, room on the disk, memory.
+
+Whether student, teacher, targets and page fit each other is seen when the KD model is made (``checks.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+from pathlib import Path
+from typing import Dict, List, Optional, Set, Tuple
+
+import numpy as np
+import torch
+from espnet2.asr.espnet_model import ESPnetASRModel
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import read_pairs
+
+GIB = 2**30
+#: Types of data whose files have a line per utterance, its id first.
+LISTS = ("sound", "text", "kaldi_ark", "npy", "text_int", "csv_int", "text_float", "csv_float")
+SIGNALS = (1.0, 2.0, 4.0)  # seconds, of the memory's test
+SAMPLED = 100  # audio files of a wav.scp that are looked for
+
+
+def check_files(args: argparse.Namespace) -> None:
+    """Refuse data that training would stumble over: missing files, ids that only some of them have, missing audio.
+
+    What is trained on are the utterances of the shape files; the data files may hold more.
+
+    Raises:
+        UserError: naming file and utterances.
+    """
+    for part in ("train", "valid"):
+        data = getattr(args, f"{part}_data_path_and_name_and_type") or []
+        shapes: List[str] = getattr(args, f"{part}_shape_file") or []
+        if not data or any(Path(p).is_dir() for p, _, _ in data):  # with --multiple_iterator directories of parts
+            continue
+        if not shapes and not args.collect_stats and args.iterator_type == "sequence":
+            raise UserError(f"no --{part}_shape_file: make statistics first (stage 4 of run.sh)")
+        ids = [_ids(path) for path in shapes]
+        for path, mine in zip(shapes, ids):
+            if not mine:
+                raise UserError(f"{path} is empty: there is nothing to {'train on' if part == 'train' else 'validate'}")
+            _refuse_lack(path, mine, shapes[0], ids[0])
+            _refuse_lack(shapes[0], ids[0], path, mine)
+        for path, _, kind in data:
+            if kind in LISTS and ids:
+                _refuse_lack(path, _ids(path), shapes[0], ids[0])
+            if kind == "sound":
+                _look_for_audio(path)
+
+
+def _ids(path: str) -> Set[str]:
+    return {utt_id for utt_id, _ in read_pairs(path)}
+
+
+def _refuse_lack(path: str, mine: Set[str], other: str, needed: Set[str]) -> None:
+    lacking = sorted(needed - mine)
+    if lacking:
+        raise UserError(
+            f"{path} lacks {len(lacking)} utterances of {other} ({', '.join(lacking[:5])} …); the data changed after "
+            "the statistics: make them anew (stages 2 to 4 of run.sh)"
+        )
+
+
+def _look_for_audio(path: str) -> None:
+    pairs = list(read_pairs(path))
+    for utt_id, audio in pairs[:: max(1, len(pairs) // SAMPLED)]:
+        if not audio.endswith("|") and not os.path.exists(audio):
+            raise UserError(f"{path}: the audio of {utt_id} is missing, {audio} (seen from the working directory)")
+
+
+def check_disk(args: argparse.Namespace, model: torch.nn.Module, stages: int = 1) -> None:
+    """Refuse a disk without room for what ``stages`` trainings of ``model`` write (:class:`UserError`)."""
+    weights = sum(x.nbytes for x in model.state_dict().values())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    # The checkpoint holds Adam's two moments beside the model; the one before stays, and both are there twice while
+    # they are replaced. Models: the n best by each criterion, the newest, an average each, and what goes on.
+    criteria = len(args.best_model_criterion)
+    kept = args.keep_nbest_models if isinstance(args.keep_nbest_models, list) else [args.keep_nbest_models]
+    needed = stages * (3 * (weights + 2 * trained) + (criteria * (max(kept, default=1) + len(kept)) + 2) * weights)
+    out = Path(args.output_dir)
+    there = sum(p.stat().st_size for p in out.glob("*.pth") if not p.is_symlink())  # of this run: to be replaced
+    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
+    if needed - there > free:
+        raise UserError(
+            f"{args.output_dir}: checkpoints and models of {stages} training{'s' * (stages > 1)} take about "
+            f"{needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free; make room, or lower keep_nbest_models"
+        )
+
+
+def log_memory(args: argparse.Namespace, model: ESPnetASRModel, rate: float, beside: int = 0) -> None:
+    """Say what training will take of the device's memory, and warn where there is less. An estimate.
+
+    Parameters, their gradients and Adam's two moments are counted; what the encoder keeps of the largest batch for the
+    backward pass is extrapolated from short test signals.
+
+    Args:
+        rate: sampling rate, Hz.
+        beside: bytes of other models, the teacher's.
+    """
+    largest = _largest_batch(args)
+    if model.frontend is None or largest is None:
+        return
+    states = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters()) + beside
+    count, seconds = largest[0], largest[1] / rate
+    activations = count * float(np.polyval([*_kept_for_backward(model, rate), 0.0], seconds))
+    if args.use_amp:
+        activations /= 2  # mostly in half precision
+    available = _available(args.ngpu)
+    total = states + activations
+    message = (
+        f"memory, an estimate: {states / GIB:.2f} GiB for models, gradients and optimizer, {activations / GIB:.2f} GiB "
+        f"for the largest batch ({count} × {seconds:.1f} s)"
+    )
+    if available is None or total <= available:
+        logging.info("%s", message)
+    else:
+        less = "batch_bins" if args.batch_type in ("numel", "length") else "batch_size"
+        logging.warning("%s, but %.2f GiB are free; lower %s if it ends", message, available / GIB, less)
+
+
+def _largest_batch(args: argparse.Namespace) -> Optional[Tuple[int, int]]:
+    """(utterances, samples of the longest) of the batch with the longest utterance, of one process; None: unknown."""
+    files = args.train_shape_file
+    if not files or args.multiple_iterator:
+        return None
+    longest = max((int(shape.split(",")[0]) for _, shape in read_pairs(files[0])), default=0)
+    if args.batch_type in ("numel", "length"):
+        together = args.batch_bins / longest if longest else 0
+    else:
+        together = args.batch_size
+    return max(1, round(together / (args.dist_world_size or 1))), longest
+
+
+def _kept_for_backward(model: ESPnetASRModel, rate: float) -> Tuple[float, float]:
+    """What encoder and CTC head keep of an utterance of s seconds for the backward pass: (a, b), a · s² + b · s bytes.
+
+    Measured on short test signals in eval mode, hence without what dropout keeps; s² is attention's.
+    """
+    p = next(model.parameters())
+    sizes = []
+    model.eval()
+    for seconds in SIGNALS:
+        kept: Dict[int, torch.Tensor] = {}  # by address, one of each; held, so that no address is given twice
+
+        def pack(x: torch.Tensor, kept: Dict[int, torch.Tensor] = kept) -> torch.Tensor:
+            kept[x.untyped_storage().data_ptr()] = x
+            return x
+
+        samples = int(seconds * rate)
+        speech = torch.sin(torch.arange(samples, device=p.device, dtype=p.dtype))[None]
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            out = model.encode(speech, torch.tensor([samples], device=p.device))[0]
+            model.ctc.ctc_lo(out[0] if isinstance(out, tuple) else out).log_softmax(-1)
+        sizes.append(sum(x.untyped_storage().nbytes() for x in kept.values()))
+    model.train()
+    square, linear, _ = np.polyfit(SIGNALS, sizes, 2)  # the constant: parameters, position tables
+    return max(0.0, float(square)), max(0.0, float(linear))
+
+
+def _available(ngpu: int) -> Optional[int]:
+    """Free bytes of the GPU or, without one, of the machine; None where it cannot be known."""
+    if ngpu > 0:
+        return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError, ValueError):
+        return None

@@ -1,0 +1,121 @@
+"""Strict reading of what a user wrote: unknown keys are refused with the nearest name, wrong types with their place."""
+
+from __future__ import annotations
+
+import collections.abc
+import contextlib
+import difflib
+import inspect
+import sys
+import types
+import typing
+from typing import Any, Callable, Dict, Iterable, Literal, Mapping, Optional, Union
+
+from espnet_kd.cli import UserError
+
+_NAMES = {
+    **{bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "nothing"},
+    **{list: "a list", tuple: "a list", dict: "a mapping"},
+}
+_LISTS = (list, tuple, set, collections.abc.Sequence, collections.abc.Collection, collections.abc.Iterable)
+_MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The end of a message about an unknown name: what may have been meant, and all there is."""
+    known = list(known)
+    close = difflib.get_close_matches(name, known, n=1)
+    return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(known)})"
+
+
+def check_mapping(value: Any, where: str, known: Optional[Iterable[str]] = None) -> Dict[str, Any]:
+    """``value`` as a mapping whose keys are all ``known`` (None: any).
+
+    Raises:
+        UserError: no mapping, or an unknown key.
+    """
+    if not isinstance(value, Mapping):
+        raise UserError(f"{where}: expected a mapping, found {value!r}")
+    for key in value:
+        if known is not None and key not in known:
+            raise UserError(f"{where}: unknown key {key!r}{nearest(str(key), known)}")
+    return dict(value)
+
+
+def check_type(value: Any, hint: Any, where: str) -> None:
+    """Refuse a value read from YAML that an annotation excludes (:class:`UserError`)."""
+    if fits(value, hint):
+        return
+    trap = ""
+    if isinstance(value, str) and fits(0.5, hint):
+        with contextlib.suppress(ValueError):  # 1e-3 is no number to YAML, 1.0e-3 is one
+            trap = f" (YAML takes that for text: write {float(value)!r})"
+    raise UserError(f"{where}: expected {describe(hint)}, found {value!r}{trap}")
+
+
+def fits(value: Any, hint: Any) -> bool:
+    """Whether a value read from YAML can be what an annotation says; a list serves as a tuple, 1 as a number."""
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return any(fits(value, h) for h in inner)
+    if origin is Literal:
+        return value in inner
+    if hint is None or hint is type(None):
+        return value is None
+    if origin is float:  # YAML has whole numbers that no float can hold
+        huge = isinstance(value, int) and abs(value) > sys.float_info.max
+        return isinstance(value, (int, float)) and not isinstance(value, bool) and not huge
+    if origin is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    if origin in (bool, str):
+        return isinstance(value, origin)
+    if origin in _LISTS:
+        each = [h for h in inner if h is not Ellipsis]
+        same = len(each) == 1 or Ellipsis in inner  # else a tuple of so many, each of its own kind
+        listed = isinstance(value, (list, tuple))
+        return listed and (not same or all(fits(v, each[0]) for v in value))
+    if origin in _MAPPINGS:
+        return isinstance(value, Mapping)
+    # YAML gives none of the classes that are left (tensors, modules): they are no reason to refuse, nor to accept where
+    # a union has something else.
+    return origin in (Any, object) or not isinstance(origin, type) or not isinstance(value, tuple(_NAMES))
+
+
+def describe(hint: Any) -> str:
+    """An annotation in words."""
+    origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
+    if origin in (Union, types.UnionType):
+        return " or ".join(dict.fromkeys(describe(h) for h in inner))
+    if origin is Literal:
+        return "one of " + ", ".join(map(repr, inner))
+    if origin in _LISTS:
+        return "a list" + (f", each {describe(inner[0])}" if len(set(inner) - {Ellipsis, Any}) == 1 else "")
+    if origin in _MAPPINGS:
+        return "a mapping"
+    return _NAMES.get(origin, getattr(origin, "__name__", str(origin)))
+
+
+def parameters(function: Callable[..., Any]) -> Dict[str, Any]:
+    """{parameter that may be named: annotation} of a function or class.
+
+    What is not annotated is expected to be like its default; ``Any`` where that says nothing. A default of None makes
+    None welcome.
+    """
+    target = function.__init__ if isinstance(function, type) else function
+    try:
+        hints = typing.get_type_hints(target)
+    except (NameError, TypeError, AttributeError):  # names that only a type checker imports
+        hints = {}
+    found = {}
+    for p in inspect.signature(function).parameters.values():
+        if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):
+            continue
+        like = type(p.default) if p.default not in (p.empty, None) and type(p.default) in _NAMES else Any
+        hint = hints.get(p.name, float if like is int else like)
+        found[p.name] = Optional[hint] if p.default is None else hint
+    return found
+
+
+def takes_anything(function: Callable[..., Any]) -> bool:
+    """Whether a function or class has ``**kwargs``."""
+    return any(p.kind is p.VAR_KEYWORD for p in inspect.signature(function).parameters.values())

@@ -1,0 +1,136 @@
+"""What is looked at before training begins."""
+
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+
+from espnet_kd.bin import asr_kd_train
+from espnet_kd.cli import UserError
+from espnet_kd.distill import preflight
+from espnet_kd.tasks.asr_kd import ASRKDTask
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.fixture
+def own(corpus, tmp_path):
+    """A copy of the tiny corpus that may be broken, and the command line of a training on it."""
+    copy = tmp_path / "corpus"
+    shutil.copytree(corpus.dir, copy)
+    text = (copy / "train" / "wav.scp").read_text()
+    (copy / "train" / "wav.scp").write_text(text.replace(str(corpus.dir), str(copy)))
+    options = corpus.options(tmp_path / "out")
+    return copy, [o.replace(f"{corpus.dir}/train", f"{copy}/train") for o in options]
+
+
+def without(path, number):
+    lines = path.read_text().splitlines(keepends=True)
+    del lines[number]
+    path.write_text("".join(lines))
+
+
+BREAK = {
+    "no file": (lambda d: (d / "train/text").unlink(), "train/text: no such file"),
+    "no shapes": (lambda d: (d / "train/speech_shape").write_text(""), "train/speech_shape is empty"),
+    "text lacks one": (lambda d: without(d / "train/text", 3), r"train/text lacks 1 .*speech_shape \(train3 …\)"),
+    "wav.scp lacks one": (lambda d: without(d / "train/wav.scp", 0), r"wav.scp lacks 1 .*speech_shape \(train0"),
+    "shapes differ": (lambda d: without(d / "train/speech_shape", 1), r"speech_shape lacks 1 .*_shape.char \(train1"),
+    "no audio": (lambda d: (d / "train/train5.wav").unlink(), "the audio of train5 is missing, .*train5.wav"),
+}
+
+
+@pytest.mark.parametrize("harm, message", BREAK.values(), ids=BREAK)
+def test_data_that_do_not_fit_each_other(own, harm, message):
+    directory, options = own
+    harm(directory)
+    with pytest.raises(UserError, match=message):
+        asr_kd_train.main(options)
+
+
+def test_data_files_may_hold_more_than_is_trained_on(own):
+    directory, options = own
+    for name in ("speech_shape", "text_shape.char"):
+        without(directory / "train" / name, 2)
+    preflight.check_files(ASRKDTask.get_parser().parse_args(options))
+
+
+def test_without_statistics(own):
+    _, options = own
+    at = [i for i, o in enumerate(options) if o == "--train_shape_file"]
+    options = [o for i, o in enumerate(options) if i not in at and i - 1 not in at]
+    with pytest.raises(UserError, match="no --train_shape_file: make statistics first"):
+        asr_kd_train.main(options)
+
+
+def test_a_full_disk_is_refused_before_training(corpus, teacher_dir, tmp_path, monkeypatch):
+    options = corpus.options(tmp_path / "out", "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")
+    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**5, 10**5))
+    with pytest.raises(UserError, match="out/kd_stage1: checkpoints and models of 3 trainings take about 0.0 GiB"):
+        asr_kd_train.main(options)
+    assert not list(tmp_path.glob("out/**/*.pth"))
+
+
+def test_room_is_counted_as_it_is_taken(corpus, tmp_path, monkeypatch):
+    """What training leaves is no more than what was asked for, and not a small part of it; a resume needs less."""
+    options = corpus.options(tmp_path / "out", "--use_tensorboard", "false", max_epoch=2)
+    args = ASRKDTask.get_parser().parse_args(options)
+    model = ASRKDTask.build_model(args)
+
+    def enough(free):
+        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(0, 0, free))
+        try:
+            preflight.check_disk(args, model)
+        except UserError:
+            return False
+        return True
+
+    def needed(low=0, high=10**9):
+        while high - low > 1000:
+            middle = (low + high) // 2
+            low, high = (low, middle) if enough(middle) else (middle, high)
+        return high
+
+    before = needed()
+    monkeypatch.undo()
+    asr_kd_train.main(options)
+    left = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.pth") if not p.is_symlink())
+    assert left < before < 3 * left
+    assert needed() == pytest.approx(before - left, abs=3000)
+
+
+def test_memory_is_estimated(corpus, tmp_path, monkeypatch, caplog):
+    options = corpus.options(tmp_path / "out")
+    args = ASRKDTask.get_parser().parse_args(options)
+    with caplog.at_level("INFO"):
+        model = ASRKDTask.build_model(args)
+    assert "memory, an estimate: " in caplog.text and "(3 × 1.3 s)" in caplog.text and "are free" not in caplog.text
+    assert model.training
+    caplog.clear()
+    monkeypatch.setattr(preflight, "_available", lambda ngpu: 10**6)
+    preflight.log_memory(args, model, 16000.0)
+    assert "0.00 GiB are free; lower batch_size" in caplog.text
+    assert preflight._available(0) is None or preflight._available(0) >= 0
+
+
+def test_the_estimate_is_near_what_a_step_keeps(corpus, tmp_path):
+    """Against what autograd really keeps of a batch in training, with dropout."""
+    args = ASRKDTask.get_parser().parse_args(corpus.options(tmp_path / "out"))
+    model = ASRKDTask.build_model(args).train()
+    sizes = []
+    for seconds in (2, 8):
+        kept = {}
+
+        def pack(x, kept=kept):
+            kept[x.untyped_storage().data_ptr()] = x
+            return x
+
+        speech, lengths = torch.randn(3, seconds * 16000), torch.full((3,), seconds * 16000)
+        text, text_lengths = torch.full((3, 4), 3), torch.full((3,), 4)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            model(speech=speech, speech_lengths=lengths, text=text, text_lengths=text_lengths)
+        sizes.append(sum(x.untyped_storage().nbytes() for x in kept.values()))
+    square, linear = preflight._kept_for_backward(model, 16000)
+    estimate = 3 * (square * (8**2 - 2**2) + linear * (8 - 2))
+    assert 0.7 < estimate / (sizes[1] - sizes[0]) < 1.2

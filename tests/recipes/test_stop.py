@@ -1,0 +1,71 @@
+"""Ctrl-C and kill: one line says how to go on, and no process is left behind."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from recipe import Recipe
+
+SECONDS = "98765"
+
+
+@pytest.fixture
+def recipe(egs2):
+    """Data as stages 1 to 4 leave them, and a Python that sleeps, as does a child of its own."""
+    recipe = Recipe(egs2, "mini")
+    files = {f"dump/raw/{s}/{f}": "u1 x\nu2 x\n" for s in ("train", "valid", "test") for f in ("wav.scp", "text")}
+    files |= {"data/train/wav.scp": "u1 x\n", "data/token_list/char/tokens.txt": "x\n"}
+    for name, content in {**files, "fake_python": f"#!/usr/bin/env bash\nsleep {SECONDS} &\nsleep {SECONDS}\n"}.items():
+        path = recipe.dir / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(content)
+    (recipe.dir / "fake_python").chmod(0o755)
+    return recipe
+
+
+def sleepers(directory: Path) -> list:
+    found = []
+    for pid in filter(str.isdigit, os.listdir("/proc")):
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            if words[:2] == [b"sleep", SECONDS.encode()] and os.readlink(f"/proc/{pid}/cwd") == str(
+                directory.resolve()
+            ):
+                found.append(pid)
+        except OSError:  # it has ended meanwhile
+            continue
+    return found
+
+
+#: Preparation, jobs side by side, a training run: how many processes sleep in each.
+@pytest.mark.parametrize("stage, asleep", [(2, 2), (4, 4), (6, 2)])
+@pytest.mark.parametrize("how, code", [("Ctrl-C", 130), ("kill", 143)])
+def test_nothing_is_left_behind(recipe, stage, asleep, how, code):
+    if stage == 6:
+        (recipe.dir / "exp/stats_train_char").mkdir(parents=True, exist_ok=True)
+        (recipe.dir / "exp/stats_train_char/.done").touch()
+    command = recipe.command("--stage", str(stage), "--stop_stage", str(stage), "--python", "./fake_python")
+    run = subprocess.Popen(
+        [*command, "--expdir", "exp" if stage == 6 else f"exp_{how}"], cwd=recipe.dir, env=recipe.env,
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.time() + 60
+        while len(sleepers(recipe.dir)) < asleep:
+            assert time.time() < deadline and run.poll() is None, run.communicate()
+            time.sleep(0.1)
+        if how == "kill":
+            os.kill(run.pid, signal.SIGTERM)  # the script alone
+        else:
+            os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+        said, _ = run.communicate(timeout=20)
+        left = sleepers(recipe.dir)
+    finally:
+        for pid in sleepers(recipe.dir):
+            os.kill(int(pid), signal.SIGKILL)
+    assert run.returncode == code and not left
+    assert said.splitlines()[-1] == "error: stopped; the same command continues where it stopped"
+    assert "failed" not in said and "Traceback" not in said
