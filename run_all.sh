@@ -178,7 +178,8 @@ logs=${expdir}/run_all
 mkdir -p "${logs}"
 failed=() finished=0
 
-# All that is to be run, as "NAME|options": what needs no teacher beside its training, N-best lists, then the students.
+# All that is to be run, as "NAME|options": what needs no teacher beside its training, what students share of it, the
+# students.
 first=("teacher|--stage 5 --stop_stage 5") lists=() second=()
 experiments=() # that there will be to decode, as "NAME|EXP"
 without_text=${train_set}_without_text
@@ -217,7 +218,7 @@ for method in "${list[@]}"; do
             first+=("plain like ${name}, seed ${seed}|--stage 6 --stop_stage 6 --seed ${seed} ${own} --tag ${name}${tag:+_${tag}}")
             experiments+=("plain like ${name}, seed ${seed}|${expdir}/student_plain_${name}${tag:+_${tag}}")
         fi
-        entry="${name}, seed ${seed}|--stage 7 --stop_stage 11 --method ${method} --seed ${seed} ${own} ${data}"
+        entry="${name}, seed ${seed}|--stage 8 --stop_stage 11 --method ${method} --seed ${seed} ${own} ${data}"
         if [ "$(fact "${method}" teacher)" = none ] && [ "$(fact "${method}" nbest)" = 0 ]; then
             first+=("${entry}")
         else
@@ -225,9 +226,9 @@ for method in "${list[@]}"; do
         fi
         experiments+=("${name}, seed ${seed}|${expdir}/student_${name}${tag:+_${tag}}/export")
     done
-    if [ "$(fact "${method}" nbest)" != 0 ]; then
+    if [ "$(fact "${method}" nbest)" != 0 ] || [ "$(value target_cache)$(fact "${method}" teacher)" = truerequired ]; then
         # Once, before the seeds that share it run side by side.
-        lists+=("N-best for ${name}|--stage 7 --stop_stage 7 --method ${method} ${data}")
+        lists+=("stage 7 for ${name}|--stage 7 --stop_stage 7 --method ${method} ${data}")
     fi
 done
 total=$((${#first[@]} + ${#lists[@]} + ${#second[@]}))

@@ -51,9 +51,10 @@ RUN = """#!/usr/bin/env bash
 set -eu
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [ "${*: -1}" = --show_options ]; then
-    expdir=exp dumpdir=dump train_set=train test_sets="clean other" ngpu=0 nj=2 teacher= python=./fake_python
+    expdir=exp dumpdir=dump train_set=train test_sets="clean other" ngpu=0 nj=2 teacher= target_cache=false
+    python=./fake_python
     while [ $# -gt 1 ]; do printf -v "${1#--}" '%s' "$2"; shift 2; done
-    for name in expdir dumpdir train_set test_sets ngpu nj teacher python; do echo "${name}=${!name}"; done
+    for name in expdir dumpdir train_set test_sets ngpu nj teacher target_cache python; do echo "${name}=${!name}"; done
     exit
 fi
 echo "$*" >>calls
@@ -66,7 +67,7 @@ while [ $# -gt 0 ]; do printf -v "${1#--}" '%s' "$2"; shift 2; done
 case "${stage}" in
 1) mkdir -p dump/raw/train/audio && touch dump/raw/train/{wav.scp,utt2spk,text,audio/u.flac}; exit ;;
 6) dir=exp/student_plain${tag:+_${tag}}; sleep "$(cat seconds)" & wait ;;
-7) dir=exp/student_$(basename "${method}")${tag:+_${tag}}/export ;;
+8) dir=exp/student_$(basename "${method}")${tag:+_${tag}}/export ;;
 *) exit 0 ;;
 esac
 mkdir -p "${dir}"
@@ -103,7 +104,7 @@ def test_every_method_runs_for_every_seed_beside_a_plain_student_like_it(egs2, s
     first = {"--stage 5 --stop_stage 5", f"--stage 4 --stop_stage 4 {without}"}
     second = set()
     for seed in ("0", "1"):
-        plain, kd = f"--stage 6 --stop_stage 6 --seed {seed}", "--stage 7 --stop_stage 11 --method"
+        plain, kd = f"--stage 6 --stop_stage 6 --seed {seed}", "--stage 8 --stop_stage 11 --method"
         tag = "layer_pruning" + ("" if seed == "0" else "_seed1")
         first |= {plain, f"{plain} {own}layer_pruning.yaml --tag {tag}"}
         first |= {f"{kd} self_kd --seed {seed} {own}self_kd.yaml"}
@@ -126,6 +127,14 @@ def test_every_method_runs_for_every_seed_beside_a_plain_student_like_it(egs2, s
         assert set(exps.split()[2:]) == expected
         assert data == f"dump/raw/clean dump/raw/other {rest}".strip()
     assert said[20] == "espnet_kd.bin.asr_kd_report exp"
+
+
+def test_targets_on_disk_are_made_once_for_all_seeds(egs2, stub):
+    done = run_all(egs2, "--recipe", "stub", "--methods", "kl cr_ctc", "--seeds", "0 1", "--target_cache", "true")
+    assert done.returncode == 0, done.stdout
+    assert [c for c in calls(stub) if "--stage 7" in c] == [
+        "--target_cache true --stage 7 --stop_stage 7 --method kl"  # cr_ctc has no teacher
+    ]
 
 
 def test_failed_runs_are_named_and_the_others_go_on(egs2, stub):
@@ -164,7 +173,7 @@ def test_all_is_every_page_that_the_recipe_has_a_student_for(egs2, stub):
     (stub / "conf/train_student_delayed_kd.yaml").write_text("")
     done = run_all(egs2, "--recipe", "stub", "--methods", "all")
     assert done.returncode == 0, done.stdout
-    ran = {c.split("--method ")[1].split()[0] for c in calls(stub) if "--stage 7 --stop_stage 11" in c}
+    ran = {c.split("--method ")[1].split()[0] for c in calls(stub) if "--stage 8 --stop_stage 11" in c}
     assert ran == {p.stem for p in (ROOT / "conf/methods").glob("*.yaml")} - {"self_kd", "layer_pruning"}
     assert "self_kd is left out: the recipe has no conf/train_student_self_kd.yaml" in done.stdout
 

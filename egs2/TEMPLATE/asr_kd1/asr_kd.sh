@@ -9,6 +9,7 @@ method=progressive_fkl # method page: a name in conf/methods, or a path
 kd_stages=           # use only these KD stages of the page, e.g. "1 3" (the last one gets the others' epochs)
 teacher=             # existing experiments EXP[/FILE.pth], several in quotes; tokens and N-best are the first one's
 target_cache=false   # true: stage 7 keeps what the teacher says on disk, and the KD stages run without it
+cache_args=          # further options of asr_kd_cache, e.g. "--top_k 32"
 teacher_config=conf/train_teacher.yaml
 student_config=conf/train_student.yaml
 teacher_args=        # further options of espnet2.bin.asr_train for the teacher
@@ -83,6 +84,7 @@ nbest=${expdir}/nbest_${teacher_name}_${kd_set}
 cache=${expdir}/targets_${teacher_name}_${kd_set}_$(basename "${method}" .yaml)
 read -r -a untranscribed_list <<<"${untranscribed}"
 read -r -a kd_stages_list <<<"${kd_stages}"
+read -r -a cache_args_list <<<"${cache_args}"
 read -r -a teacher_args_list <<<"${teacher_args}"
 read -r -a train_args_list <<<"${train_args}"
 read -r -a test_list <<<"${test_sets}"
@@ -195,7 +197,8 @@ if running 7; then
         log "stage 7: targets of the teacher, ${cache}"
         needs_teacher
         needs "${raw}/${kd_set}/wav.scp" 2
-        kd cache --teacher "${teachers[0]}" --output "${cache}" --kd_config "${method}" "${for_students[@]}"
+        kd cache --teacher "${teachers[0]}" --output "${cache}" --kd_config "${method}" "${for_students[@]}" \
+            "${cache_args_list[@]}"
     elif [ "${page[nbest]}" = 0 ]; then
         log "stage 7: nothing to do, ${method} needs no N-best of the teacher, and --target_cache is not true"
     fi
