@@ -63,11 +63,14 @@ while [ $# -gt 0 ]; do
 done
 [ -x "${ROOT}/egs2/${recipe}/asr_kd1/run.sh" ] || fail "no recipe egs2/${recipe}/asr_kd1"
 [ -n "${methods}" ] || [ -z "${seeds}${jobs}" ] || fail "--seeds and --jobs go with --methods"
+for ((i = 0; i < ${#options[@]}; i += 2)); do
+    case "${options[i]}" in --stage | --stop_stage) fail "${options[i]} is for run.sh of a recipe" ;; esac
+done
 recipe=${ROOT}/egs2/${recipe}/asr_kd1
 run=${recipe}/run.sh
 
 # value NAME: what run.sh takes for an option
-settings=$("${run}" "${options[@]}" --show_options) || exit
+settings=$("${run}" --show_options true "${options[@]}") || exit
 value() { sed -n "s/^$1=//p" <<<"${settings}"; }
 
 if [ -n "${methods}" ]; then
@@ -281,7 +284,15 @@ if has_failed teacher; then
     lists=() second=()
 fi
 run_pool 1 "${lists[@]}"
-run_pool "${jobs}" "${second[@]}"
+ready=()
+for entry in "${second[@]}"; do
+    if has_failed "stage 7 for ${entry%%, seed *}"; then
+        failed+=("${entry%%|*}") # it would train from what an earlier run left
+    else
+        ready+=("${entry}")
+    fi
+done
+run_pool "${jobs}" "${ready[@]}"
 
 log "decoding, scoring and results"
 # shellcheck disable=SC1091

@@ -47,6 +47,13 @@ def remove_leftovers(path: Union[str, Path]) -> None:
         leftover.unlink(missing_ok=True)
 
 
+def check_writable(directory: Union[str, Path]) -> None:
+    """Refuse a directory, there or yet to be made, that cannot be written (:class:`UserError`); before work for it."""
+    place = next(p for p in (Path(directory).absolute(), *Path(directory).absolute().parents) if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise UserError(f"cannot write into {directory}; choose another directory, or change its permissions")
+
+
 @contextlib.contextmanager
 def locked(
     directory: Union[str, Path], option: str = "--output_dir", *, part: str = "", shared: bool = False
@@ -66,6 +73,8 @@ def locked(
         try:
             directory.mkdir(parents=True, exist_ok=True)
             f = stack.enter_context(open(directory / (f".lock.{part}" if part else ".lock"), "w"))
+            # A data loader's worker outlives a killed run by some seconds; without this it would hold the lock as long.
+            os.register_at_fork(after_in_child=f.close)
             # The lock goes with the process, also after a kill; the file stays.
             fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as e:

@@ -6,10 +6,13 @@ import collections.abc
 import contextlib
 import difflib
 import inspect
+import math
 import sys
 import types
 import typing
 from typing import Any, Callable, Dict, Iterable, Literal, Mapping, Optional, Union
+
+import yaml
 
 from espnet_kd.cli import UserError
 
@@ -42,6 +45,11 @@ def check_mapping(value: Any, where: str, known: Optional[Iterable[str]] = None)
     return dict(value)
 
 
+def to_yaml(value: Any) -> str:
+    """A value on one line, as YAML reads it back: 0.00001 is 1.0e-05, for 1e-05 would be text."""
+    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+
+
 def check_type(value: Any, hint: Any, where: str) -> None:
     """Refuse a value read from YAML that an annotation excludes (:class:`UserError`)."""
     if fits(value, hint):
@@ -49,7 +57,7 @@ def check_type(value: Any, hint: Any, where: str) -> None:
     trap = ""
     if isinstance(value, str) and fits(0.5, hint):
         with contextlib.suppress(ValueError):  # 1e-3 is no number to YAML, 1.0e-3 is one
-            trap = f" (YAML takes that for text: write {float(value)!r})"
+            trap = f" (YAML takes that for text: write {to_yaml(float(value))})"
     raise UserError(f"{where}: expected {describe(hint)}, found {value!r}{trap}")
 
 

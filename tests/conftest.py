@@ -1,7 +1,11 @@
 """Shared by the tests: tiny ESPnet models, a tiny corpus, and what it takes to train on it in this process."""
 
+import logging
 import os
+import platform
 import sys
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 
 # Two OpenMP threads on a busy machine are several times slower than one.
@@ -66,11 +70,50 @@ def fkl():
     return load_page("progressive_fkl")
 
 
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """In an empty directory, in which nothing is to be left; without the log of hundreds of examples."""
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
+    assert not list((tmp_path / "cwd").iterdir())
+
+
+def pytest_configure(config):
+    config.addinivalue_line(
+        "markers", "faults(kind): makes a fault of this kind, or as many as record_property('faults', n) says"
+    )
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if marker := item.get_closest_marker("faults"):
+            item.user_properties.append(("kind", marker.args[0]))
+
+
 def pytest_terminal_summary(terminalreporter):
-    """What tests have to say when they pass (``record_property("summary", …)``), also from xdist's workers."""
+    """What passing tests have to say (``record_property("summary", …)``), and faults; also from xdist's workers."""
     reports = [r for r in terminalreporter.getreports("passed") if r.when == "call"]
     lines = sorted(text for r in reports for key, text in r.user_properties if key == "summary")
-    if lines:
-        terminalreporter.section("figures")
-        for line in lines:
-            terminalreporter.write_line(line)
+    kinds = {}
+    for said in (dict(r.user_properties) for r in reports):
+        if "kind" in said:
+            kinds.setdefault(said["kind"], []).append(said.get("faults", 1))
+    for title, table in (("figures", lines), ("faults that were made, and survived", fault_table(kinds))):
+        if table:
+            terminalreporter.section(title)
+            for line in table:
+                terminalreporter.write_line(line)
+
+
+def fault_table(kinds):
+    """Markdown: how many faults of each kind were made, in how many tests."""
+    if not kinds:
+        return []
+    rows = [(kind, len(counts), sum(counts)) for kind, counts in sorted(kinds.items())]
+    rows.append(("**all**", sum(tests for _, tests, _ in rows), sum(faults for *_, faults in rows)))
+    versions = ", ".join(f"{name} {version(name)}" for name in ("torch", "espnet", "hypothesis"))
+    head = [f"{date.today()}, Python {platform.python_version()}, {versions}", ""]
+    return [*head, "| fault | tests | faults |", "|---|---|---|", *(f"| {k} | {t} | {n} |" for k, t, n in rows)]

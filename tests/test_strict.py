@@ -4,9 +4,10 @@ from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple, Union
 
 import pytest
 import torch
+import yaml
 
 from espnet_kd.cli import UserError
-from espnet_kd.strict import check_mapping, check_type, fits, nearest, parameters, takes_anything
+from espnet_kd.strict import check_mapping, check_type, fits, nearest, parameters, takes_anything, to_yaml
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,10 @@ def test_parameters():
     assert hints == {"a": Any, "b": int, "c": float, "d": float, "e": Optional[str], "f": Optional[Any]}
     assert takes_anything(function) and not takes_anything(torch.nn.Linear)
     assert parameters(torch.nn.Linear)["in_features"] is int
+
+
+def test_numbers_are_written_as_yaml_reads_them():
+    for value in (1e-5, 0.001, 1e16, float("inf"), [1e-6, "a: b"], {"x": 1e-9}, True, None, "1e-05"):
+        assert yaml.safe_load(to_yaml(value)) == value and "\n" not in to_yaml(value)
+    with pytest.raises(UserError, match="write 1.0e-05"):
+        check_type("1e-5", float, "a.yaml: lr")

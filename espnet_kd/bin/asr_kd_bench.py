@@ -21,7 +21,7 @@ from espnet_kd import cli
 from espnet_kd.bin.asr_kd_inference import BEAM_SIZE_TOKEN_HELP
 
 PARTS = ("steps", "loss", "decoding")
-#: What the table says of each ratio: key, meaning, which way is better.
+#: What the table says of each ratio: key, meaning.
 TABLE = (
     ("cached_step", "KD step from the cache / plain step"),
     ("online_step", "KD step with the teacher / (plain step + teacher forward)"),
@@ -64,6 +64,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for name in ("beam_size", "beam_size_token"):
         if getattr(args, name) < 1:
             raise cli.UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
+    if min(args.vocabulary) < 5 or args.most < 0:
+        raise cli.UserError("--vocabulary must be 5 or more, --most 0 or more")
     parts = list(args.only or PARTS)
     if "decoding" in parts and not (args.expdir and args.data_dir):
         if args.only:

@@ -92,8 +92,9 @@ def write(args: argparse.Namespace, output: Path, job: int, jobs: int) -> None:
     rate = sampling_rate(train_args)
     shift = measure_frame_shift(model, rate)
     recogniser = writer.TargetRecogniser(model, train_args, config.parent, policy=policy)
-    shards = writer.split(read_all_utterances(args.data_dir, recogniser.rate), args.shard_size)
-    data = [hash_file(Path(d) / "wav.scp") for d in args.data_dir]
+    utterances = read_all_utterances(args.data_dir, recogniser.rate)
+    shards = writer.split(utterances, args.shard_size)
+    data = writer.hash_data(utterances)
     manifest = Manifest(
         str(model_file), hash_file(model_file), hash_file(config), hash_tokens(recogniser.token_list),
         len(recogniser.token_list), shift, rate, model.encoder.output_size(), policy, data, len(shards), {},
@@ -130,7 +131,7 @@ def parse_job(job: str) -> Tuple[int, int]:
         UserError: no such pair.
     """
     first, _, last = job.partition("/")
-    if first.isdigit() and last.isdigit() and 1 <= int(first) <= int(last):
+    if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):
         return int(first), int(last)
     raise cli.UserError(f"--job {job}: give the part and the number of parts, such as 2/4")
 

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 from espnet_kd import cli
-from espnet_kd.files import replacing
+from espnet_kd.files import check_writable, replacing
 
 #: The models that `espnet_kd.targets.experiment.find_experiment` chooses from.
 MODELS = ("model.pth", "*.ave.pth", "*.ave_*best.pth", "*.best.pth", "latest.pth")
@@ -107,6 +107,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             todo.setdefault(expdir, []).append((data_dir, output_dir, inputs))
     if not todo:
         return
+    for decodings in todo.values():
+        for _, output_dir, _ in decodings:
+            check_writable(output_dir)
 
     start = time.perf_counter()
     # Imported here: --help, mistakes in the command line and finished decodings are answered at once.

@@ -20,7 +20,7 @@ from typing import Dict, List, Optional, Sequence
 
 from espnet_kd import cli
 from espnet_kd.bin.asr_kd_inference import BEAM_SIZE_TOKEN_HELP, check_options, describe_inputs
-from espnet_kd.files import replacing
+from espnet_kd.files import check_writable, replacing
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -59,6 +59,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         logging.info("%s is done already with this teacher, data and search (--force makes it again)", output)
         return
 
+    check_writable(output.parent)
     # Imported here: --help, mistakes in the command line and finished files are answered at once.
     import numpy as np
     import torch

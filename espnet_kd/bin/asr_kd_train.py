@@ -33,6 +33,7 @@ from espnet_kd.distill.page import KDStage, Page, list_pages, load_page
 from espnet_kd.distill.preflight import check_files
 from espnet_kd.distill.schedule import Ramp, Weight
 from espnet_kd.files import locked, replacing
+from espnet_kd.strict import to_yaml
 from espnet_kd.targets.cache import read_manifest
 from espnet_kd.targets.experiment import find_experiment, load_state, student_only
 
@@ -63,6 +64,13 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         if args.output_dir and not args.collect_stats and not args.print_config:
             if first_rank(args):
                 stack.enter_context(locked(Path(args.output_dir)))
+            if args.ngpu > torch.cuda.device_count() and args.dist_launcher is None:
+                raise UserError(
+                    f"--ngpu {args.ngpu}: torch finds {torch.cuda.device_count()} usable GPUs on this machine; give "
+                    "--ngpu 0, or see what nvidia-smi says"
+                )
+            if args.max_epoch < 1:
+                raise UserError(f"--max_epoch is {args.max_epoch}; it must be 1 or more")
             check_files(args)
             for given in args.init_param:
                 load_state(given.split(":")[0])  # ESPnet would load it with all that it holds
@@ -292,7 +300,7 @@ def to_options(train: Mapping[str, Any]) -> List[str]:
     for key, value in train.items():
         if isinstance(value, Mapping):
             for inner, v in value.items():
-                options += [f"--{key}", f"{inner}={json.dumps(v)}"]
+                options += [f"--{key}", f"{inner}={to_yaml(v)}"]
         elif isinstance(value, list):
             options += [f"--{key}", *(",".join(map(str, v)) if isinstance(v, list) else str(v) for v in value)]
         else:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import copy
 import logging
+import math
 import threading
 import time
 from array import array
@@ -82,6 +83,7 @@ class Recogniser:
             raise UserError(f"the model of {config_dir} takes features (input_size is set), not audio")
         self.rate = audio_rate(args)
         self.volume = getattr(args, "speech_volume_normalize", None)
+        self._where = config_dir
         self.token_list: List[str] = list(model.token_list)
         self.to_text = build_detokeniser(args, config_dir)
         self.device = next(model.parameters()).device
@@ -128,9 +130,19 @@ class Recogniser:
         return self.own_model.ctc.ctc_lo(encoded), frames
 
     def __call__(self, speech: Sequence[np.ndarray]) -> List[List[Hypothesis]]:
-        """Recognise utterances, each (N_i,) float samples at ``rate`` Hz, as one batch; here one hypothesis each."""
+        """Recognise utterances, each (N_i,) float samples at ``rate`` Hz, as one batch; here one hypothesis each.
+
+        Raises:
+            UserError: the model gives NaN.
+        """
         found = ctc_greedy(*self.logits(speech), blank_id=BLANK_ID, drop=self._no_text)
+        if any(math.isnan(score) for _, score in found):
+            raise self.diverged()
         return [[self.hypothesis(ids, score)] for ids, score in found]
+
+    def diverged(self) -> UserError:
+        """What to say of a model whose output is no number."""
+        return UserError(f"the model of {self._where} gives NaN; it has diverged, or its file is damaged")
 
     def hypothesis(self, token_ids: List[int], score: float) -> Hypothesis:
         """Put tokens and text to token ids."""
@@ -160,7 +172,6 @@ class BeamRecogniser(Recogniser):
         from espnet_kd.decode.beam import build_search  # only here: greedy decoding does without its libraries
 
         super().__init__(model, args, config_dir)
-        self._where = config_dir
         self._search = build_search(self.token_list, search_on_gpu, drop=self._no_text, **options)
 
     def search(self, log_probs: torch.Tensor, frames: torch.Tensor) -> List[List[Tuple[List[int], float]]]:
@@ -172,7 +183,7 @@ class BeamRecogniser(Recogniser):
         try:
             return self._search(log_probs, frames)
         except FloatingPointError as e:
-            raise UserError(f"the model of {self._where}: {e}; it has diverged, or its file is damaged") from e
+            raise self.diverged() from e
 
     def __call__(self, speech: Sequence[np.ndarray]) -> List[List[Hypothesis]]:
         """Recognise utterances, each (N_i,) float samples at ``rate`` Hz, as one batch; best hypotheses first.

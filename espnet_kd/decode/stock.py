@@ -46,6 +46,10 @@ class StockRecogniser:
                 f"the model of {config} has no attention decoder (its ctc_weight is 1), so --ctc_weight {ctc_weight} "
                 "cannot be; leave it at 1"
             )
+        if model.frontend is None:
+            raise UserError(f"the model of {config} takes features (input_size is set), not audio")
+        if ctc_weight > 0 and model.ctc is None:
+            raise UserError(f"the model of {config} has no CTC head; give --ctc_weight 0")
         self.rate = audio_rate(args)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._volume = getattr(args, "speech_volume_normalize", None)

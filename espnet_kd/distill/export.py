@@ -57,9 +57,7 @@ def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> P
     return out
 
 
-def plain_student(
-    config_file: Path, state: Dict[str, torch.Tensor]
-) -> Tuple[Dict[str, Any], Dict[str, torch.Tensor]]:
+def plain_student(config_file: Path, state: Dict[str, torch.Tensor]) -> Tuple[Dict[str, Any], Dict[str, torch.Tensor]]:
     """Configuration and parameters without what distillation added, as the KD stage's objectives have it.
 
     Raises:

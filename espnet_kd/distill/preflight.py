@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Dict, List, Optional, Set, Tuple
 
 import numpy as np
+import soundfile
 import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.datadir import read_pairs
+from espnet_kd.data.datadir import read_map, read_pairs
 
 GIB = 2**30
 #: Types of data whose files have a line per utterance, its id first.
@@ -39,7 +40,7 @@ def check_files(args: argparse.Namespace) -> None:
         shapes: List[str] = getattr(args, f"{part}_shape_file") or []
         if not data or any(Path(p).is_dir() for p, _, _ in data):  # with --multiple_iterator directories of parts
             continue
-        if not shapes and not args.collect_stats and args.iterator_type == "sequence":
+        if not shapes and args.iterator_type == "sequence":
             raise UserError(f"no --{part}_shape_file: make statistics first (stage 4 of run.sh)")
         ids = [_ids(path) for path in shapes]
         for path, mine in zip(shapes, ids):
@@ -55,7 +56,7 @@ def check_files(args: argparse.Namespace) -> None:
 
 
 def _ids(path: str) -> Set[str]:
-    return {utt_id for utt_id, _ in read_pairs(path)}
+    return set(read_map(path))
 
 
 def _refuse_lack(path: str, mine: Set[str], other: str, needed: Set[str]) -> None:
@@ -70,8 +71,14 @@ def _refuse_lack(path: str, mine: Set[str], other: str, needed: Set[str]) -> Non
 def _look_for_audio(path: str) -> None:
     pairs = list(read_pairs(path))
     for utt_id, audio in pairs[:: max(1, len(pairs) // SAMPLED)]:
-        if not audio.endswith("|") and not os.path.exists(audio):
+        if audio.endswith("|"):
+            continue
+        if not os.path.exists(audio):
             raise UserError(f"{path}: the audio of {utt_id} is missing, {audio} (seen from the working directory)")
+        try:
+            soundfile.info(audio)
+        except RuntimeError as e:
+            raise UserError(f"{path}: cannot read the audio of {utt_id}, {audio}: {e}") from e
 
 
 def check_disk(args: argparse.Namespace, model: torch.nn.Module, stages: int = 1) -> None:
@@ -108,7 +115,12 @@ def log_memory(args: argparse.Namespace, model: ESPnetASRModel, rate: float, bes
         return
     states = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters()) + beside
     count, seconds = largest[0], largest[1] / rate
-    activations = count * float(np.polyval([*_kept_for_backward(model, rate), 0.0], seconds))
+    try:
+        activations = count * float(np.polyval([*_kept_for_backward(model, rate), 0.0], seconds))
+    except Exception as e:  # an encoder or frontend that does not take the test signals may well take the data
+        model.train()
+        logging.info("memory: no estimate for this model (%s: %s)", type(e).__name__, e)
+        return
     if args.use_amp:
         activations /= 2  # mostly in half precision
     available = _available(args.ngpu)
@@ -129,7 +141,10 @@ def _largest_batch(args: argparse.Namespace) -> Optional[Tuple[int, int]]:
     files = args.train_shape_file
     if not files or args.multiple_iterator:
         return None
-    longest = max((int(shape.split(",")[0]) for _, shape in read_pairs(files[0])), default=0)
+    try:
+        longest = max((int(shape.split(",")[0]) for _, shape in read_pairs(files[0])), default=0)
+    except ValueError as e:
+        raise UserError(f"{files[0]}: {e}; make the statistics anew (stage 4 of run.sh)") from e
     if args.batch_type in ("numel", "length"):
         together = args.batch_bins / longest if longest else 0
     else:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import logging
 import math
 import re
@@ -62,9 +63,12 @@ def _numbers(stats: Dict) -> Dict[str, float]:
 
 
 def _from_logs(run_dir: Path) -> History:
-    """Parse the lines ``<n>epoch results: [train] a=1.0, …, [valid] …`` of train*.log, older files first."""
+    """Parse the lines ``<n>epoch results: [train] a=1.0, …, [valid] …`` of its logs, older files first.
+
+    Those of all KD stages lie in the student's directory, which is also that of the last one.
+    """
     history: History = {}
-    for log in sorted(run_dir.glob("train*.log"), key=lambda p: p.stat().st_mtime):
+    for log in sorted(_logs(run_dir), key=lambda p: p.stat().st_mtime):
         for line in log.read_text(encoding="utf-8", errors="replace").splitlines():
             match = re.search(r"(\d+)epoch results: (.*)", line)
             if match:
@@ -73,13 +77,23 @@ def _from_logs(run_dir: Path) -> History:
     return history
 
 
+def _logs(run_dir: Path) -> List[Path]:
+    try:
+        stage = json.loads((run_dir / "kd_stage.json").read_text(encoding="utf-8"))["kd_stage"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return list(run_dir.glob("train*.log"))
+    name = f"train.kd_stage{stage}.log"
+    return [p for p in (run_dir / name, run_dir.parent / name) if p.is_file()]
+
+
 def _parse_stats(text: str) -> Dict[str, float]:
     found = {}
     # A duration holds commas ("1 hour, 2 minutes and 3.5 seconds"), so split only before the next "name=".
     for item in re.split(r", (?=\w+=)", text):
         key, _, value = item.partition("=")
         if key == "time":
-            found[key] = _parse_duration(value)
+            if math.isfinite(took := _parse_duration(value)):
+                found[key] = took
             continue
         try:
             found[key] = float(value)
@@ -93,4 +107,7 @@ def _parse_duration(text: str) -> float:
     import humanfriendly
 
     parts = re.findall(r"[\d.]+ [a-z]+", text)
-    return sum(humanfriendly.parse_timespan(part) for part in parts) if parts else math.nan
+    try:
+        return sum(map(humanfriendly.parse_timespan, parts)) if parts else math.nan
+    except humanfriendly.InvalidTimespan:  # a line that is being written
+        return math.nan

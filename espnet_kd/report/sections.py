@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +65,7 @@ class Pictures:
         """Remove those of an earlier report, which would show other experiments."""
         shown = {block.path for section in sections for block in section.blocks if isinstance(block, Picture)}
         for path in self.directory.glob("*_*.png"):
-            if path not in shown:
+            if re.fullmatch(r"(size|speed|curves|offsets|spikes)_\d+\.png", path.name) and path not in shown:
                 path.unlink()
 
 
@@ -250,7 +252,7 @@ def _show(rate: Rate) -> str:
 
 def duration(value: Optional[float]) -> str:
     """Seconds for people."""
-    if value is None:
+    if value is None or not math.isfinite(value):
         return "–"
     minutes, rest = divmod(round(value), 60)
     hours, minutes = divmod(minutes, 60)

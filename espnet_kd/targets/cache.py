@@ -23,9 +23,9 @@ import hashlib
 import json
 import zlib
 from array import array
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -42,6 +42,7 @@ PathLike = Union[str, Path]
 FORMAT = 2
 MEND = "make it again with the same asr_kd_cache command"
 MANIFEST, TOKENS, INDEX = "manifest.json", "tokens.txt", "utterances"
+COUNTS = ("utterances", "frames", "rows", "bytes")
 ROWS = ("tokens", "log_probs")  #: arks that have a row for each frame with tokens; of none where there is none
 #: Least log-probability that is kept, in nats: with 16 bits a number its error stays below 0.0005.
 _FLOOR = -60.0
@@ -79,7 +80,7 @@ class Manifest:
     sampling_rate: float  #: Hz
     hidden_size: int
     policy: Policy
-    data: List[Any]  #: what it was made from
+    data: str  #: hash of the utterances it was made from
     shards: int
     counts: Dict[str, int]  #: utterances, frames, rows, bytes; empty while it is being made
     format: int = FORMAT
@@ -87,7 +88,7 @@ class Manifest:
     @property
     def identity(self) -> str:
         """Short hash of what decides the targets; every shard bears it."""
-        decisive = (self.teacher_sha256, self.config_sha256, self.tokens_sha256, self.policy, self.data)
+        decisive = replace(self, teacher="", counts={})  # the teacher's path may be spelled in any way
         return hashlib.sha256(repr(decisive).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
@@ -108,6 +109,8 @@ def read_manifest(cache: PathLike) -> Manifest:
             raise UserError(
                 f"{path} has format {content.get('format')}, not {FORMAT}; make the cache anew: asr_kd_cache --force"
             )
+        if content["shards"] < 1 or set(content["counts"]) not in (set(), set(COUNTS)):
+            raise ValueError("wrong shards or counts")
         policy = content.pop("policy")
         for kind, found in ((Policy, policy), (Manifest, content)):
             for name, hint in parameters(kind).items():
@@ -278,9 +281,10 @@ class CachedTeacher:
         if not self.manifest.counts:
             raise UserError(f"the target cache {cache} is not finished; run the same asr_kd_cache command again")
         self.name = f"{self.manifest.teacher} (cached in {cache})"
-        self.token_list = [line for _, line in iter_lines(self.path / TOKENS)]
+        there = (self.path / TOKENS).is_file()
+        self.token_list = [line for _, line in iter_lines(self.path / TOKENS)] if there else []
         if hash_tokens(self.token_list) != self.manifest.tokens_sha256:
-            raise UserError(f"{self.path / TOKENS} is not the list that this cache was made with; make it anew")
+            raise UserError(f"{self.path / TOKENS} is not the list that this cache was made with; {MEND}")
         self.sampling_rate, self.frame_shift = self.manifest.sampling_rate, self.manifest.frame_shift
         self.device = torch.device("cpu")
         # Packed shard by shard: as Python's objects the index would be several times as large on the way.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import os
 import shutil
 import uuid
@@ -20,6 +21,7 @@ from espnet_kd.decode.recognise import Recogniser, Utterance
 from espnet_kd.files import locked, replacing
 from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.cache import (
+    COUNTS,
     INDEX,
     MANIFEST,
     TOKENS,
@@ -53,7 +55,6 @@ class TargetRecogniser(Recogniser):
         if "decoder" in policy.taps:
             raise UserError("attention_kl reads the teacher's decoder, which a target cache has not; use --teacher")
         self.policy = policy
-        self._where = config_dir
 
     def encode(self, speech: torch.Tensor, lengths: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """As for training: in bf16 on a GPU that has it, the CTC head not."""
@@ -76,8 +77,8 @@ class TargetRecogniser(Recogniser):
         # Utterance by utterance: the log-probabilities of a batch need not exist at once.
         for i, n in enumerate(lengths.tolist()):
             rows = logits[i, :n].float()
-            if rows.isnan().any():
-                raise UserError(f"the model of {self._where} gives NaN; it has diverged, or its file is damaged")
+            if rows.log_softmax(-1).isnan().any():  # an infinite logit becomes one
+                raise self.diverged()
             states = [hidden.get(tap, nothing)[i, :n].float().cpu().numpy() for tap in self.policy.taps]
             packed.append(pack(compress(rows, self.policy.top_k, self.policy.temperatures), states, self.policy))
         return packed
@@ -117,6 +118,12 @@ def holding(cache: Path, job: int, jobs: int) -> Iterator[None]:
         yield
 
 
+def hash_data(utterances: Sequence[Utterance]) -> str:
+    """SHA-256 of ids, paths and lengths: other audio of the same length in the same file is not noticed."""
+    lines = sorted(f"{u.utt_id} {u.path} {u.samples}\n" for u in utterances)
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
 def is_whole(shard: Path, manifest: Manifest, utterances: Sequence[Utterance]) -> bool:
     """Whether a shard holds these utterances, undamaged: every array is read."""
     if not shard.is_dir():
@@ -146,7 +153,7 @@ def _writing(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise UserError(f"cannot write {place}: {e.strerror}; mend that and run the same command again") from e
+        raise UserError(f"cannot write {place}: {e.strerror or e}; mend that and run the same command again") from e
 
 
 def write_shard(
@@ -218,12 +225,13 @@ def write_manifest(cache: Path, manifest: Manifest, token_list: Sequence[str]) -
                     f"{cache} is a target cache with another {what} ({getattr(there, shown)}; now "
                     f"{getattr(manifest, shown)}); choose another --output, or --force to make it anew"
                 )
-        return
-    check_place(cache)
-    with _writing(cache), replacing(cache / TOKENS) as f:
+    else:
+        check_place(cache)
+    with _writing(cache), replacing(cache / TOKENS) as f:  # of the list that the manifest has a hash of
         f.writelines(f"{token}\n" for token in token_list)
-    with _writing(cache), replacing(cache / MANIFEST) as f:
-        f.write(manifest.to_json())
+    if not (cache / MANIFEST).exists():
+        with _writing(cache), replacing(cache / MANIFEST) as f:
+            f.write(manifest.to_json())
 
 
 def _is_own(path: Path) -> bool:
@@ -247,7 +255,7 @@ def remove(cache: Path) -> None:
     check_place(cache)
     with _writing(cache):
         for path in cache.iterdir():
-            if path.is_dir():
+            if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path)
             elif not path.name.startswith(".lock"):
                 path.unlink()
@@ -255,7 +263,7 @@ def remove(cache: Path) -> None:
 
 def count(cache: Path, manifest: Manifest) -> Dict[str, int]:
     """Utterances, frames, frames with tokens (``rows``) and bytes of the arks, of all shards."""
-    counts = {"utterances": 0, "frames": 0, "rows": 0, "bytes": 0}
+    counts = dict.fromkeys(COUNTS, 0)
     for number in range(manifest.shards):
         shard = shard_dir(cache, number)
         for entry in read_index(shard, manifest):

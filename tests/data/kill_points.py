@@ -63,6 +63,7 @@ def main(seed: int, kills: int, commands: List[List[str]]) -> None:
     """Exit with a message if a killed run's result differs."""
     rng = random.Random(seed)
     top = Path.cwd()
+    killed = 0
     tqdm.monitor_interval = 0  # no thread
     for attempt in range(kills + 1):
         (top / str(attempt)).mkdir()
@@ -75,14 +76,16 @@ def main(seed: int, kills: int, commands: List[List[str]]) -> None:
         for command, total in zip(commands, totals):
             moments.append(rng.randint(1, total))
             assert run(command, moments[-1]) == -1
+            killed += 1
             moments.append(rng.randint(1, 2 * total))  # and again, or not
             if run(command, moments[-1]) == -1:
+                killed += 1
                 run(command, None)
         found = snapshot(Path())
         if found != want:
             names = sorted(k for k in {*found, *want} if found.get(k) != want.get(k))
             sys.exit(f"killed before operations {moments} of {totals}: different: {names}")
-    print(f"{kills} times killed, of {totals} operations")
+    print(f"{kills} times each, {killed} kills, of {totals} operations")
 
 
 if __name__ == "__main__":

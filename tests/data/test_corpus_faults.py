@@ -170,6 +170,7 @@ for corpus in CORPORA:
     })  # fmt: skip
 
 
+@pytest.mark.faults("faulty corpora")
 @pytest.mark.parametrize(("corpus", "fault"), [(c, f) for c in CORPORA for f in FAULTS[c]])
 def test_a_fault_of_the_corpus(corpus: str, fault: str, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     root, out = WRITE[corpus](tmp_path / "corpus"), tmp_path / "data"
@@ -196,6 +197,7 @@ def test_a_fault_of_the_corpus(corpus: str, fault: str, tmp_path: Path, caplog: 
     assert snapshot(out) == want
 
 
+@pytest.mark.faults("faulty corpora")
 @pytest.mark.parametrize("corpus", list(CORPORA))
 def test_another_sampling_rate_is_said_once_and_resampled(
     corpus: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -215,6 +217,7 @@ def test_another_sampling_rate_is_said_once_and_resampled(
     assert total / FS == pytest.approx({"librispeech": 6, "aishell": 3, "tedlium2": 5}[corpus], abs=0.01)
 
 
+@pytest.mark.faults("a full disk")
 @pytest.mark.parametrize("corpus", list(CORPORA))
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
 def test_a_system_that_refuses_leaves_the_old_or_nothing(
@@ -245,6 +248,7 @@ def test_a_system_that_refuses_leaves_the_old_or_nothing(
     assert snapshot(out) != first
 
 
+@pytest.mark.faults("a place that cannot be written")
 def test_no_write_permission(tmp_path: Path) -> None:
     root = write_aishell(tmp_path / "corpus")
     (tmp_path / "data").write_text("a file in the directory's place")
@@ -252,6 +256,7 @@ def test_no_write_permission(tmp_path: Path) -> None:
         prepare_aishell(tmp_path / "data", root)
 
 
+@pytest.mark.faults("a place that cannot be written")
 def test_a_directory_that_may_not_be_written() -> None:
     # Not below pytest's own directory, which nobody but its owner may enter.
     with tempfile.TemporaryDirectory() as folder:
@@ -271,6 +276,7 @@ def test_a_directory_that_may_not_be_written() -> None:
         assert not list(out.iterdir())
 
 
+@pytest.mark.faults("faulty corpora")
 @pytest.mark.parametrize("corpus", list(CORPORA))
 def test_a_cut_file_of_the_real_layouts(corpus: str, tmp_path: Path) -> None:
     """The faults above are of files written here; a real encoder's files are cut as well."""

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import List
+from typing import Callable, List
 
 import pytest
 from tiny_layouts import write_aishell, write_librispeech, write_tedlium2
@@ -22,8 +23,9 @@ CORPORA = {
 }
 
 
+@pytest.mark.faults("kill -9 of data preparation")
 @pytest.mark.parametrize("corpus", list(CORPORA))
-def test_stages_one_to_three(corpus: str, tmp_path: Path) -> None:
+def test_stages_one_to_three(corpus: str, tmp_path: Path, record_property: Callable) -> None:
     write, options = CORPORA[corpus]
     root = write(tmp_path / "corpus")
     # In a list of what is left out something has to stand.
@@ -43,7 +45,8 @@ def test_stages_one_to_three(corpus: str, tmp_path: Path) -> None:
         input=json.dumps(commands), capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
-    assert "5 times killed" in done.stdout
+    assert "5 times each" in done.stdout
+    record_property("faults", int(re.search(r"(\d+) kills", done.stdout)[1]))
     assert (tmp_path / "runs/0/dump/train/out_of_range").exists()
 
 
@@ -65,6 +68,7 @@ def wait_for(what, seconds: float = 60.0) -> None:
         time.sleep(0.05)
 
 
+@pytest.mark.faults("kill -9 of data preparation")
 def test_workers_end_with_their_parent() -> None:
     code = (
         "import time; from espnet_kd.data.parallel import map_with_bar\n"

@@ -120,6 +120,7 @@ def test_a_text_has_all_lines_or_is_refused(espnet: Path, tmp_path: Path, caplog
     assert (taken / "text").read_text() == "".join(lines)
 
 
+@pytest.mark.faults("a full disk")
 def test_a_disk_that_is_full_while_audio_is_written(espnet: Path, tmp_path: Path) -> None:
     tiny_espnet.add_set(espnet, "train", "pipe", SECONDS)
     command = [sys.executable, "-m", "espnet_kd.bin.asr_kd_data", "espnet", "--espnet_data", str(espnet)]

@@ -79,6 +79,7 @@ def mend(tmp_path: Path) -> None:
         shutil.copytree(tmp_path / "kept" / name, tmp_path / name)
 
 
+@pytest.mark.faults("faulty data dirs")
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_a_fault_before_stage_two(prepared: Tuple[str, Path], fault: str, tmp_path: Path) -> None:
     (corpus, src), dst = prepared, tmp_path / "dump"
@@ -109,6 +110,7 @@ def test_a_fault_before_stage_two(prepared: Tuple[str, Path], fault: str, tmp_pa
     assert snapshot(dst) == want
 
 
+@pytest.mark.faults("faulty data dirs")
 def test_a_segment_that_is_none(tmp_path: Path) -> None:
     CORPORA["tedlium2"](tmp_path / "data", WRITE["tedlium2"](tmp_path / "corpus"))
     src, utt_id = tmp_path / "data/train", UTTERANCE["tedlium2"]
@@ -124,6 +126,7 @@ def test_a_segment_that_is_none(tmp_path: Path) -> None:
         assert not (tmp_path / "dump/wav.scp").exists()
 
 
+@pytest.mark.faults("a full disk")
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES])
 def test_a_system_that_refuses(
     prepared: Tuple[str, Path], code: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -169,6 +172,7 @@ def test_a_system_that_refuses(
     assert snapshot(dst) == want
 
 
+@pytest.mark.faults("a full disk")
 def test_a_disk_that_is_full_while_audio_is_written(prepared: Tuple[str, Path], tmp_path: Path) -> None:
     """A limit on the size of a file refuses real writes, in the worker processes as well."""
     src, dst = prepared[1], tmp_path / "dump"

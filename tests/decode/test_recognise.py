@@ -43,6 +43,12 @@ def recogniser(expdir):
     return Recogniser(*load_model(*find_experiment(expdir)), expdir)
 
 
+def test_a_model_that_has_diverged_is_refused(recogniser, waves):
+    recogniser.model.ctc.ctc_lo.bias.data[2] = float("nan")
+    with pytest.raises(UserError, match="gives NaN; it has diverged"):
+        recogniser(waves[:1])
+
+
 @pytest.mark.parametrize(
     "encoder, options",
     [

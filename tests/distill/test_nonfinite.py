@@ -66,6 +66,7 @@ def test_all_utterances_are_named_where_no_audio_is_at_fault(watched, caplog):
     assert "utterances a, b, c, d" in caplog.text
 
 
+@pytest.mark.faults("losses that are no numbers")
 def test_the_limit_is_of_an_epoch_and_of_validation_too(watched):
     model, progress = watched(limit=2)
     model(speech=BAD, utt_id=NAMES)
@@ -95,6 +96,7 @@ def with_nan(corpus, tmp_path):
     return tmp_path / "out", [o.replace(scp, str(copy / "train" / "wav.scp")) for o in options]
 
 
+@pytest.mark.faults("losses that are no numbers")
 def test_a_plain_training_with_one_broken_file(with_nan, caplog):
     out, options = with_nan
     asr_kd_train.main(options)
@@ -107,6 +109,7 @@ def test_a_plain_training_with_one_broken_file(with_nan, caplog):
         asr_kd_train.main([*options, "--max_nonfinite", "0", "--output_dir", str(out.with_name("strict"))])
 
 
+@pytest.mark.faults("losses that are no numbers")
 def test_a_teacher_that_says_nonsense_of_one_utterance(corpus, teacher_dir, tmp_path, monkeypatch, caplog):
     targets = OnlineTeacher.targets
 

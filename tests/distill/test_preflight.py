@@ -41,6 +41,7 @@ BREAK = {
 }
 
 
+@pytest.mark.faults("data that do not fit, seen before training")
 @pytest.mark.parametrize("harm, message", BREAK.values(), ids=BREAK)
 def test_data_that_do_not_fit_each_other(own, harm, message):
     directory, options = own
@@ -56,6 +57,7 @@ def test_data_files_may_hold_more_than_is_trained_on(own):
     preflight.check_files(ASRKDTask.get_parser().parse_args(options))
 
 
+@pytest.mark.faults("data that do not fit, seen before training")
 def test_without_statistics(own):
     _, options = own
     at = [i for i, o in enumerate(options) if o == "--train_shape_file"]
@@ -64,6 +66,7 @@ def test_without_statistics(own):
         asr_kd_train.main(options)
 
 
+@pytest.mark.faults("a full disk")
 def test_a_full_disk_is_refused_before_training(corpus, teacher_dir, tmp_path, monkeypatch):
     options = corpus.options(tmp_path / "out", "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")
     monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**5, 10**5))
@@ -109,9 +112,9 @@ def test_memory_is_estimated(corpus, tmp_path, monkeypatch, caplog):
     assert model.training
     caplog.clear()
     monkeypatch.setattr(preflight, "_available", lambda ngpu: 10**6)
-    preflight.log_memory(args, model, 16000.0)
+    with caplog.at_level("INFO"):
+        preflight.log_memory(args, model, 16000.0)
     assert "0.00 GiB are free; lower batch_size" in caplog.text
-    assert preflight._available(0) is None or preflight._available(0) >= 0
 
 
 def test_the_estimate_is_near_what_a_step_keeps(corpus, tmp_path):

@@ -53,6 +53,7 @@ def test_keep_previous(tmp_path):
     assert not list(tmp_path.glob("*.part"))
 
 
+@pytest.mark.faults("half-written and foreign checkpoints")
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.99])
 def test_a_damaged_checkpoint_gives_way_to_the_previous_one(two, share, caplog):
     truncate(two / "checkpoint.pth", share)
@@ -65,6 +66,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_previous_one(two, share, caplog):
     assert mend(two) == 1
 
 
+@pytest.mark.faults("half-written and foreign checkpoints")
 def test_a_kill_in_the_first_epochs_writing(tmp_path):
     checkpoint(tmp_path, 1)
     truncate(tmp_path / "checkpoint.pth")
@@ -72,6 +74,7 @@ def test_a_kill_in_the_first_epochs_writing(tmp_path):
     assert not (tmp_path / "checkpoint.pth").exists()
 
 
+@pytest.mark.faults("half-written and foreign checkpoints")
 def test_both_damaged(two):
     truncate(two / "checkpoint.pth")
     truncate(two / "checkpoint.prev.pth")
@@ -79,6 +82,7 @@ def test_both_damaged(two):
     assert not (two / "checkpoint.pth").exists()
 
 
+@pytest.mark.faults("half-written and foreign checkpoints")
 @pytest.mark.parametrize("harm", ["missing", "half", "another's"])
 def test_an_epochs_model_is_written_again(two, harm, caplog):
     file = two / "2epoch.pth"
@@ -101,6 +105,7 @@ class Malicious:
         return open, (str(self.mark), "w")
 
 
+@pytest.mark.faults("half-written and foreign checkpoints")
 def test_a_checkpoint_with_code_is_not_run(tmp_path, monkeypatch):
     """Nor taken for a damaged one, which would cost its user all that was trained."""
     checkpoint(tmp_path, 1)
@@ -113,6 +118,7 @@ def test_a_checkpoint_with_code_is_not_run(tmp_path, monkeypatch):
     assert mend(tmp_path) == 1 and (tmp_path / "ran").exists()
 
 
+@pytest.mark.faults("half-written and foreign checkpoints")
 def test_a_damaged_name_is_no_code(two):
     """One byte of the pickle changed, and the archive's checksum with it no longer right."""
     content = bytearray((two / "checkpoint.pth").read_bytes())
@@ -121,6 +127,7 @@ def test_a_damaged_name_is_no_code(two):
     assert mend(two) == 1
 
 
+@pytest.mark.faults("half-written and foreign checkpoints")
 @pytest.mark.parametrize("more", [[], ["--kd_config", "kl", "--teacher", "{teacher}"]])
 def test_espnet_is_not_let_at_a_checkpoint_with_code(corpus, teacher_dir, tmp_path, more):
     """Its own resume would run it."""
@@ -133,6 +140,7 @@ def test_espnet_is_not_let_at_a_checkpoint_with_code(corpus, teacher_dir, tmp_pa
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.faults("half-written and foreign checkpoints")
 def test_nor_at_initial_parameters_with_code(corpus, tmp_path):
     torch.save({"x": Malicious(tmp_path / "ran")}, tmp_path / "init.pth")
     options = corpus.options(tmp_path / "out", "--init_param", f"{tmp_path}/init.pth:encoder:encoder")
@@ -141,6 +149,7 @@ def test_nor_at_initial_parameters_with_code(corpus, tmp_path):
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.mark.faults("half-written and foreign checkpoints")
 def test_something_else_is_no_checkpoint(tmp_path):
     torch.save({"model": {}}, tmp_path / "checkpoint.pth")
     assert read_checkpoint(tmp_path / "checkpoint.pth") is None
@@ -188,6 +197,7 @@ def killed(corpus, teacher_dir, whole):
     return out
 
 
+@pytest.mark.faults("a training that ends in the middle of an epoch")
 @pytest.mark.parametrize("damage", ["none", "checkpoint", "model"])
 def test_training_resumes_to_the_same_student(corpus, teacher_dir, whole, killed, tmp_path, caplog, damage):
     """The same command again ends as if nothing had happened."""

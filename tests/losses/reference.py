@@ -57,9 +57,7 @@ def factorized_kl(student, teacher, counted, blank_id=0, temperature=1.0, weight
 
 
 def softmax_l2(student, teacher, counted, blank_id=0, temperature=1.0):
-    return average(
-        sum((a - b) ** 2 for a, b in zip(p, q)) for p, q, _ in rows(student, teacher, counted, temperature)
-    )
+    return average(sum((a - b) ** 2 for a, b in zip(p, q)) for p, q, _ in rows(student, teacher, counted, temperature))
 
 
 def guided_ctc(student, teacher, counted, blank_id=0, temperature=1.0, log=False):

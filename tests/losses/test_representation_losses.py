@@ -211,9 +211,7 @@ def test_a_frame_of_weight_zero_is_not_read():
     got = weighted_representation(student, teacher, lengths, weights=weights)
     student[0, 2] = math.inf
     assert weighted_representation(student, teacher, lengths, weights=weights) == got
-    assert got.item() == pytest.approx(
-        (student - teacher)[mask & (weights > 0)].square().mean().item(), rel=1e-12
-    )
+    assert got.item() == pytest.approx((student - teacher)[mask & (weights > 0)].square().mean().item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("weight", [1e-45, 1e38])

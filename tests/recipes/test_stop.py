@@ -41,6 +41,7 @@ def sleepers(directory: Path) -> list:
 
 
 #: Preparation, jobs side by side, a training run: how many processes sleep in each.
+@pytest.mark.faults("Ctrl-C and kill")
 @pytest.mark.parametrize("stage, asleep", [(2, 2), (4, 4), (6, 2)])
 @pytest.mark.parametrize("how, code", [("Ctrl-C", 130), ("kill", 143)])
 def test_nothing_is_left_behind(recipe, stage, asleep, how, code):

@@ -1,5 +1,7 @@
 """Training statistics from checkpoints and logs, also damaged ones."""
 
+import json
+import math
 from datetime import timedelta
 
 import numpy as np
@@ -51,3 +53,23 @@ def test_stages_come_in_order(tmp_path):
     train(tmp_path / "kd_stage2", 2, ["loss"], log_only=True)
     train(tmp_path / "kd_stage1", 1, ["loss"], log_only=True)
     assert [len(h) for h in read_stages(tmp_path)] == [1, 2, 3]
+
+
+def test_a_cut_line_is_read_as_far_as_it_goes(tmp_path):
+    line = (
+        "3epoch results: [train] loss=2.5, time=1 hour, 2 minutes and 3.5 seconds, [valid] loss=2, time=3 seconds"
+    )
+    for end in range(len(line)):
+        (tmp_path / "train.log").write_text(line[:end])
+        for history in read_stages(tmp_path):
+            stats = [x for phases in history.values() for phase in phases.values() for x in phase.values()]
+            assert all(map(math.isfinite, stats))
+
+
+def test_the_last_stage_is_not_given_the_log_of_another(tmp_path):
+    for k in (1, 2):
+        (tmp_path / f"train.kd_stage{k}.log").write_text(f"{4 + k}epoch results: [train] loss={k}.0\n")
+        (tmp_path / f"kd_stage{k}").mkdir()
+        (tmp_path / f"kd_stage{k}/kd_stage.json").write_text(json.dumps({"kd_stage": k}))
+    (tmp_path / "kd_stage.json").write_text(json.dumps({"kd_stage": 3}))
+    assert [max(h) for h in read_stages(tmp_path)] == [5, 6]

@@ -73,7 +73,12 @@ def exp(tmp_path):
 
 
 def test_page_is_whole_and_shows_everything(exp):
+    (exp / "report").mkdir()
+    for name in ("curves_9.png", "my_thesis.png"):
+        (exp / "report" / name).write_text("")
     _, markdown = report(exp)
+    assert not (exp / "report/curves_9.png").exists()  # of an earlier report
+    assert (exp / "report/my_thesis.png").exists()
     source = (exp / "report.html").read_text()
     page = check_static(source)
     titles = ["Comparison of methods", "Accuracy against size and speed", "Training curves", "Worst utterances"]

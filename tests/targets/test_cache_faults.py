@@ -57,7 +57,8 @@ def test_output_that_is_a_file_is_refused(corpus, teacher_dir, tmp_path):
             asr_kd_cache.main(command(teacher_dir, corpus, tmp_path / "file", *more))
 
 
-def test_killed_at_random_moments(corpus, teacher_dir, unbroken, tmp_path):
+@pytest.mark.faults("kill -9 of a target cache being made")
+def test_killed_at_random_moments(corpus, teacher_dir, unbroken, tmp_path, record_property):
     """20 kills, each followed by the same command; then bit-equal to an unbroken run's."""
     cache, draw = tmp_path / "targets", random.Random(0)
     started = time.monotonic()
@@ -79,6 +80,7 @@ def test_killed_at_random_moments(corpus, teacher_dir, unbroken, tmp_path):
         os.kill(pid, signal.SIGKILL)
         kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
     assert kills >= 10
+    record_property("faults", kills)
     asr_kd_cache.main(command(teacher_dir, corpus, cache))
     assert_equal(cache, unbroken)
 
@@ -144,6 +146,7 @@ DAMAGES = {
 UNSEEN = list(DAMAGES)[-3:]
 
 
+@pytest.mark.faults("damaged and foreign target caches")
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_damage_is_refused_and_mended(damage, corpus, teacher_dir, cache, unbroken):
     name, do, words = DAMAGES[damage]
@@ -167,6 +170,7 @@ class Trap:
         return os.mkdir, (self.path,)
 
 
+@pytest.mark.faults("damaged and foreign target caches")
 def test_nothing_is_unpickled(cache, tmp_path, monkeypatch):
     """kaldiio would, where an ark says so."""
     ark, trap = shard_dir(cache, 0) / "blank.ark", tmp_path / "trap"
@@ -179,6 +183,7 @@ def test_nothing_is_unpickled(cache, tmp_path, monkeypatch):
     assert not trap.exists()
 
 
+@pytest.mark.faults("a full disk")
 def test_full_disk(corpus, teacher_dir, unbroken, tmp_path, monkeypatch):
     cache, real, calls = tmp_path / "targets", kaldiio.save_ark, []
 
@@ -197,6 +202,7 @@ def test_full_disk(corpus, teacher_dir, unbroken, tmp_path, monkeypatch):
     assert_equal(cache, unbroken)
 
 
+@pytest.mark.faults("damaged and foreign target caches")
 def test_a_shard_of_another_cache_is_refused_and_made_again(corpus, teacher_dir, cache, unbroken, tmp_path):
     """As it may lie there after somebody removed the manifest: of the same utterances, and whole."""
     other = tmp_path / "other" / "targets"
@@ -210,6 +216,7 @@ def test_a_shard_of_another_cache_is_refused_and_made_again(corpus, teacher_dir,
     assert_equal(cache, unbroken)
 
 
+@pytest.mark.faults("two runs at once")
 def test_two_equal_commands_at_once(corpus, teacher_dir, cache, unbroken):
     with locked(cache), pytest.raises(UserError, match="targets is in use by another run; .*another --output$"):
         asr_kd_cache.main(command(teacher_dir, corpus, cache))
@@ -224,6 +231,7 @@ def test_two_equal_commands_at_once(corpus, teacher_dir, cache, unbroken):
     assert_equal(cache, unbroken)
 
 
+@pytest.mark.faults("a place that cannot be written")
 def test_a_place_that_cannot_be_locked(corpus, teacher_dir, cache):
     (cache / ".lock").unlink()
     (cache / ".lock").mkdir()
@@ -231,6 +239,7 @@ def test_a_place_that_cannot_be_locked(corpus, teacher_dir, cache):
         asr_kd_cache.main(command(teacher_dir, corpus, cache))
 
 
+@pytest.mark.faults("damaged and foreign target caches")
 def test_another_format_is_refused(corpus, teacher_dir, cache, unbroken):
     text = (cache / "manifest.json").read_text()
     (cache / "manifest.json").write_text(text.replace('"format": 2', '"format": 1'))
@@ -265,11 +274,17 @@ def test_another_teacher_or_policy_is_refused(corpus, teacher_dir, unbroken, cac
         asr_kd_train.main(corpus.options(tmp_path / "exp", *run))
 
 
-def test_another_token_list_is_refused(cache):
+@pytest.mark.faults("damaged and foreign target caches")
+@pytest.mark.parametrize("lost", [True, False])
+def test_another_token_list_is_refused_and_mended(lost, corpus, teacher_dir, cache, unbroken):
     tokens = (cache / "tokens.txt").read_text().splitlines()
     (cache / "tokens.txt").write_text("\n".join([*tokens[:-1], "other"]) + "\n")
+    if lost:
+        (cache / "tokens.txt").unlink()
     with pytest.raises(UserError, match="tokens.txt is not the list"):
         CachedTeacher(cache)
+    asr_kd_cache.main(command(teacher_dir, corpus, cache))
+    assert_equal(cache, unbroken)
 
 
 def test_what_was_not_kept_is_refused(unbroken):

@@ -145,6 +145,7 @@ def test_a_stage_left_out_has_nothing_to_do(corpus, teacher_dir, tmp_path, caplo
     assert not list((tmp_path / "out").glob("[!.]*"))  # nothing but the lock
 
 
+@pytest.mark.faults("two runs at once")
 def test_two_runs_in_one_directory_are_refused(corpus, teacher_dir, tmp_path):
     options = corpus.options(tmp_path / "out", "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")
     with asr_kd_train.locked(tmp_path / "out"), pytest.raises(UserError, match="in use by another run"):

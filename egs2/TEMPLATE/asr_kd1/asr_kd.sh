@@ -42,7 +42,7 @@ tag=                 # end of the students' directory names; default: the seed, 
 python=python3
 # ---- end of options ----
 
-stages=${BASH_SOURCE[0]}
+stages=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/asr_kd.sh
 # shellcheck source=egs2/TEMPLATE/asr_kd1/kd_functions.sh
 . "$(dirname "$(realpath "${stages}")")/kd_functions.sh"
 parse_options "$@" # directories of the corpus count from where this was called, all else from the recipe

@@ -48,6 +48,7 @@ parse_options() {
             ;;
         --*)
             name=${1#--}
+            [[ "${name}" =~ ^[a-z0-9_]+$ ]] || refuse "unknown option $1; ./run.sh --help lists them"
             if [[ "${name}" =~ ^(dry_run|show_options)$ ]] && [[ "${2:---}" == --* ]]; then
                 set -- "$1" true "${@:2}" # these may stand alone
             fi

@@ -79,9 +79,7 @@ class FactorizedRepresentation(Representation):
 
     def distance_of(self, student: Tensor, teacher: Tensor, target: EncoderOutputs) -> Tensor:
         """See :class:`Representation`."""
-        return losses.factorized_representation(
-            student, teacher, target.logits, target.lengths, distance=self.distance
-        )
+        return losses.factorized_representation(student, teacher, target.logits, target.lengths, distance=self.distance)
 
 
 class WeightedRepresentation(Representation):

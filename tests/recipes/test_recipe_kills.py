@@ -1,0 +1,178 @@
+"""kill -9 at random moments of every stage of the embedded recipe; the same command again ends as if nothing had been.
+
+Every stage is run unbroken, timed, and undone; then begun again, killed twice, each time after a random share of that
+time, and given again until it ends. What the recipe's directory then holds is compared with what the unbroken stage
+left, but for times and logs: data, statistics, every parameter, texts, scores. Moments follow from a seed as far as the
+machine's speed lets them. The commands' processes are forks (zygote.py), so that moments fall into their work.
+"""
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import zygote
+from recipe import TINY, Recipe
+
+from espnet_kd.distill.checkpoints import load_checkpoint
+
+SMALL = ["--local_data_opts", "--train 24 --valid 6 --test 8", "--nj", "1"]
+SMALL += ["--teacher_args", f"{TINY} --num_workers 0 --max_epoch 3"]
+SMALL += ["--train_args", f"{TINY} --num_workers 0 --max_epoch 5"]
+CACHED = ["--target_cache", "true", "--tag", "cached"]
+#: In this order, each from what the ones before it left.
+STEPS = [
+    *((stage, []) for stage in range(1, 7)),
+    (7, ["--method", "sequence_kd"]),
+    *((stage, CACHED) for stage in (7, 8, 9, 10)),
+    *((stage, []) for stage in range(8, 14)),
+]
+KILLS = 2  # of each step
+#: What a killed writer leaves beside the file that it did not replace; it is no result, and some commands remove it.
+LEFTOVER = re.compile(r"(^|/)\.[^/]+\.[a-z0-9_]{8}$")
+#: Of runs and their speed, not of what they made.
+PASSING = {"train_seconds", "load_seconds", "decode_seconds", "read_seconds", "rtf", "date"}
+
+
+def leave_out_times(content):
+    if isinstance(content, dict):
+        return {k: leave_out_times(v) for k, v in content.items() if k not in PASSING}
+    return [leave_out_times(v) for v in content] if isinstance(content, list) else content
+
+
+def contents(directory: Path) -> dict:
+    """What a recipe has made, by file."""
+    found = {}
+    for path in sorted(p for top in ("data", "dump", "exp") for p in (directory / top).rglob("*")):
+        name = str(path.relative_to(directory))
+        if LEFTOVER.search(name):
+            continue
+        if path.is_symlink():
+            found[name] = os.readlink(path)
+        elif not path.is_file() or path.suffix in (".log", ".png", ".html", ".md", ".lock") or "tensorboard" in name:
+            continue
+        elif path.suffix == ".pth":
+            state = load_checkpoint(path)
+            found[name] = {k: v.clone() for k, v in state.get("model", state).items()}
+        elif path.suffix == ".json":
+            found[name] = leave_out_times(json.loads(path.read_text()))
+        else:
+            found[name] = path.read_bytes()
+    return found
+
+
+def differing(one: dict, other: dict) -> list:
+    def same(x, y) -> bool:
+        if isinstance(x, dict) and any(isinstance(v, torch.Tensor) for v in x.values()):
+            return x.keys() == y.keys() and all(torch.equal(v, y[k]) for k, v in x.items())
+        return x == y
+
+    return sorted(k for k in {*one, *other} if k not in one or k not in other or not same(one[k], other[k]))
+
+
+class Killed:
+    """The recipe, run by processes that fork from a warm one."""
+
+    def __init__(self, egs2: Path, directory: Path):
+        self.recipe = Recipe(egs2, "mini")
+        self.dir, self.kept = self.recipe.dir, directory / "kept"
+        address = directory / "socket"
+        self.server = subprocess.Popen(
+            [sys.executable, zygote.__file__, str(address)], env={**self.recipe.env, "PYTHONIOENCODING": "UTF-8"},
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+        )  # fmt: skip
+        zygote.write_client(directory / "bin/python3", address)
+        self.recipe.env["PATH"] = f"{directory / 'bin'}:{self.recipe.env['PATH']}"
+        assert b"ready\n" in self.server.stdout  # after what ESPnet has to say when it is imported
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait(10)
+
+    def keep(self) -> None:
+        """Remember what is there."""
+        shutil.rmtree(self.kept, ignore_errors=True)
+        for name in ("data", "dump", "exp"):
+            if (self.dir / name).exists():
+                shutil.copytree(self.dir / name, self.kept / name, symlinks=True)
+
+    def undo(self) -> None:
+        """Put back what :meth:`keep` remembered, times too."""
+        for name in ("data", "dump", "exp"):
+            shutil.rmtree(self.dir / name, ignore_errors=True)
+            if (self.kept / name).exists():
+                shutil.copytree(self.kept / name, self.dir / name, symlinks=True)
+
+    def kill_after(self, seconds: float, options: list) -> bool:
+        """Whether the stage was still running after so many seconds; it is then no more."""
+        run = subprocess.Popen(
+            self.recipe.command(*options), cwd=self.dir, env=self.recipe.env, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=os.setpgrp,
+        )  # fmt: skip
+        try:
+            said, _ = run.communicate(timeout=seconds)
+        except subprocess.TimeoutExpired:
+            os.killpg(run.pid, signal.SIGKILL)
+            run.communicate()
+            while any(self.alive(run.pid)):
+                time.sleep(0.01)
+            return True
+        assert run.returncode == 0, said[-6000:]
+        return False
+
+    @staticmethod
+    def alive(group: int):
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
+            except OSError:
+                continue
+            if int(its_group) == group and state not in "ZX":
+                yield stat.parent.name
+
+
+@pytest.fixture(scope="module")
+def killed(egs2, tmp_path_factory):
+    result = Killed(egs2, tmp_path_factory.mktemp("killed"))
+    yield result
+    result.close()
+
+
+@pytest.mark.faults("kill -9 of a stage of run.sh")
+def test_killed_in_every_stage(killed, record_property):
+    draw, kills = random.Random(0), []
+    for stage, more in STEPS:
+        options = [*SMALL, *more, "--stage", str(stage), "--stop_stage", str(stage)]
+        killed.keep()
+        started = time.monotonic()
+        killed.recipe.run(*options)
+        whole = time.monotonic() - started
+        want = contents(killed.dir)
+        killed.undo()
+        moments = []
+        while not moments:  # a moment that the stage did not live to see does not count
+            share = draw.random()
+            if killed.kill_after(share * whole, options):
+                moments.append(share)
+            else:
+                killed.undo()
+        for _ in range(KILLS - 1):
+            share = draw.random()
+            if killed.kill_after(share * whole, options):
+                moments.append(share)
+        killed.recipe.run(*options)
+        different = differing(want, contents(killed.dir))
+        assert not different, f"stage {stage} {more}, killed after {moments} of {whole:.1f} s: {different}"
+        kills += moments
+    assert len(kills) >= 15
+    record_property("faults", len(kills))
+    rows = json.loads((killed.dir / "exp/results.json").read_text())
+    assert {row["role"] for row in rows} == {"teacher", "plain", "student"}
