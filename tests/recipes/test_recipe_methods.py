@@ -50,10 +50,11 @@ def test_one_table_compares_methods(egs2):
 RUN = """#!/usr/bin/env bash
 set -eu
 cd "$(dirname "${BASH_SOURCE[0]}")"
-if [ "${*: -1}" = --show_options ]; then
+if [ "$1" = --show_options ]; then
+    shift 2
     expdir=exp dumpdir=dump train_set=train test_sets="clean other" ngpu=0 nj=2 teacher= target_cache=false
     python=./fake_python
-    while [ $# -gt 1 ]; do printf -v "${1#--}" '%s' "$2"; shift 2; done
+    while [ $# -gt 0 ]; do printf -v "${1#--}" '%s' "$2"; shift 2; done
     for name in expdir dumpdir train_set test_sets ngpu nj teacher target_cache python; do echo "${name}=${!name}"; done
     exit
 fi
@@ -135,6 +136,20 @@ def test_targets_on_disk_are_made_once_for_all_seeds(egs2, stub):
     assert [c for c in calls(stub) if "--stage 7" in c] == [
         "--target_cache true --stage 7 --stop_stage 7 --method kl"  # cr_ctc has no teacher
     ]
+
+
+def test_what_needs_a_failed_stage_7_is_not_trained(egs2, stub):
+    (stub / "broken").write_text("--stage 7\n")
+    done = run_all(egs2, "--recipe", "stub", "--methods", "sequence_kd kl")
+    assert done.returncode == 1
+    assert "error: failed: stage 7 for sequence_kd; sequence_kd, seed 0; logs in" in done.stdout
+    assert [c.split()[5] for c in calls(stub) if "--stage 8" in c] == ["kl"]
+
+
+def test_a_forgotten_value_or_a_stage_is_refused(egs2, stub):
+    for options, words in ((["--expdir"], "needs a value"), (["--stage", "5"], "--stage is for run.sh")):
+        done = run_all(egs2, *options)
+        assert done.returncode == 2 and words in done.stdout
 
 
 def test_failed_runs_are_named_and_the_others_go_on(egs2, stub):
