@@ -179,3 +179,11 @@ def test_rounding_of_the_shifts_does_not_matter(ratio):
     measured = fr.align(*args, 0.04 * ratio * 1.002)
     assert torch.equal(exact[2], measured[2])
     assert torch.equal(exact[0][0, : exact[2][0]], measured[0][0, : exact[2][0]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_best(dtype):
+    x = torch.randn(3, 5, 7, requires_grad=True).to(dtype)
+    assert torch.equal(fr.best(x), x.argmax(-1))
+    assert torch.equal(fr.best(x[0, 0]), x[0, 0].argmax(-1)) and fr.best(x[:0]).shape == (0, 5)
+    assert fr.best(torch.zeros(2, 4)).tolist() == [0, 0]  # of equals the first

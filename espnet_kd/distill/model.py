@@ -323,9 +323,9 @@ def _repeat(times: int, x: Any) -> Any:
 def _agreement(student: EncoderOutputs, target: EncoderOutputs) -> Dict[str, Tensor]:
     """Share of the teacher's frames that are non-blank, and of frames on which both have the same argmax."""
     valid = fr.valid(target.lengths, target.logits.size(1))
-    best = target.logits.argmax(-1)
+    best = fr.best(target.logits)
     count = valid.sum().clamp(min=1)
     return {
         "nonblank_share": ((best != 0) & valid).sum() / count,
-        "agreement": ((best == student.logits.argmax(-1)) & valid).sum() / count,
+        "agreement": ((best == fr.best(student.logits)) & valid).sum() / count,
     }

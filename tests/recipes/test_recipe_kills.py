@@ -37,7 +37,7 @@ STEPS = [
 ]
 KILLS = 2  # of each step
 #: What a killed writer leaves beside the file that it did not replace; it is no result, and some commands remove it.
-LEFTOVER = re.compile(r"(^|/)\.[^/]+\.[a-z0-9_]{8}$")
+LEFTOVER = re.compile(r"(^|/)(\.[^/]+\.[a-z0-9_]{8}|checkpoint\.damaged\.pth)$")
 #: Of runs and their speed, not of what they made.
 PASSING = {"train_seconds", "load_seconds", "decode_seconds", "read_seconds", "rtf", "date"}
 
