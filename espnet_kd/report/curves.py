@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import List, Sequence, Tuple
 
 from espnet_kd.report.history import History
-from espnet_kd.report.plotting import look, picture, scale_log
+from espnet_kd.report.plotting import add_legend, look, picture, scale_log
 
 
 @dataclass
@@ -40,7 +40,7 @@ def draw_curves(curves: Sequence[Curve], labels: Sequence[str], path: Path) -> L
     shown = list(dict.fromkeys(c.label for c in curves if c.stages))
     columns = min(2, len(names))
     rows = math.ceil(len(names) / columns)
-    height = 2.3 * rows + 0.3 + 0.2 * math.ceil((len(shown) + 2) / 2)
+    height = 2.3 * rows + 0.3
     with picture(path, height, rows, columns, sharex=True) as (figure, axes):
         for axis, name in zip(axes.flat, names):
             _draw_panel(axis, name, curves, labels)
@@ -52,7 +52,7 @@ def draw_curves(curves: Sequence[Curve], labels: Sequence[str], path: Path) -> L
             handles.append(Line2D([], [], color=colour, marker=marker, markersize=5, label=label))
         for style, label in (("-", "validation"), ("--", "training")):
             handles.append(Line2D([], [], color="0.3", linestyle=style, label=label))
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+        add_legend(figure, handles)
     return names
 
 

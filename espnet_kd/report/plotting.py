@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import textwrap
 import warnings
 from pathlib import Path
-from typing import Any, Iterator, Tuple
+from typing import Any, Iterator, Optional, Sequence, Tuple
 
 from espnet_kd.files import replacing
 
@@ -45,6 +46,17 @@ def picture(path: Path, height: float, rows: int = 1, columns: int = 1, **option
         with replacing(path, "wb") as f, warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Glyph")  # a box is drawn for what no font has
             figure.savefig(f, format="png")
+
+
+def add_legend(figure: Any, handles: Optional[Sequence[Any]] = None) -> None:
+    """Put a legend below the panels, in two columns where the labels leave room; the picture grows by its height."""
+    if handles is None:
+        handles = [h for axis in figure.axes for h in axis.get_legend_handles_labels()[0]]
+    labels = ["\n".join(textwrap.wrap(str(h.get_label()), 85)) for h in handles]
+    columns = 2 if max(map(len, labels), default=0) <= 38 else 1
+    lines = sum(label.count("\n") + 1 for label in labels) if columns == 1 else (len(labels) + 1) // 2
+    figure.set_figheight(figure.get_figheight() + 0.2 * lines)
+    figure.legend(handles, labels, loc="outside lower center", ncols=columns, frameon=False)
 
 
 def scale_log(axes: Any, which: str) -> None:

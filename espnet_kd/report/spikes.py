@@ -9,7 +9,7 @@ from typing import Dict, List, Sequence, Tuple
 
 import numpy as np
 
-from espnet_kd.report.plotting import look, picture
+from espnet_kd.report.plotting import add_legend, look, picture
 
 SECONDS = 4.0  #: of an utterance in a picture; the tokens of more would not be legible on paper
 FARTHEST = 4  #: frames; offsets beyond are counted with it
@@ -108,7 +108,7 @@ def draw_offsets(offsets: Dict[str, Counter], labels: Sequence[str], path: Path)
     if not offsets:
         return []
     x = np.arange(-FARTHEST, FARTHEST + 1)
-    with picture(path, 2.6 + 0.2 * ((len(offsets) + 1) // 2)) as (figure, axes):
+    with picture(path, 2.6) as (figure, axes):
         axis = axes[0, 0]
         for label, counts in offsets.items():
             shares = np.zeros(len(x))
@@ -123,5 +123,5 @@ def draw_offsets(offsets: Dict[str, Counter], labels: Sequence[str], path: Path)
         axis.set_ylabel("tokens, %")
         axis.set_ylim(bottom=0)
         axis.grid(True)
-        figure.legend(loc="outside lower center", ncols=2, frameon=False)
+        add_legend(figure)
     return list(offsets)

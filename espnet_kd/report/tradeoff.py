@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Dict, List, Sequence
 
 from espnet_kd.report.compare import UNITS, Kind
-from espnet_kd.report.plotting import look, picture, scale_log
+from espnet_kd.report.plotting import add_legend, look, picture, scale_log
 
 #: Number of a row → what the axis says of it.
 AXES = {"params": "parameters", "rtf": "real-time factor (smaller is faster)"}
@@ -29,7 +29,7 @@ def draw_tradeoff(kinds: Sequence[Kind], key: str, labels: Sequence[str], path: 
     from matplotlib.lines import Line2D
 
     shown = list(dict.fromkeys(kind.label for members in points.values() for kind in members))
-    height = 2.6 * len(points) + 0.2 + 0.2 * ((len(shown) + 1) // 2)
+    height = 2.6 * len(points) + 0.2
     with picture(path, height, len(points), len(UNITS)) as (figure, axes):
         for row, (testset, members) in zip(axes, points.items()):
             for axis, unit in zip(row, UNITS):
@@ -52,5 +52,5 @@ def draw_tradeoff(kinds: Sequence[Kind], key: str, labels: Sequence[str], path: 
         for label in shown:
             colour, marker = look(labels.index(label))
             handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", markersize=6, label=label))
-        figure.legend(handles=handles, loc="outside lower center", ncols=2, frameon=False)
+        add_legend(figure, handles)
     return {testset: [kind.label for kind in members] for testset, members in points.items()}

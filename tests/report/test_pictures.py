@@ -10,7 +10,7 @@ from matplotlib.image import imread
 
 from espnet_kd.report.compare import Kind, Rate
 from espnet_kd.report.curves import Curve, draw_curves
-from espnet_kd.report.plotting import DPI, WIDTH
+from espnet_kd.report.plotting import DPI, WIDTH, add_legend, picture
 from espnet_kd.report.spikes import SECONDS, Track, draw_offsets, draw_spikes, find_window
 from espnet_kd.report.tradeoff import draw_tradeoff
 
@@ -83,3 +83,15 @@ def test_offsets(tmp_path):
     assert drawn == ["plain"]
     check(tmp_path / "a.png")
     assert draw_offsets({"kl": Counter()}, labels, tmp_path / "b.png") == [] and not (tmp_path / "b.png").exists()
+
+
+@pytest.mark.parametrize("label", ["plain", "progressive_fkl, KD stages 3 (student_progressive_fkl_3_cached)", "x y " * 60])
+def test_legends_fit_the_picture(label, tmp_path):
+    with picture(tmp_path / "a.png", 2.0) as (figure, axes):
+        for i in range(5):
+            axes[0, 0].plot([0, 1], [0, i], label=f"{label} {i}")
+        add_legend(figure)
+        figure.draw_without_rendering()
+        box = figure.legends[0].get_window_extent()
+        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+        assert axes[0, 0].get_window_extent().height > 0.5 * 72  # the panel keeps its room
