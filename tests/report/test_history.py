@@ -56,9 +56,7 @@ def test_stages_come_in_order(tmp_path):
 
 
 def test_a_cut_line_is_read_as_far_as_it_goes(tmp_path):
-    line = (
-        "3epoch results: [train] loss=2.5, time=1 hour, 2 minutes and 3.5 seconds, [valid] loss=2, time=3 seconds"
-    )
+    line = "3epoch results: [train] loss=2.5, time=1 hour, 2 minutes and 3.5 seconds, [valid] loss=2, time=3 seconds"
     for end in range(len(line)):
         (tmp_path / "train.log").write_text(line[:end])
         for history in read_stages(tmp_path):

@@ -85,7 +85,9 @@ def test_offsets(tmp_path):
     assert draw_offsets({"kl": Counter()}, labels, tmp_path / "b.png") == [] and not (tmp_path / "b.png").exists()
 
 
-@pytest.mark.parametrize("label", ["plain", "progressive_fkl, KD stages 3 (student_progressive_fkl_3_cached)", "x y " * 60])
+@pytest.mark.parametrize(
+    "label", ["plain", "progressive_fkl, KD stages 3 (student_progressive_fkl_3_cached)", "x y " * 60]
+)
 def test_legends_fit_the_picture(label, tmp_path):
     with picture(tmp_path / "a.png", 2.0) as (figure, axes):
         for i in range(5):
@@ -93,5 +95,5 @@ def test_legends_fit_the_picture(label, tmp_path):
         add_legend(figure)
         figure.draw_without_rendering()
         box = figure.legends[0].get_window_extent()
-        assert 0 <= box.x0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
+        assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
         assert axes[0, 0].get_window_extent().height > 0.5 * 72  # the panel keeps its room
