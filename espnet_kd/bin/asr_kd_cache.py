@@ -58,21 +58,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise cli.UserError(f"--force with --job would remove what other jobs wrote; remove {output} first instead")
 
     # Imported here: --help and mistakes in the command line are answered at once.
-    import torch
-
+    from espnet_kd.decode.recognise import choose_device
     from espnet_kd.targets.cache_writer import holding
 
-    if args.ngpu and not torch.cuda.is_available():
-        raise cli.UserError("--ngpu 1, but torch sees no GPU; use --ngpu 0")
-    if args.ngpu:
-        args.nj = 1  # a GPU gains nothing from batches side by side; recipes pass both options
-    if args.nj > 1:
-        torch.set_num_threads(1)  # batches run side by side instead
+    device = choose_device(args)
     with holding(output, job, jobs):
-        write(args, output, job, jobs)
+        write(args, output, job, jobs, device)
 
 
-def write(args: argparse.Namespace, output: Path, job: int, jobs: int) -> None:
+def write(args: argparse.Namespace, output: Path, job: int, jobs: int, device: str) -> None:
     """Write the shards of part ``job`` of ``jobs``; if it is the only one, finish the cache (:class:`UserError`)."""
     from tqdm import tqdm
 
@@ -86,7 +80,7 @@ def write(args: argparse.Namespace, output: Path, job: int, jobs: int) -> None:
     from espnet_kd.targets.online import sampling_rate
 
     config, model_file = find_experiment(args.teacher)
-    model, train_args = load_model(config, model_file, "cuda" if args.ngpu else "cpu")
+    model, train_args = load_model(config, model_file, device)
     top_k = min(args.top_k, len(model.token_list) - 1)
     policy = Policy(top_k, **asdict(needed_targets(args.kd_config)))
     rate = sampling_rate(train_args)

@@ -91,9 +91,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise cli.UserError(f"--ngram_weight is {args.ngram_weight}; it must be a number")
     if args.ngram_file and args.beam_size == 1:
         raise cli.UserError("--ngram_file has no say in greedy decoding; give --beam_size, e.g. 10")
-    if args.ngpu or args.ctc_weight < 1:
-        # A GPU gains nothing from batches side by side, ESPnet's search is for one thread; recipes pass --nj anyway.
-        args.nj = 1
+    if args.ctc_weight < 1:
+        args.nj = 1  # ESPnet's search is for one thread; recipes pass --nj anyway
     places = list_decodings(args.expdir, args.data_dir, args.output_dir)
     search = {name: getattr(args, name) for name in SEARCH}
     ngram = {"ngram_sha256": _hash_ngram(args.ngram_file) if args.ngram_file else None}
@@ -113,21 +112,16 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
     start = time.perf_counter()
     # Imported here: --help, mistakes in the command line and finished decodings are answered at once.
-    import torch
-
-    from espnet_kd.decode.recognise import read_utterances
+    from espnet_kd.decode.recognise import choose_device, read_utterances
     from espnet_kd.targets.experiment import find_experiment
 
-    if args.ngpu and not torch.cuda.is_available():
-        raise cli.UserError("--ngpu 1, but torch sees no GPU; use --ngpu 0")
-    if args.nj > 1:
-        torch.set_num_threads(1)  # batches run side by side instead
+    device = choose_device(args)
     found = {expdir: find_experiment(expdir) for expdir in todo}  # all of them, before the first is decoded
     for number, (expdir, decodings) in enumerate(todo.items(), 1):
         config, model_file = found[expdir]
         if len(todo) > 1:
             logging.info("experiment %d of %d: %s", number, len(todo), expdir)
-        recogniser = _load(config, model_file, args)
+        recogniser = _load(config, model_file, args, device)
         _warm_up(recogniser)
         load_seconds = time.perf_counter() - start
         for data_dir, output_dir, inputs in decodings:
@@ -177,12 +171,11 @@ def decode_dir(expdir: Union[str, Path], data_dir: Union[str, Path]) -> Path:
     return path / f"decode_{os.path.basename(os.path.abspath(data_dir))}"
 
 
-def _load(config: Path, model_file: Path, args: argparse.Namespace):
+def _load(config: Path, model_file: Path, args: argparse.Namespace, device: str):
     """Load an experiment as what decodes it with the options given: batches of samples to the N-best of each."""
     from espnet_kd.decode.recognise import BeamRecogniser, Recogniser
     from espnet_kd.targets.experiment import load_model
 
-    device = "cuda" if args.ngpu else "cpu"
     options = {name: getattr(args, name) for name in ("beam_size", "nbest", "ngram_file", "ngram_weight")}
     if args.ctc_weight < 1:
         from espnet_kd.decode.stock import StockRecogniser

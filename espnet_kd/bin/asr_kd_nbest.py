@@ -62,20 +62,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     check_writable(output.parent)
     # Imported here: --help, mistakes in the command line and finished files are answered at once.
     import numpy as np
-    import torch
 
-    from espnet_kd.decode.recognise import NbestRecogniser, recognise
+    from espnet_kd.decode.recognise import NbestRecogniser, choose_device, recognise
     from espnet_kd.targets.experiment import find_experiment, load_model
     from espnet_kd.targets.nbest import write_nbest
 
-    if args.ngpu and not torch.cuda.is_available():
-        raise cli.UserError("--ngpu 1, but torch sees no GPU; use --ngpu 0")
-    if args.ngpu:
-        args.nj = 1  # a GPU gains nothing from batches side by side; recipes pass both options
-    if args.nj > 1:
-        torch.set_num_threads(1)  # batches run side by side instead
+    device = choose_device(args)
     config, model_file = find_experiment(args.teacher)
-    model, train_args = load_model(config, model_file, "cuda" if args.ngpu else "cpu")
+    model, train_args = load_model(config, model_file, device)
     recogniser = NbestRecogniser(model, train_args, config.parent, **search)
     utterances = read_all_utterances(args.data_dir, recogniser.rate)
     found, timing = recognise(recogniser, utterances, args.batch_seconds, args.nj)

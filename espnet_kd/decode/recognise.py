@@ -229,6 +229,21 @@ class NbestRecogniser(BeamRecogniser):
         ]
 
 
+def choose_device(args: argparse.Namespace) -> str:
+    """The device for ``args.ngpu``; ``args.nj`` and torch's threads are made to fit.
+
+    Raises:
+        UserError: there is no GPU.
+    """
+    if args.ngpu and not torch.cuda.is_available():
+        raise UserError("--ngpu 1, but torch sees no GPU; use --ngpu 0")
+    if args.ngpu:
+        args.nj = 1  # a GPU gains nothing from batches side by side; recipes pass both options
+    if args.nj > 1:
+        torch.set_num_threads(1)  # batches run side by side instead
+    return "cuda" if args.ngpu else "cpu"
+
+
 def build_detokeniser(args: argparse.Namespace, config_dir: Union[str, Path]) -> Callable[[List[str]], str]:
     """Function from tokens to text for the token type of a configuration.
 
