@@ -52,6 +52,8 @@ def test_nothing_is_left_behind(recipe, stage, asleep, how, code):
     run = subprocess.Popen(
         [*command, "--expdir", "exp" if stage == 6 else f"exp_{how}"], cwd=recipe.dir, env=recipe.env,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        # Tests that run in the background ignore Ctrl-C, and bash cannot trap what was ignored when it began.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
         deadline = time.time() + 60
