@@ -41,7 +41,7 @@ def measure(
     from espnet_kd.distill.model import ESPnetASRKDModel
     from espnet_kd.distill.page import load_page
     from espnet_kd.distill.schedule import Progress
-    from espnet_kd.targets.cache import CachedTeacher
+    from espnet_kd.targets.cached import CachedTeacher
     from espnet_kd.targets.online import OnlineTeacher
 
     device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -22,10 +22,9 @@ from __future__ import annotations
 import hashlib
 import json
 import zlib
-from array import array
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -34,7 +33,6 @@ from torch import Tensor
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines
 from espnet_kd.strict import check_type, parameters
-from espnet_kd.targets.encode import FEATURE_RATE, EncoderOutputs
 from espnet_kd.targets.teacher import Needs
 from espnet_kd.topk import TopK
 
@@ -265,126 +263,6 @@ def unpack(arrays: Sequence[np.ndarray], policy: Policy, num_tokens: int) -> Tup
     return TopK(columns[:, 0], tokens, log_probs, num_tokens, norms), hidden
 
 
-class CachedTeacher:
-    """Targets from a cache, in place of a teacher that runs (see :class:`espnet_kd.targets.teacher.Teacher`).
-
-    The index is in memory, some 80 bytes an utterance; arrays are read when a batch asks for them.
-
-    Raises:
-        UserError: no cache, an unfinished or a damaged one.
-    """
-
-    def __init__(self, cache: PathLike):
-        self.path = Path(cache)
-        self.manifest = read_manifest(cache)
-        self.policy = self.manifest.policy
-        if not self.manifest.counts:
-            raise UserError(f"the target cache {cache} is not finished; run the same asr_kd_cache command again")
-        self.name = f"{self.manifest.teacher} (cached in {cache})"
-        there = (self.path / TOKENS).is_file()
-        self.token_list = [line for _, line in iter_lines(self.path / TOKENS)] if there else []
-        if hash_tokens(self.token_list) != self.manifest.tokens_sha256:
-            raise UserError(f"{self.path / TOKENS} is not the list that this cache was made with; {MEND}")
-        self.sampling_rate, self.frame_shift = self.manifest.sampling_rate, self.manifest.frame_shift
-        self.device = torch.device("cpu")
-        # Packed shard by shard: as Python's objects the index would be several times as large on the way.
-        ids: List[np.ndarray] = []
-        numbers = array("q")
-        for number in range(self.manifest.shards):
-            entries = list(read_index(shard_dir(cache, number), self.manifest))
-            ids.append(np.array([e.utt_id.encode() for e in entries], dtype=np.bytes_))
-            for e in entries:
-                numbers.extend((number, e.frames, e.rows, e.crc, *(-1 if o is None else o for o in e.offsets)))
-        found = sum(map(len, ids))
-        if found != self.manifest.counts["utterances"]:
-            raise UserError(
-                f"{cache} has {found} utterances and its manifest says {self.manifest.counts['utterances']}; {MEND}"
-            )
-        self._ids = np.concatenate(ids)  # sorted, as asr_kd_cache cuts a sorted list into shards
-        self._numbers = np.frombuffer(numbers, dtype=np.int64).reshape(found, -1)
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of its hidden states."""
-        return self.manifest.hidden_size
-
-    def __contains__(self, utt_id: str) -> bool:
-        return self._find(utt_id) is not None
-
-    def check(self, needed: Needs) -> None:
-        """Refuse a method that needs more than was kept (:class:`UserError`)."""
-        if missing := self.policy.lacks(needed):
-            raise UserError(
-                f"the target cache {self.path} has no {', no '.join(missing)}; make one for this method: asr_kd_cache "
-                "--kd_config"
-            )
-
-    def state_dict(self) -> Dict[str, Tensor]:
-        """Refused (:class:`UserError`): a cache has no parameters."""
-        raise UserError(f"this method begins with the teacher's parameters, and {self.path} has its outputs alone")
-
-    def move(self, fn: Callable[[Tensor], Tensor]) -> None:
-        """Follow the student to another device."""
-        self.device = fn(torch.zeros((), device=self.device)).device
-
-    def probe(self, speech: Tensor, speech_lengths: Tensor) -> EncoderOutputs:
-        """Frames alone, by the frame shift."""
-        rate = FEATURE_RATE if speech.dim() == 3 else self.sampling_rate  # (B, T, D): features
-        frames = (speech_lengths / rate / self.frame_shift).long()
-        empty = speech.new_zeros(len(frames), int(frames.max()), 1)
-        return EncoderOutputs(empty, frames, self.frame_shift)
-
-    def targets(
-        self,
-        utt_ids: Sequence[str],
-        speech: Tensor,
-        speech_lengths: Tensor,
-        taps: Sequence[str] = (),
-        text: Optional[Tensor] = None,
-        text_lengths: Optional[Tensor] = None,
-    ) -> EncoderOutputs:
-        """What the teacher said of a batch, found by ``utt_ids``; the audio is not looked at.
-
-        Raises:
-            UserError: an utterance is missing or damaged.
-        """
-        found = [self._read(utt_id) for utt_id in utt_ids]
-        lengths = torch.tensor([len(x.log_blank) for x, _ in found])
-        most = int(lengths.max())
-        padded = [x[None].map(lambda y: _pad(y, most)) for x, _ in found]
-        first = padded[0]
-        logits = TopK(
-            torch.cat([x.log_blank for x in padded]),
-            torch.cat([x.tokens for x in padded]),
-            torch.cat([x.log_probs for x in padded]),
-            first.num_tokens,
-            {tau: torch.cat([x.norms[tau] for x in padded]) for tau in first.norms},
-        ).map(lambda y: y.to(self.device))
-        hidden = {}
-        for tap in set(taps):
-            each = [h[self.policy.taps.index(tap)] for _, h in found]
-            # Of an utterance without frames there is no array, hence no width.
-            each = [h if len(h) else h.new_zeros(0, self.hidden_size) for h in each]
-            hidden[tap] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True).to(self.device)
-        return EncoderOutputs(logits, lengths.to(self.device), self.frame_shift, hidden)
-
-    def _find(self, utt_id: str) -> Optional[int]:
-        key = utt_id.encode()
-        if len(key) > self._ids.itemsize:
-            return None  # searchsorted would copy all ids to the longer type
-        i = int(np.searchsorted(self._ids, key))
-        return i if i < len(self._ids) and self._ids[i] == key else None
-
-    def _read(self, utt_id: str) -> Tuple[TopK, List[Tensor]]:
-        i = self._find(utt_id)
-        if i is None:
-            raise UserError(f"utterance '{utt_id}' is not in the target cache {self.path}; make it for this data")
-        number, frames, rows, crc, *offsets = (int(n) for n in self._numbers[i])
-        entry = Entry(utt_id, frames, rows, crc, tuple(None if o < 0 else o for o in offsets))
-        arrays = read_arrays(shard_dir(self.path, number), self.policy, entry)
-        return unpack(arrays, self.policy, self.manifest.num_tokens)
-
-
 def hash_tokens(token_list: Sequence[str]) -> str:
     """SHA-256 of a token list."""
     return hashlib.sha256("\n".join(token_list).encode()).hexdigest()
@@ -397,8 +275,3 @@ def hash_file(path: PathLike) -> str:
         while block := f.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _pad(x: Tensor, frames: int) -> Tensor:
-    """(1, T, …) with zeros up to (1, ``frames``, …); what lies beyond the length is never read."""
-    return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, frames - x.size(1)))

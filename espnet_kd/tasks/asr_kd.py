@@ -24,7 +24,8 @@ from espnet_kd.distill.page import KDStage, Page, load_page
 from espnet_kd.distill.preflight import check_disk, log_memory
 from espnet_kd.distill.schedule import EpochHooks, Progress
 from espnet_kd.offline import ASRTask
-from espnet_kd.targets.cache import CachedTeacher, hash_file
+from espnet_kd.targets.cache import hash_file
+from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.experiment import find_experiment
 from espnet_kd.targets.nbest import read_nbest
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate

@@ -25,7 +25,8 @@ from espnet_kd.bin import asr_kd_cache
 from espnet_kd.decode.recognise import Recogniser, Utterance, make_batches, read_audio, read_utterances
 from espnet_kd.distill.objectives import lay_on
 from espnet_kd.losses import factorized_kl
-from espnet_kd.targets.cache import CachedTeacher, read_manifest
+from espnet_kd.targets.cache import read_manifest
+from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.encode import EncoderOutputs, measure_frame_shift
 from espnet_kd.targets.experiment import find_experiment, load_model
 from espnet_kd.topk import Posterior

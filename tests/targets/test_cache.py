@@ -20,8 +20,9 @@ from espnet_kd.distill.checkpoints import read_checkpoint
 from espnet_kd.distill.checks import check_rates
 from espnet_kd.frames import valid
 from espnet_kd.targets import encode
-from espnet_kd.targets.cache import CachedTeacher, Manifest, Policy, ark_names, pack, read_manifest, shard_dir, unpack
+from espnet_kd.targets.cache import Manifest, Policy, ark_names, pack, read_manifest, shard_dir, unpack
 from espnet_kd.targets.cache_writer import compression
+from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.encode import measure_frame_shift
 from espnet_kd.targets.online import OnlineTeacher
 from espnet_kd.topk import TopK

@@ -16,8 +16,9 @@ from tiny_cache import assert_equal, command
 from espnet_kd.bin import asr_kd_cache, asr_kd_train
 from espnet_kd.cli import UserError
 from espnet_kd.files import locked
-from espnet_kd.targets.cache import CachedTeacher, read_index, shard_dir
+from espnet_kd.targets.cache import read_index, shard_dir
 from espnet_kd.targets.cache_writer import holding
+from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.teacher import Needs
 
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espnet_kd.bin import asr_kd_cache
-from espnet_kd.targets.cache import CachedTeacher
+from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.teacher import Needs
 
 pytestmark = pytest.mark.usefixtures("elsewhere")

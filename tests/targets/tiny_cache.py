@@ -4,7 +4,8 @@ import json
 
 import numpy as np
 
-from espnet_kd.targets.cache import CachedTeacher, read_arrays, read_index, shard_dir
+from espnet_kd.targets.cache import read_arrays, read_index, shard_dir
+from espnet_kd.targets.cached import CachedTeacher
 
 TOP_K = 4
 
