@@ -43,6 +43,7 @@ def test_loss_part(monkeypatch, capsys):
     found = json.loads(capsys.readouterr().out)
     assert found["fkl_time"] == found["measured"][0]["fkl_time"] and found["machine"]["torch"] == torch.__version__
     assert set(found["measured"][0]) >= {"fkl_memory", "ours_bytes", "plain_bytes"}
+    assert 0 < found["fkl_bandwidth"] < 2
 
 
 def test_steps_part(capsys):
@@ -60,6 +61,7 @@ def test_what_noise_hides_is_no_ratio(ours, monkeypatch):
     """A negative or an infinite one would pass for a result."""
     monkeypatch.setattr(loss, "interleaved", lambda runs, rounds: {"ctc": [1.0], "ours": [ours], "plain": [1.5]})
     monkeypatch.setattr(loss, "peak_memory", lambda run: 2**20)
+    monkeypatch.setattr(loss, "bandwidth_share", lambda step, rounds: 0.5)
     found = loss.measure(0.2, 1, SMALL)
     assert found["fkl_time"] is None and json.loads(json.dumps(asr_kd_bench.headline([found])))["fkl_time"] is None
     assert "plainly written / ours |  | too noisy: give more --rounds |" in asr_kd_bench.table([found])

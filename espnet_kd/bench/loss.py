@@ -65,12 +65,31 @@ class Step:
         return loss.item()
 
 
+def bandwidth_share(step: Step, rounds: int) -> float:
+    """Share of the memory's bandwidth that our loss alone uses, forward and backward.
+
+    Bytes that must move at least (student and teacher read, the student's gradient written) / time, as a share of what
+    copying the logits moves in a second, read and written; median over ``rounds`` in which the two take turns.
+    """
+    student = step.logits.detach().log_softmax(-1).requires_grad_()
+    copy = torch.empty_like(step.teacher)
+
+    def loss_alone() -> None:
+        student.grad = None
+        factorized_kl(student, step.teacher, step.lengths).backward()
+
+    seconds = interleaved({"loss": loss_alone, "copy": lambda: copy.copy_(step.teacher)}, rounds)
+    return median([3 / 2 * copying / losing for copying, losing in zip(seconds["copy"], seconds["loss"])])
+
+
 def _one_step(kind: str, nonblank: float, shape: Any) -> None:
     Step(kind, nonblank, shape)()
 
 
 def measure(nonblank: float, rounds: int, shape: Any = SHAPE) -> Dict[str, Optional[float]]:
     """How many times less ours adds to CTC than the plain one: ``fkl_time``, ``fkl_memory``; and what they add.
+
+    ``fkl_bandwidth``: see `bandwidth_share`.
 
     Seconds are medians over ``rounds``; where noise hides what one of them adds, ``fkl_time`` is None. Bytes are peaks
     above a process with CTC and the same inputs alone, 1 MiB at least.
@@ -89,4 +108,5 @@ def measure(nonblank: float, rounds: int, shape: Any = SHAPE) -> Dict[str, Optio
         "plain_bytes": more["plain"],
         "fkl_time": extra["plain"] / extra["ours"] if min(extra.values()) > 0 else None,
         "fkl_memory": more["plain"] / more["ours"],
+        "fkl_bandwidth": bandwidth_share(Step("ours", nonblank, shape), rounds),
     }

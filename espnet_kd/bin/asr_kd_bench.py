@@ -27,6 +27,7 @@ TABLE = (
     ("online_step", "KD step with the teacher / (plain step + teacher forward)"),
     ("fkl_time", "factorized KL beside CTC: extra time, plainly written / ours"),
     ("fkl_memory", "factorized KL beside CTC: extra peak memory, plainly written / ours"),
+    ("fkl_bandwidth", "factorized KL alone: bytes it must move in a second / bytes a copy moves"),
     ("cache_bytes", "cache, bytes per frame"),
     ("cache_bytes_per_hour", "cache, bytes per hour of audio"),
     ("greedy", "greedy decoding: asr_inference / ours, time"),

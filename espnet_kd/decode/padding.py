@@ -8,6 +8,7 @@ that is used for decoding only: training keeps ESPnet's behaviour.
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Tuple
 
@@ -19,7 +20,7 @@ EXACT_ENCODERS = ("ConformerEncoder", "TransformerEncoder", "BranchformerEncoder
 
 
 class OneByOne(nn.Module):
-    """Runs a frontend on each utterance alone and pads its features with 0; cheap beside the encoder."""
+    """Runs a frontend on each utterance alone and pads its features with 0: any frontend, some time for each call."""
 
     def __init__(self, frontend: nn.Module):
         super().__init__()
@@ -30,6 +31,38 @@ class OneByOne(nn.Module):
         pairs = [self.frontend(speech[i : i + 1, :n], lengths[i : i + 1]) for i, n in enumerate(lengths.tolist())]
         feats = nn.utils.rnn.pad_sequence([f[0] for f, _ in pairs], batch_first=True)
         return feats, torch.cat([n for _, n in pairs])
+
+
+class ReflectedEach(nn.Module):
+    """ESPnet's default frontend on a batch, each utterance reflected at its own end: what `OneByOne` gives, sooner.
+
+    ESPnet's STFT and mel filters, without the masks that fill a tensor of the spectrum's size.
+    """
+
+    def __init__(self, frontend: nn.Module):
+        super().__init__()
+        self.stft, self.logmel = copy.copy(frontend.stft), frontend.logmel
+        self.stft.center = False  # the reflection is made here
+
+    def forward(self, speech: torch.Tensor, lengths: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+        """Map (B, N) samples and (B,) lengths to (B, T, D) features and (B,) lengths."""
+        reach = self.stft.n_fft // 2
+        waves = [
+            nn.functional.pad(speech[i : i + 1, :n], (reach, reach), mode="reflect")[0]
+            for i, n in enumerate(lengths.tolist())
+        ]
+        spectrum, _ = self.stft(nn.utils.rnn.pad_sequence(waves, batch_first=True))  # (B, T, F, 2)
+        feats, _ = self.logmel(spectrum[..., 0].square() + spectrum[..., 1].square())
+        frames = (lengths + 2 * reach - self.stft.n_fft) // self.stft.hop_length + 1
+        padding = torch.arange(feats.size(1), device=feats.device) >= frames[:, None]
+        return feats.masked_fill(padding[..., None], 0.0), frames
+
+
+def exact_frontend(frontend: nn.Module) -> nn.Module:
+    """A frontend in whose batches each utterance has the features that it has alone."""
+    # Its speech enhancement leaves a single channel as it is.
+    plain = type(frontend).__name__ == "DefaultFrontend" and frontend.stft is not None and frontend.stft.center
+    return ReflectedEach(frontend) if plain else OneByOne(frontend)
 
 
 def subsampled(lengths: torch.Tensor, embed: nn.Module) -> torch.Tensor:
@@ -48,7 +81,7 @@ def make_batch_exact(model: nn.Module) -> bool:
     `EXACT_ENCODERS`: its last frames then depend a little on the batch.
     """
     if model.frontend is not None:
-        model.frontend = OneByOne(model.frontend)
+        model.frontend = exact_frontend(model.frontend)
     encoder = model.encoder
     if type(encoder).__name__ not in EXACT_ENCODERS:
         return False

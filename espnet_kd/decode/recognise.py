@@ -24,6 +24,7 @@ import torch
 from tqdm import tqdm
 
 from espnet_kd.cli import UserError
+from espnet_kd.data.audio import read_audio_info
 from espnet_kd.data.datadir import read_map
 from espnet_kd.decode.greedy import ctc_greedy
 from espnet_kd.decode.padding import make_batch_exact
@@ -92,6 +93,10 @@ class Recogniser:
         self._min_samples = least_samples(model)
         if not make_batch_exact(model):
             logging.warning("%s: the last frames of a batch depend a little on padding", type(model.encoder).__name__)
+        if self.device.type == "cpu":  # as convolutions are computed there; else their output is laid out anew
+            for module in model.modules():
+                if isinstance(module, torch.nn.Conv2d):
+                    module.to(memory_format=torch.channels_last)
         self.model = model
         self._here = threading.local()
 
@@ -289,17 +294,13 @@ def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> L
         raise UserError(f"{data_dir} has a segments file: use the formatted data dir (stage 2 writes one file each)")
     utterances = []
     for utt_id, path in read_map(data_dir / "wav.scp").items():
-        if path.endswith("|"):
-            raise UserError(f"{data_dir}/wav.scp: {utt_id} is a command; use the formatted data dir (stage 2 makes it)")
         try:
-            info = soundfile.info(path)
-        except (OSError, RuntimeError) as e:
-            raise UserError(f"{data_dir}/wav.scp: cannot read the audio of {utt_id}, {path}: {e}") from e
-        if rate is not None and info.samplerate != rate:
-            raise UserError(
-                f"{data_dir}/wav.scp: {utt_id} has {info.samplerate} Hz and the model wants {rate} Hz; resample it"
-            )
-        utterances.append(Utterance(utt_id, path, info.frames, info.samplerate))
+            samples, found, _ = read_audio_info(path)
+        except UserError as e:
+            raise UserError(f"{data_dir}/wav.scp, utterance {utt_id}: {e}") from e
+        if rate is not None and found != rate:
+            raise UserError(f"{data_dir}/wav.scp: {utt_id} has {found} Hz and the model wants {rate} Hz; resample it")
+        utterances.append(Utterance(utt_id, path, samples, found))
     if not utterances:
         raise UserError(f"{data_dir}/wav.scp is empty")
     return utterances
