@@ -241,7 +241,7 @@ def align(
         )
     if ratio == 1:
         both = torch.minimum(student_lengths, lengths)
-        return _fit(logits, student_frames), {k: _fit(h, student_frames) for k, h in hidden.items()}, both
+        return fit(logits, student_frames), {k: fit(h, student_frames) for k, h in hidden.items()}, both
 
     start = torch.arange(student_frames, device=logits.device)
     if ratio < 1:
@@ -274,10 +274,10 @@ def align(
     return logits[batch, chosen], hidden, both
 
 
-def _fit(x: Posterior, num_frames: int) -> Posterior:
-    """Cut or zero-pad (B, T', …) to T frames; padding lies outside the common lengths and is never read."""
+def fit(x: Posterior, num_frames: int) -> Posterior:
+    """Cut or zero-pad (B, T', …) to T frames; padding must lie outside the lengths, where it is never read."""
     if isinstance(x, TopK):
-        return x.map(lambda y: _fit(y, num_frames))
+        return x.map(lambda y: fit(y, num_frames))
     if x.size(1) >= num_frames:
         return x[:, :num_frames]
     return torch.cat([x, x.new_zeros(x.size(0), num_frames - x.size(1), *x.shape[2:])], dim=1)

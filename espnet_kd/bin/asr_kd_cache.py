@@ -5,8 +5,8 @@ r"""Keep what a teacher says of data dirs on disk, so that training runs without
 
 The page says what is kept: tokens on non-blank frames or on all, temperatures, hidden states. The same command
 continues a run that was stopped, or checks one that is finished: every array is read, damaged shards are made again.
-With --job 2/4, on several machines or GPUs at once, each does its part; run the command without --job at the end. Train
-with --target_cache DIR.
+With --job 2/4, on several machines or GPUs at once, each does its part, all of the same number; run the command without
+--job at the end. Train with --target_cache DIR.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from espnet_kd.distill.export import export
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """Command line of this command."""
+    """Command line of asr_kd_export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--expdir", required=True, metavar="EXP[/FILE.pth]", help="the student's experiment")
     parser.add_argument("--output_dir", type=Path, help="default: EXP/export")

@@ -13,9 +13,7 @@ from espnet_kd.targets.encode import EncoderOutputs, check_taps, probe
 from espnet_kd.targets.teacher import Teacher
 
 
-def check_objective(
-    objective: Objective, name: str, student: ESPnetASRModel, teacher: Optional[Teacher], has_nbest: bool
-) -> None:
+def check_objective(objective: Objective, student: ESPnetASRModel, teacher: Optional[Teacher], has_nbest: bool) -> None:
     """Refuse an objective that lacks what it needs of student, teacher or N-best.
 
     Raises:

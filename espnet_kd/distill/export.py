@@ -22,18 +22,21 @@ KD_OPTIONS = (
     *("teacher", "target_cache", "kd_config", "kd_stage", "kd_stages", "teacher_memory", "augmented_teacher", "nbest"),
     "max_nonfinite",
 )
+#: What an export consists of.
+FILES = ("config.yaml", "model.pth", "feats_stats.npz", "bpe.model")
 
 
 def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> Path:
     """Write ``EXP/export`` (config.yaml, model.pth, feats_stats.npz, bpe.model if any) and check that it loads.
 
-    The directory appears whole or not at all; one from before is replaced.
+    The directory appears whole or not at all; an export from before is replaced.
 
     Raises:
-        UserError: the experiment is incomplete, or a file its config names is missing.
+        UserError: the experiment is incomplete, a file its config names is missing, or the place holds something else.
     """
     config_file, model_file = find_experiment(experiment)
     out = output_dir or config_file.parent / "export"
+    _check_place(out)
     config, state = plain_student(config_file, load_state(model_file))
     # What only training needed, and what must not be looked for where the model is used.
     config.update(output_dir=str(out), init_param=[], resume=False)
@@ -76,6 +79,15 @@ def plain_student(config_file: Path, state: Dict[str, torch.Tensor]) -> Tuple[Di
     elif len(student_only(state)) < len(state):
         raise UserError(f"{record} is missing, which says what the heads in this model are for; put it back")
     return config, student_only(state)
+
+
+def _check_place(out: Path) -> None:
+    """Refuse a file, or a directory with anything but an export, which would be lost (:class:`UserError`)."""
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a directory")
+    others = sorted(p.name for p in out.iterdir() if p.name not in FILES) if out.exists() else []
+    if others:
+        raise UserError(f"{out} holds {others[0]}, which is no part of an export; give another --output_dir")
 
 
 def _bring(source: str, part: Path, name: str, out: Path) -> str:

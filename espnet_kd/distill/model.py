@@ -54,6 +54,8 @@ class ESPnetASRKDModel(ESPnetASRModel):
             raise UserError(f"the student must be a plain ESPnet model (model: espnet), not {type(student).__name__}")
         if student.ctc is None or student.use_transducer_decoder:
             raise UserError("the student has no CTC branch to distil into: use ctc_weight above 0, and no transducer")
+        if student.ctc.ctc_type not in ("builtin", "builtin2"):
+            raise UserError(f"ctc_conf: ctc_type {student.ctc.ctc_type} is not supported here; use ctc_type: builtin")
         if student.blank_id != 0:
             raise UserError(f"<blank> must be token 0, as ESPnet's CTC takes it; it is token {student.blank_id}")
         if page.teacher == "required" and teacher is None:
@@ -66,7 +68,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
                 objective = spec.make()
                 try:
                     objective.place(student)
-                    check_objective(objective, spec.name, student, teacher, nbest is not None)
+                    check_objective(objective, student, teacher, nbest is not None)
                 except UserError as e:
                     raise UserError(f"{page.path}: KD stage {k}: {spec.name}: {e}") from e
 
@@ -151,7 +153,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         loss = log_probs.new_zeros(())
         if text is not None:
             loss = loss + self.ctc_weight * self._ctc_branch(
-                out, log_probs, lengths, intermediate, text, text_lengths, stats, kwargs
+                log_probs, lengths, intermediate, text, text_lengths, stats, kwargs
             )
         if self.ctc_weight < 1.0:
             loss = loss + (1 - self.ctc_weight) * self._attention_branch(out, student, text, text_lengths, taps, stats)
@@ -233,7 +235,6 @@ class ESPnetASRKDModel(ESPnetASRModel):
 
     def _ctc_branch(
         self,
-        out: Tensor,
         log_probs: Tensor,
         lengths: Tensor,
         intermediate: List[Tuple[int, Tensor]],
@@ -283,7 +284,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         stats: Dict[str, Optional[Tensor]],
     ) -> Tensor:
         target = None
-        if self.teacher is not None and any(o.reads_target for _, o in self.objectives):
+        if self.teacher is not None and any(o.hears_teacher for _, o in self.objectives):
             taps = [t for _, o in self.objectives for t in o.teacher_taps]
             target = self.teacher.targets(batch.utt_ids, speech, speech_lengths, taps, batch.text, batch.text_lengths)
             try:

@@ -18,6 +18,8 @@ from espnet_kd.strict import check_mapping, check_type, fits, nearest, parameter
 from espnet_kd.targets.teacher import Needs
 
 METHODS_DIR = Path(__file__).resolve().parent.parent / "conf" / "methods"
+#: Options that training itself sets or reads beforehand: in a ``train:`` block they would be passed over in silence.
+RESERVED = ("config", "kd_config", "kd_stage", "kd_stages", "max_epoch", "output_dir", "resume")
 
 
 @dataclass
@@ -110,15 +112,25 @@ def load_page(name: str) -> Page:
     return _page(path, content)
 
 
+def check_cacheable(page: Page) -> None:
+    """Refuse a page that no target cache can serve (:class:`UserError`)."""
+    if page.pool == "mean":
+        raise UserError(f"{page.path}: pool: mean needs whole posteriors, which a target cache has not; use --teacher")
+    if page.teacher_weights:
+        raise UserError(f"{page.path}: teacher_weights: a target cache holds one teacher's; use --teacher alone")
+
+
 def needed_targets(pages: Sequence[str]) -> Needs:
     """What the objectives of some pages read of a teacher, together.
 
     Raises:
-        UserError: as :func:`load_page`; or none of the pages has a teacher whose outputs it reads.
+        UserError: as :func:`load_page` and :func:`check_cacheable`; or no page has a teacher whose outputs it reads.
     """
-    stages = [stage for name in pages for stage in load_page(name).stages]
-    objectives = [o for stage in stages for o in (spec.make() for spec in stage.objectives)]
-    each = [o.needs() for o in objectives if o.needs_teacher and o.reads_target]
+    loaded = [load_page(name) for name in pages]
+    for page in loaded:
+        check_cacheable(page)
+    objectives = [spec.make() for page in loaded for stage in page.stages for spec in stage.objectives]
+    each = [o.needs() for o in objectives if o.hears_teacher]
     if not each:
         raise UserError(f"{', '.join(pages)}: no objective reads a teacher's outputs, so there is nothing to keep")
     return Needs(
@@ -173,15 +185,23 @@ def _stage(number: int, content: Any, top: Mapping[str, Any], where: str) -> KDS
         objectives=[_objective(o, f"{where}.objectives[{i}]") for i, o in enumerate(objectives)],
         train=check_mapping(stage.get("train", {}), f"{where}.train"),
     )
+    for key in RESERVED:
+        if key in result.train:
+            raise UserError(f"{where}.train: {key} is not a page's to set; give it on the command line")
+    if any(_may_be_0(w) for w in (ctc_weight, result.attention_weight)):
+        # The CTC head, or a hybrid's decoder, may get no gradient, which DDP has to be told.
+        result.train = {"unused_parameters": True, **result.train}
     if ctc_weight == 0.0:
-        # Nothing pulls the CTC head, or a hybrid's decoder, and no CTC loss can choose the model.
-        by_kd = {"best_model_criterion": [["valid", "loss_kd", "min"]], "unused_parameters": True}
-        result.train = {**by_kd, **result.train}
+        # No CTC loss can choose the model.
+        result.train = {"best_model_criterion": [["valid", "loss_kd", "min"]], **result.train}
     if not 0 < result.share <= 1:
         raise UserError(f"{where}.share must be above 0 and at most 1, not {result.share}")
     keys = [o.key for o in result.objectives]
     if len(set(keys)) < len(keys):
         raise UserError(f"{where}.objectives: each objective may stand once, got {', '.join(keys)}")
+    for o in result.objectives:
+        if number > 1 and type(o.make()).init_student is not Objective.init_student:
+            raise UserError(f"{where}: {o.name} sets where training begins, so that it belongs in the first KD stage")
     return result
 
 
@@ -242,6 +262,10 @@ def _weight(value: Any, where: str) -> Weight:
     if not 0 <= result.begin < result.until <= 1:
         raise UserError(f"{where}: needs 0 <= begin < until <= 1, got {result.begin:g} and {result.until:g}")
     return result
+
+
+def _may_be_0(weight: Weight) -> bool:
+    return 0.0 in ((weight.start, weight.end) if isinstance(weight, Ramp) else (weight,))
 
 
 def _finite(value: float, where: str) -> float:

@@ -7,17 +7,16 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import shutil
 from pathlib import Path
 from typing import Dict, List, Optional, Set, Tuple
 
 import numpy as np
-import soundfile
 import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
 
 from espnet_kd.cli import UserError
+from espnet_kd.data.audio import read_audio_info
 from espnet_kd.data.datadir import read_map, read_pairs
 
 GIB = 2**30
@@ -73,12 +72,10 @@ def _look_for_audio(path: str) -> None:
     for utt_id, audio in pairs[:: max(1, len(pairs) // SAMPLED)]:
         if audio.endswith("|"):
             continue
-        if not os.path.exists(audio):
-            raise UserError(f"{path}: the audio of {utt_id} is missing, {audio} (seen from the working directory)")
         try:
-            soundfile.info(audio)
-        except RuntimeError as e:
-            raise UserError(f"{path}: cannot read the audio of {utt_id}, {audio}: {e}") from e
+            read_audio_info(audio)
+        except UserError as e:
+            raise UserError(f"{path}, utterance {utt_id}: {e}") from e
 
 
 def check_disk(args: argparse.Namespace, model: torch.nn.Module, stages: int = 1) -> None:

@@ -108,14 +108,33 @@ def holding(cache: Path, job: int, jobs: int) -> Iterator[None]:
     """Hold a cache: for the run that finishes it alone, for one of several jobs together with the others.
 
     Raises:
-        UserError: another run is in the way, or the place is no cache's (:func:`check_place`).
+        UserError: another run is in the way, jobs of another number of parts too, whose shards would be the same; or
+            the place is no cache's (:func:`check_place`).
     """
     if not (cache / MANIFEST).exists():
         check_place(cache)  # a lock file would lie in it
     with locked(cache, "--output", shared=jobs > 1), contextlib.ExitStack() as stack:
         if jobs > 1:
+            # Its own first: of two that begin at once at least one sees the other.
+            stack.enter_context(locked(cache, "--output", part=f"of_{jobs}", shared=True))
+            for path in cache.glob(".lock.of_*"):
+                other = path.name.removeprefix(".lock.")
+                if other != f"of_{jobs}":
+                    _refuse_held(cache, other, jobs)
             stack.enter_context(locked(cache, "--output", part=str(job)))
         yield
+
+
+def _refuse_held(cache: Path, other: str, jobs: int) -> None:
+    """Refuse jobs of ``jobs`` parts while some of ``other`` parts are running (:class:`UserError`)."""
+    try:
+        with locked(cache, part=other):
+            pass
+    except UserError as e:
+        raise UserError(
+            f"{cache} is being made in {other.removeprefix('of_')} parts, and this is --job I/{jobs}: give all jobs "
+            "the same number of parts, or wait until those are through"
+        ) from e
 
 
 def hash_data(utterances: Sequence[Utterance]) -> str:

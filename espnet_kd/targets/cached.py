@@ -12,6 +12,7 @@ from torch import Tensor
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines
+from espnet_kd.frames import fit
 from espnet_kd.targets.cache import (
     MEND,
     TOKENS,
@@ -115,7 +116,7 @@ class CachedTeacher:
         found = [self._read(utt_id) for utt_id in utt_ids]
         lengths = torch.tensor([len(x.log_blank) for x, _ in found])
         most = int(lengths.max())
-        padded = [x[None].map(lambda y: _pad(y, most)) for x, _ in found]
+        padded = [fit(x[None], most) for x, _ in found]
         first = padded[0]
         logits = TopK(
             torch.cat([x.log_blank for x in padded]),
@@ -147,8 +148,3 @@ class CachedTeacher:
         entry = Entry(utt_id, frames, rows, crc, tuple(None if o < 0 else o for o in offsets))
         arrays = read_arrays(shard_dir(self.path, number), self.policy, entry)
         return unpack(arrays, self.policy, self.manifest.num_tokens)
-
-
-def _pad(x: Tensor, frames: int) -> Tensor:
-    """(1, T, …) with zeros up to (1, ``frames``, …); what lies beyond the length is never read."""
-    return torch.nn.functional.pad(x, (0, 0) * (x.dim() - 2) + (0, frames - x.size(1)))

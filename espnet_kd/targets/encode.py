@@ -68,6 +68,10 @@ def check_taps(model: torch.nn.Module, wanted: Sequence[str], whose: str) -> Non
     if not wanted:
         return
     there = taps_of(model.encoder)
+    for tap in wanted:
+        if tap not in there:
+            name = type(model.encoder).__name__
+            raise UserError(f"the {whose} ({name}) has no tap {tap!r}; it has: {', '.join(there)}")
     if whose == "student" and any("." in tap for tap in wanted):
         for option, value in (
             ("layer_drop_rate", getattr(model.encoder.encoders, "layer_drop_rate", 0.0)),
@@ -76,10 +80,6 @@ def check_taps(model: torch.nn.Module, wanted: Sequence[str], whose: str) -> Non
         ):
             if value:
                 raise UserError(f"the student's encoder has {option}: {value}, so that its layers cannot be tapped")
-    for tap in wanted:
-        if tap not in there:
-            name = type(model.encoder).__name__
-            raise UserError(f"the {whose} ({name}) has no tap {tap!r}; it has: {', '.join(there)}")
 
 
 @contextlib.contextmanager
@@ -147,6 +147,20 @@ def recording_decoder(model: torch.nn.Module) -> Iterator[List[Tensor]]:
         handle.remove()
 
 
+def input_width(model: torch.nn.Module) -> Tuple[int, ...]:
+    """What a sample of a model's input has: () for audio, (D,) for a model without frontend, fed with features.
+
+    Raises:
+        UserError: a model without frontend whose input width is not known.
+    """
+    if model.frontend is not None:
+        return ()
+    mean = getattr(model.normalize, "mean", None)
+    if mean is None:
+        raise UserError("a model fed with features needs normalize: global_mvn, which knows their width")
+    return (mean.numel(),)
+
+
 @torch.no_grad()
 def probe(model: torch.nn.Module, sampling_rate: float, seconds: float) -> Tuple[Tensor, Tensor, int]:
     """Encode a test signal alone, in eval mode.
@@ -156,16 +170,11 @@ def probe(model: torch.nn.Module, sampling_rate: float, seconds: float) -> Tuple
         its length (1,); the encoder's number of frames
 
     Raises:
-        UserError: a model without frontend whose input width is not known.
+        UserError: as :func:`input_width`.
     """
-    width: Tuple[int, ...] = ()
-    if model.frontend is None:
-        mean = getattr(model.normalize, "mean", None)
-        if mean is None:
-            raise UserError("a model fed with features needs normalize: global_mvn, which knows their width")
-        sampling_rate, width = FEATURE_RATE, (mean.numel(),)
+    width = input_width(model)
     p = next(model.parameters())
-    n = int(seconds * sampling_rate)
+    n = int(seconds * (FEATURE_RATE if width else sampling_rate))
     # Not silence: utterance-wise normalisation divides by the deviation.
     speech = torch.sin(torch.arange(n, device=p.device, dtype=p.dtype)).view(1, n, *[1] * len(width))
     speech = speech.repeat(1, 1, *width)  # not expand: normalisation works in place
@@ -181,7 +190,7 @@ def probe(model: torch.nn.Module, sampling_rate: float, seconds: float) -> Tuple
 def measure_frame_shift(model: torch.nn.Module, sampling_rate: float) -> float:
     """Seconds per encoder frame: no ESPnet encoder reports it, so it is measured from two input lengths.
 
-    ``sampling_rate`` is in Hz. Raises UserError as :func:`probe`.
+    ``sampling_rate`` is in Hz. Raises UserError as :func:`input_width`.
     """
     # Ten seconds and thirty: edge effects of a few frames stay under 1 % of the difference.
     (_, short, few), (_, long, many) = (probe(model, sampling_rate, s) for s in (10.0, 30.0))

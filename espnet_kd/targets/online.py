@@ -12,7 +12,7 @@ from torch import Tensor
 
 from espnet_kd.cli import UserError
 from espnet_kd.losses.common import full_precision
-from espnet_kd.targets.encode import EncoderOutputs, check_taps, encode, half_on_gpu, measure_frame_shift
+from espnet_kd.targets.encode import EncoderOutputs, check_taps, encode, half_on_gpu, input_width, measure_frame_shift
 from espnet_kd.targets.experiment import find_experiment, load_model
 from espnet_kd.targets.teacher import Needs
 
@@ -44,8 +44,8 @@ class OnlineTeacher:
         for p in self._model.parameters():
             p.requires_grad_(False)
         self.token_list = list(self._model.token_list)
-        self.blank_id = self._model.blank_id
         self.sampling_rate = sampling_rate(args)
+        self._input_width = input_width(self._model)
         self.frame_shift = measure_frame_shift(self._model, self.sampling_rate)
         self._memory = self._room = memory
         self._said: Dict[Tuple[Any, ...], EncoderOutputs] = {}
@@ -60,7 +60,10 @@ class OnlineTeacher:
         check_taps(self._model, needed.taps, "teacher")
 
     def probe(self, speech: Tensor, speech_lengths: Tensor) -> EncoderOutputs:
-        """What it says of a test signal."""
+        """What it says of a test signal (:class:`UserError`: audio where it is fed with features, or the like)."""
+        given, wanted = (f"features of width {w[0]}" if w else "audio" for w in (speech.shape[2:], self._input_width))
+        if given != wanted:
+            raise UserError(f"the student is fed with {given}, the teacher {self.name} with {wanted}")
         return self.targets((), speech, speech_lengths)
 
     def state_dict(self) -> Dict[str, Tensor]:

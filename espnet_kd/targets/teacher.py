@@ -107,7 +107,7 @@ class SeveralTeachers:
 
     def probe(self, speech: Tensor, speech_lengths: Tensor) -> EncoderOutputs:
         """See :class:`Teacher`."""
-        return self.targets((), speech, speech_lengths)
+        return self._together([teacher.probe(speech, speech_lengths) for teacher in self.teachers])
 
     def state_dict(self) -> Dict[str, Tensor]:
         """The first teacher's."""
@@ -130,10 +130,15 @@ class SeveralTeachers:
     ) -> EncoderOutputs:
         """Log of the averaged probabilities as logits, over the frames that all teachers have."""
         decoder = [tap for tap in taps if tap == "decoder"]
-        said = [
-            teacher.targets(utt_ids, speech, speech_lengths, taps if i == 0 else decoder, text, text_lengths)
-            for i, teacher in enumerate(self.teachers)
-        ]
+        return self._together(
+            [
+                teacher.targets(utt_ids, speech, speech_lengths, taps if i == 0 else decoder, text, text_lengths)
+                for i, teacher in enumerate(self.teachers)
+            ]
+        )
+
+    def _together(self, said: Sequence[EncoderOutputs]) -> EncoderOutputs:
+        """One teacher's outputs of several's."""
         frames = min(s.logits.size(1) for s in said)
         lengths = torch.stack([s.lengths for s in said])
         if (lengths.max(0).values - lengths.min(0).values).max() > 2:
@@ -143,7 +148,7 @@ class SeveralTeachers:
             lengths.min(0).values.clamp(max=frames),
             self.frame_shift,
             {tap: h[:, :frames] for tap, h in said[0].hidden.items()},
-            self._average([s.decoder for s in said]) if decoder else None,
+            None if said[0].decoder is None else self._average([s.decoder for s in said]),
         )
 
     def _average(self, logits: Sequence[Tensor]) -> Tensor:

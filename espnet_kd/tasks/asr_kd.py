@@ -20,7 +20,7 @@ from espnet_kd.data.parallel import leave_with_parent
 from espnet_kd.distill.checkpoints import keep_previous
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.nonfinite import NonFiniteLosses
-from espnet_kd.distill.page import KDStage, Page, load_page
+from espnet_kd.distill.page import KDStage, Page, check_cacheable, load_page
 from espnet_kd.distill.preflight import check_disk, log_memory
 from espnet_kd.distill.schedule import EpochHooks, Progress
 from espnet_kd.offline import ASRTask
@@ -229,10 +229,9 @@ def cached_teacher(args: argparse.Namespace, page: Page) -> CachedTeacher:
     Raises:
         UserError: it lacks utterances or what the page reads, or is not that of ``--teacher``.
     """
-    if page.pool == "mean":
-        raise UserError(f"{page.path}: pool: mean needs whole posteriors, which a target cache has not; use --teacher")
+    check_cacheable(page)
     teacher = CachedTeacher(args.target_cache)
-    if len(args.teacher) > 1 or page.teacher_weights:
+    if len(args.teacher) > 1:
         raise UserError(f"--target_cache {args.target_cache} holds one teacher's targets; several need --teacher alone")
     for path in args.teacher:
         config, file = find_experiment(path)

@@ -1,5 +1,8 @@
 """What does not fit is refused before training starts."""
 
+from contextlib import nullcontext
+
+import numpy as np
 import pytest
 import tiny_asr
 import tiny_kd
@@ -9,6 +12,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.schedule import Progress
 from espnet_kd.targets.online import OnlineTeacher
+from espnet_kd.targets.teacher import SeveralTeachers
 
 
 def changed_teacher(tmp_path, edit):
@@ -38,6 +42,33 @@ def test_a_teacher_that_does_not_fit(tmp_path, fkl, edit, message):
         adopt(tiny_kd.student_config(), fkl, teacher=changed_teacher(tmp_path, edit))
 
 
+def fed_with_features(conf, directory, width):
+    np.savez(directory / f"{width}.npz", count=1, sum=np.zeros(width), sum_square=np.ones(width))
+    conf.update(input_size=width, frontend=None, frontend_conf={}, normalize="global_mvn")
+    conf["normalize_conf"] = {"stats_file": str(directory / f"{width}.npz")}
+    return conf
+
+
+@pytest.mark.parametrize(
+    "student, teacher, message",
+    [
+        (None, 40, "student is fed with audio, the teacher .* with features of width 40"),
+        (40, None, "student is fed with features of width 40, the teacher .* with audio"),
+        (40, 20, "student is fed with features of width 40, the teacher .* with features of width 20"),
+        (40, 40, None),
+    ],
+)
+@pytest.mark.parametrize("several", [False, True])
+def test_a_teacher_with_other_input(tmp_path, fkl, student, teacher, message, several):
+    conf = tiny_kd.student_config()
+    if student:
+        fed_with_features(conf, tmp_path, student)
+    one = changed_teacher(tmp_path, lambda c: teacher and fed_with_features(c, tmp_path, teacher))
+    one = SeveralTeachers([one, one]) if several else one
+    with pytest.raises(UserError, match=message) if message else nullcontext():
+        adopt(conf, fkl, teacher=one)
+
+
 def test_no_teacher(fkl):
     with pytest.raises(UserError, match="progressive_fkl.yaml needs a teacher: give --teacher"):
         adopt(tiny_kd.student_config(), fkl)
@@ -55,6 +86,14 @@ def adopt_with_ctc_weight_0(fkl, teacher):
 
     student = ASRTask.build_model(argparse.Namespace(**tiny_kd.student_config(ctc_weight=0.0)))
     return ESPnetASRKDModel.adopt(student, fkl, 1, teacher, Progress(), 16000.0)
+
+
+def test_a_kind_of_ctc_that_takes_other_arguments(fkl, teacher):
+    """ESPnet's gtnctc and brctc want frames and labels in another shape."""
+    student = tiny_asr.build(tiny_kd.student_config())
+    student.ctc.ctc_type = "brctc"  # its library is not here
+    with pytest.raises(UserError, match="ctc_type brctc is not supported here; use ctc_type: builtin"):
+        ESPnetASRKDModel.adopt(student, fkl, 1, teacher, Progress(), 16000.0)
 
 
 def test_blank_must_be_token_0(write_page):

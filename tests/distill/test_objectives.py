@@ -310,6 +310,14 @@ def test_layer_pruning_begins_with_the_teachers_layers(write_page, teacher, monk
         adopt(page, teacher, conf)
 
 
+def test_a_teacher_that_no_objective_hears_does_not_run(write_page, teacher, monkeypatch):
+    conf = tiny_kd.student_config()
+    conf["encoder_conf"].update(output_size=24, num_blocks=2)
+    _, model = adopt(page_of(write_page, {"objective": "layer_pruning"}, {"objective": "inter_ctc"}), teacher, conf)
+    monkeypatch.setattr(teacher, "targets", None)
+    assert run(model, tiny_kd.batch())[1]["loss_inter_ctc"] > 0
+
+
 def hybrid_teacher(directory, seed=1):
     conf = {**tiny_asr.config("conformer", output_size=24, num_blocks=2), "model_conf": {"ctc_weight": 0.5}}
     return OnlineTeacher(tiny_asr.save(tiny_asr.build(conf, seed=seed, sharpen=4.0), conf, directory))

@@ -91,6 +91,10 @@ REFUSED = {
     "objective": (edited("stages", 0, "objectives", 0, "objective", "blank_lk"), "'blank_lk'; did you mean 'blank_kl'"),
     "no objective": (edited("stages", 0, "objectives", 0, {"weight": 1}), r"objectives\[0\]: objective is missing"),
     "twice": (edited("stages", 0, "objectives", [{"objective": "kl"}] * 2), r"stages\[0\].*once, got kl, kl"),
+    "a beginning in the middle": (
+        edited("stages", 1, "objectives", 0, {"objective": "layer_pruning"}),
+        r"stages\[1\]: layer_pruning sets where training begins, so that it belongs in the first KD stage",
+    ),
     "number": (edited("stages", 1, "objectives", 0, "temperature", "hot"), r"\[0\].temperature.*number.*'hot'"),
     "flag for a number": (
         edited("stages", 1, "objectives", 0, "temperature", True),
@@ -123,6 +127,10 @@ REFUSED = {
     "stages a mapping": (edited("stages", {"share": 1}), "stages must be a list"),
     "stage a word": (edited("stages", 0, "binary"), r"stages\[0\]: expected a mapping, found 'binary'"),
     "objectives a word": (edited("stages", 0, "objectives", "kl"), r"stages\[0\].objectives must be a list"),
+    "train sets the epochs": (
+        edited("stages", 0, "train", {"max_epoch": 20}),
+        r"stages\[0\].train: max_epoch is not a page's to set; give it on the command line",
+    ),
     "train a list": (edited("stages", 0, "train", ["--max_epoch"]), r"stages\[0\].train: expected a mapping"),
     "not a page": (["teacher"], r"page.yaml: expected a mapping, found \['teacher'\]"),
     "distance": (
@@ -145,6 +153,23 @@ def test_refused(write_page, content, message):
 
 def test_the_good_page_is_good(write_page):
     load_page(str(write_page(GOOD)))  # else the refusals above mean nothing
+
+
+@pytest.mark.parametrize(
+    "stage, unused",
+    [
+        ({}, None),
+        ({"ctc": {"weight": 0.0}}, True),
+        ({"attention": {"weight": 0}}, True),
+        ({"attention": {"weight": {"start": 0, "end": 1}}}, True),
+        ({"ctc": {"weight": {"start": 0.7, "end": 0.3}}}, None),
+        ({"attention": {"weight": 0}, "train": {"unused_parameters": False}}, False),
+    ],
+)
+def test_parameters_without_gradient_are_announced(write_page, stage, unused):
+    """A hybrid's decoder gets none where its branch is off: DDP would wait for it."""
+    page = {"stages": [{"share": 1.0, "objectives": [{"objective": "kl"}], **stage}]}
+    assert load_page(str(write_page(page))).stages[0].train.get("unused_parameters") == unused
 
 
 def test_unknown_method_names_the_nearest():

@@ -37,7 +37,7 @@ BREAK = {
     "text lacks one": (lambda d: without(d / "train/text", 3), r"train/text lacks 1 .*speech_shape \(train3 …\)"),
     "wav.scp lacks one": (lambda d: without(d / "train/wav.scp", 0), r"wav.scp lacks 1 .*speech_shape \(train0"),
     "shapes differ": (lambda d: without(d / "train/speech_shape", 1), r"speech_shape lacks 1 .*_shape.char \(train1"),
-    "no audio": (lambda d: (d / "train/train5.wav").unlink(), "the audio of train5 is missing, .*train5.wav"),
+    "no audio": (lambda d: (d / "train/train5.wav").unlink(), "utterance train5: no such audio file: .*train5.wav"),
 }
 
 

@@ -18,6 +18,7 @@ from espnet_kd.bin import asr_kd_cache, asr_kd_train
 from espnet_kd.cli import UserError
 from espnet_kd.distill.checkpoints import read_checkpoint
 from espnet_kd.distill.checks import check_rates
+from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.frames import valid
 from espnet_kd.targets import encode
 from espnet_kd.targets.cache import Manifest, Policy, ark_names, pack, read_manifest, shard_dir, unpack
@@ -186,14 +187,22 @@ def trainings(corpus, teacher_dir, tmp_path_factory):
     out = tmp_path_factory.mktemp("trainings")
     asr_kd_cache.main(command(teacher_dir, corpus, out / "targets", "--top_k", "1000"))
     runs = {"online": ["--teacher", str(teacher_dir)], "cached": ["--target_cache", str(out / "targets")]}
-    for name, run in runs.items():
-        asr_kd_train.main(corpus.options(out / name, *run, "--kd_config", "progressive_fkl", batch_size=1))
+    adopt = ESPnetASRKDModel.adopt
+
+    def adopt_with_seed(*args):
+        torch.manual_seed(0)  # loading a teacher draws random numbers; heads, dropout and SpecAugment are to be equal
+        return adopt(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ESPnetASRKDModel, "adopt", adopt_with_seed)
+        for name, run in runs.items():
+            asr_kd_train.main(corpus.options(out / name, *run, "--kd_config", "progressive_fkl", batch_size=1))
     return out
 
 
 @pytest.mark.parametrize("stage", ["kd_stage1", "kd_stage2", ""])
 def test_training_from_the_cache_is_training_with_the_teacher(trainings, stage):
-    """The same statistics; losses differ by chance, as loading a teacher draws random numbers."""
+    """The same statistics and the same student, but for what 8 and 16 bits lose of the targets."""
     both = [
         read_checkpoint(trainings / name / stage / "checkpoint.pth")["reporter"]["stats"][1]
         for name in ("online", "cached")
@@ -202,7 +211,9 @@ def test_training_from_the_cache_is_training_with_the_teacher(trainings, stage):
         online, cached = (x[phase] for x in both)
         assert set(online) == set(cached)
         assert cached["nonblank_share"] == pytest.approx(online["nonblank_share"], rel=1e-6)
-        assert cached["loss_kd"] == pytest.approx(online["loss_kd"], rel=0.5)
+        for key in online:
+            if key.startswith("loss"):
+                assert cached[key] == pytest.approx(online[key], rel=0.02), (phase, key)  # 0.008 is the most seen
 
 
 def test_finished_training_from_the_cache_is_skipped(corpus, teacher_dir, trainings, caplog):

@@ -232,6 +232,20 @@ def test_two_equal_commands_at_once(corpus, teacher_dir, cache, unbroken):
     assert_equal(cache, unbroken)
 
 
+@pytest.mark.faults("two runs at once")
+def test_jobs_of_another_number_of_parts(corpus, teacher_dir, unbroken, tmp_path):
+    """Parts 1/2 and 2/3 share shards: one run would fail where the other has just put its own."""
+    cache = tmp_path / "targets"
+    with holding(cache, 1, 2):
+        with pytest.raises(UserError, match="targets is being made in 2 parts, and this is --job I/3"):
+            asr_kd_cache.main(command(teacher_dir, corpus, cache, "--job", "2/3"))
+        asr_kd_cache.main(command(teacher_dir, corpus, cache, "--job", "2/2"))
+    for job in ("1/3", "2/3", "3/3"):  # one after the other is well
+        asr_kd_cache.main(command(teacher_dir, corpus, cache, "--job", job))
+    asr_kd_cache.main(command(teacher_dir, corpus, cache))
+    assert_equal(cache, unbroken)
+
+
 @pytest.mark.faults("a place that cannot be written")
 def test_a_place_that_cannot_be_locked(corpus, teacher_dir, cache):
     (cache / ".lock").unlink()
@@ -311,11 +325,21 @@ def test_missing_utterances_are_counted_and_named_before_training(corpus, teache
         asr_kd_train.main(more.options(tmp_path / "exp", *run))
 
 
-def test_mean_pooling_needs_the_teacher(corpus, unbroken, tmp_path):
-    page = {"pool": "mean", "stages": [{"share": 1.0, "objectives": [{"objective": "factorized_kl"}]}]}
+@pytest.mark.parametrize(
+    "key, message",
+    [
+        ({"pool": "mean"}, "pool: mean needs whole posteriors"),
+        ({"teacher_weights": [1, 2]}, "teacher_weights: a target cache holds one teacher's"),
+    ],
+)
+def test_pages_that_need_the_teacher_itself(corpus, teacher_dir, unbroken, tmp_path, key, message):
+    """Told before a cache is made, and before training."""
+    page = {**key, "stages": [{"share": 1.0, "objectives": [{"objective": "factorized_kl"}]}]}
     path = tiny_kd.write_yaml(tmp_path / "page.yaml", page)
-    with pytest.raises(UserError, match="pool: mean needs whole posteriors"):
+    with pytest.raises(UserError, match=message):
         asr_kd_train.main(corpus.options(tmp_path / "exp", "--target_cache", str(unbroken), "--kd_config", str(path)))
+    with pytest.raises(UserError, match=message):
+        asr_kd_cache.main(command(teacher_dir, corpus, tmp_path / "targets", "--kd_config", str(path)))
 
 
 def test_objective_that_does_not_say_what_it_reads(corpus, unbroken, tmp_path, monkeypatch):

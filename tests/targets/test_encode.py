@@ -89,10 +89,11 @@ def test_whole_encoders_have_one_tap(name):
     assert taps_of(model.encoder) == ["encoder"]
     out, _, _, hidden = encode(model, *speech(), ["encoder"])
     assert hidden["encoder"] is out
-    check_taps(model, ["encoder"], "teacher")
     named = type(model.encoder).__name__
-    with pytest.raises(UserError, match=rf"teacher \({named}\) has no tap 'encoder.1'; it has: encoder$"):
-        check_taps(model, ["encoder.1"], "teacher")
+    for whose in ("teacher", "student"):
+        check_taps(model, ["encoder"], whose)
+        with pytest.raises(UserError, match=rf"{whose} \({named}\) has no tap 'encoder.1'; it has: encoder$"):
+            check_taps(model, ["encoder.1"], whose)
 
 
 def only(encoder):

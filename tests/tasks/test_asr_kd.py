@@ -126,6 +126,7 @@ def test_ctc_needs_text(corpus, teacher_dir, tmp_path, write_page):
     [
         (["--kd_stages", "1", "4"], "--kd_stages .1, 4.: .*has KD stages 1 to 3"),
         (["--kd_stages", "0"], "has KD stages 1 to 3"),
+        (["--kd_stage", "0"], "--kd_stage is 0; it must be 1 or more"),
         (["--max_epoch", "2"], "too few for 3 KD stages"),
         (["--kd_stage", "2"], "KD stage 2 .* starts from .*kd_stage1/student.pth, which is missing"),
         (["--kd_config", "nowhere.yaml"], "cannot read the method page"),

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,18 @@ def test_the_example(tmp_path, corpus, teacher_dir):
     before = (out / "student.pth").stat().st_mtime_ns
     example.main(*where, **QUICK)
     assert (out / "student.pth").stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize(
+    "words, code, said", [([], 2, "TEACHER DUMP TOKENS OUTPUT"), (["t", "d", "n", "{out}"], 1, "error: ")]
+)
+def test_mistakes_in_the_examples_command_line(tmp_path, monkeypatch, capfd, words, code, said):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", [str(EXAMPLE), *(w.format(out=tmp_path / "out") for w in words)])
+    with pytest.raises(SystemExit) as done:
+        runpy.run_path(str(EXAMPLE), run_name="__main__")
+    err = capfd.readouterr().err
+    assert done.value.code == code and said in err and "Traceback" not in err
 
 
 def test_training_asks_for_statistics(tmp_path, corpus):

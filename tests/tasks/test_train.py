@@ -157,6 +157,17 @@ def test_export(exported, trained, corpus):
     assert not [p.name for p in trained.iterdir() if p.name.startswith(".") and p.name != ".lock"]
 
 
+def test_export_replaces_nothing_but_an_export(trained, tmp_path):
+    """The experiment itself, given for where to write, would be gone."""
+    before = sorted(trained.iterdir())
+    with pytest.raises(UserError, match="student holds .*, which is no part of an export; give another --output_dir"):
+        asr_kd_export.main(["--expdir", str(trained), "--output_dir", str(trained)])
+    assert sorted(trained.iterdir()) == before
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file is a file"):
+        asr_kd_export.main(["--expdir", str(trained), "--output_dir", str(tmp_path / "file")])
+
+
 def test_export_says_what_is_missing(trained, tmp_path):
     for name in ("config.yaml", "1epoch.pth"):
         (tmp_path / name).write_bytes((trained / name).read_bytes())

@@ -47,7 +47,7 @@ class Objective:
 
     #: Whether it needs a teacher; one that does is refused on a page with ``teacher: none``.
     needs_teacher: bool = True
-    #: Whether it reads what the teacher says of a batch; where none does, the teacher does not run.
+    #: Whether one that needs a teacher reads what it says of a batch.
     reads_target: bool = True
     #: Whether it reads transcripts.
     needs_text: bool = False
@@ -73,9 +73,14 @@ class Objective:
     def place(self, student: torch.nn.Module) -> None:
         """Look at the student, before its taps are asked for (UserError: it does not fit)."""
 
+    @property
+    def hears_teacher(self) -> bool:
+        """Whether a teacher must run for it; where this is so of no objective, none does."""
+        return self.needs_teacher and self.reads_target
+
     def needs(self) -> Needs:
         """What it reads of the teacher."""
-        if not (self.needs_teacher and self.reads_target):
+        if not self.hears_teacher:
             return Needs()
         return Needs(self.tokens_on, self.temperatures, self.teacher_taps)
 
