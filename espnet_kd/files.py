@@ -5,10 +5,11 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import json
 import os
 import tempfile
 from pathlib import Path
-from typing import IO, Iterator, Union
+from typing import IO, Any, Iterator, Union
 
 from espnet_kd.cli import UserError
 
@@ -38,6 +39,14 @@ def replacing(path: Union[str, Path], mode: str = "w", sync: bool = True) -> Ite
         with contextlib.suppress(FileNotFoundError):
             os.unlink(tmp)
         raise
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says; an empty dict where it is missing or damaged."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return {}
 
 
 def remove_leftovers(path: Union[str, Path]) -> None:
@@ -72,7 +81,7 @@ def locked(
     with contextlib.ExitStack() as stack:
         try:
             directory.mkdir(parents=True, exist_ok=True)
-            f = stack.enter_context(open(directory / (f".lock.{part}" if part else ".lock"), "w"))
+            f = stack.enter_context(open(directory / (f".lock.{part}" if part else ".lock"), "a+"))
             # A data loader's worker outlives a killed run by some seconds; without this it would hold the lock as long.
             os.register_at_fork(after_in_child=f.close)
             # The lock goes with the process, also after a kill; the file stays.

@@ -1,15 +1,15 @@
 """Prepare data: corpora to data dirs, formatting, token lists, checks (stages 1 to 3 of run.sh).
 
-    python -m espnet_kd.bin.asr_kd_data mini --out data --nj 2
-    python -m espnet_kd.bin.asr_kd_data an4 --out data --an4 /corpora/an4
-    python -m espnet_kd.bin.asr_kd_data librispeech --out data --librispeech /corpora/LibriSpeech --nj 8
-    python -m espnet_kd.bin.asr_kd_data aishell --out data --aishell /corpora/data_aishell --nj 8
-    python -m espnet_kd.bin.asr_kd_data tedlium2 --out data --tedlium2 /corpora/TEDLIUM_release2 --nj 8
-    python -m espnet_kd.bin.asr_kd_data espnet --espnet_data /espnet/egs2/an4/asr1 --sets train_nodev train_dev test
-    python -m espnet_kd.bin.asr_kd_data format --src data/train --dst dump/raw/train_sp --speed_factors 0.9 1.0 1.1
-    python -m espnet_kd.bin.asr_kd_data combine --transcribed dump/raw/a --untranscribed dump/raw/b --dst dump/raw/ab
-    python -m espnet_kd.bin.asr_kd_data tokens --text dump/raw/train/text --out data/token_list/char
-    python -m espnet_kd.bin.asr_kd_data validate data/train data/valid --token_list data/token_list/char/tokens.txt
+python -m espnet_kd.bin.asr_kd_data mini --out data --nj 2
+python -m espnet_kd.bin.asr_kd_data an4 --out data --an4 /corpora/an4
+python -m espnet_kd.bin.asr_kd_data librispeech --out data --librispeech /corpora/LibriSpeech --nj 8
+python -m espnet_kd.bin.asr_kd_data aishell --out data --aishell /corpora/data_aishell --nj 8
+python -m espnet_kd.bin.asr_kd_data tedlium2 --out data --tedlium2 /corpora/TEDLIUM_release2 --nj 8
+python -m espnet_kd.bin.asr_kd_data espnet --espnet_data /espnet/egs2/an4/asr1 --sets train_nodev train_dev test
+python -m espnet_kd.bin.asr_kd_data format --src data/train --dst dump/raw/train_sp --speed_factors 0.9 1.0 1.1
+python -m espnet_kd.bin.asr_kd_data combine --transcribed dump/raw/a --untranscribed dump/raw/b --dst dump/raw/ab
+python -m espnet_kd.bin.asr_kd_data tokens --text dump/raw/train/text --out data/token_list/char
+python -m espnet_kd.bin.asr_kd_data validate data/train data/valid --token_list data/token_list/char/tokens.txt
 """
 
 from __future__ import annotations
@@ -32,9 +32,11 @@ def _add_an4(sub: argparse.ArgumentParser) -> None:
 
 def _an4(args: argparse.Namespace) -> None:
     from espnet_kd.data.an4 import prepare_an4
+    from espnet_kd.data.datadir import os_errors_told
 
-    prepare_an4(args.out, args.an4, downloads=args.downloads, raw_endian=args.raw_endian,
-                valid_speakers=args.valid_speakers, seed=args.seed)  # fmt: skip
+    with os_errors_told(args.out):
+        prepare_an4(args.out, args.an4, downloads=args.downloads, raw_endian=args.raw_endian,
+                    valid_speakers=args.valid_speakers, seed=args.seed)  # fmt: skip
 
 
 def _add_corpus(sub: argparse.ArgumentParser, gets: str) -> None:
@@ -127,11 +129,13 @@ def _add_mini(sub: argparse.ArgumentParser) -> None:
 
 
 def _mini(args: argparse.Namespace) -> None:
+    from espnet_kd.data.datadir import os_errors_told
     from espnet_kd.data.mini import prepare_mini
 
-    prepare_mini(args.out, sizes={"train": args.train, "valid": args.valid, "test": args.test}, nj=args.nj,
-                 seed=args.seed, language=args.language, snr_low=args.snr_low, snr_high=args.snr_high,
-                 reverb_ratio=args.reverb_ratio)  # fmt: skip
+    with os_errors_told(args.out):
+        prepare_mini(args.out, sizes={"train": args.train, "valid": args.valid, "test": args.test}, nj=args.nj,
+                     seed=args.seed, language=args.language, snr_low=args.snr_low, snr_high=args.snr_high,
+                     reverb_ratio=args.reverb_ratio)  # fmt: skip
 
 
 def _add_format(sub: argparse.ArgumentParser) -> None:
@@ -181,7 +185,10 @@ def _tokens(args: argparse.Namespace) -> None:
     from espnet_kd.data.tokens import make_token_list, take_token_list
 
     if args.teacher is not None:
-        path = take_token_list(args.teacher, args.out, args.token_type)
+        from espnet_kd.targets.experiment import find_experiment, read_config  # imports torch
+
+        config, _ = find_experiment(args.teacher)
+        path = take_token_list(config, read_config(config), args.out, args.token_type)
     else:
         path = make_token_list(args.text, args.out, args.token_type, args.nbpe)
     logging.info("token list: %s", path)

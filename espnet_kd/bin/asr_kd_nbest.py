@@ -54,8 +54,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise cli.UserError(f"--output {output} is a directory; give a file, e.g. {output / 'nbest'}")
     search = {"nbest": args.nbest, "beam_size": args.beam_size, "beam_size_token": args.beam_size_token}
     inputs = {**search, "data": [describe_inputs(Path(args.teacher), Path(d)) for d in args.data_dir]}
-    sidecar = Path(f"{output}.json")
-    if not args.force and output.is_file() and _read_inputs(sidecar) == inputs:
+    sidecar, log_prior = Path(f"{output}.json"), Path(f"{output}.log_prior.npy")
+    if not args.force and output.is_file() and log_prior.is_file() and _read_inputs(sidecar) == inputs:
         logging.info("%s is done already with this teacher, data and search (--force makes it again)", output)
         return
 
@@ -77,7 +77,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     # The sidecar vouches for the file: it goes before that is replaced, and comes back last.
     sidecar.unlink(missing_ok=True)
     write_nbest(output, found, recogniser.token_list)
-    with replacing(Path(f"{output}.log_prior.npy"), "wb") as f:
+    with replacing(log_prior, "wb") as f:
         np.save(f, recogniser.log_prior())
     facts = {
         "teacher": str(model_file),

@@ -106,6 +106,8 @@ def _run(cmd: List[str], args: argparse.Namespace) -> None:
     if args.target_cache and page.teacher == "none":
         logging.warning("%s has no teacher: --target_cache is not used", page.method)
     chosen = choose_stages(page, args.kd_stages)
+    if args.kd_stage is not None and args.kd_stage < 1:
+        raise UserError(f"--kd_stage is {args.kd_stage}; it must be 1 or more")
     epochs = page.epochs(args.max_epoch, chosen)
     if args.kd_stage is not None and args.kd_stage not in epochs:
         logging.info("KD stage %d: nothing to do, this run has KD stages %s", args.kd_stage, chosen)

@@ -7,7 +7,6 @@ of either byte order. Everything but ``.raw`` is referenced where it lies.
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import re
@@ -16,9 +15,8 @@ from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.data import corpora
-from espnet_kd.data.audio import read_audio_info
+from espnet_kd.data.audio import read_audio_info, write_audio
 from espnet_kd.data.datadir import Utterance, iter_lines, write_data_dir
-from espnet_kd.files import replacing
 
 PathLike = Union[str, Path]
 URL = "http://www.speech.cs.cmu.edu/databases/an4/an4_sphere.tar.gz"
@@ -58,13 +56,13 @@ def prepare_an4(
     if not 0 < valid_speakers < len(speakers):
         raise UserError(f"--valid_speakers {valid_speakers}: {root} has {len(speakers)} training speakers; take 1 to "
                         f"{len(speakers) - 1}")  # fmt: skip
-    chosen = set(pick_speakers(speakers, valid_speakers, seed))
+    chosen = set(corpora.pick_speakers(speakers, valid_speakers, seed))
     splits = {
         "train": [x for x in train if x[1] not in chosen],
         "valid": [x for x in train if x[1] in chosen],
         "test": test,
     }
-    raw_files = [path for rows in splits.values() for _, _, path, _ in rows if path.suffix == ".raw"]
+    raw_files = [path for rows in splits.values() for _, _, path, _ in rows if path.suffix.lower() == ".raw"]
     endian = detect_endian(raw_files) if raw_files and raw_endian == "auto" else raw_endian
     if raw_files:
         logging.info("AN4: %d raw files, %s-endian, are written as WAV to %s", len(raw_files), endian, out / "wav")
@@ -72,7 +70,7 @@ def prepare_an4(
     for name, rows in splits.items():
         utts = []
         for utt_id, speaker, path, text in rows:
-            if path.suffix == ".raw":
+            if path.suffix.lower() == ".raw":
                 path = _raw_to_wav(path, out / "wav" / name / f"{utt_id}.wav", endian)
             frames, rate, _ = read_audio_info(str(path))
             if frames == 0:
@@ -126,11 +124,6 @@ def parse_transcription(path: Path) -> Iterator[Tuple[int, str, str]]:
         yield number, match["id"], " ".join(_MARKER.sub(" ", match["text"]).upper().split())
 
 
-def pick_speakers(speakers: Sequence[str], number: int, seed: int) -> List[str]:
-    """Choose ``number`` speakers by a hash, so that the choice depends on nothing but names and seed."""
-    return sorted(speakers, key=lambda s: hashlib.sha256(f"{seed} {s}".encode()).hexdigest())[:number]
-
-
 def _read_split(
     root: Path, split: str, audio: Dict[str, Path], left_out: List[str]
 ) -> Iterator[Tuple[str, str, Path, str]]:
@@ -168,11 +161,9 @@ def detect_endian(paths: Sequence[Path], limit: int = 20) -> str:
 
 def _raw_to_wav(src: Path, dst: Path, endian: str) -> Path:
     import numpy as np
-    import soundfile
 
     samples = np.frombuffer(src.read_bytes()[: src.stat().st_size // 2 * 2], ">i2" if endian == "big" else "<i2")
-    with replacing(dst, "wb") as f:
-        soundfile.write(f, samples.astype(np.int16), FS, format="WAV", subtype="PCM_16")
+    write_audio(dst, samples.astype(np.int16), FS)
     return dst
 
 

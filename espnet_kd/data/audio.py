@@ -28,8 +28,12 @@ def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
         raise UserError(f"'{path}' is a shell pipe, which is not run here: convert the audio to a file (flac, wav)")
     if not os.path.isfile(path):
         raise UserError(f"no such audio file: {path} (relative paths count from the working directory)")
+    if path.lower().endswith(".raw"):
+        raise UserError(f"{path} has no header that says its sampling rate: convert it to a file that has (flac, wav)")
     try:
         with soundfile.SoundFile(path) as f:
+            if f.frames > 1 << 62:  # libsndfile's greatest number
+                raise UserError(f"{path} does not say how long it is, as a stream: decode it, and write it to a file")
             if whole and not _is_whole(f, path):
                 raise UserError(f"{path} is cut: it ends before its header says")
             return f.frames, f.samplerate, f.channels
@@ -42,12 +46,15 @@ def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
         raise UserError(f"unreadable audio {path}: {e}") from e
 
 
-def write_flac(path: Union[str, Path], samples, rate: int, sync: bool = True) -> None:
-    """Write int16 samples, (N,) or (N, channels), at ``rate`` Hz as 16-bit FLAC, whole or not at all."""
+def write_audio(path: Union[str, Path], samples, rate: int, sync: bool = True) -> None:
+    """Write int16 samples, (N,) or (N, channels), at ``rate`` Hz, whole or not at all.
+
+    The suffix of ``path`` says the form: 16-bit FLAC (``.flac``) or WAV (``.wav``).
+    """
     import soundfile
 
     content = io.BytesIO()  # libsndfile would not say why it cannot write to a full disk
-    soundfile.write(content, samples, rate, format="FLAC", subtype="PCM_16")
+    soundfile.write(content, samples, rate, format=Path(path).suffix[1:].upper(), subtype="PCM_16")
     with replacing(path, "wb", sync=sync) as f:
         f.write(content.getbuffer())
 

@@ -7,6 +7,7 @@ import hashlib
 import http.client
 import logging
 import os
+import platform
 import shutil
 import tarfile
 import urllib.error
@@ -241,6 +242,9 @@ def unpack(archive: PathLike, dst: PathLike, inner: str = ".") -> Path:
 @contextlib.contextmanager
 def unpacked_beside(archive: PathLike, dst: Path) -> Iterator[Path]:
     """Unpack a tar file to a hidden directory beside ``dst``, which is removed at the end; rename out of it."""
+    if not hasattr(tarfile, "data_filter"):  # it came with 3.10.12 and 3.11.4
+        raise UserError(f"{archive}: Python {platform.python_version()} cannot unpack it safely, 3.10.12 or 3.11.4 and "
+                        "later can: take one of those, or unpack it by hand and give the directory")  # fmt: skip
     partial = dst.with_name(f".{dst.name}.partial")
     with os_errors_told(partial):
         shutil.rmtree(partial, ignore_errors=True)
@@ -261,6 +265,11 @@ def parts_of(option: Optional[Sequence[str]], default: str) -> List[str]:
     """Return the names in a list option: several words, or several in one word; each once, in order."""
     words = default.split() if option is None else " ".join(option).split()
     return list(dict.fromkeys(words))
+
+
+def pick_speakers(speakers: Sequence[str], number: int, seed: int) -> List[str]:
+    """Choose ``number`` speakers by a hash, so that the choice depends on nothing but names and seed."""
+    return sorted(speakers, key=lambda s: hashlib.sha256(f"{seed} {s}".encode()).hexdigest())[:number]
 
 
 def refuse_overlap(**names: Set[str]) -> None:

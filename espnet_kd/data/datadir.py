@@ -48,6 +48,13 @@ class Utterance:
     end: Optional[float] = None
 
 
+def refuse_same(sources: Iterable[PathLike], dst: PathLike, option: str) -> None:
+    """Refuse to write a data dir in the place of one that it is made of, which would be lost (:class:`UserError`)."""
+    for source in sources:
+        if os.path.realpath(source) == os.path.realpath(dst):
+            raise UserError(f"{dst} is to be read, and cannot be written at the same time; choose another {option}")
+
+
 def iter_lines(path: PathLike, errors: str = "strict") -> Iterator[Tuple[int, str]]:
     """Yield (line number from 1, line without its end).
 
@@ -174,7 +181,7 @@ def read_data_dir(data_dir: PathLike, read_text: bool = True) -> Iterator[Uttera
             raise UserError(f"{data_dir / 'utt2spk'}: utterance '{utt_id}' is missing; add its speaker")
         number = values.get("utt2num_samples", "")
         utt = Utterance(utt_id, values["utt2spk"], values[main], values.get("text"),
-                        int(number) if number.isdigit() else None)  # fmt: skip
+                        int(number) if number.isdecimal() else None)  # fmt: skip
         if segmented:
             where = f"{data_dir / 'segments'}:{found[main][0][1]}: utterance '{utt_id}'"
             recording, start, end = parse_segment(values[main], where)

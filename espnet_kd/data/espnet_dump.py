@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Iterator, Optional, Sequence, Tuple
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.audio import write_flac
+from espnet_kd.data.audio import write_audio
 from espnet_kd.data.datadir import (
     PathLike,
     Spool,
@@ -28,6 +28,7 @@ from espnet_kd.data.datadir import (
     os_errors_told,
     read_data_dir,
     read_pairs,
+    refuse_same,
     write_data_dir,
 )
 from espnet_kd.data.parallel import map_with_bar
@@ -51,7 +52,8 @@ def take_espnet_data(espnet_data: PathLike, sets: Sequence[str], out: PathLike, 
             without line in a ``text``, or the system refuses to write.
     """
     sources = {name: find_set(Path(espnet_data), name) for name in sets}  # all of them, before the first is taken
-    for source in sources.values():
+    for name, source in sources.items():
+        refuse_same([source], Path(out) / name, "--out")
         _check_text(source)
     with os_errors_told(out):
         for name, source in sources.items():
@@ -183,7 +185,7 @@ def _convert(entry: Tuple[str, str, Optional[int]], root: Path, audio_dir: Path)
             raise UserError(f"'{key}': {len(samples)} samples in {audio}, {expected} in utt2num_samples; is it cut?")
         # Exact for 16-bit audio, which soundfile gives divided by 32768.
         whole = np.round(samples * 32768).clip(-32768, 32767).astype(np.int16)
-        write_flac(path, whole, rate)
+        write_audio(path, whole, rate)
     return path.stat().st_size
 
 

@@ -23,7 +23,7 @@ from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, 
 from tqdm import tqdm
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.audio import read_audio_info, write_flac
+from espnet_kd.data.audio import read_audio_info, write_audio
 from espnet_kd.data.datadir import (
     MAX_SHOWN,
     Spool,
@@ -31,14 +31,17 @@ from espnet_kd.data.datadir import (
     os_errors_told,
     read_data_dir,
     read_pairs,
+    refuse_same,
     write_data_dir,
 )
 from espnet_kd.data.parallel import map_with_bar
-from espnet_kd.files import remove_leftovers, replacing
+from espnet_kd.files import read_json, remove_leftovers, replacing
 
 PathLike = Union[str, Path]
 # Decoding these anew every epoch took a quarter of a small student's training step.
 SLOW_TO_DECODE = (".opus", ".ogg", ".mp3")
+MAX_FS = 655_350  # Hz, of FLAC
+MAX_OVERSHOOT = 0.5  # seconds that a segment may go on after its recording, as in Kaldi's extract-segments
 VERSION = 2  # part of the settings: raise it when the same settings give other files
 
 
@@ -89,13 +92,14 @@ def format_data(
     sources = {Path(s): text != "none" for s in ([src] if isinstance(src, (str, Path)) else src)}
     factors = _check(speed_factors, fs, min_seconds, max_seconds, nj)
     names, dst = ", ".join(map(str, sources)), Path(dst)
+    refuse_same(sources, dst, "--dst")
     with os_errors_told(dst):
-        total, fingerprint = _survey(sources, text, names)
+        total, fingerprint = _survey(sources, text, names, dst)
         settings = {
             "version": VERSION, "fs": fs, "speed_factors": list(factors), "min_seconds": min_seconds,
             "max_seconds": max_seconds, "drop_out_of_range": drop_out_of_range, "source": fingerprint,
         }  # fmt: skip
-        if _read_json(dst / ".done") == settings and (dst / "wav.scp").exists():
+        if read_json(dst / ".done") == settings and (dst / "wav.scp").exists():
             logging.info("%s: formatted already with these settings", dst)
             return sum(1 for _ in read_pairs(dst / "utt2spk"))
         _begin(dst, settings)
@@ -131,6 +135,7 @@ def combine(transcribed: PathLike, untranscribed: PathLike, dst: PathLike) -> in
         UserError: an utterance id is in both, a transcript is empty or missing, or the system refuses to write.
     """
     transcribed, untranscribed, dst = Path(transcribed), Path(untranscribed), Path(dst)
+    refuse_same([transcribed, untranscribed], dst, "--dst")
     has_text = (transcribed / "text").exists()
     silent = 0
 
@@ -177,20 +182,20 @@ def _merge(sources: Mapping[Path, bool]) -> Iterator[Tuple[Path, Utterance]]:
         yield source, u
 
 
-def _survey(sources: Mapping[Path, bool], text: str, names: str) -> Tuple[int, str]:
+def _survey(sources: Mapping[Path, bool], text: str, names: str, dst: Path) -> Tuple[int, str]:
     """Return the number of utterances and a hash of what is to be formatted.
 
     The hash has the size and time of each audio file as well: a corpus made anew is formatted anew.
 
     Raises:
-        UserError: an audio file is missing, or the texts are not what ``text`` asks for: every utterance of a data dir
-            has its text, or none has one and none is required.
+        UserError: an audio file is missing, or lies where those of ``dst`` go, or the texts are not what ``text`` asks
+            for: every utterance of a data dir has its text, or none has one and none is required.
     """
     digest = hashlib.sha256()
     total: Counter[Path] = Counter()
     silent: Counter[Path] = Counter()
     shown: Dict[Path, List[str]] = {source: [] for source in sources}
-    previous = None
+    previous, own = None, os.path.abspath(dst / "audio") + os.sep
     for source, u in tqdm(_merge(sources), desc=f"reading {names}", unit="utt", mininterval=1.0):
         total[source] += 1
         if u.text is None:
@@ -203,6 +208,9 @@ def _survey(sources: Mapping[Path, bool], text: str, names: str) -> Tuple[int, s
         digest.update(repr(replace(u, num_samples=None)).encode("utf-8"))
         if u.audio != previous:
             digest.update(_stamp(u, source).encode())
+            if os.path.abspath(u.audio).startswith(own):
+                raise UserError(f"{source / 'wav.scp'}: utterance '{u.utt_id}': {u.audio} is {dst}'s own, and would be "
+                                "removed; choose another --dst")  # fmt: skip
         previous = u.audio
     for source in sources:
         if silent[source] and (text == "required" or silent[source] < total[source]):
@@ -235,7 +243,7 @@ def _begin(dst: Path, settings: Dict) -> None:
         (dst / name).unlink(missing_ok=True)
     for name in (".begun", "out_of_range"):
         remove_leftovers(dst / name)
-    if _read_json(dst / ".begun") == settings:
+    if read_json(dst / ".begun") == settings:
         for path in (dst / "audio").rglob(".*.flac.*"):
             path.unlink()  # begun by a run that was killed
         return
@@ -254,16 +262,9 @@ def _check(
     for factor in factors:
         if not 0.5 <= factor <= 2.0:
             raise UserError(f"--speed_factors: {factor} is not between 0.5 and 2 (usual: 0.9 1.0 1.1)")
-    if fs < 1000 or nj < 1 or not 0 <= min_seconds < max_seconds:
+    if not 1000 <= fs <= MAX_FS or nj < 1 or not 0 <= min_seconds < max_seconds:
         raise UserError(f"bad options: fs {fs} Hz, nj {nj}, durations {min_seconds} to {max_seconds} s")
     return factors
-
-
-def _read_json(path: Path) -> Dict:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError):
-        return {}
 
 
 def _within_limits(
@@ -322,15 +323,9 @@ def _format_one(utt: Utterance, plan: _Plan) -> Tuple[List[Utterance], int]:
                 signal = _read(utt, rate, frames)
             y = _resample(signal, rate * factor, plan.fs)
             number = len(y)
-            write_flac(path, np.round(np.clip(y, -1, 1) * 32767).astype(np.int16), plan.fs, sync=False)
+            write_audio(path, np.round(np.clip(y, -1, 1) * 32767).astype(np.int16), plan.fs, sync=False)
         copies.append(replace(new, audio=str(path), num_samples=number))
     return copies, rate
-
-
-def _soundfile():
-    import soundfile  # a slow import, only where audio is touched
-
-    return soundfile
 
 
 def _audio_path(audio_dir: str, utt: Utterance) -> Path:
@@ -350,16 +345,19 @@ def _samples_of(path: Path) -> Optional[int]:
 
 def _read(utt: Utterance, rate: int, frames: int):
     """Read an utterance (or its segment) as float64, channels averaged."""
+    import soundfile  # a slow import, only where audio is touched
+
     start, stop = 0, frames
     if utt.start is not None and utt.end is not None:
         begin, end = (min(seconds, frames / rate) for seconds in (utt.start, utt.end))  # whatever the file says: 1e308
         start, stop = int(round(begin * rate)), min(int(math.ceil(end * rate)), frames)
-    if start >= stop:
+    if start >= stop or (utt.end or 0) > frames / rate + MAX_OVERSHOOT:
+        what = "no audio" if start >= stop else "not all of its audio"
         span = "" if utt.end is None else f", segment {utt.start} to {utt.end} s of {frames / rate:.2f} s"
-        raise UserError(f"utterance '{utt.utt_id}': no audio in {utt.audio}{span}")
+        raise UserError(f"utterance '{utt.utt_id}': {what} in {utt.audio}{span}")
     try:
-        x, _ = _soundfile().read(utt.audio, start=start, stop=stop, dtype="float64", always_2d=True)
-    except (_soundfile().LibsndfileError, RuntimeError) as e:
+        x, _ = soundfile.read(utt.audio, start=start, stop=stop, dtype="float64", always_2d=True)
+    except (soundfile.LibsndfileError, RuntimeError) as e:
         raise UserError(f"utterance '{utt.utt_id}': unreadable audio {utt.audio}: {e}") from e
     if len(x) < stop - start:
         raise UserError(f"utterance '{utt.utt_id}': {utt.audio} is cut: {len(x)} of {stop - start} samples")

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.an4 import pick_speakers
 from espnet_kd.data.corpora import (
     LeftOut,
     directories,
@@ -20,6 +19,7 @@ from espnet_kd.data.corpora import (
     files_by_stem,
     find_root,
     parts_of,
+    pick_speakers,
     refuse_overlap,
     unpack,
     write_corpus_dir,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,11 @@ import numpy as np
 
 from espnet_kd.cli import UserError
 from espnet_kd.data import espeak
+from espnet_kd.data.audio import write_audio
 from espnet_kd.data.datadir import Utterance, write_data_dir
 from espnet_kd.data.parallel import map_with_bar
 from espnet_kd.data.sentences import make_sentence, words
-from espnet_kd.files import replacing
+from espnet_kd.files import read_json, replacing
 
 PathLike = Union[str, Path]
 FS = 16000
@@ -57,6 +59,8 @@ class Settings:
         """Raise UserError where a value makes no sense."""
         if self.language not in ACCENTS:
             raise UserError(f"--language {self.language}: known are {', '.join(ACCENTS)}")
+        if not all(map(math.isfinite, (self.snr_low, self.snr_high))):
+            raise UserError(f"--snr_low {self.snr_low} --snr_high {self.snr_high}: give numbers; 100 dB are no noise")
         if self.snr_low > self.snr_high:
             raise UserError(f"--snr_low {self.snr_low} is above --snr_high {self.snr_high}")
         if not 0 <= self.reverb_ratio <= 1:
@@ -188,10 +192,8 @@ def render(job: Job, settings: Settings, data: bytes) -> np.ndarray:
 
 def _write(job: Job, settings: Settings, data: bytes) -> int:
     """Render to the job's file and return the number of samples."""
-    import soundfile
-
     samples = render(job, settings, data)
-    soundfile.write(job.path, samples, FS, format="WAV", subtype="PCM_16")
+    write_audio(job.path, samples, FS, sync=False)
     return len(samples)
 
 
@@ -227,13 +229,14 @@ def prepare_mini(
         raise UserError(f"every split needs an utterance and nj a process: {sizes}, nj {nj}")
     told = {"version": VERSION, **settings.__dict__, "sizes": sizes}
     marker = out / "mini.json"
-    if marker.exists() and json.loads(marker.read_text(encoding="utf-8")) == told:
+    if read_json(marker) == told:
         logging.info("%s: the corpus is there with these settings", out)
         return dict(sizes)
     _check_voices()
     marker.unlink(missing_ok=True)
     jobs = plan(settings, sizes, out)
     for split in sizes:
+        (out / split / "wav.scp").unlink(missing_ok=True)  # it names the audio that is removed next
         # Files of other settings would otherwise stay beside the new ones.
         shutil.rmtree(out / "wav" / split, ignore_errors=True)
         (out / "wav" / split).mkdir(parents=True)

@@ -51,10 +51,12 @@ def map_with_bar(
     ``total`` is their number, for the bar, where they cannot say it themselves.
 
     Raises:
-        UserError: from ``work``, or where a worker process died.
+        UserError: from ``work``, where a worker process died, or no process is asked for.
     """
     from tqdm import tqdm
 
+    if nj < 1:
+        raise UserError(f"--nj is {nj}; it must be 1 or more")
     if total is None and isinstance(items, Sized):
         total = len(items)
     options = {"total": total, "desc": desc, "unit": unit, "mininterval": 1.0}

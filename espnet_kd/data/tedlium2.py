@@ -7,6 +7,7 @@ talk is a speaker.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,7 @@ def prepare_tedlium2(
         UserError: a set is missing, or a talk or line has a fault.
     """
     out = Path(out)
-    if len(padding) != 2 or min(padding) < 0:
+    if len(padding) != 2 or not all(seconds >= 0 for seconds in padding):  # of no number as well
         raise UserError(f"--padding {' '.join(map(str, padding))}: give the seconds before and after, 0 or more")
     root = find_root(tedlium2, "--tedlium2", "TEDLIUM_release2", SETS, "openslr.org/19")
     with os_errors_told(out):
@@ -122,11 +123,12 @@ def parse_stm(path: Path, left_out: LeftOut, drop_fillers: bool = False) -> Iter
         text = fields[5] if len(fields) > 5 else ""
         labels = _LABELS.match(text)
         text = clean(text[labels.end() :] if labels else text, drop_fillers)
-        name = utterance_id(talk, start, end)
+        good = 0 <= start < end < math.inf
+        name = utterance_id(talk, start, end) if good else talk
         if IGNORED in line:
             left_out.add(IGNORED, name)
-        elif not 0 <= start < end:
-            left_out.fault(f"start {start:g} and end {end:g} make no segment", talk, where, "correct the line")
+        elif not good:
+            left_out.fault(f"start {start:g} and end {end:g} make no segment", name, where, "correct the line")
         elif line == previous:
             left_out.add("line repeated", name)
         elif not text:

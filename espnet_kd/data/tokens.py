@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Seque
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines, os_errors_told, split_line
-from espnet_kd.files import remove_leftovers, replacing
+from espnet_kd.files import read_json, remove_leftovers, replacing
 
 PathLike = Union[str, Path]
 BLANK, UNKNOWN, SOS_EOS, SPACE = "<blank>", "<unk>", "<sos/eos>", "<space>"
@@ -71,12 +71,13 @@ def make_token_list(texts: Sequence[PathLike], out_dir: PathLike, token_type: st
     return path
 
 
-def take_token_list(teacher: PathLike, out_dir: PathLike, token_type: str = "char") -> Path:
+def take_token_list(config: Path, content: Mapping[str, Any], out_dir: PathLike, token_type: str = "char") -> Path:
     """Write a teacher's tokens to ``out_dir/tokens.txt`` (and its ``bpe.model`` beside) and return the path.
 
     Args:
-        teacher: an experiment, ``EXP`` or ``EXP/FILE.pth``. Files that its config.yaml names are looked for beside it,
-            then where the name leads from each directory above it (the recipe it was trained in), then from here.
+        config: its config.yaml. Files that it names are looked for beside it, then where the name leads from each
+            directory above it (the recipe it was trained in), then from here.
+        content: what that says.
         token_type: "char" or "bpe": what the student is to have.
 
     The same teacher again changes nothing.
@@ -85,11 +86,7 @@ def take_token_list(teacher: PathLike, out_dir: PathLike, token_type: str = "cha
         UserError: the teacher has another token type, or its tokens or BPE model are not found or do not belong
             together.
     """
-    from espnet_kd.targets.experiment import find_experiment, read_config  # imports torch
-
     out_dir = Path(out_dir)
-    config, _ = find_experiment(teacher)
-    content = read_config(config)
     theirs, tokens, model = content.get("token_type"), content.get("token_list"), None
     if theirs != token_type:
         what = f"give --token_type {theirs}" if theirs in ("char", "bpe") else "known are char and bpe"
@@ -129,10 +126,7 @@ def _is_made(out_dir: Path, settings: Dict[str, Any]) -> bool:
     needed = ["tokens.txt", "tokens.json"] + (["bpe.model"] if settings["token_type"] == "bpe" else [])
     if not all((out_dir / name).exists() for name in needed):
         return False
-    try:
-        return json.loads((out_dir / "tokens.json").read_text(encoding="utf-8")) == settings
-    except json.JSONDecodeError:
-        return False
+    return read_json(out_dir / "tokens.json") == settings
 
 
 def _write(out_dir: Path, tokens: Sequence[str], model: Optional[bytes], settings: Dict[str, Any]) -> Path:
@@ -221,7 +215,7 @@ def _train_bpe(sentences: Iterable[str], nbpe: int, number: int) -> bytes:
             num_threads=1,
             minloglevel=1,
         )
-    except (RuntimeError, ValueError) as e:
+    except (RuntimeError, ValueError, SyntaxError) as e:  # SyntaxError: a number of more than 32 bits
         # SentencePiece says what would fit, e.g. "Vocabulary size too high (500). Please set it to a value <= 123."
         raise UserError(f"--nbpe {nbpe} does not suit these {number} sentences: {e}") from e
     return model.getvalue()

@@ -24,6 +24,7 @@ from espnet_kd.data.datadir import (
     split_line,
 )
 from espnet_kd.data.parallel import map_with_bar
+from espnet_kd.data.tokens import SPACE
 
 
 class Faults:
@@ -106,9 +107,9 @@ def _look_up(token_list: Optional[PathLike], token_type: str) -> Callable[[str],
     known = {line for _, line in iter_lines(token_list)}
     if token_type == "word":
         return lambda text: sorted(set(text.split()) - known)
-    if token_type == "bpe":
-        known = {char for token in known for char in token}
-    return lambda text: sorted(set(text) - known - {" "})
+    if token_type == "bpe":  # the blank is a part of pieces
+        known = {char for token in known for char in token} | {SPACE}
+    return lambda text: sorted({SPACE if char == " " else char for char in text} - known)
 
 
 def _check_lines(path: Path, faults: Faults, what: str) -> int:
@@ -154,6 +155,9 @@ def _check_entries(
     if told:
         streams["spk2utt"] = _invert(data_dir / "spk2utt")
     for utt_id, found in join_sorted(streams):
+        for _, number, speaker in found.get("spk2utt", ()) if "utt2spk" not in found else ():
+            where = f"{data_dir / 'spk2utt'}:{number}: utterance '{utt_id}'"
+            faults.add(f"{where} of speaker '{speaker}' is missing in utt2spk")
         for name in (name for name in names if name in found):
             _, number, value = found[name][0]
             where = f"{data_dir / name}:{number}: utterance '{utt_id}'"

@@ -15,6 +15,7 @@ import soundfile
 
 from espnet_kd.cli import UserError
 from espnet_kd.data import an4
+from espnet_kd.data.corpora import pick_speakers
 from espnet_kd.data.datadir import read_data_dir, read_map
 from espnet_kd.data.validation import validate
 
@@ -77,6 +78,8 @@ def test_every_form(tmp_path: Path, form: str) -> None:
 
 def test_the_byte_order_can_be_given(tmp_path: Path) -> None:
     signals = make_tree(tmp_path / "an4", "raw_big")
+    for path in (tmp_path / "an4").rglob("*.raw"):
+        path.rename(path.with_suffix(".RAW"))  # as from a disc
     an4.prepare_an4(tmp_path / "data", tmp_path / "an4", valid_speakers=1, raw_endian="little")
     utt = next(iter(read_data_dir(tmp_path / "data/test")))
     np.testing.assert_array_equal(soundfile.read(utt.audio, dtype="int16")[0], signals["an0-fcaw-b"].byteswap())
@@ -92,7 +95,7 @@ def test_the_speakers_are_disjoint_and_test_is_whole(tmp_path: Path) -> None:
         assert not names["train"] & names["valid"] and names["test"] == {"fcaw"}
         split_of.append(frozenset(names["valid"]))
     assert len(set(split_of)) > 1
-    assert an4.pick_speakers(["b", "a", "c"], 2, 0) == an4.pick_speakers(["c", "b", "a"], 2, 0)
+    assert pick_speakers(["b", "a", "c"], 2, 0) == pick_speakers(["c", "b", "a"], 2, 0)
 
 
 def test_an_empty_transcription_is_left_out_and_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -152,6 +155,16 @@ def test_an_archive_that_leads_out_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be unpacked"):
         an4.download(tmp_path / "downloads")
     assert not (tmp_path / "evil").exists() and not (tmp_path.parent / "evil").exists()
+
+
+def test_a_python_that_cannot_unpack_safely(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_tree(tmp_path / "src/an4", "sph")
+    (tmp_path / "downloads").mkdir()
+    with tarfile.open(tmp_path / "downloads/an4_sphere.tar.gz", "w:gz") as tar:
+        tar.add(tmp_path / "src/an4", "an4")
+    monkeypatch.delattr(tarfile, "data_filter")  # before 3.10.12 and 3.11.4
+    with pytest.raises(UserError, match="an4_sphere.tar.gz: Python .* cannot unpack it safely.*by hand"):
+        an4.prepare_an4(tmp_path / "data", downloads=tmp_path / "downloads")
 
 
 @pytest.mark.skipif(not (SHARED / "an4").is_dir(), reason=f"no AN4 in {SHARED} (ESPNET_KD_TEST_CORPORA)")

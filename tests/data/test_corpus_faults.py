@@ -140,6 +140,9 @@ FAULTS = {
         "end before start": (
             lambda r: edit(r / TED, "2.00 3.25", "3.25 2.00"), f"{TED}:2: start 3.25 and end 2 make no segment", True,
         ),
+        "end without end": (
+            lambda r: edit(r / TED, "2.00 3.25", "2.00 inf"), f"{TED}:2: start 2 and end inf make no segment", True,
+        ),
         "no number": (lambda r: edit(r / TED, "2.00", "two"), f"{TED}:2: expected 'talk channel", False),
         "another talk": (lambda r: edit(r / TED, "CD_2011 1", "XY_2011 1"), f"{TED}:1: a line of 'XY_2011'", False),
         "behind the end": (

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from espnet_kd.bin import asr_kd_data
+from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import Utterance, write_data_dir
 
 
@@ -25,6 +26,12 @@ def test_a_users_mistake_is_one_message_and_no_traceback(tmp_path: Path) -> None
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 1 and "Traceback" not in done.stderr and "error: " in done.stderr
     assert "wav.scp:1: 's-1': no such audio file" in done.stderr and f"{tmp_path / 'e'}: no such" in done.stderr
+
+
+def test_no_process_at_all(tmp_path: Path) -> None:
+    write_data_dir(tmp_path / "d", [Utterance("s-1", "s", f"{tmp_path}/no.wav", "A")])
+    with pytest.raises(UserError, match="--nj is 0; it must be 1 or more"):
+        asr_kd_data.main(["validate", str(tmp_path / "d"), "--nj", "0"])
 
 
 def test_torch_is_not_imported() -> None:

@@ -88,6 +88,7 @@ def test_bad_utterances_are_not_written(tmp_path: Path, utt: Utterance, words: s
 def test_untranscribed_utterances_pass_only_when_told_so(data_dir: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.txt"
     tokens.write_text("\n".join("HELOAB"))
+    edit(tokens, "H", "<space>\nH")
     edit(data_dir / "text", "s1-u1 HELLO B\n", "s1-u1\n")
     assert f"{data_dir / 'text'}:2: utterance 's1-u1': the text is empty" in faults_of(data_dir)
     assert validate(data_dir, allow_empty=True, token_list=tokens) == 3
@@ -151,12 +152,43 @@ def test_durations_outside_the_limits(data_dir: Path, tmp_path: Path) -> None:
 
 def test_bad_utf8_and_unknown_characters(data_dir: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.txt"
-    tokens.write_text("<blank>\n<unk>\nH\nE\nL\nO\nA\n<sos/eos>\n")
+    tokens.write_text("<blank>\n<unk>\n<space>\nH\nE\nL\nO\nA\n<sos/eos>\n")
     assert f"{data_dir / 'text'}:2: utterance 's1-u1': not in {tokens}: B" in faults_of(data_dir, token_list=tokens)
     (data_dir / "text").write_bytes(b"s0-u0 A\ns1-u1 \xff\xfe\ns2-u2 A\n")
     assert f"{data_dir / 'text'}:2: utterance 's1-u1': not UTF-8" in faults_of(data_dir)
     with pytest.raises(UserError, match="text:2: not UTF-8"):
         list(read_data_dir(data_dir))
+
+
+def test_the_blank_is_a_character(data_dir: Path, tmp_path: Path) -> None:
+    tokens = tmp_path / "tokens.txt"
+    tokens.write_text("<blank>\n<unk>\nH\nE\nL\nO\nA\nB\n<sos/eos>\n")  # ESPnet would take it for <unk>
+    assert f"utterance 's0-u0': not in {tokens}: <space>" in faults_of(data_dir, token_list=tokens)
+    assert validate(data_dir, token_list=tokens, token_type="bpe") == 3
+
+
+def test_a_speakers_utterance_that_is_nowhere_else(data_dir: Path) -> None:
+    edit(data_dir / "spk2utt", "s1 s1-u1", "s1 s1-u1 s1-u9")
+    assert f"{data_dir / 'spk2utt'}:2: utterance 's1-u9' of speaker 's1' is missing in utt2spk" in faults_of(data_dir)
+
+
+def test_audio_that_does_not_say_what_it_is(data_dir: Path, tmp_path: Path) -> None:
+    (tmp_path / "0.raw").write_bytes(bytes(1000))
+    edit(data_dir / "wav.scp", "0.wav", "0.raw")
+    # FLAC as an encoder that writes to a pipe leaves it: in 36 bits of its header, no number of samples.
+    soundfile.write(tmp_path / "1.flac", np.full(8000, 0.1), 16000)
+    content = bytearray((tmp_path / "1.flac").read_bytes())
+    content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])
+    (tmp_path / "1.flac").write_bytes(content)
+    edit(data_dir / "wav.scp", "1.wav", "1.flac")
+    message = faults_of(data_dir)
+    assert "'s0-u0': " in message and "0.raw has no header that says its sampling rate: convert" in message
+    assert "'s1-u1': " in message and "1.flac does not say how long it is" in message and "2 fault(s)" in message
+
+
+def test_numbers_of_samples_that_are_none(data_dir: Path) -> None:
+    edit(data_dir / "utt2num_samples", "s1-u1 8000", "s1-u1 8²")
+    assert [u.num_samples for u in read_data_dir(data_dir)] == [8000, None, 8000]
 
 
 def test_many_faults_are_counted(tmp_path: Path) -> None:

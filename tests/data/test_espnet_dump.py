@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import soundfile
 import tiny_espnet
+from tiny_layouts import snapshot
 
 from espnet_kd.bin import asr_kd_data
 from espnet_kd.cli import UserError
@@ -102,6 +103,15 @@ def test_mistakes_are_named(espnet: Path, tmp_path: Path) -> None:
     }.items():
         tiny_espnet.write(data_dir, "wav.scp", {u: entry for u in ids})
         refused(words)
+
+
+def test_a_recipes_own_data_dir_is_not_written(espnet: Path) -> None:
+    tiny_espnet.add_set(espnet, "train", "pipe", SECONDS)
+    (espnet / "data/train/audio").mkdir()
+    before = snapshot(espnet)
+    with pytest.raises(UserError, match="data/train is to be read, and cannot be written .*; choose another --out"):
+        take(espnet, espnet / "data", "train")
+    assert snapshot(espnet) == before and (espnet / "data/train/audio").is_dir()
 
 
 def test_a_text_has_all_lines_or_is_refused(espnet: Path, tmp_path: Path, caplog) -> None:

@@ -119,11 +119,15 @@ def test_a_segment_that_is_none(tmp_path: Path) -> None:
         (b"CD_2011 2.000", f"segments:4: utterance '{utt_id}': expected 'recording start end'"),
         (b"XY_2011 2.000 3.250", f"segments: recording 'XY_2011' of '{utt_id}' is not in wav.scp"),
         (b"CD_2011 4.500 5.250", f"utterance '{utt_id}': no audio in .*segment 4.5 to 5.25 s of 4.00 s"),
+        # A little more than the recording has is cut off, as Kaldi does; more is another recording, or no seconds.
+        (b"CD_2011 2.000 4.750", f"utterance '{utt_id}': not all of its audio in .*segment 2.0 to 4.75 s of 4.00 s"),
     ):
         change_line(src / "segments", utt_id, lambda x, t=times: b" ".join([x.split()[0], t]) + b"\n")
         with pytest.raises(UserError, match=message):
             format_data(src, tmp_path / "dump")
         assert not (tmp_path / "dump/wav.scp").exists()
+    change_line(src / "segments", utt_id, lambda x: x.split()[0] + b" CD_2011 2.000 4.250\n")
+    assert format_data(src, tmp_path / "dump") == 4
 
 
 @pytest.mark.faults("a full disk")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
+from tiny_layouts import snapshot
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import Utterance, read_data_dir, write_data_dir
@@ -155,7 +156,12 @@ def test_faults_name_the_utterance(src: Path, tmp_path: Path, nj: int, breakage:
 
 
 def test_bad_options(src: Path, tmp_path: Path) -> None:
-    for options in ({"speed_factors": (1.0, 1.0)}, {"speed_factors": (9.0,)}, {"min_seconds": 5, "max_seconds": 1}):
+    for options in (
+        {"fs": 700_000},
+        {"speed_factors": (1.0, 1.0)},
+        {"speed_factors": (9.0,)},
+        {"min_seconds": 5, "max_seconds": 1},
+    ):
         with pytest.raises(UserError):
             format_data(src, tmp_path / "dump", **options)
 
@@ -211,6 +217,27 @@ def test_transcribed_and_untranscribed_audio(src: Path, extra: Path, tmp_path: P
     (tmp_path / "unknown" / "text").unlink()
     combine(tmp_path / "unknown", src, tmp_path / "silent")
     assert not (tmp_path / "silent" / "text").exists() and len(list(read_data_dir(tmp_path / "silent"))) == 5
+
+
+def test_a_data_dir_is_not_made_in_the_place_of_its_source(src: Path, extra: Path, tmp_path: Path) -> None:
+    dump = tmp_path / "dump"
+    format_data(src, dump, speed_factors=(0.9,))
+    (tmp_path / "link").symlink_to(dump)
+    before = snapshot(tmp_path)
+    for step in (
+        lambda: format_data([extra, dump], tmp_path / "link", text="none"),
+        lambda: combine(dump, extra, extra),
+        lambda: combine(dump, extra, dump),
+    ):
+        with pytest.raises(UserError, match="is to be read, and cannot be written .*; choose another --dst"):
+            step()
+        assert snapshot(tmp_path) == before
+    # Nor where the audio lies that another data dir refers to.
+    combine(dump, extra, tmp_path / "both")
+    before = snapshot(tmp_path)
+    with pytest.raises(UserError, match=f"'sp0.9-a-0': .*sp0.9-a-0.flac is {dump}'s own, and would be removed"):
+        format_data(tmp_path / "both", dump, text="none")
+    assert snapshot(tmp_path) == before
 
 
 def test_faults_of_mixed_data(src: Path, extra: Path, tmp_path: Path) -> None:

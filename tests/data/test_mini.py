@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import resource
+import subprocess
 import sys
 from pathlib import Path
 from typing import Dict
@@ -18,6 +20,7 @@ from espnet_kd.data.datadir import read_data_dir, read_map
 from espnet_kd.data.sentences import make_sentence
 from espnet_kd.data.validation import validate
 
+ROOT = Path(__file__).parents[2]
 SIZES = {"train": 12, "valid": 4, "test": 8}
 
 
@@ -81,8 +84,23 @@ def test_finished_is_kept_and_unfinished_made_anew(tmp_path: Path, engine: None)
     next(tmp_path.rglob("*.wav")).write_bytes(b"half a file")
     mini.prepare_mini(tmp_path, sizes=sizes)
     assert digests(tmp_path) == want
+    (tmp_path / "mini.json").write_text("{")
     mini.prepare_mini(tmp_path, sizes={**sizes, "train": 1}, snr_low=0, snr_high=0)
     assert len(digests(tmp_path)) == 3 and json.loads((tmp_path / "mini.json").read_text())["snr_low"] == 0
+
+
+@pytest.mark.faults("a full disk")
+def test_a_disk_that_is_full(tmp_path: Path, engine: None) -> None:
+    mini.prepare_mini(tmp_path / "data", sizes={"train": 1, "valid": 1, "test": 1})
+    options = ["mini", "--out", str(tmp_path / "data"), "--train", "2", "--valid", "1", "--test", "1"]
+    done = subprocess.run(
+        [sys.executable, "-m", "espnet_kd.bin.asr_kd_data", *options], cwd=ROOT, capture_output=True, text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (4000, resource.RLIM_INFINITY)),
+    )  # fmt: skip
+    assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
+    assert f"error: {tmp_path / 'data'}: File too large, and give the same command again" in done.stderr
+    # The audio of the old data dirs is gone, and so is what says where it lies.
+    assert not list(tmp_path.glob("data/*/wav.scp")) and not list(tmp_path.rglob("*.wav"))
 
 
 def test_noise_has_the_asked_level(engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,6 +137,9 @@ def test_letters_of_a_template_differ() -> None:
 def test_mistakes_are_named(tmp_path: Path, engine: None, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="snr_low 9 is above"):
         mini.prepare_mini(tmp_path, snr_low=9, snr_high=3)
+    for low, high in ((float("inf"), float("inf")), (float("nan"), 9.0)):
+        with pytest.raises(UserError, match="--snr_low .*: give numbers"):
+            mini.prepare_mini(tmp_path, snr_low=low, snr_high=high)
     with pytest.raises(UserError, match="--language xx"):
         mini.prepare_mini(tmp_path, language="xx")
     with pytest.raises(UserError, match="every split needs"):

@@ -83,8 +83,9 @@ def test_padding_is_for_training(tmp_path: Path) -> None:
     assert (tmp_path / "data/train/segments").read_text().splitlines()[0].endswith("AB_2010 0.350 1.850")
     assert (tmp_path / "data/test/segments").read_text().splitlines()[0].endswith("GH_2013 0.500 1.750")
     assert read_map(tmp_path / "data/test/text")["GH_2013-0000200-0000325"] == "and two words"
-    with pytest.raises(UserError, match="--padding -1 0"):
-        prepare_tedlium2(tmp_path / "data", root, padding=(-1, 0))
+    for padding, said in (((-1, 0), "-1 0"), ((float("nan"), 0), "nan 0")):
+        with pytest.raises(UserError, match=f"--padding {said}"):
+            prepare_tedlium2(tmp_path / "data", root, padding=padding)
 
 
 @needs_layout("TEDLIUM_release2")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Union
 
 import pytest
 import yaml
 
+from espnet_kd.bin import asr_kd_data
 from espnet_kd.cli import UserError
-from espnet_kd.data.tokens import make_token_list, take_token_list
+from espnet_kd.data.tokens import make_token_list
 
 
 def write_text(path: Path, *texts: str) -> Path:
@@ -71,6 +73,8 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text", "AB CD")
     with pytest.raises(UserError, match="--nbpe 5000 .*(?s:.)*<= "):
         make_token_list([text], tmp_path / "bpe", "bpe", 5000)
+    with pytest.raises(UserError, match="--nbpe 99999999999 does not suit"):
+        make_token_list([text], tmp_path / "bpe", "bpe", 99_999_999_999)
     with pytest.raises(UserError, match="token_type phoneme"):
         make_token_list([text], tmp_path / "x", "phoneme")
     with pytest.raises(UserError, match="no such file"):
@@ -88,19 +92,24 @@ def write_teacher(directory: Path, **config) -> Path:
     return directory
 
 
+def take(teacher: Path, out: Union[str, Path], token_type: str = "char") -> Path:
+    asr_kd_data.main(["tokens", "--teacher", str(teacher), "--out", str(out), "--token_type", token_type])
+    return Path(out) / "tokens.txt"
+
+
 def test_a_teachers_characters(tmp_path: Path) -> None:
     tokens = ["<blank>", "<unk>", "<space>", "Ä", "<sos/eos>"]
     teacher = write_teacher(tmp_path / "exp" / "teacher", token_type="char", token_list=tokens)
-    path = take_token_list(teacher, tmp_path / "out")
+    path = take(teacher, tmp_path / "out")
     assert path.read_text(encoding="utf-8").split("\n")[:-1] == tokens
     before = path.stat().st_mtime_ns
-    take_token_list(teacher / "latest.pth", tmp_path / "out")
+    take(teacher / "latest.pth", tmp_path / "out")
     assert path.stat().st_mtime_ns == before
     # The same list as a file, named as from the directory that the teacher was trained in.
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "list.txt").write_text("\n".join([*tokens[:3], "B", tokens[-1], ""]))
     write_teacher(teacher, token_type="char", token_list="data/list.txt")
-    assert "B" in take_token_list(teacher, tmp_path / "out").read_text().split()
+    assert "B" in take(teacher, tmp_path / "out").read_text().split()
 
 
 @pytest.fixture
@@ -120,24 +129,24 @@ def test_a_teachers_bpe_model(bpe: Path, tmp_path: Path, monkeypatch: pytest.Mon
     here = tmp_path / "here"
     make_token_list([write_text(tmp_path / "t", "ABC DEF GHI", "AB AB")], here / "data" / "bpe", "bpe", 13)
     monkeypatch.chdir(here)
-    take_token_list(bpe / "exp" / "teacher", "out", "bpe")
+    take(bpe / "exp" / "teacher", "out", "bpe")
     for name in ("tokens.txt", "bpe.model"):
         assert Path("out", name).read_bytes() == (bpe / "data" / "bpe" / name).read_bytes()
     (bpe / "data" / "bpe" / "bpe.model").unlink()
     with pytest.raises(UserError, match="data/bpe/bpe.model does not belong to .*config.yaml"):
-        take_token_list(bpe / "exp" / "teacher", "out2", "bpe")
+        take(bpe / "exp" / "teacher", "out2", "bpe")
     Path("data/bpe/bpe.model").unlink()
     with pytest.raises(UserError, match="found neither from there nor from here"):
-        take_token_list(bpe / "exp" / "teacher", "out2", "bpe")
+        take(bpe / "exp" / "teacher", "out2", "bpe")
     assert not Path("out2").exists()
 
 
 def test_another_token_type_than_the_teachers(bpe: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="--token_type char: the teacher's is bpe .*give --token_type bpe"):
-        take_token_list(bpe / "exp" / "teacher", tmp_path / "out", "char")
+        take(bpe / "exp" / "teacher", tmp_path / "out", "char")
     teacher = write_teacher(tmp_path / "t", token_type="phn", token_list=["<blank>"])
     with pytest.raises(UserError, match="the teacher's is phn .*known are char and bpe"):
-        take_token_list(teacher, tmp_path / "out", "char")
+        take(teacher, tmp_path / "out", "char")
     teacher = write_teacher(tmp_path / "t", token_type="char")
     with pytest.raises(UserError, match="token_list is neither"):
-        take_token_list(teacher, tmp_path / "out", "char")
+        take(teacher, tmp_path / "out", "char")

@@ -197,6 +197,8 @@ def test_finished_file_is_kept_until_something_changes(tmp_path, expdir, dirs):
     assert remade("--beam_size", "11", dirs=dirs[:1])
     (tmp_path / "nbest.json").write_text("{")
     assert remade("--beam_size", "11", dirs=dirs[:1])
+    (tmp_path / "nbest.log_prior.npy").unlink()
+    assert remade("--beam_size", "11", dirs=dirs[:1]) and (tmp_path / "nbest.log_prior.npy").is_file()
     for _ in range(2):
         output.unlink()
         asr_kd_nbest.main(options(expdir, dirs, output))
