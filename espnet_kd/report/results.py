@@ -124,6 +124,15 @@ def find_data(decoding: Path) -> Optional[Tuple[Path, str]]:
     return None
 
 
+def read_scores(run_dir: Path) -> List[Row]:
+    """Test set, ``cer`` and ``wer`` of each decode_*/score.json in a directory, such as that of an earlier KD stage."""
+    return [
+        {"testset": str(score.get("testset") or score_file.parent.name[len("decode_") :]), **_rates(score)}
+        for score_file in sorted(run_dir.glob("decode_*/score.json"))
+        if (score := read_json(score_file, [])) is not None
+    ]
+
+
 def _add(result: Gathered, path: Path, forced: Dict[str, Any]) -> None:
     """Append the rows, the curve and the notes of one experiment."""
     name = path.resolve().name
@@ -173,6 +182,12 @@ def _score(score: Dict[str, Any], score_file: Path, result: Gathered) -> Dict[st
         "rtf": _finite(decode.get("rtf")),
         "model_bytes": model.stat().st_size if model and model.is_file() else None,
     }
+    return {**columns, **_rates(score)}
+
+
+def _rates(score: Dict[str, Any]) -> Dict[str, Optional[float]]:
+    """``cer``, ``wer`` and their intervals' ends in percent; None where a score.json has no number."""
+    columns = {}
     for unit in ("cer", "wer"):
         rates = score.get(unit)
         rates = rates if isinstance(rates, dict) else {}

@@ -15,7 +15,7 @@ from espnet_kd.report.environment import environment
 from espnet_kd.report.history import History, seconds
 from espnet_kd.report.labels import Row, label_rows
 from espnet_kd.report.page import Block, Examples, Items, Picture, Section, Table
-from espnet_kd.report.results import Gathered
+from espnet_kd.report.results import Gathered, read_scores
 from espnet_kd.report.tradeoff import AXES, draw_tradeoff
 from espnet_kd.report.worst import choose_student, collect_worst
 
@@ -80,10 +80,10 @@ def summarise(parts: Sequence[Part]) -> Section:
             blocks.append(Table(head, [_compared(kind) for kind in part.kinds], part.where))
             head = ("method", "test set", "parameters", "MB on disk", "real-time factor", "training", "cost of KD")
             blocks.append(Table(head, [_cost(kind) for kind in part.kinds], part.name("Size, speed and cost")))
-        numbers = {row["experiment"]: row["kd_stages"] for row in gathered.rows}
-        stages = [line for c in gathered.curves for line in _stages(c.experiment, c.stages, numbers[c.experiment])]
+        stages = [line for curve in gathered.curves for line in _stages(curve.experiment, curve.stages, gathered)]
         if stages:
-            head = ("experiment", "KD stage", "epochs", "training", "validation loss, first → last")
+            head = ("experiment", "KD stage", "epochs", "training", "validation loss, first → last", "test set",
+                    "CER", "WER")  # fmt: skip
             blocks.append(Table(head, stages, part.name("KD stages")))
         head = ("experiment", "kind", "seed", "test set", "CER", "WER", "CER to plain", "WER to plain",
                 "real-time factor", "epochs", "training")  # fmt: skip
@@ -98,7 +98,7 @@ _COMPARISON = (
     "below 0 is better. In brackets 95 % bootstrap intervals over utterances, paired for the differences; errors are "
     "summed over the seeds, so they say nothing of other seeds. p is that of one method alone: of twenty that do "
     "nothing, one has p < 0.05. Cost of KD: training time as a multiple of the plain student's; it holds where nothing "
-    "else ran beside."
+    "else ran beside. A KD stage without CTC teaches no text: its error rates say what the next one starts from."
 )
 
 
@@ -210,16 +210,24 @@ def _cost(kind: Kind) -> List[str]:
     ]
 
 
-def _stages(experiment: str, stages: Sequence[History], numbers: Optional[List[int]]) -> List[List[str]]:
-    """A line for each KD stage of an experiment that has several."""
-    lines = []
+def _stages(experiment: str, stages: Sequence[History], gathered: Gathered) -> List[List[str]]:
+    """Lines for each KD stage of an experiment that has several: one, or one for each test set it is scored on."""
+    rows = [row for row in gathered.rows if row["experiment"] == experiment]
+    numbers = rows[0]["kd_stages"]
     if numbers is None or len(numbers) != len(stages):  # one has left no statistics
         numbers = list(range(1, len(stages) + 1))
+    lines = []
     for number, history in zip(numbers, stages):
         losses = [history[e].get("valid", {}).get("loss") for e in sorted(history)]
         losses = [f"{loss:.2f}" for loss in losses if loss is not None]
         change = f"{losses[0]} → {losses[-1]}" if losses else "–"
-        lines.append([experiment, str(number), str(len(history)), duration(seconds(history)), change])
+        scored = rows if number == numbers[-1] else read_scores(gathered.paths[experiment] / f"kd_stage{number}")
+        for row in scored or [dict.fromkeys(("testset", *UNITS))]:
+            rates = ("–" if row[unit] is None else f"{row[unit]:.2f}" for unit in UNITS)
+            lines.append(
+                [experiment, str(number), str(len(history)), duration(seconds(history)), change]
+                + [_or_dash(row["testset"]), *rates]
+            )
     return lines if len(stages) > 1 else []
 
 

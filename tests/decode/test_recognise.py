@@ -157,14 +157,22 @@ def test_detokenise(tmp_path):
     "line, message",
     [
         ("u1 nowhere.wav", "u1.*nowhere.wav"),
-        ("u1 sph2pipe x.sph |", "u1 is a command"),
-        ("u1", "cannot read the audio of u1"),
+        ("u1 sph2pipe x.sph |", "utterance u1: .*is a shell pipe"),
+        (f"u1 {__file__}", "utterance u1: unreadable audio"),
+        ("u1", "utterance u1: no such audio file"),
         ("", "wav.scp is empty"),
     ],
 )
 def test_bad_data_dirs_are_refused(tmp_path, line, message):
     (tmp_path / "wav.scp").write_text(line + "\n" if line else "")
     with pytest.raises(UserError, match=message):
+        read_utterances(tmp_path)
+
+
+def test_audio_without_a_header_is_refused(tmp_path):
+    (tmp_path / "a.raw").write_bytes(bytes(640))
+    (tmp_path / "wav.scp").write_text(f"u1 {tmp_path}/a.raw\n")
+    with pytest.raises(UserError, match="utterance u1: .*a.raw has no header"):
         read_utterances(tmp_path)
 
 

@@ -154,7 +154,7 @@ def test_works_from_elsewhere(recipe, tmp_path_factory, monkeypatch):
         (lambda r: (r / "exp/student_kl/valid.loss.ave.pth").unlink(), "student_kl: the model that decoded it"),
         (lambda r: (r / "exp/student_kl/valid.loss.ave.pth").write_bytes(b"PK no model"), "cannot load"),
         (lambda r: (r / "dump/raw/test").rename(r / "moved"), "test: its data dir is not there"),
-        (lambda r: (r / "dump/raw/test/u1.wav").unlink(), "cannot read the audio of u1"),
+        (lambda r: (r / "dump/raw/test/u1.wav").unlink(), "utterance u1: no such audio file"),
         (lambda r: soundfile.write(r / "dump/raw/test/u1.wav", np.zeros(99), 8000), "u1 has 8000 Hz"),
         (lambda r: (r / "exp/student_kl/decode_test/decode.json").write_text("{"), "decode.json cannot be read"),
         (

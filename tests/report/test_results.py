@@ -37,6 +37,7 @@ def exp(tmp_path):
         describe(student, "student", "progressive_fkl", [1, 2, 3], seed)
         train(student / "kd_stage1", 1, ["loss", "loss_kd"])
         train(student / "kd_stage2", 1, ["loss", "loss_kd"])
+        score(student / "kd_stage2", 90.0)
         train(student, 3, ["loss", "loss_ctc", "loss_kd"])
         score(student, 18.0 + seed)
     return exp
@@ -62,9 +63,11 @@ def test_rows_table_and_picture(exp, tmp_path):
     assert "## Missing" not in page
     assert (exp / "report/curves_1.png").read_bytes().startswith(b"\x89PNG")
     stages = [line for line in page.split("### KD stages")[1].split("###")[0].splitlines() if line.startswith("|fkl0|")]
-    assert [line.split("|")[2:5] for line in stages] == [
-        ["1", "1", "1 min 04 s"], ["2", "1", "1 min 04 s"], ["3", "3", "3 min 14 s"],
-    ]  # fmt: skip
+    assert [line.split("|")[2:5] + line.split("|")[6:-1] for line in stages] == [
+        ["1", "1", "1 min 04 s", "–", "–", "–"],
+        ["2", "1", "1 min 04 s", "test", "45.00", "90.00"],
+        ["3", "3", "3 min 14 s", "test", "9.00", "18.00"],
+    ]
 
 
 def test_missing_parts_are_named_and_the_rest_shown(exp):
