@@ -64,7 +64,9 @@ done
 [ -x "${ROOT}/egs2/${recipe}/asr_kd1/run.sh" ] || fail "no recipe egs2/${recipe}/asr_kd1"
 [ -n "${methods}" ] || [ -z "${seeds}${jobs}" ] || fail "--seeds and --jobs go with --methods"
 for ((i = 0; i < ${#options[@]}; i += 2)); do
-    case "${options[i]}" in --stage | --stop_stage) fail "${options[i]} is for run.sh of a recipe" ;; esac
+    case "${options[i]}" in
+    --stage | --stop_stage | --show_options | --experiments) fail "${options[i]} is for run.sh of a recipe" ;;
+    esac
 done
 recipe=${ROOT}/egs2/${recipe}/asr_kd1
 run=${recipe}/run.sh
@@ -73,20 +75,25 @@ run=${recipe}/run.sh
 settings=$("${run}" --show_options true "${options[@]}") || exit
 value() { sed -n "s/^$1=//p" <<<"${settings}"; }
 
+# Two trainings side by side need two cores; a GPU is for one.
+at_once=$([ "$(getconf _NPROCESSORS_ONLN)" -ge 2 ] && [ "$(value ngpu)" = 0 ] && echo 2 || echo 1)
 if [ -n "${methods}" ]; then
+    [ "$(value dry_run)" != true ] || fail "--dry_run is for one method: give it without --methods, or to run.sh"
     seeds=${seeds:-0}
+    seen=' '
     for seed in ${seeds}; do
-        [[ "${seed}" =~ ^[0-9]+$ ]] || fail "--seeds must be whole numbers, not '${seeds}'"
+        [[ "${seed}" =~ ^(0|[1-9][0-9]*)$ ]] || fail "--seeds must be whole numbers, not '${seeds}'"
+        [[ "${seen}" != *" ${seed} "* ]] || fail "--seeds names ${seed} twice"
+        seen+="${seed} "
     done
     for ((i = 0; i < ${#options[@]}; i += 2)); do
         case "${options[i]}" in
-        --stage | --stop_stage | --method | --kd_stages | --seed | --tag | --untranscribed)
+        --method | --kd_stages | --seed | --tag | --untranscribed)
             fail "${options[i]} cannot be given with --methods: its runs differ in nothing but method and seed"
             ;;
         esac
     done
-    cores=$(getconf _NPROCESSORS_ONLN)
-    jobs=${jobs:-$([ "${cores}" -ge 2 ] && [ "$(value ngpu)" = 0 ] && echo 2 || echo 1)}
+    jobs=${jobs:-${at_once}}
     [[ "${jobs}" =~ ^[1-9][0-9]*$ ]] || fail "--jobs must be a number above 0, not '${jobs}'"
 fi
 
@@ -115,10 +122,10 @@ start() {
 }
 
 if [ -z "${methods}" ]; then
-    # Teacher and plain student need nothing of each other: side by side on two cores.
+    # Teacher and plain student need nothing of each other.
     for stages in "1 4" "5 5" "6 6" "7 13"; do
         start "${run}" --stage "${stages% *}" --stop_stage "${stages#* }" "${options[@]}"
-        [ "${stages}" != "5 5" ] || continue
+        [ "${stages} ${at_once}" != "5 5 2" ] || continue
         for pid in "${pids[@]}"; do wait "${pid}"; done
         pids=()
     done
@@ -145,11 +152,15 @@ if [ "${methods}" = all ]; then
     done
 fi
 list=()
+seen=' '
 for method in ${methods}; do
     case "${method}" in
     *.yaml | *.yml) method=$(realpath "${method}") ;; # run.sh works in the recipe's directory
     esac
     list+=("${method}")
+    name=$(basename "${method}" .yaml)
+    [[ "${seen}" != *" ${name} "* ]] || fail "--methods names ${name} twice: its students would be in one directory"
+    seen+="${name} "
 done
 # "METHOD teacher=… stages=… labels=… nbest=…" a line; all pages in one process, which takes seconds to start.
 facts=$(python - "${list[@]}" <<'EOF_PAGES'
@@ -176,7 +187,6 @@ cd "${recipe}"
 expdir=$(value expdir)
 raw=$(value dumpdir)/raw
 train_set=$(value train_set)
-read -r -a test_sets <<<"$(value test_sets)"
 logs=${expdir}/run_all
 mkdir -p "${logs}"
 failed=() finished=0
@@ -294,38 +304,17 @@ for entry in "${second[@]}"; do
 done
 run_pool "${jobs}" "${ready[@]}"
 
-log "decoding, scoring and results"
-# shellcheck disable=SC1091
-. ./path.sh
-python=$(value python)
 decoded=()
 for entry in "${experiments[@]}"; do
     if ! has_failed "${entry%%|*}" && [ -e "${entry#*|}/config.yaml" ]; then
         decoded+=("${entry#*|}")
     fi
 done
-sets=("${test_sets[@]/#/${raw}/}")
-kd() { ${python} -m "espnet_kd.bin.asr_kd_$1" "${@:2}"; }
-decode_options=(--ngpu "$(($(value ngpu) > 0 ? 1 : 0))" --nj "$(value nj)")
-read -r -a teachers <<<"$(value teacher)"
-if [ "${#teachers[@]}" = 0 ]; then
-    has_failed teacher || decoded=("${expdir}/teacher" "${decoded[@]}")
-fi
-# A given teacher is decoded beside the recipe's own experiments, under the names that run.sh gives.
-for i in "${!teachers[@]}"; do
-    dir=${expdir}/teacher_given$([ "${i}" = 0 ] || echo $((i + 1)))
-    mkdir -p "${dir}"
-    echo '{"role": "teacher", "method": null, "kd_stages": null, "seed": null}' >"${dir}/experiment.json"
-    for dset in "${test_sets[@]}"; do
-        out=${dir}/decode_${dset}
-        kd inference --expdir "${teachers[i]}" --data_dir "${raw}/${dset}" --output_dir "${out}" "${decode_options[@]}"
-        kd score --hyp "${out}/1best_recog/text" --ref "${raw}/${dset}/text" --output_dir "${out}"
-    done
-done
 if [ "${#decoded[@]}" -gt 0 ]; then
-    kd inference --expdir "${decoded[@]}" --data_dir "${sets[@]}" "${decode_options[@]}"
-    kd score --expdir "${decoded[@]}" --data_dir "${sets[@]}"
-    kd report "${expdir}"
+    log "decoding, scoring and results"
+    start "${run}" "${options[@]}" --stage 12 --experiments "${decoded[*]}"
+    wait "${pids[@]}" || failed+=("decoding, scoring and results")
+    pids=()
 fi
 if [ "${#failed[@]}" -gt 0 ]; then
     echo "error: failed: $(printf '%s; ' "${failed[@]}")logs in ${recipe}/${logs}" >&2

@@ -8,6 +8,7 @@ import sys
 
 from espnet2.bin.asr_inference import Speech2Text
 
+from espnet_kd import cli
 from espnet_kd.ez import Distiller
 
 STUDENT = {  # a plain ESPnet configuration; a real one has more layers, more epochs, a warm-up
@@ -36,4 +37,7 @@ def main(teacher: str, dump: str, tokens: str, output: str, **options) -> Speech
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:], max_epoch=10)
+    if len(sys.argv) != 5:
+        print(__doc__, end="", file=sys.stderr)
+        sys.exit(2)
+    cli.run(lambda _: main(*sys.argv[1:], max_epoch=10))

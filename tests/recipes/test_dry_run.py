@@ -43,7 +43,7 @@ def test_stages_and_commands(cluster):
     data = ["asr_kd_data"] * 6
     end = ["asr_kd_export", "asr_kd_inference", "asr_kd_score", "asr_kd_report"]
     assert modules == [*data, "asr_kd_train", "aggregate_stats_dirs", *["launch"] * 5, *end]
-    assert said[0] == ["env", "nj=2", "local/data.sh"]
+    assert said[0] == ["env", "nj=2", "python=python3", "local/data.sh"]
     assert said[-3][3:] == [
         *("--expdir", "exp/teacher", "exp/student_plain", "exp/student_progressive_fkl/export"),
         *("--data_dir", "dump/raw/test", "--ngpu", "1", "--nj", "2"),
@@ -78,7 +78,9 @@ def test_one_machine_and_an_espnet_recipe(egs2):
     said = commands(done.stdout)
     assert said[0][3:] == ["espnet", "--espnet_data", "/espnet/asr1", "--nj", "2", "--sets", "tr", "dt", "a", "b"]
     launches = [words for words in said if "espnet2.bin.launch" in words]
-    assert len(launches) == 2 and "--nbest" in launches[1]  # the plain student and the only KD stage; no teacher
+    assert len(launches) == 2  # the plain student and the only KD stage; no teacher
+    nbest = launches[1][launches[1].index("--nbest") + 1]
+    assert nbest.startswith("exp/nbest5_asr_") and nbest.endswith("_tr")
     assert "./run_local.sh --name student_plain" in launches[0]
     assert "exp/teacher_given/export" in said[-3]
 
@@ -115,7 +117,9 @@ def test_the_corpus_is_where_the_caller_says(egs2, tmp_path, name, options, give
     command = [str(recipe.dir / "run.sh"), *options, "--stop_stage", "1", "--local_data_opts", "--nj 3", "--dry_run"]
     done = subprocess.run(command, cwd=tmp_path, env=recipe.env, capture_output=True, text=True, timeout=60)
     given = [g.format(cwd=tmp_path, parent=tmp_path.parent) for g in given]
-    assert commands(done.stdout) == [["env", "nj=2", "local/data.sh", *given, "--nj", "3"]], done.stderr
+    assert commands(done.stdout) == [["env", "nj=2", "python=python3", "local/data.sh", *given, "--nj", "3"]], (
+        done.stderr
+    )
 
 
 @pytest.mark.parametrize(
@@ -131,6 +135,11 @@ def test_the_corpus_is_where_the_caller_says(egs2, tmp_path, name, options, give
         ("mini", ["--train_set", "test"], "--train_set test is one of --test_sets"),
         ("mini", ["--expdir", "my exp"], "--expdir must be without blanks, not 'my exp'"),
         ("mini", ["--dumpdir", "my dump"], "--dumpdir must be without blanks"),
+        ("mini", ["--stage", "6", "--stop_stage", "5"], "--stage 6 lies after --stop_stage 5: nothing to run"),
+        ("mini", ["--stage", "14"], "--stage 14 lies after --stop_stage 13"),
+        ("mini", ["--nj", "0"], "--nj must be a whole number above 0, not '0'"),
+        ("mini", ["--ngpu", "08"], "--ngpu must be a whole number, not '08'"),
+        ("mini", ["--seed", "00"], "--seed must be a whole number, not '00'"),
     ],
 )
 def test_wrong_options_end_in_one_line(egs2, name, options, message):
@@ -161,7 +170,53 @@ def test_help_has_the_recipes_own_options(egs2, name, option):
     assert option in help_text and "--stop_stage 13" in help_text and "set -euo" not in help_text
 
 
-def test_several_machines_need_a_cluster(egs2):
+def test_help_has_the_recipes_own_defaults(egs2):
+    help_text = Recipe(egs2, "librispeech").run("--help").stdout
+    for option in ("--token_type bpe ", "--nbpe 5000 ", '--test_sets "test_clean test_other" ', "--max_seconds 30 "):
+        assert option in help_text
+
+
+def test_an_options_value_may_go_over_several_lines(egs2):
+    options = ["--stage", "6", "--stop_stage", "6", "--train_args", "--max_epoch 3\n    --patience 2", "--dry_run"]
+    (said,) = commands(Recipe(egs2, "mini").run(*options).stdout)
+    assert said[-4:] == ["--max_epoch", "3", "--patience", "2"]
+
+
+def test_decoding_goes_where_cmd_sh_sends_it(egs2):
+    recipe = Recipe(egs2, "tedlium2")
+    cmd = recipe.dir / "cmd.sh"
+    cmd.unlink()  # a link: the other recipes keep theirs
+    cmd.write_text('train_cmd=run.pl cuda_cmd=run.pl decode_cmd="slurm.pl --mem 8G"\n')
+    said = commands(recipe.run("--stage", "7", "--method", "sequence_kd", "--ngpu", "2", "--dry_run").stdout)
+    for words, log, verb in (
+        (said[0], "exp/nbest5_teacher_train.log", "nbest"),
+        (said[-3], "exp/decode.log", "inference"),
+    ):
+        assert words[:5] == ["slurm.pl", "--mem", "8G", "--gpu", "1"]
+        assert words[5:9] == [log, "python3", "-m", f"espnet_kd.bin.asr_kd_{verb}"]
+    assert said[-2][0] == "python3"
+
+
+def test_experiments_of_ones_own_are_decoded_beside_the_teacher(egs2):
+    options = ["--stage", "12", "--experiments", "exp/a exp/b/export", "--dry_run"]
+    for words in commands(Recipe(egs2, "mini").run(*options).stdout)[:2]:
+        assert words[3:8] == ["--expdir", "exp/teacher", "exp/a", "exp/b/export", "--data_dir"]
+
+
+def test_a_machine_without_espnet_is_told_what_to_do(egs2, tmp_path):
+    recipe = Recipe(egs2, "mini")
+    bare = tmp_path / "python3"
+    bare.write_text("#!/bin/sh\nexit 1\n")
+    bare.chmod(0o755)
+    recipe.env["PATH"] = f"{tmp_path}:{recipe.env['PATH']}"
+    done = recipe.run("--stop_stage", "1", check=False)
+    assert done.returncode == 1 and done.stdout.count("\n") == 1
+    assert "error: this python3 has no espnet2: run ./run_all.sh" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def prepared(egs2):
+    """The embedded recipe as if its stages 1 to 4 were done."""
     recipe = Recipe(egs2, "mini")
     for name in ("dump/raw/train/wav.scp", "dump/raw/train/text", "dump/raw/valid/text", "exp/stats_train_char/.done"):
         path = recipe.dir / name
@@ -170,8 +225,21 @@ def test_several_machines_need_a_cluster(egs2):
     tokens = recipe.dir / "data/token_list/char/tokens.txt"
     tokens.parent.mkdir(parents=True)
     tokens.write_text("x\n")
-    done = recipe.run("--stage", "6", "--stop_stage", "6", "--num_nodes", "2", check=False)
+    return recipe
+
+
+def test_several_machines_need_a_cluster(prepared):
+    done = prepared.run("--stage", "6", "--stop_stage", "6", "--num_nodes", "2", check=False)
     assert done.returncode == 1 and "error: --num_nodes 2: cuda_cmd in cmd.sh" in done.stdout
+
+
+def test_a_model_of_another_normalisation_is_refused(prepared):
+    options = ["--stage", "6", "--stop_stage", "6", "--tag", "trained", "--python", "true"]  # trains nothing
+    prepared.run(*options)
+    (prepared.dir / "exp/student_plain_trained/checkpoint.pth").touch()
+    assert "the plain is trained" in prepared.run(*options).stdout
+    done = prepared.run(*options, "--feats_normalize", "utterance_mvn", check=False)
+    assert done.returncode == 1 and "holds a model of other options" in done.stdout
 
 
 @pytest.mark.parametrize(

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 from recipe import ROOT, TINY, Recipe
+from webpage import BROWSER, check_in_browser, check_static
 
 STUDENT = f"{TINY} --max_epoch 3"
 
@@ -56,6 +57,15 @@ def test_results(recipe, student):
     assert table["student"]["kd_stages"] == [1, 3]
     assert table["student"]["epochs"] == table["plain"]["epochs"] == 3
     assert table["teacher"]["wer"] is not None
+
+
+def test_report(recipe, student, tmp_path):
+    page = check_static((recipe.dir / "exp/report.html").read_text())
+    shown = [attrs["alt"] for attrs in page.all("img")]
+    for what in ("against parameters", "real-time factor", "Training curves", "Spikes", "Offsets"):
+        assert any(what.lower() in alt.lower() for alt in shown), (what, shown)
+    if BROWSER:
+        check_in_browser(recipe.dir / "exp/report.html", tmp_path)
 
 
 def decode_without_espnet_kd(tmp_path, cwd, config, model) -> str:

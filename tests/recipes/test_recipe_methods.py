@@ -52,10 +52,9 @@ set -eu
 cd "$(dirname "${BASH_SOURCE[0]}")"
 if [ "$1" = --show_options ]; then
     shift 2
-    expdir=exp dumpdir=dump train_set=train test_sets="clean other" ngpu=0 nj=2 teacher= target_cache=false
-    python=./fake_python
+    expdir=exp dumpdir=dump train_set=train ngpu=0 target_cache=false dry_run=false
     while [ $# -gt 0 ]; do printf -v "${1#--}" '%s' "$2"; shift 2; done
-    for name in expdir dumpdir train_set test_sets ngpu nj teacher target_cache python; do echo "${name}=${!name}"; done
+    for name in expdir dumpdir train_set ngpu target_cache dry_run; do echo "${name}=${!name}"; done
     exit
 fi
 echo "$*" >>calls
@@ -67,7 +66,9 @@ while [ $# -gt 0 ]; do printf -v "${1#--}" '%s' "$2"; shift 2; done
 [ "${seed}" = 0 ] || tag=${tag:-seed${seed}}
 case "${stage}" in
 1) mkdir -p dump/raw/train/audio && touch dump/raw/train/{wav.scp,utt2spk,text,audio/u.flac}; exit ;;
-6) dir=exp/student_plain${tag:+_${tag}}; sleep "$(cat seconds)" & wait ;;
+5) sleep 0.5; touch trained; exit ;;
+6) [ -e trained ] || touch beside_the_teacher; dir=exp/student_plain${tag:+_${tag}}; sleep "$(cat seconds)" & wait ;;
+12) sleep "$(cat seconds_to_decode)" & wait; exit ;;
 8) dir=exp/student_$(basename "${method}")${tag:+_${tag}}/export ;;
 *) exit 0 ;;
 esac
@@ -81,8 +82,7 @@ def stub(egs2):
     directory = egs2 / "stub/asr_kd1"
     shutil.rmtree(directory, ignore_errors=True)
     (directory / "conf").mkdir(parents=True)
-    files = {"run.sh": RUN, "fake_python": '#!/usr/bin/env bash\nshift\necho "$*" >>calls\n'}
-    files.update({"path.sh": "", "broken": "", "calls": "", "seconds": "0"})
+    files = {"run.sh": RUN, "broken": "", "calls": "", "seconds": "0", "seconds_to_decode": "0"}
     for name, content in files.items():
         (directory / name).write_text(content)
         (directory / name).chmod(0o755)
@@ -91,6 +91,13 @@ def stub(egs2):
 
 def calls(stub) -> list:
     return (stub / "calls").read_text().splitlines()
+
+
+def decoded(stub) -> list:
+    """The experiments that the last call, and no other, decodes."""
+    (number,) = (i for i, c in enumerate(calls(stub)) if "--stage 12" in c)
+    assert number == len(calls(stub)) - 1
+    return calls(stub)[number].split("--stage 12 --experiments ")[1].split()
 
 
 def test_every_method_runs_for_every_seed_beside_a_plain_student_like_it(egs2, stub):
@@ -114,20 +121,15 @@ def test_every_method_runs_for_every_seed_beside_a_plain_student_like_it(egs2, s
         second |= {f"{kd} label_free --seed {seed} {without}"}
     assert set(said[1:9]) == first
     assert said[9] == "--stage 7 --stop_stage 7 --method sequence_kd"
-    assert set(said[10:18]) == second and len(said) == 21
+    assert set(said[10:18]) == second and len(said) == 19
     # The data without labels: all but text, and the audio once.
     assert {p.name for p in (stub / "dump/raw/train_without_text").iterdir()} == {"wav.scp", "utt2spk"}
-    # In the end everything at once: one process decodes, one scores.
-    expected = {"exp/teacher"}
+    # In the end everything at once, beside the teacher.
+    expected = set()
     for tag in ("", "_seed1"):
         expected |= {f"exp/student_plain{tag}", f"exp/student_plain_layer_pruning{tag}"}
         expected |= {f"exp/student_{m}{tag}/export" for m in methods.split()}
-    for line, verb, rest in zip(said[18:20], ("inference", "score"), ("--ngpu 0 --nj 3", "")):
-        assert line.startswith(f"espnet_kd.bin.asr_kd_{verb} --expdir exp/teacher ")
-        exps, _, data = line.partition(" --data_dir ")
-        assert set(exps.split()[2:]) == expected
-        assert data == f"dump/raw/clean dump/raw/other {rest}".strip()
-    assert said[20] == "espnet_kd.bin.asr_kd_report exp"
+    assert set(decoded(stub)) == expected
 
 
 def test_targets_on_disk_are_made_once_for_all_seeds(egs2, stub):
@@ -147,7 +149,8 @@ def test_what_needs_a_failed_stage_7_is_not_trained(egs2, stub):
 
 
 def test_a_forgotten_value_or_a_stage_is_refused(egs2, stub):
-    for options, words in ((["--expdir"], "needs a value"), (["--stage", "5"], "--stage is for run.sh")):
+    stages = (["--stage", "5"], "--stage is for run.sh"), (["--show_options", "true"], "--show_options is for run.sh")
+    for options, words in ((["--expdir"], "needs a value"), *stages):
         done = run_all(egs2, *options)
         assert done.returncode == 2 and words in done.stdout
 
@@ -158,9 +161,10 @@ def test_failed_runs_are_named_and_the_others_go_on(egs2, stub):
     assert done.returncode == 1
     assert "error: failed: plain, seed 1; kl, seed 0; logs in" in done.stdout
     assert "it is broken" in done.stdout and "7 of 7: " in done.stdout
-    decoded = next(c for c in calls(stub) if "asr_kd_inference" in c).split(" --data_dir")[0].split()[2:]
-    expected = ["exp/teacher", "exp/student_plain", "exp/student_cr_ctc/export"]
-    assert sorted(decoded) == sorted([*expected, "exp/student_cr_ctc_seed1/export", "exp/student_kl_seed1/export"])
+    expected = ["exp/student_plain", "exp/student_cr_ctc/export"]
+    assert sorted(decoded(stub)) == sorted(
+        [*expected, "exp/student_cr_ctc_seed1/export", "exp/student_kl_seed1/export"]
+    )
 
 
 def test_without_a_teacher_only_what_needs_it_is_left_out(egs2, stub):
@@ -168,20 +172,27 @@ def test_without_a_teacher_only_what_needs_it_is_left_out(egs2, stub):
     done = run_all(egs2, "--recipe", "stub", "--methods", "kl cr_ctc")
     assert done.returncode == 1 and "error: failed: teacher; all methods that need the teacher; logs in" in done.stdout
     assert not [c for c in calls(stub) if "--method kl" in c]
-    exps = next(c for c in calls(stub) if "asr_kd_inference" in c).split(" --data_dir")[0]
-    assert exps.split()[2:] == ["exp/student_plain", "exp/student_cr_ctc/export"]
+    assert decoded(stub) == ["exp/student_plain", "exp/student_cr_ctc/export"]
+
+
+def test_failed_decoding_is_named(egs2, stub):
+    (stub / "broken").write_text("--stage 12\n")
+    done = run_all(egs2, "--recipe", "stub", "--methods", "cr_ctc")
+    assert done.returncode == 1 and "error: failed: decoding, scoring and results; logs in" in done.stdout
 
 
 def test_a_given_teacher_is_decoded_beside_the_students(egs2, stub):
     done = run_all(egs2, "--recipe", "stub", "--methods", "kl", "--teacher", "exp/big")
     assert done.returncode == 0, done.stdout
-    lines = [c for c in calls(stub) if c.startswith("espnet_kd.bin.asr_kd_inference")]
-    assert [line.split(" --ngpu")[0].split(" ", 1)[1] for line in lines] == [
-        "--expdir exp/big --data_dir dump/raw/clean --output_dir exp/teacher_given/decode_clean",
-        "--expdir exp/big --data_dir dump/raw/other --output_dir exp/teacher_given/decode_other",
-        "--expdir exp/student_plain exp/student_kl/export --data_dir dump/raw/clean dump/raw/other",
-    ]
-    assert json.loads((stub / "exp/teacher_given/experiment.json").read_text())["role"] == "teacher"
+    assert calls(stub)[-1].startswith("--teacher exp/big ")  # as run.sh does it
+    assert decoded(stub) == ["exp/student_plain", "exp/student_kl/export"]
+
+
+def test_a_gpu_is_for_one_training(egs2, stub):
+    done = run_all(egs2, "--recipe", "stub", "--ngpu", "1")
+    assert done.returncode == 0, done.stdout
+    assert [c.split()[1] for c in calls(stub)] == ["1", "5", "6", "7"]
+    assert not (stub / "beside_the_teacher").exists()
 
 
 def test_all_is_every_page_that_the_recipe_has_a_student_for(egs2, stub):
@@ -218,6 +229,24 @@ def test_so_many_run_side_by_side_and_end_with_the_script(egs2, stub, jobs):
     assert not sleepers(stub)
 
 
+def test_stopped_while_decoding(egs2, stub):
+    (stub / "seconds_to_decode").write_text("987")
+    run = subprocess.Popen(
+        [str(egs2.parent / "run_all.sh"), "--recipe", "stub", "--methods", "cr_ctc"],
+        env=Recipe(egs2, "mini").env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )  # fmt: skip
+    deadline = time.time() + 120
+    try:
+        while not sleepers(stub):
+            assert time.time() < deadline and run.poll() is None
+            time.sleep(0.2)
+    finally:
+        os.kill(run.pid, signal.SIGTERM)  # the script alone
+    assert run.wait(timeout=20) == 143
+    assert not sleepers(stub)
+
+
 def sleepers(stub) -> list:
     """Ids of the stub recipe's sleeping processes."""
     found = []
@@ -236,6 +265,9 @@ def sleepers(stub) -> list:
     [
         (["--methods", "kl", "--seed", "1"], "--seed cannot be given with --methods"),
         (["--methods", "kl", "--seeds", "0 one"], "--seeds must be whole numbers"),
+        (["--methods", "kl", "--seeds", "1 0 1"], "--seeds names 1 twice"),
+        (["--methods", "kl cr_ctc kl"], "--methods names kl twice"),
+        (["--methods", "kl", "--dry_run", "true"], "--dry_run is for one method"),
         (["--methods", "kl", "--jobs", "0"], "--jobs must be a number above 0"),
         (["--methods"], "--methods needs a value"),
         (["--seeds", "0 1"], "go with --methods"),

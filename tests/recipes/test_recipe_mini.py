@@ -201,10 +201,10 @@ def test_untranscribed_audio_beside_transcribed(finished):
 def test_methods_with_nbest_and_without_teacher(finished):
     short = ["--train_args", f"{TINY} --max_epoch 1"]
     finished.run(*short, "--method", "sequence_kd", "--stage", "7", "--stop_stage", "8")
-    nbest = finished.dir / "exp/nbest_teacher_train"
+    nbest = finished.dir / "exp/nbest5_teacher_train"
     assert len({line.split()[0] for line in nbest.read_text().splitlines()}) == 24 + 6
     config = yaml.safe_load((finished.dir / "exp/student_sequence_kd/config.yaml").read_text())
-    assert config["nbest"] == "exp/nbest_teacher_train" and config["teacher"] == []
+    assert config["nbest"] == "exp/nbest5_teacher_train" and config["teacher"] == []
 
     alone = finished.dir / "exp_alone"
     alone.mkdir()

@@ -1,60 +1,15 @@
 """report.html: whole by itself, every picture with something in it, foreign texts shown as they are."""
 
-import base64
-import html.parser
-import io
-import json
 import re
 import shutil
-import subprocess
 
-import numpy as np
 import pytest
-from matplotlib.image import imread
 from tiny_results import experiment, report, texts, train
+from webpage import Page, check_in_browser, check_static, needs_browser
 
 from espnet_kd.report.matching import mark
 
 EVIL = '<script src="//evil.example/x.js"></script>'
-
-
-class Page(html.parser.HTMLParser):
-    """Tags with their attributes, whether they are closed in order, and the text."""
-
-    def __init__(self, source):
-        super().__init__()
-        self.tags, self.words, self.open = [], [], []
-        self.feed(source)
-        assert not self.open
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append((tag, dict(attrs)))
-        if tag not in ("meta", "link", "img"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
-
-    def all(self, tag):
-        return [attrs for name, attrs in self.tags if name == tag]
-
-
-def check_static(source: str) -> Page:
-    """Nothing is asked of a network, and every picture decodes and is not blank."""
-    page = Page(source)
-    assert not page.all("script") and not re.search(r"https?://|@import|url\((?!data:)", source)
-    for tag, attrs in page.tags:
-        for name in ("src", "href", "srcset", "data", "action", "poster"):
-            assert attrs.get(name, "#").startswith(("#", "data:")), (tag, attrs)
-    for attrs in page.all("img"):
-        kind, _, data = attrs["src"].partition(",")
-        assert kind == "data:image/png;base64" and attrs["alt"]
-        pixels = imread(io.BytesIO(base64.b64decode(data, validate=True)))
-        assert pixels.shape[1] <= 1280 and pixels[..., :3].std() > 0.05
-    return page
 
 
 @pytest.fixture
@@ -140,25 +95,7 @@ def test_mark(reference, hypothesis, unit, pieces):
     assert mark(reference, hypothesis, unit) == pieces
 
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-
-
-@pytest.mark.skipif(BROWSER is None, reason="no Chromium is installed")
+@needs_browser
 def test_in_chromium_no_errors_and_no_requests(exp, tmp_path):
     report(exp)
-    net = tmp_path / "net.json"
-    options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-    options += ["--no-first-run", "--disable-component-update", "--enable-logging=stderr", f"--log-net-log={net}"]
-    options += [f"--user-data-dir={tmp_path / 'profile'}", "--window-size=1280,2000", "--virtual-time-budget=2000"]
-    picture = tmp_path / "page.png"
-    page = (exp / "report.html").resolve().as_uri()
-    done = subprocess.run(
-        [BROWSER, *options, f"--screenshot={picture}", page], capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert "CONSOLE" not in done.stderr
-    log = json.loads(net.read_text())
-    urls = {e["params"]["url"] for e in log["events"] if "url" in e.get("params", {})}
-    assert not [u for u in urls if u.startswith(("http:", "https:")) and "google" not in u]  # the browser's own
-    pixels = imread(picture)
-    assert pixels.shape[1] == 1280 and np.std(pixels) > 0.05
+    check_in_browser(exp / "report.html", tmp_path)

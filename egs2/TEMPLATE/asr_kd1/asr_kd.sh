@@ -10,8 +10,8 @@ kd_stages=           # use only these KD stages of the page, e.g. "1 3" (the las
 teacher=             # existing experiments EXP[/FILE.pth], several in quotes; tokens and N-best are the first one's
 target_cache=false   # true: stage 7 keeps what the teacher says on disk, and the KD stages run without it
 cache_args=          # further options of asr_kd_cache, e.g. "--top_k 32"
-teacher_config=conf/train_teacher.yaml
-student_config=conf/train_student.yaml
+teacher_config=conf/train_teacher.yaml # ESPnet training YAML
+student_config=conf/train_student.yaml # likewise, of the students
 teacher_args=        # further options of espnet2.bin.asr_train for the teacher
 train_args=          # … and for the students, plain and distilled alike
 ngpu=0               # GPUs per machine; 0: CPU
@@ -21,7 +21,7 @@ batch_bins=          # of all GPUs together, in a step
 accum_grad=          # steps that the optimizer sees as one
 nj=2                 # jobs side by side in data preparation, statistics and decoding
 seed=0               # of training
-train_set=train
+train_set=train      # names of data dirs
 valid_set=valid
 test_sets='test'      # several in quotes
 untranscribed=       # more audio for the KD stages: data dirs, several in quotes; a text in them is not read
@@ -29,17 +29,18 @@ local_data_opts=     # options of local/data.sh
 espnet_data=         # an ESPnet recipe's directory: stage 1 takes train_set, valid_set, test_sets from its dump/raw
 fs=16000             # sampling rate, Hz
 token_type=char      # char | bpe
-nbpe=500
+nbpe=500             # length of the token list, with bpe
 speed_perturb_factors= # e.g. "0.9 1.0 1.1"
 min_seconds=0.1      # training utterances outside these limits are left out, and counted
 max_seconds=30
-feats_normalize=global_mvn
-dumpdir=dump
-expdir=exp
+feats_normalize=global_mvn # global_mvn | utterance_mvn | none
+dumpdir=dump         # formatted data
+expdir=exp           # statistics, experiments, results
+tag=                 # end of the students' directory names; default: the seed, where it isn't 0
+experiments=         # what stages 12 and 13 take beside the teacher, several in quotes; default: the students
 dry_run=false        # true, or --dry_run alone: print the commands of the stages, run none
 show_options=false   # likewise: print every option with its value, run nothing
-tag=                 # end of the students' directory names; default: the seed, where it isn't 0
-python=python3
+python=python3       # the interpreter
 # ---- end of options ----
 
 stages=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)/asr_kd.sh
@@ -56,6 +57,7 @@ cd "$(dirname "${stages}")"
 [ ! -e local/options.sh ] || . local/options.sh
 check_options
 [ "${show_options}" = false ] || show_options_and_exit
+has_packages
 trap 'stopped 130' INT
 trap 'stopped 143' TERM
 
@@ -80,7 +82,6 @@ tokens=${token_dir}/tokens.txt
 tag=${tag:-$([ "${seed}" = 0 ] || echo "seed${seed}")}
 plain_exp=${expdir}/student_plain${tag:+_${tag}}
 student_exp=${expdir}/student_$(basename "${method}" .yaml)${kd_stages:+_${kd_stages// /}}${untranscribed:+_untranscribed}${tag:+_${tag}}
-nbest=${expdir}/nbest_${teacher_name}_${kd_set}
 cache=${expdir}/targets_${teacher_name}_${kd_set}_$(basename "${method}" .yaml)
 read -r -a untranscribed_list <<<"${untranscribed}"
 read -r -a kd_stages_list <<<"${kd_stages}"
@@ -88,6 +89,7 @@ read -r -a cache_args_list <<<"${cache_args}"
 read -r -a teacher_args_list <<<"${teacher_args}"
 read -r -a train_args_list <<<"${train_args}"
 read -r -a test_list <<<"${test_sets}"
+read -r -a experiments_list <<<"${experiments}"
 [ ${#test_list[@]} -gt 0 ] || [ "${stop_stage}" -lt 12 ] ||
     refuse "no --test_sets: there is nothing to decode in stage 12; name a data dir, or give --stop_stage 11"
 # What teacher and students have in common, in front of the options of each.
@@ -95,6 +97,15 @@ scale=(${use_amp:+--use_amp "${use_amp}"} ${batch_bins:+--batch_bins "${batch_bi
 scale+=(${accum_grad:+--accum_grad "${accum_grad}"})
 kd() { run ${python} -m "espnet_kd.bin.asr_kd_$1" "${@:2}"; }
 gpu=$((ngpu > 0 ? 1 : 0)) # decoding takes one, or none
+# kd_decode LOG VERB OPTION…: a model runs over data: here, where its progress is seen, or where cmd.sh sends it
+kd_decode() {
+    if [[ "${decode_cmd:-run_local.sh}" == *run_local.sh* ]]; then
+        kd "${@:2}"
+    else
+        # shellcheck disable=SC2086
+        run ${decode_cmd} --gpu "${gpu}" "$1" ${python} -m "espnet_kd.bin.asr_kd_$2" "${@:3}"
+    fi
+}
 
 if running 1; then
     if [ -n "${espnet_data}" ]; then
@@ -104,7 +115,7 @@ if running 1; then
     else
         log "stage 1: data preparation"
         # shellcheck disable=SC2086
-        run env nj="${nj}" local/data.sh "${corpus[@]}" ${local_data_opts}
+        run env nj="${nj}" python="${python}" local/data.sh "${corpus[@]}" ${local_data_opts}
     fi
 fi
 
@@ -188,17 +199,19 @@ if running 7; then
     page_of "${method}"
     for_students=(--data_dir "${raw}/${kd_set}" "${raw}/${valid_set}" --nj "${nj}" --ngpu "${gpu}")
     if [ "${page[nbest]}" != 0 ]; then
+        nbest=$(nbest_of_teacher)
         log "stage 7: N-best of the teacher, ${nbest}"
         needs_teacher
         needs "${raw}/${kd_set}/wav.scp" 2
-        kd nbest --teacher "${teachers[0]}" --output "${nbest}" --nbest "${page[nbest]}" "${for_students[@]}"
+        kd_decode "${nbest}.log" nbest --teacher "${teachers[0]}" --output "${nbest}" --nbest "${page[nbest]}" \
+            "${for_students[@]}"
     fi
     if cached; then
         log "stage 7: targets of the teacher, ${cache}"
         needs_teacher
         needs "${raw}/${kd_set}/wav.scp" 2
-        kd cache --teacher "${teachers[0]}" --output "${cache}" --kd_config "${method}" "${for_students[@]}" \
-            "${cache_args_list[@]}"
+        kd_decode "${cache}.log" cache --teacher "${teachers[0]}" --output "${cache}" --kd_config "${method}" \
+            "${for_students[@]}" "${cache_args_list[@]}"
     elif [ "${page[nbest]}" = 0 ]; then
         log "stage 7: nothing to do, ${method} needs no N-best of the teacher, and --target_cache is not true"
     fi
@@ -223,8 +236,8 @@ for k in 1 2 3; do
         opts+=(--target_cache "${cache}")
     fi
     if [ "${page[nbest]}" != 0 ]; then
-        needs "${nbest}" 7
-        opts+=(--nbest "${nbest}")
+        needs "$(nbest_of_teacher)" 7
+        opts+=(--nbest "$(nbest_of_teacher)")
     fi
     train "${student_exp}" "${student_config}" "train.kd_stage${k}.log" --seed "${seed}" "${scale[@]}" \
         "${train_args_list[@]}" "${opts[@]}"
@@ -238,30 +251,37 @@ fi
 
 if running 12 || running 13; then
     decoded=() # experiments; what is decoded with EXP/export lies in EXP
+    trained=() # those of stages 5 and 6
     if [ -n "${teacher}" ]; then
         for i in "${!teachers[@]}"; do
             given_teacher "${i}"
             decoded+=("${found}")
         done
+    else
+        trained+=("${own_teacher}")
     fi
-    for dir in $([ -n "${teacher}" ] || echo "${own_teacher}") "${plain_exp}"; do
+    if [ -z "${experiments}" ]; then
+        trained+=("${plain_exp}")
+        experiments_list=("${student_exp}/export")
+    fi
+    for dir in "${trained[@]}"; do
         if dry || [ -e "${dir}/.done" ]; then
             decoded+=("${dir}")
         else
             log "nothing is trained in ${dir} (stages 5 and 6): left out of the results"
         fi
     done
-    decoded+=("${student_exp}/export")
+    decoded+=("${experiments_list[@]}")
     decode=(--expdir "${decoded[@]}" --data_dir "${test_list[@]/#/${raw}/}")
 fi
 
 if running 12; then
     log "stage 12: decoding"
-    needs "${student_exp}/export/model.pth" 11
+    [ -n "${experiments}" ] || needs "${student_exp}/export/model.pth" 11
     for dset in "${test_list[@]}"; do
         needs "${raw}/${dset}/wav.scp" 2
     done
-    kd inference "${decode[@]}" --ngpu "${gpu}" --nj "${nj}"
+    kd_decode "${expdir}/decode.log" inference "${decode[@]}" --ngpu "${gpu}" --nj "${nj}"
 fi
 
 if running 13; then

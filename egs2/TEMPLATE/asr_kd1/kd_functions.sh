@@ -2,6 +2,9 @@
 # shellcheck shell=bash disable=SC2154,SC2034
 
 usage() {
+    local name value comment
+    # shellcheck disable=SC1091
+    [ ! -e "$(dirname "${stages}")/local/options.sh" ] || . "$(dirname "${stages}")/local/options.sh"
     cat <<EOF
 Usage: ./run.sh [--stage N] [--stop_stage N] [--option value …]
 Example: ./run.sh --stage 8 --method progressive_fkl --teacher exp/teacher --ngpu 1
@@ -25,9 +28,13 @@ Batches: --batch_bins is what all GPUs of all machines take together in a step, 
 Exit codes: 0 done; 1 a mistake or a failure, said in one line; 2 wrong options; 130 stopped with Ctrl-C, 143 with kill.
 Whatever stopped it, the same command continues where it stopped.
 
-Options (defaults):
+Options (and this recipe's defaults):
 EOF
-    options | sed -nE 's/^([a-z_]+)=([^#]*)(# ?(.*))?$/  --\1 \2\t\4/p' | expand -t 36
+    options | sed -nE 's/^([a-z_]+)=[^#]*(# ?(.*))?$/\1 \3/p' | while read -r name comment; do
+        value=${!name}
+        [[ "${value}" != *" "* ]] || value="\"${value}\""
+        printf '  %-33s  %s\n' "--${name} ${value}" "${comment}"
+    done
 }
 
 # The lines of asr_kd.sh that name options and defaults
@@ -57,6 +64,7 @@ parse_options() {
                 set -- "$1" "$(realpath -m -- "$2")" "${@:3}"
             fi
             [ $# -ge 2 ] || refuse "option $1 needs a value"
+            set -- "$1" "${2//$'\n'/ }" "${@:3}" # a value may go over several lines
             if [[ " ${corpus_dirs:-} ${corpus_options:-} " == *" ${name} "* ]]; then
                 corpus+=("$1" "$2")
             elif grep -qE "^${name}=" <(options); then
@@ -74,12 +82,16 @@ parse_options() {
 
 # Refuse values that no stage could work with.
 check_options() {
-    local name number
-    for number in stage stop_stage ngpu num_nodes nj seed fs batch_bins accum_grad; do
-        case "${number}" in batch_bins | accum_grad) [ -n "${!number}" ] || continue ;; esac
-        [[ "${!number}" =~ ^[0-9]+$ ]] || refuse "--${number} must be a whole number, not '${!number}'"
+    local name
+    for name in stage stop_stage ngpu seed; do
+        [[ "${!name}" =~ ^(0|[1-9][0-9]*)$ ]] || refuse "--${name} must be a whole number, not '${!name}'"
     done
-    for name in dry_run use_amp target_cache; do
+    for name in num_nodes nj nbpe fs batch_bins accum_grad; do
+        case "${name}" in batch_bins | accum_grad) [ -n "${!name}" ] || continue ;; esac
+        [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || refuse "--${name} must be a whole number above 0, not '${!name}'"
+    done
+    [ "${stage}" -le "${stop_stage}" ] || refuse "--stage ${stage} lies after --stop_stage ${stop_stage}: nothing to run"
+    for name in dry_run show_options use_amp target_cache; do
         [[ "${!name}" =~ ^(true|false)$ ]] || [ "${name}${!name}" = use_amp ] ||
             refuse "--${name} must be true or false, not '${!name}'"
     done
@@ -107,6 +119,13 @@ refuse() {
 fail() {
     echo "error: $*" >&2
     exit 1
+}
+# has_packages: on a fresh machine, say so in a line, before Python does it in many
+has_packages() {
+    [ "${python}" != python3 ] || dry ||
+        python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("espnet2") is None)' ||
+        fail "this python3 has no espnet2: run ./run_all.sh or tests/run.sh once, which install into .venv, or activate" \
+            "an environment (path.sh)"
 }
 running() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
 dry() { [ "${dry_run}" = true ]; }
@@ -284,8 +303,9 @@ train_once() {
 
 # check_settings DIR CONFIG OPTIONS…: refuse a DIR that holds a model of other settings; note those of a new one
 check_settings() {
-    local dir=$1 settings
-    settings=$(cat "$2" "${tokens}" "${raw}/${train_set}/wav.scp" - <<<"${seed} ${*:3}" | cksum)
+    local dir=$1 settings other=''
+    [ "${feats_normalize}" = global_mvn ] || other=" ${feats_normalize}"
+    settings=$(cat "$2" "${tokens}" "${raw}/${train_set}/wav.scp" - <<<"${seed} ${*:3}${other}" | cksum)
     if [ -f "${dir}/checkpoint.pth" ] && [ "$(cat "${dir}/.settings")" != "${settings}" ]; then
         fail "${dir} holds a model of other options, configuration, tokens or data; choose another --expdir, or remove it"
     fi
@@ -304,6 +324,9 @@ page_of() {
     while IFS='=' read -r name value; do page[${name}]=${value}; done <<<"${lines}"
     page[without_teacher]=$([ "${page[teacher]}${page[nbest]}" != none0 ] || echo 1)
 }
+
+# nbest_of_teacher: the file; pages may ask for N-best of different lengths
+nbest_of_teacher() { echo "${expdir}/nbest${page[nbest]}_${teacher_name}_${kd_set}"; }
 
 # cached: whether the KD stages train from targets on disk
 cached() { [ "${target_cache}" = true ] && [ "${page[teacher]}" = required ]; }

@@ -5,4 +5,5 @@ set -euo pipefail
 # shellcheck source=/dev/null
 . ./path.sh
 
-python3 -m espnet_kd.bin.asr_kd_data mini --out data --nj "${nj:-1}" "$@"
+# shellcheck disable=SC2086
+${python:-python3} -m espnet_kd.bin.asr_kd_data mini --out data --nj "${nj:-1}" "$@"

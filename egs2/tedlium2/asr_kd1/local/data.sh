@@ -6,4 +6,5 @@ set -euo pipefail
 . ./path.sh
 
 # The padding is that of ESPnet's recipe: its training segments begin and end too close to the words.
-python3 -m espnet_kd.bin.asr_kd_data tedlium2 --out data --nj "${nj:-1}" --padding 0.15 0.1 "$@"
+# shellcheck disable=SC2086
+${python:-python3} -m espnet_kd.bin.asr_kd_data tedlium2 --out data --nj "${nj:-1}" --padding 0.15 0.1 "$@"
