@@ -1,4 +1,4 @@
-"""Score recognised text: CER and WER with their 95 % bootstrap intervals.
+r"""Score recognised text: CER and WER with their 95 % bootstrap intervals.
 
     python -m espnet_kd.bin.asr_kd_score --expdir exp/teacher exp/student_plain exp/student_kl/export \
         --data_dir dump/raw/test

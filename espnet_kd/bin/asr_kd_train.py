@@ -45,6 +45,7 @@ def get_parser() -> argparse.ArgumentParser:
     from espnet_kd.tasks.asr_kd import ASRKDTask
 
     parser = ASRKDTask.get_parser()
+    parser.usage = "%(prog)s --config YAML --teacher EXP --kd_config PAGE --output_dir DIR [option ...]"
     parser.description = __doc__
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     return parser

@@ -271,7 +271,12 @@ if running 12 || running 13; then
             log "nothing is trained in ${dir} (stages 5 and 6): left out of the results"
         fi
     done
-    decoded+=("${experiments_list[@]}")
+    for dir in "${experiments_list[@]}"; do
+        for earlier in "${dir%/export}"/kd_stage*; do # what a KD stage hands over to the next
+            [ ! -e "${earlier}/student.pth" ] || decoded+=("${earlier}")
+        done
+        decoded+=("${dir}")
+    done
     decode=(--expdir "${decoded[@]}" --data_dir "${test_list[@]/#/${raw}/}")
 fi
 
