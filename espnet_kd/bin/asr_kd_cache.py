@@ -24,7 +24,7 @@ from espnet_kd import cli
 def get_parser() -> argparse.ArgumentParser:
     """Command line of asr_kd_cache."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, metavar="EXP[/FILE.pth]", help="experiment or export")
+    parser.add_argument("--teacher", required=True, metavar="EXP[/FILE.pth]", help="experiment, export or packed .zip")
     parser.add_argument("--kd_config", required=True, nargs="+", metavar="PAGE", help="method pages it is to serve")
     parser.add_argument(
         "--data_dir", required=True, nargs="+", action="extend", metavar="DIR", help="training and validation data dirs"

@@ -40,7 +40,11 @@ def get_parser() -> argparse.ArgumentParser:
     """Command line of asr_kd_inference."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--expdir", required=True, nargs="+", metavar="EXP[/FILE.pth]", help="experiments or exports to decode with"
+        "--expdir",
+        required=True,
+        nargs="+",
+        metavar="EXP[/FILE.pth]",
+        help="experiments, exports or packed models (.zip) to decode with",
     )
     parser.add_argument("--data_dir", required=True, nargs="+", metavar="DIR", help="data dirs with wav.scp")
     parser.add_argument("--output_dir", help="of one experiment and one data dir; default EXP/decode_<data dir>")
@@ -162,9 +166,9 @@ def list_decodings(
 
 
 def decode_dir(expdir: Union[str, Path], data_dir: Union[str, Path]) -> Path:
-    """``EXP/decode_<name of the data dir>`` of EXP, EXP/FILE.pth or EXP/export."""
+    """``EXP/decode_<name of the data dir>`` of EXP, EXP/FILE.pth, EXP/FILE.zip or EXP/export."""
     path = Path(expdir)
-    if path.suffix == ".pth":
+    if path.suffix in (".pth", ".zip"):
         path = path.parent
     if path.name == "export":
         path = path.parent
@@ -231,7 +235,7 @@ def describe_inputs(experiment: Path, data_dir: Path) -> Dict:
         wav_scp = hashlib.sha256((data_dir / "wav.scp").read_bytes()).hexdigest()
     except OSError as e:
         raise cli.UserError(f"cannot read {data_dir}/wav.scp: {e.strerror}; is --data_dir a data dir?") from e
-    if experiment.suffix == ".pth":
+    if experiment.suffix in (".pth", ".zip"):
         directory, files = experiment.parent, [experiment]
     else:
         directory, files = experiment, sorted({f for pattern in MODELS for f in experiment.glob(pattern)})

@@ -26,7 +26,7 @@ from espnet_kd.files import check_writable, replacing
 def get_parser() -> argparse.ArgumentParser:
     """Command line of asr_kd_nbest."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--teacher", required=True, metavar="EXP[/FILE.pth]", help="experiment or export")
+    parser.add_argument("--teacher", required=True, metavar="EXP[/FILE.pth]", help="experiment, export or packed .zip")
     parser.add_argument(
         "--data_dir", required=True, nargs="+", action="extend", metavar="DIR", help="data dirs with wav.scp, several"
     )

@@ -17,27 +17,33 @@ import torch
 import yaml
 
 from espnet_kd.cli import UserError, trusts_pickles
+from espnet_kd.targets.packed import is_packed, unpack
 
 #: Prefix of what is trained beside a student (projections, heads) and dropped from it afterwards.
 KD_PREFIX = "kd_heads."
 
 
 def find_experiment(path: Union[str, Path]) -> Tuple[Path, Path]:
-    """Return (config.yaml, model file) of an experiment ``EXP`` or ``EXP/FILE.pth``.
+    """Return (config.yaml, model file) of an experiment ``EXP``, ``EXP/FILE.pth`` or a model packed by ESPnet.
 
     Without a file: the averaged model of the first ``best_model_criterion``, else its best epoch, else
     ``latest.pth``; in an exported directory ``model.pth``.
 
     Raises:
-        UserError: nothing there, no config.yaml, or no model in it.
+        UserError: nothing there, no config.yaml, or no model in it; as :func:`espnet_kd.targets.packed.unpack`.
     """
     path = Path(path)
+    if is_packed(path):
+        path = unpack(path)
     if path.suffix == ".pth":
         config, candidates = path.parent / "config.yaml", [path]
     elif path.is_dir():
         config, candidates = path / "config.yaml", []
     else:
-        raise UserError(f"no experiment at {path}: give a directory with config.yaml and a .pth file, or the .pth file")
+        raise UserError(
+            f"no experiment at {path}: give a directory with config.yaml and a .pth file, the .pth file, "
+            "or a .zip made by espnet2.bin.pack"
+        )
     if not config.is_file():
         raise UserError(f"{config} is missing: an ESPnet experiment has a config.yaml beside its .pth files")
     if not candidates:

@@ -50,7 +50,8 @@ class ASRKDTask(ASRTask):
             nargs="*",
             default=[],
             metavar="EXP[/FILE.pth]",
-            help="A finished ESPnet ASR experiment; of several the probabilities are averaged",
+            help="A finished ESPnet ASR experiment, an export, or a zip of espnet2.bin.pack; of several the "
+            "probabilities are averaged",
         )
         group.add_argument(
             "--target_cache",

@@ -157,6 +157,15 @@ def test_two_teachers_of_one_name_share_nothing(egs2):
     assert len(places) == 3 and "data/token_list/teacher_asr" in places
 
 
+@pytest.mark.parametrize(
+    "given, decoded", [("big", "export"), ("big/3epoch.pth", "export/3epoch.pth"), ("big.zip", "packed.zip")]
+)
+def test_a_given_teacher_is_decoded_where_the_results_lie(egs2, given, decoded):
+    said = commands(Recipe(egs2, "mini").run("--stage", "12", "--teacher", f"exp/{given}", "--dry_run").stdout)
+    words = said[0][said[0].index("--expdir") + 1 :]
+    assert words[0] == f"exp/teacher_given/{decoded}"
+
+
 def test_without_test_sets_nothing_can_be_decoded(egs2):
     recipe = Recipe(egs2, "librispeech")
     done = recipe.run("--test_parts", "", "--dry_run", check=False)

@@ -352,10 +352,11 @@ given_teacher() {
         file=/${experiment##*/} experiment=$(dirname "${experiment}")
     fi
     act describe "${dir}" teacher null
-    act link "${experiment}" "${dir}/export"
     found=${dir}/export${file}
+    [[ "${experiment}" != *.zip ]] || found=${dir}/packed.zip
+    act link "${experiment}" "${found%"${file}"}"
 }
 link() {
-    [ -d "$1" ] || fail "--teacher: there is no experiment $1"
+    [ -e "$1" ] || fail "--teacher: there is no experiment $1"
     ln -sfn "$(realpath "$1")" "$2"
 }
