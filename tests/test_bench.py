@@ -3,6 +3,7 @@
 import json
 import os
 
+import numpy as np
 import pytest
 import tiny_asr
 import torch
@@ -78,6 +79,17 @@ def test_mistakes_are_told():
         asr_kd_bench.main(["--only", "decoding"])
     with pytest.raises(UserError, match="--rounds"):
         asr_kd_bench.main(["--rounds", "0"])
+
+
+def test_neighbours_are_joined():
+    utterances = [Utterance(f"u{i}", f"u{i}.wav", n, 10) for i, n in enumerate([10, 20, 5, 90, 1])]
+    audio = {u.utt_id: np.full(u.samples, i, np.float32) for i, u in enumerate(utterances)}
+    references = {u.utt_id: u.utt_id for u in utterances}
+    joined = decoding.join(utterances, audio, references, 3.0)
+    assert [(u.utt_id, u.samples, references[u.utt_id]) for u in joined] == [
+        ("u0", 30, "u0 u1"), ("u2", 5, "u2"), ("u3", 90, "u3"), ("u4", 1, "u4"),
+    ]  # fmt: skip
+    assert audio.keys() == {"u0", "u2", "u3", "u4"} and audio["u0"].tolist() == [0.0] * 10 + [1.0] * 20
 
 
 def test_decoding_part(tmp_path, capsys):

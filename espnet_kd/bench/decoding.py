@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import time
 from pathlib import Path
@@ -12,6 +13,12 @@ import numpy as np
 from espnet_kd.bench.timing import interleaved, median
 from espnet_kd.cli import UserError
 
+#: What is compared: (ours, the stock decoder's).
+PAIRS = {
+    "greedy": ("greedy", "stock_greedy"),
+    "beam": ("beam", "stock_beam"),
+    "beam_for_greedy": ("beam", "stock_greedy"),
+}
 _NATS = 0.01  # a smaller difference between two texts' log-probabilities is none
 
 
@@ -24,6 +31,7 @@ def measure(
     beam_size_token: int = 20,
     batch_seconds: float = 60.0,
     most: int = 0,
+    join_seconds: float = 0.0,
 ) -> Dict[str, Any]:
     """How many times faster our decoding loops are, and the error rates of all four.
 
@@ -39,13 +47,15 @@ def measure(
         beam_size_token: of our beam search (see `espnet_kd.decode.beam`); the stock one tries every token.
         batch_seconds: of our batches.
         most: of the data dir's utterances, in its order; 0: all.
+        join_seconds: neighbours in the data dir's order are decoded as one utterance of at most so long; 0: each alone.
 
     Returns:
-        ``greedy``, ``beam``: seconds of the stock loop / ours, median over the chunks; ``…_total``: of all chunks;
-        ``wer_greedy``, ``wer_stock_greedy`` and so on in percent; ``wer_greedy_difference``, ``wer_beam_difference``:
+        ``greedy``, ``beam``, ``beam_for_greedy`` (our beam against the stock search of width 1, which sums alignments
+        up as well): seconds of the stock loop / ours, median over the chunks; ``…_total``: of all chunks;
+        ``wer_greedy``, ``wer_stock_greedy`` and so on in percent; for each of the three, ``wer_…_difference``:
         (ours − stock, low, high) in percentage points with the paired bootstrap's 95 % interval over utterances;
-        ``likelier_greedy``, ``likelier_beam``: utterances for which ours, and for which the stock search has found
-        the text of higher log P(text | audio), all alignments summed: where a search goes wrong;
+        ``likelier_…``: utterances for which ours, and for which the stock search has found the text of higher
+        log P(text | audio), all alignments summed: where a search goes wrong;
         seconds of each, and of loading (all four) and reading, which both loops would have to do.
 
     Raises:
@@ -79,10 +89,12 @@ def measure(
     if missing := {u.utt_id for u in utterances} - references.keys():
         raise UserError(f"{data_dir}/text lacks utterances of wav.scp: {name_some(missing)}")
 
-    batches = make_batches(utterances, batch_seconds)
     start = time.perf_counter()
     audio = {u.utt_id: read_audio(u) for u in utterances}
     read_seconds = time.perf_counter() - start
+    if join_seconds:
+        utterances = join(utterances, audio, references, join_seconds)
+    batches = make_batches(utterances, batch_seconds)
     best: Dict[str, Dict[str, Any]] = {name: {} for name in recognisers}  # {utt_id: Hypothesis}
 
     def decode(name: str, chunks) -> None:
@@ -106,16 +118,34 @@ def measure(
     result.update(load_seconds=load_seconds, read_seconds=read_seconds, utterances=len(audio), chunks=len(chunks))
     for name, found in counts.items():
         result[f"wer_{name}"] = 100.0 * float(found.errors.sum() / found.lengths.sum())
-    for name in ("greedy", "beam"):
-        ours, theirs = name, f"stock_{name}"
+    likely = {name: likelihoods(recognisers["greedy"], batches, audio, found) for name, found in best.items()}
+    for name, (ours, theirs) in PAIRS.items():
         result[name] = median([s / o for s, o in zip(times[theirs], times[ours])])
         result[f"{name}_total"] = sum(times[theirs]) / sum(times[ours])
         difference = paired_bootstrap(counts[ours].errors, counts[theirs].errors, counts[ours].lengths)
         result[f"wer_{name}_difference"] = difference[:3]
-        values = [likelihoods(recognisers["greedy"], batches, audio, best[who]) for who in (ours, theirs)]
-        gains = [a - b for a, b in zip(*values)]
+        gains = [a - b for a, b in zip(likely[ours], likely[theirs])]
         result[f"likelier_{name}"] = [sum(g > _NATS for g in gains), sum(g < -_NATS for g in gains)]
     return result
+
+
+def join(utterances: Sequence, audio: Dict[str, np.ndarray], references: Dict[str, str], seconds: float) -> List:
+    """Neighbours as one utterance of at most so many seconds (a longer one stays alone), under the first one's id.
+
+    ``audio`` and ``references`` are changed to those of the joined utterances.
+    """
+    groups: List[List] = []
+    for u in utterances:
+        if not groups or sum(v.samples for v in groups[-1]) + u.samples > seconds * u.rate:
+            groups.append([])
+        groups[-1].append(u)
+    joined = []
+    for group in groups:
+        first = group[0]
+        audio[first.utt_id] = np.concatenate([audio.pop(u.utt_id) for u in group])
+        references[first.utt_id] = " ".join(references[u.utt_id] for u in group)
+        joined.append(dataclasses.replace(first, samples=len(audio[first.utt_id])))
+    return joined
 
 
 def likelihoods(recogniser: Any, batches: Sequence[Sequence], audio: Mapping, best: Mapping) -> List[float]:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
@@ -32,6 +33,7 @@ TABLE = (
     ("cache_bytes_per_hour", "cache, bytes per hour of audio"),
     ("greedy", "greedy decoding: asr_inference / ours, time"),
     ("beam", "beam search of equal width: asr_inference / ours, time"),
+    ("beam_for_greedy", "asr_inference of width 1 / our beam search, time"),
 )
 
 
@@ -49,6 +51,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--beam_size", type=int, default=10, help="of both beam searches")
     parser.add_argument("--beam_size_token", type=int, default=20, help=f"{BEAM_SIZE_TOKEN_HELP}; asr_inference: all")
     parser.add_argument("--most", type=int, default=0, help="utterances that are decoded; 0: all")
+    parser.add_argument(
+        "--join_seconds", type=float, default=0.0, help="decode neighbours as one utterance of at most so long; 0: not"
+    )
     parser.add_argument("--json", action="store_true", help="print everything measured, as JSON")
     return parser
 
@@ -67,6 +72,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             raise cli.UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
     if min(args.vocabulary) < 5 or args.most < 0:
         raise cli.UserError("--vocabulary must be 5 or more, --most 0 or more")
+    if not 0 <= args.join_seconds < math.inf:
+        raise cli.UserError(f"--join_seconds is {args.join_seconds}; it must be 0 or more")
     parts = list(args.only or PARTS)
     if "decoding" in parts and not (args.expdir and args.data_dir):
         if args.only:
@@ -109,8 +116,9 @@ def measure(parts: Sequence[str], args: argparse.Namespace) -> List[Dict[str, An
             beam_size=args.beam_size,
             beam_size_token=args.beam_size_token,
             most=args.most,
+            join_seconds=args.join_seconds,
         )
-        searches = {"beam_size": args.beam_size, "beam_size_token": args.beam_size_token}
+        searches = {name: getattr(args, name) for name in ("beam_size", "beam_size_token", "join_seconds")}
         measured.append({"part": "decoding", **searches, **found})
     return measured
 
@@ -122,19 +130,24 @@ def headline(measured: Sequence[Dict[str, Any]]) -> Dict[str, Optional[float]]:
 
 def table(measured: Sequence[Dict[str, Any]]) -> str:
     """The ratios as a Markdown table, and what they were measured with."""
+    from espnet_kd.bench.decoding import PAIRS  # imports torch
+
     rows: List[Tuple[str, str, str]] = []
     for m in measured:
         what = ", ".join(
-            f"{k} = {m[k]:g}" for k in ("vocabulary", "nonblank", "beam_size", "beam_size_token") if k in m
+            f"{k} = {m[k]:g}"
+            for k in ("vocabulary", "nonblank", "beam_size", "beam_size_token", "join_seconds")
+            if m.get(k)
         )
         rows += [(meaning, what, shown(m[key])) for key, meaning in TABLE if key in m]
-        for key in ("greedy", "beam"):
-            if f"wer_{key}" in m:
+        for key, name in (("greedy", "greedy"), ("beam", "beam"), ("beam_for_greedy", "our beam, its width 1")):
+            if f"wer_{key}_difference" in m:
+                ours, stock = (m[f"wer_{search}"] for search in PAIRS[key])
                 difference, low, high = m[f"wer_{key}_difference"]
-                wers = f"{m[f'wer_{key}']:.2f} − {m[f'wer_stock_{key}']:.2f} = {difference:.2f} [{low:.2f}, {high:.2f}]"
-                rows.append((f"WER in percent, {key}: ours − asr_inference [95 % interval]", what, wers))
+                wers = f"{ours:.2f} − {stock:.2f} = {difference:.2f} [{low:.2f}, {high:.2f}]"
+                rows.append((f"WER in percent, {name}: ours − asr_inference [95 % interval]", what, wers))
                 likelier = " / ".join(map(str, m[f"likelier_{key}"]))
-                rows.append((f"likelier texts found, {key}: by ours / by asr_inference", what, likelier))
+                rows.append((f"likelier texts found, {name}: by ours / by asr_inference", what, likelier))
     lines = ["| | with | ratio |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
     return "\n".join([*lines, "", ", ".join(f"{k} {v}" for k, v in machine().items())])
 
