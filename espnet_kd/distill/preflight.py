@@ -39,6 +39,9 @@ def check_files(args: argparse.Namespace) -> None:
         shapes: List[str] = getattr(args, f"{part}_shape_file") or []
         if not data or any(Path(p).is_dir() for p, _, _ in data):  # with --multiple_iterator directories of parts
             continue
+        if "speech" not in [name for _, name, _ in data]:
+            option = f"--{part}_data_path_and_name_and_type"
+            raise UserError(f"{option} names no speech: give it {Path(data[0][0]).parent}/wav.scp,speech,sound as well")
         if not shapes and args.iterator_type == "sequence":
             raise UserError(f"no --{part}_shape_file: make statistics first (stage 4 of run.sh)")
         ids = [_ids(path) for path in shapes]

@@ -66,6 +66,15 @@ def test_without_statistics(own):
         asr_kd_train.main(options)
 
 
+@pytest.mark.faults("data that do not fit, seen before training")
+def test_without_audio(own):
+    _, options = own
+    at = [i for i, o in enumerate(options) if o.endswith("train/wav.scp,speech,sound")]
+    options = [o for i, o in enumerate(options) if i not in at and i + 1 not in at]
+    with pytest.raises(UserError, match="names no speech: give it .*/train/wav.scp,speech,sound"):
+        asr_kd_train.main(options)
+
+
 @pytest.mark.faults("a full disk")
 def test_a_full_disk_is_refused_before_training(corpus, teacher_dir, tmp_path, monkeypatch):
     options = corpus.options(tmp_path / "out", "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")
