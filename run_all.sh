@@ -100,6 +100,9 @@ fi
 EXTRAS='mini'
 # shellcheck source=egs2/TEMPLATE/setup_env.sh
 . "${ROOT}/egs2/TEMPLATE/setup_env.sh"
+if [ -z "${methods}" ] && [[ " ${options[*]} " == *" --method "* ]]; then # a mistake in it is told before any work
+    (cd "${recipe}" && python -m espnet_kd.bin.asr_kd_page "$(value method)" >/dev/null)
+fi
 
 # Runs in the background, each in a process group of its own, so that all of it ends when this script does.
 pids=() names=() starts=()

@@ -78,7 +78,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for note in (note for gathered in everything for note in gathered.notes):
         logging.warning("missing: %s", note)
     print(to_markdown(sections[:1], output_dir))
-    logging.info("the whole report: %s (the same: %s)", output_dir / "report.html", output_dir / "RESULTS.md")
+    logging.info("the whole report: %s (the same: RESULTS.md beside it)", (output_dir / "report.html").resolve())
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ from espnet_kd.targets.cache import read_manifest
 from espnet_kd.targets.experiment import find_experiment, load_state, student_only
 
 STUDENT = "student.pth"
+#: What a user changes to train elsewhere.
+OUTPUT_OPTION = "--output_dir (of run.sh: --tag or --expdir)"
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -64,7 +66,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     with contextlib.ExitStack() as stack:
         if args.output_dir and not args.collect_stats and not args.print_config:
             if first_rank(args):
-                stack.enter_context(locked(Path(args.output_dir)))
+                stack.enter_context(locked(Path(args.output_dir), OUTPUT_OPTION))
             if args.ngpu > torch.cuda.device_count() and args.dist_launcher is None:
                 raise UserError(
                     f"--ngpu {args.ngpu}: torch finds {torch.cuda.device_count()} usable GPUs on this machine; give "
@@ -283,7 +285,7 @@ def _finished(output_dir: Path, record: Dict[str, Any], label: str) -> bool:
     # A directory in which nothing was trained yet may take a mended command.
     if differing and (output_dir / CHECKPOINT).exists():
         what = "; ".join(f"{k}: {found.get(k)} there, {record.get(k)} now" for k in differing)
-        raise UserError(f"{output_dir} holds {label} with other settings ({what}); choose another --output_dir")
+        raise UserError(f"{output_dir} holds {label} with other settings ({what}); choose another {OUTPUT_OPTION}")
     return finished and (output_dir / STUDENT).is_file()
 
 

@@ -12,6 +12,11 @@ from espnet_kd.cli import UserError
 from espnet_kd.files import replacing
 
 
+def is_pipe(entry: str) -> bool:
+    """Whether an entry of a wav.scp is a shell command whose output is the audio, as Kaldi has it."""
+    return entry.rstrip().endswith("|")
+
+
 def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
     """Return (samples per channel, sampling rate in Hz, channels) from the file's header.
 
@@ -24,7 +29,7 @@ def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
     """
     import soundfile  # not needed to read text files
 
-    if "|" in path:
+    if is_pipe(path):
         raise UserError(f"'{path}' is a shell pipe, which is not run here: convert the audio to a file (flac, wav)")
     if not os.path.isfile(path):
         raise UserError(f"no such audio file: {path} (relative paths count from the working directory)")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Iterator, Optional, Sequence, Tuple
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.audio import write_audio
+from espnet_kd.data.audio import is_pipe, write_audio
 from espnet_kd.data.datadir import (
     PathLike,
     Spool,
@@ -144,13 +144,13 @@ def _entries(source: Path) -> Iterator[Tuple[str, str, Optional[int]]]:
 
 
 def _needs_conversion(audio: str) -> bool:
-    return audio.endswith("|") or _ARK.fullmatch(audio) is not None
+    return is_pipe(audio) or _ARK.fullmatch(audio) is not None
 
 
 def _find_root(wav_scp: Path, espnet_data: Path) -> Path:
     """The directory that the paths of a wav.scp count from: where its first file is found."""
     for _, audio in read_pairs(wav_scp):
-        if not audio.endswith("|"):
+        if not is_pipe(audio):
             ark = _ARK.fullmatch(audio)
             first = ark[1] if ark else audio
             break
@@ -178,7 +178,7 @@ def _convert(entry: Tuple[str, str, Optional[int]], root: Path, audio_dir: Path)
     key, audio, expected = entry
     path = _flac(audio_dir, key)
     if not path.exists():
-        samples, rate = _run(key, audio, root) if audio.endswith("|") else _read_ark(key, audio, root)
+        samples, rate = _run(key, audio, root) if is_pipe(audio) else _read_ark(key, audio, root)
         if not len(samples):
             raise UserError(f"'{key}': the audio has zero length: {audio}")
         if expected not in (None, len(samples)):

@@ -23,7 +23,7 @@ from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, 
 from tqdm import tqdm
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.audio import read_audio_info, write_audio
+from espnet_kd.data.audio import is_pipe, read_audio_info, write_audio
 from espnet_kd.data.datadir import (
     MAX_SHOWN,
     Spool,
@@ -231,7 +231,7 @@ def _stamp(u: Utterance, source: Path) -> str:
         stat = os.stat(u.audio)
     except (OSError, ValueError) as e:  # ValueError: a path with a NUL in it
         why = f"{u.audio!r}: {e}" if isinstance(e, ValueError) else f"{u.audio}: {e.strerror}"
-        if "|" in u.audio:
+        if is_pipe(u.audio):
             why = f"'{u.audio}' is a shell pipe, which is not run here: convert the audio to a file (flac, wav)"
         raise UserError(f"{source / 'wav.scp'}: utterance '{u.utt_id}': {why}") from e
     return f"{stat.st_size} {stat.st_mtime_ns}"

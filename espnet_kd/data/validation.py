@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.audio import read_audio_info
+from espnet_kd.data.audio import is_pipe, read_audio_info
 from espnet_kd.data.datadir import (
     MAX_SHOWN,
     Entry,
@@ -223,7 +223,7 @@ def _read_info(entry: Entry, check: bool) -> Tuple[Entry, Optional[Tuple[int, in
     audio = entry[2]
     if not audio:
         return entry, None, " names no audio file"
-    if "|" in audio:
+    if is_pipe(audio):
         return entry, None, " has a shell pipe, which is not run here: convert to a file"
     try:
         return entry, read_audio_info(audio) if check else None, ""

@@ -16,7 +16,7 @@ import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.audio import read_audio_info
+from espnet_kd.data.audio import is_pipe, read_audio_info
 from espnet_kd.data.datadir import read_map, read_pairs
 
 GIB = 2**30
@@ -73,7 +73,7 @@ def _refuse_lack(path: str, mine: Set[str], other: str, needed: Set[str]) -> Non
 def _look_for_audio(path: str) -> None:
     pairs = list(read_pairs(path))
     for utt_id, audio in pairs[:: max(1, len(pairs) // SAMPLED)]:
-        if audio.endswith("|"):
+        if is_pipe(audio):
             continue
         try:
             read_audio_info(audio)

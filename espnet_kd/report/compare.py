@@ -31,6 +31,7 @@ class Difference:
 
     seeds: List[Any]
     rates: Dict[str, Rate]
+    other_epochs: bool = False  #: whether one of them was trained for more epochs than its plain student, or fewer
 
 
 @dataclass
@@ -41,7 +42,7 @@ class Kind:
     rows: List[Row]
     rates: Dict[str, Rate]
     against: Union[Difference, str, None] = None  #: None: nothing to be compared with (a teacher, a plain student)
-    cost: Optional[float] = None  #: training time as a multiple of the plain students', where both are known
+    cost: Optional[float] = None  #: training time as a multiple of the plain students', where nothing ran beside
 
     def mean(self, key: str) -> Optional[float]:
         """Mean of one number over the rows that have it."""
@@ -87,7 +88,7 @@ def compare(gathered: Gathered) -> List[Kind]:
                 found = [(row, find_plain(row, rows)) for row in part]
                 pairs = [(row, plain) for row, plain in found if not isinstance(plain, str)]
                 kind.against = _against(pairs, gathered) if pairs else str(found[0][1])
-                kind.cost = _cost(pairs)
+                kind.cost = _cost([p for p in pairs if all(map(gathered.ran_alone, p))])
             kinds.append(kind)
     return sorted(kinds, key=_order)
 
@@ -133,7 +134,8 @@ def _against(pairs: Sequence[Tuple[Row, Row]], gathered: Gathered) -> Union[Diff
         if not np.sum(lengths):
             return "the references are empty"
         rates[unit] = Rate(*paired_bootstrap(a, b, lengths))
-    return Difference([row["seed"] for row, _ in pairs], rates)
+    other_epochs = any(row["epochs"] != plain["epochs"] for row, plain in pairs)
+    return Difference([row["seed"] for row, _ in pairs], rates, other_epochs)
 
 
 def count_table(gathered: Gathered, row: Row, unit: str) -> Optional[Dict[str, Tuple[int, int]]]:

@@ -13,11 +13,11 @@ from espnet_kd.report.spikes import Track, draw_offsets, draw_spikes
 from espnet_kd.report.worst import Chosen, choose_examples, choose_student
 
 HOW = (
-    "CTC says blank on most frames and each token in a spike. A student that follows its teacher frame by frame has "
-    "the spikes where the teacher has them: dotted lines carry the teacher's down to the students. Pictures show the "
-    "four seconds in which the models differ most. The tables count over {} utterances of each test set, greedily; "
-    "tokens are matched by the fewest edits, a token stands where its spike begins, and frames are those of the slower "
-    "model. NB and BL are the frames on which the teacher says a token or blank."
+    "CTC says a token where its probability peaks, and blank between. A student that follows its teacher frame by "
+    "frame has its spikes where the teacher has them: dotted lines carry the teacher's down to the students. Pictures "
+    "show the four seconds in which the models differ most. The tables count over {} utterances of each test set, "
+    "greedily; tokens are matched by the fewest edits, a token stands where its spike begins, and frames are those of "
+    "the slower model. NB and BL are the frames on which the teacher says a token or blank."
 )
 
 

@@ -33,7 +33,15 @@ class Gathered:
     curves: List[Curve] = field(default_factory=list)
     notes: List[str] = field(default_factory=list)
     paths: Dict[str, Path] = field(default_factory=dict)  #: directory of each experiment
+    spans: Dict[str, Tuple[float, float]] = field(default_factory=dict)  #: when each was trained, seconds since 1970
     decodings: Dict[Tuple[str, str], Path] = field(default_factory=dict)  #: of (experiment, test set)
+
+    def ran_alone(self, row: Row) -> bool:
+        """Whether no other experiment was trained while this one was, as far as the files' times tell."""
+        name = row["experiment"]
+        mine = self.spans.get(name)
+        others = [span for other, span in self.spans.items() if other != name]
+        return mine is not None and all(end <= mine[0] or mine[1] <= start for start, end in others)
 
     def decoding(self, row: Row) -> Path:
         """Where a scored row's test set is decoded."""
@@ -163,6 +171,10 @@ def _add(result: Gathered, path: Path, forced: Dict[str, Any]) -> None:
         result.notes.append(f"{name}: not scored yet (no decode_*/score.json)")
         rows = [base]
     result.paths[name] = path
+    files = [d / name for d in (path, *path.glob("kd_stage*")) for name in ("config.yaml", "checkpoint.pth")]
+    times = [p.stat().st_mtime for p in files if p.is_file()]
+    if stages and times:
+        result.spans[name] = min(times), max(times)
     result.rows += rows
     result.curves.append(Curve(name, stages, name))  # `gather` makes the label
 

@@ -74,10 +74,12 @@ def summarise(parts: Sequence[Part]) -> Section:
     blocks: List[Block] = []
     for part in parts:
         gathered = part.gathered
+        if told := [_verdict(kind) for kind in part.kinds if isinstance(kind.against, Difference)]:
+            blocks.append(Items(told, part.where))
         if part.kinds:
             head = ("method", "test set", "seeds", "parameters", "epochs", "CER", "WER", "WER to plain", "p",
                     "CER to plain", "p")  # fmt: skip
-            blocks.append(Table(head, [_compared(kind) for kind in part.kinds], part.where))
+            blocks.append(Table(head, [_compared(kind) for kind in part.kinds], "" if told else part.where))
             head = ("method", "test set", "parameters", "MB on disk", "real-time factor", "training", "cost of KD")
             blocks.append(Table(head, [_cost(kind) for kind in part.kinds], part.name("Size, speed and cost")))
         stages = [line for curve in gathered.curves for line in _stages(curve.experiment, curve.stages, gathered)]
@@ -97,8 +99,9 @@ _COMPARISON = (
     "Means over seeds, in percent. To plain: difference in points to the plain student of the same seeds and size; "
     "below 0 is better. In brackets 95 % bootstrap intervals over utterances, paired for the differences; errors are "
     "summed over the seeds, so they say nothing of other seeds. p is that of one method alone: of twenty that do "
-    "nothing, one has p < 0.05. Cost of KD: training time as a multiple of the plain student's; it holds where nothing "
-    "else ran beside. A KD stage without CTC teaches no text: its error rates say what the next one starts from."
+    "nothing, one has p < 0.05. Cost of KD: training time as a multiple of the plain student's; – where another "
+    "experiment here was trained at the same time, as run_all.sh does on two cores. "
+    "A KD stage without CTC teaches no text: its error rates say what the next one starts from."
 )
 
 
@@ -140,8 +143,8 @@ def show_worst(parts: Sequence[Part]) -> Section:
     """Texts of the utterances worth a look."""
     section = Section(
         "Worst utterances",
-        "Those with the most errors of the distilled student that helped most, then those that changed most against "
-        "the plain student. What a model has too much is underlined, what it lacks is struck out.",
+        "Those with the most errors of the distilled student that stands first in the table, then those that changed "
+        "most against the plain student. What a model has too much is underlined, what it lacks is struck out.",
     )
     for part in parts:
         for testset in part.test_sets:
@@ -171,6 +174,18 @@ def list_missing(parts: Sequence[Part]) -> Optional[Section]:
     """What could not be shown, if anything."""
     notes = [note for part in parts for note in dict.fromkeys(part.gathered.notes)]
     return Section("Missing", "What this report lacks, and why.", [Items(notes)]) if notes else None
+
+
+def _verdict(kind: Kind) -> str:
+    """In a sentence whether a kind of student is better than the plain one."""
+    rate, row = kind.against.rates["wer"], kind.rows[0]
+    better, worse = rate.high < 0, rate.low > 0
+    says = "better than" if better else "worse than" if worse else "no different, beyond noise, from"
+    return (
+        f"{kind.label}, {_or_dash(row['testset'])}: {says} the plain student. WER {kind.rates['wer'].value:.2f}, "
+        f"{rate.value:+.2f} points [{rate.low:+.2f}, {rate.high:+.2f}]; CER {kind.against.rates['cer'].value:+.2f}"
+        + (", trained for other numbers of epochs" if kind.against.other_epochs else "")
+    )
 
 
 def _compared(kind: Kind) -> List[str]:

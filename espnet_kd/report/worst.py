@@ -18,7 +18,7 @@ SHOWN = 5  #: of each sort
 
 @dataclass
 class Chosen:
-    """The student that a test set's examples are of: the one that helped most, with its plain student, its teacher."""
+    """The student that a test set's examples are of: the first of the table, with its plain student and teacher."""
 
     student: Row
     label: str

@@ -119,7 +119,7 @@ def test_a_good_dir_passes(data_dir: Path, tmp_path: Path) -> None:
         ("text", "s1-u1 HELLO B\n", "s1-u1 HELLO B\n\n", "text:3", "an empty line"),
         ("utt2spk", "s1-u1 s1", "s1-u1 s9", "utt2spk:2: utterance 's1-u1'", "speaker s9 here, s1 in spk2utt"),
         ("utt2spk", "s1-u1 s1", "s1-u1", "utt2spk:2: utterance 's1-u1'", "expected one speaker"),
-        ("wav.scp", "s1-u1 ", "s1-u1 sox x.wav -t wav - |", "wav.scp:2: 's1-u1'", "shell pipe"),
+        ("wav.scp", "s1-u1 ", "s1-u1 sox x.wav -t wav - |\ns1-u1x ", "wav.scp:2: 's1-u1'", "shell pipe"),
         ("wav.scp", "1.wav", "9.wav", "wav.scp:2: 's1-u1'", "no such audio file"),
     ],
 )  # fmt: skip

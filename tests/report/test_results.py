@@ -1,6 +1,7 @@
 """The report of fabricated experiments, whole and with parts missing."""
 
 import json
+import os
 
 import pytest
 from tiny_results import describe, experiment, report, score, train
@@ -234,3 +235,29 @@ def test_numbers_on_the_command_line_are_checked(tmp_path, capsys):
     with pytest.raises(SystemExit) as caught:
         asr_kd_report.main([str(tmp_path), "--once"])
     assert caught.value.code == 2 and "--once goes with --watch" in capsys.readouterr().err
+
+
+def test_a_verdict_stands_first(exp, tmp_path):
+    for name, role, errors, method in (
+        ("plain2", "plain", [1, 2, 3, 2], None), ("good", "student", [0, 1, 2, 1], "good"),
+        ("bad", "student", [2, 3, 4, 3], "bad"), ("like", "student", [2, 1, 3, 2], "like"),
+    ):  # fmt: skip
+        experiment(tmp_path / "other" / name, role, errors, method=method)
+    _, page = report(tmp_path / "other")
+    said = [line for line in page.splitlines() if line.startswith("- ")][:3]
+    assert said[0].startswith("- good, test: better than the plain student. WER 10.00, -10.00 points [-10.00, -10.00]")
+    assert said[1].startswith("- like, test: no different, beyond noise, from the plain student. WER 20.00, +0.00")
+    assert said[2].startswith("- bad, test: worse than the plain student. WER 30.00, +10.00")
+
+
+def test_cost_is_told_where_nothing_else_was_trained_at_the_same_time(tmp_path):
+    exp = tmp_path / "exp"
+    for i, (name, role) in enumerate((("plain", "plain"), ("kl", "student"))):
+        experiment(exp / name, role, [1, 2], method=name if role == "student" else None)
+        train(exp / name, 2, ["loss"])
+        for j, file in enumerate(("config.yaml", "checkpoint.pth")):
+            (exp / name / file).touch()
+            os.utime(exp / name / file, (1000 * (2 * i + j),) * 2)
+    assert table(report(exp)[1], "Size, speed and cost")["kl"]["cost of KD"] == "1.00 ×"
+    os.utime(exp / "kl/config.yaml", (500, 500))
+    assert table(report(exp)[1], "Size, speed and cost")["kl"]["cost of KD"] == "–"

@@ -62,12 +62,15 @@ def test_output_that_is_a_file_is_refused(corpus, teacher_dir, tmp_path):
 def test_killed_at_random_moments(corpus, teacher_dir, unbroken, tmp_path, record_property):
     """20 kills, each followed by the same command; then bit-equal to an unbroken run's."""
     cache, draw = tmp_path / "targets", random.Random(0)
+    asr_kd_cache.main(command(teacher_dir, corpus, tmp_path / "warm"))  # imports, and what else is slow but once
     started = time.monotonic()
     asr_kd_cache.main(command(teacher_dir, corpus, tmp_path / "timed"))
     whole = time.monotonic() - started
-    kills = 0
-    for _ in range(20):
-        if (cache / "manifest.json").exists() and draw.random() < 0.5:
+    kills = tries = 0
+    while kills < 20:
+        tries += 1
+        assert tries < 200, "the command ends before it is killed"
+        if (cache / "manifest.json").exists():
             # Else the last kills would find a finished cache.
             shutil.rmtree(shard_dir(cache, draw.randrange(4)), ignore_errors=True)
         pid = os.fork()
@@ -77,10 +80,9 @@ def test_killed_at_random_moments(corpus, teacher_dir, unbroken, tmp_path, recor
                 asr_kd_cache.main(command(teacher_dir, corpus, cache))
             finally:
                 os._exit(0)
-        time.sleep(draw.uniform(0, 1.1 * whole))
+        time.sleep(draw.uniform(0, whole))
         os.kill(pid, signal.SIGKILL)
         kills += os.WIFSIGNALED(os.waitpid(pid, 0)[1])
-    assert kills >= 10
     record_property("faults", kills)
     asr_kd_cache.main(command(teacher_dir, corpus, cache))
     assert_equal(cache, unbroken)

@@ -92,6 +92,7 @@ read -r -a test_list <<<"${test_sets}"
 read -r -a experiments_list <<<"${experiments}"
 [ ${#test_list[@]} -gt 0 ] || [ "${stop_stage}" -lt 12 ] ||
     refuse "no --test_sets: there is nothing to decode in stage 12; name a data dir, or give --stop_stage 11"
+check_inputs
 # What teacher and students have in common, in front of the options of each.
 scale=(${use_amp:+--use_amp "${use_amp}"} ${batch_bins:+--batch_bins "${batch_bins}"})
 scale+=(${accum_grad:+--accum_grad "${accum_grad}"})

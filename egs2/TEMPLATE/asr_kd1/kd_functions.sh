@@ -122,10 +122,21 @@ fail() {
 }
 # has_packages: on a fresh machine, say so in a line, before Python does it in many
 has_packages() {
-    [ "${python}" != python3 ] || dry ||
+    [ "${python}" != python3 ] ||
         python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("espnet2") is None)' ||
         fail "this python3 has no espnet2: run ./run_all.sh or tests/run.sh once, which install into .venv, or activate" \
             "an environment (path.sh)"
+}
+# check_inputs: what later stages would stumble over; a mistake in a name is told before any work
+check_inputs() {
+    local name
+    for name in teacher_config student_config; do
+        [ -f "${!name}" ] || fail "--${name}: there is no file ${!name}"
+    done
+    dry || for name in ${teacher}; do
+        [ -e "${name}" ] || fail "--teacher: there is no experiment ${name}"
+    done
+    [ -z "${given[method]:-}" ] || page_of "${method}"
 }
 running() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
 dry() { [ "${dry_run}" = true ]; }
