@@ -178,14 +178,16 @@ def list_missing(parts: Sequence[Part]) -> Optional[Section]:
 
 def _verdict(kind: Kind) -> str:
     """In a sentence whether a kind of student is better than the plain one."""
-    rate, row = kind.against.rates["wer"], kind.rows[0]
-    better, worse = rate.high < 0, rate.low > 0
-    says = "better than" if better else "worse than" if worse else "no different, beyond noise, from"
-    return (
-        f"{kind.label}, {_or_dash(row['testset'])}: {says} the plain student. WER {kind.rates['wer'].value:.2f}, "
-        f"{rate.value:+.2f} points [{rate.low:+.2f}, {rate.high:+.2f}]; CER {kind.against.rates['cer'].value:+.2f}"
-        + (", trained for other numbers of epochs" if kind.against.other_epochs else "")
-    )
+    told = []
+    for unit in reversed(UNITS):
+        rate = kind.against.rates[unit]
+        says = "better" if rate.high < 0 else "worse" if rate.low > 0 else "no different beyond noise"
+        told.append(
+            f"{unit.upper()} {says}, {kind.rates[unit].value:.2f} "
+            f"({rate.value:+.2f} points [{rate.low:+.2f}, {rate.high:+.2f}])"
+        )
+    epochs = ", for other numbers of epochs" if kind.against.other_epochs else ""
+    return f"{kind.label}, {_or_dash(kind.rows[0]['testset'])}, against the plain student{epochs}: {'; '.join(told)}"
 
 
 def _compared(kind: Kind) -> List[str]:

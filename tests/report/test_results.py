@@ -245,9 +245,10 @@ def test_a_verdict_stands_first(exp, tmp_path):
         experiment(tmp_path / "other" / name, role, errors, method=method)
     _, page = report(tmp_path / "other")
     said = [line for line in page.splitlines() if line.startswith("- ")][:3]
-    assert said[0].startswith("- good, test: better than the plain student. WER 10.00, -10.00 points [-10.00, -10.00]")
-    assert said[1].startswith("- like, test: no different, beyond noise, from the plain student. WER 20.00, +0.00")
-    assert said[2].startswith("- bad, test: worse than the plain student. WER 30.00, +10.00")
+    assert said[0].startswith("- good, test, against the plain student: WER better, 10.00 (-10.00 points [-10.00, ")
+    assert "; CER better, 5.00 (" in said[0]
+    assert said[1].startswith("- like, test, against the plain student: WER no different beyond noise, 20.00 (+0.00")
+    assert said[2].startswith("- bad, test, against the plain student: WER worse, 30.00 (+10.00")
 
 
 def test_cost_is_told_where_nothing_else_was_trained_at_the_same_time(tmp_path):
