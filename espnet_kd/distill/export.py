@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import shutil
@@ -41,6 +42,8 @@ def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> P
     # What only training needed, and what must not be looked for where the model is used.
     config.update(output_dir=str(out), init_param=[], resume=False)
     out.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in out.parent.glob(f".{glob.escape(out.name)}.*"):  # of one that was killed
+        shutil.rmtree(leftover, ignore_errors=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     os.chmod(part, 0o755)
     try:
