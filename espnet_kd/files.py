@@ -41,8 +41,8 @@ def replacing(path: Union[str, Path], mode: str = "w", sync: bool = True) -> Ite
         raise
 
 
-def read_json(path: Path) -> Any:
-    """What a JSON file says; an empty dict where it is missing or damaged."""
+def read_settings(path: Path) -> Any:
+    """What a JSON file of settings says; an empty dict, which equals no settings, where it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

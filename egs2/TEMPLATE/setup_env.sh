@@ -30,7 +30,7 @@ fi
 
 # Installed already, for this setup.py and these extras? ESPNET_KD_INSTALLED=1 says so for an environment made by other
 # means, for instance on cluster nodes without network.
-_stamp="$(python -c 'import sys; print(sys.prefix)')/.espnet_kd.$(cksum <<<"${ROOT} $(cat "${ROOT}/setup.py" || true)" | cut -d ' ' -f 1)"
+_stamp="$(python -c 'import sys; print(sys.prefix)')/.espnet_kd.$(cksum <<<"${ROOT} $(cat "${ROOT}/setup.py")" | cut -d ' ' -f 1)"
 _missing=
 for _extra in ${EXTRAS:?}; do
     [ -n "${ESPNET_KD_INSTALLED:-}" ] || [ -f "${_stamp}.${_extra}" ] || _missing=1

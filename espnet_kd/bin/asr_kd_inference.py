@@ -31,6 +31,8 @@ from espnet_kd.files import check_writable, replacing
 
 #: The models that `espnet_kd.targets.experiment.find_experiment` chooses from.
 MODELS = ("model.pth", "*.ave.pth", "*.ave_*best.pth", "*.best.pth", "latest.pth")
+#: Endings of a file that stands for an experiment: a model beside its config.yaml, or one that ESPnet packed.
+FILES = (".pth", ".zip")
 #: The numbers that a search is made with.
 SEARCH = ("beam_size", "nbest", "beam_size_token", "ngram_weight", "ctc_weight")
 BEAM_SIZE_TOKEN_HELP = "likeliest tokens of a frame that a beam search tries"
@@ -168,7 +170,7 @@ def list_decodings(
 def decode_dir(expdir: Union[str, Path], data_dir: Union[str, Path]) -> Path:
     """``EXP/decode_<name of the data dir>`` of EXP, EXP/FILE.pth, EXP/FILE.zip or EXP/export."""
     path = Path(expdir)
-    if path.suffix in (".pth", ".zip"):
+    if path.suffix in FILES:
         path = path.parent
     if path.name == "export":
         path = path.parent
@@ -235,7 +237,7 @@ def describe_inputs(experiment: Path, data_dir: Path) -> Dict:
         wav_scp = hashlib.sha256((data_dir / "wav.scp").read_bytes()).hexdigest()
     except OSError as e:
         raise cli.UserError(f"cannot read {data_dir}/wav.scp: {e.strerror}; is --data_dir a data dir?") from e
-    if experiment.suffix in (".pth", ".zip"):
+    if experiment.suffix in FILES:
         directory, files = experiment.parent, [experiment]
     else:
         directory, files = experiment, sorted({f for pattern in MODELS for f in experiment.glob(pattern)})

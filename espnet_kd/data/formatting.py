@@ -35,7 +35,7 @@ from espnet_kd.data.datadir import (
     write_data_dir,
 )
 from espnet_kd.data.parallel import map_with_bar
-from espnet_kd.files import read_json, remove_leftovers, replacing
+from espnet_kd.files import read_settings, remove_leftovers, replacing
 
 PathLike = Union[str, Path]
 # Decoding these anew every epoch took a quarter of a small student's training step.
@@ -99,7 +99,7 @@ def format_data(
             "version": VERSION, "fs": fs, "speed_factors": list(factors), "min_seconds": min_seconds,
             "max_seconds": max_seconds, "drop_out_of_range": drop_out_of_range, "source": fingerprint,
         }  # fmt: skip
-        if read_json(dst / ".done") == settings and (dst / "wav.scp").exists():
+        if read_settings(dst / ".done") == settings and (dst / "wav.scp").exists():
             logging.info("%s: formatted already with these settings", dst)
             return sum(1 for _ in read_pairs(dst / "utt2spk"))
         _begin(dst, settings)
@@ -243,7 +243,7 @@ def _begin(dst: Path, settings: Dict) -> None:
         (dst / name).unlink(missing_ok=True)
     for name in (".begun", "out_of_range"):
         remove_leftovers(dst / name)
-    if read_json(dst / ".begun") == settings:
+    if read_settings(dst / ".begun") == settings:
         for path in (dst / "audio").rglob(".*.flac.*"):
             path.unlink()  # begun by a run that was killed
         return

@@ -23,7 +23,7 @@ from espnet_kd.data.audio import write_audio
 from espnet_kd.data.datadir import Utterance, write_data_dir
 from espnet_kd.data.parallel import map_with_bar
 from espnet_kd.data.sentences import make_sentence, words
-from espnet_kd.files import read_json, replacing
+from espnet_kd.files import read_settings, replacing
 
 PathLike = Union[str, Path]
 FS = 16000
@@ -229,7 +229,7 @@ def prepare_mini(
         raise UserError(f"every split needs an utterance and nj a process: {sizes}, nj {nj}")
     told = {"version": VERSION, **settings.__dict__, "sizes": sizes}
     marker = out / "mini.json"
-    if read_json(marker) == told:
+    if read_settings(marker) == told:
         logging.info("%s: the corpus is there with these settings", out)
         return dict(sizes)
     _check_voices()

@@ -18,7 +18,7 @@ from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Seque
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines, os_errors_told, split_line
-from espnet_kd.files import read_json, remove_leftovers, replacing
+from espnet_kd.files import read_settings, remove_leftovers, replacing
 
 PathLike = Union[str, Path]
 BLANK, UNKNOWN, SOS_EOS, SPACE = "<blank>", "<unk>", "<sos/eos>", "<space>"
@@ -126,7 +126,7 @@ def _is_made(out_dir: Path, settings: Dict[str, Any]) -> bool:
     needed = ["tokens.txt", "tokens.json"] + (["bpe.model"] if settings["token_type"] == "bpe" else [])
     if not all((out_dir / name).exists() for name in needed):
         return False
-    return read_json(out_dir / "tokens.json") == settings
+    return read_settings(out_dir / "tokens.json") == settings
 
 
 def _write(out_dir: Path, tokens: Sequence[str], model: Optional[bytes], settings: Dict[str, Any]) -> Path:

@@ -52,6 +52,7 @@ def unpack(archive: Path) -> Path:
                     part.rename(place)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
+    # NotImplementedError: zipfile's, of a compression that it has not; RuntimeError: of an archive with a password.
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as e:
         raise UserError(f"{archive} is damaged, or no zip file: {e}") from e
     except OSError as e:

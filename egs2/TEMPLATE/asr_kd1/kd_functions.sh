@@ -156,7 +156,7 @@ stopped() {
     trap '' INT TERM
     for pid in $(jobs -p); do
         # shellcheck disable=SC2046
-        kill $(with_descendants "${pid}") 2>/dev/null || true
+        kill $(with_descendants "${pid}") 2>/dev/null || true # some of them may have ended by now
     done
     wait
     echo "error: stopped; the same command continues where it stopped" >&2

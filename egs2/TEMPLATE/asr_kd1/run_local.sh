@@ -34,6 +34,7 @@ progress() {
 }
 
 pids=() reader=""
+# A job that has ended by now cannot be killed: no fault.
 trap 'trap "" INT TERM; kill "${pids[@]}" 2>/dev/null || true; wait; exit 143' INT TERM
 for ((job = first; job <= last; job++)); do
     job_log=${log} command=("$@")

@@ -97,6 +97,7 @@ class Objective:
 
         ``target`` is laid on the student's frames already; its ``lengths`` are the frames both have.
         """
+        # Abstract: an objective from outside that lacks it is told so by name.
         raise NotImplementedError(f"{type(self).__name__} needs a compute method")
 
     def __call__(

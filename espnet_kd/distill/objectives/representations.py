@@ -55,6 +55,7 @@ class Representation(Objective):
 
     def distance_of(self, student: Tensor, teacher: Tensor, target: EncoderOutputs) -> Tensor:
         """The loss of one pair, (B, T, D) each."""
+        # Abstract: each kind of representation has its own.
         raise NotImplementedError(f"{type(self).__name__} needs a distance_of method")
 
 
