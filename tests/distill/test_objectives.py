@@ -8,6 +8,7 @@ import pytest
 import tiny_asr
 import tiny_kd
 import torch
+from tiny_student import HYBRID, adopt, deeper, page_of, run
 
 from espnet_kd import frames as fr
 from espnet_kd import losses
@@ -19,24 +20,6 @@ from espnet_kd.distill.page import list_pages, load_page
 from espnet_kd.distill.schedule import Progress
 from espnet_kd.targets.encode import encode
 from espnet_kd.targets.nbest import weights
-from espnet_kd.targets.online import OnlineTeacher
-
-HYBRID = dict(ctc_weight=0.3)
-
-
-def page_of(write_page, *objectives, teacher="required", **stage):
-    return load_page(
-        str(write_page({"teacher": teacher, "stages": [{"share": 1.0, "objectives": list(objectives), **stage}]}))
-    )
-
-
-def adopt(page, teacher=None, conf=None, progress=None, **more):
-    """The plain student in eval mode, and the same adopted."""
-    plain = tiny_asr.build(conf or tiny_kd.student_config(), sharpen=1.0)
-    with torch.no_grad():
-        plain.ctc.ctc_lo.bias[-1] = 0.0
-    model = ESPnetASRKDModel.adopt(copy.deepcopy(plain), page, 1, teacher, progress or Progress(), 16000.0, **more)
-    return plain, model.eval()
 
 
 def ctc(plain, log_probs, lengths, batch):
@@ -47,17 +30,6 @@ def ctc(plain, log_probs, lengths, batch):
 
 def speech_of(batch):
     return batch["speech"], batch["speech_lengths"]
-
-
-def deeper(**more):
-    conf = tiny_kd.student_config(**more)
-    conf["encoder_conf"]["num_blocks"] = 4
-    return conf
-
-
-def run(model, batch):
-    loss, stats, _ = model(**copy.deepcopy(batch))
-    return loss.squeeze(), stats
 
 
 def test_every_objective_is_on_a_page_or_says_why():
@@ -316,79 +288,6 @@ def test_a_teacher_that_no_objective_hears_does_not_run(write_page, teacher, mon
     _, model = adopt(page_of(write_page, {"objective": "layer_pruning"}, {"objective": "inter_ctc"}), teacher, conf)
     monkeypatch.setattr(teacher, "targets", None)
     assert run(model, tiny_kd.batch())[1]["loss_inter_ctc"] > 0
-
-
-def hybrid_teacher(directory, seed=1):
-    conf = {**tiny_asr.config("conformer", output_size=24, num_blocks=2), "model_conf": {"ctc_weight": 0.5}}
-    return OnlineTeacher(tiny_asr.save(tiny_asr.build(conf, seed=seed, sharpen=4.0), conf, directory))
-
-
-@pytest.mark.parametrize("transcribed", ["all", "some", "none"])
-def test_attention_kl(write_page, tmp_path, transcribed):
-    teacher = hybrid_teacher(tmp_path / "teacher")
-    entry = {"objective": "attention_kl", "weight": 2.0}
-    page = page_of(write_page, entry, ctc={"weight": 1.0}, attention={"weight": 0.5})
-    plain, model = adopt(page, teacher, tiny_kd.student_config(**HYBRID))
-    batch = tiny_kd.batch()
-    rows = {"all": [0, 1, 2], "some": [0, 2], "none": []}[transcribed]
-    for row in set(range(3)) - set(rows):
-        batch["text_lengths"][row] = 0
-        batch["text"][row] = -1
-    if not rows:
-        batch["text"] = batch["text"][:, :0]
-    loss, stats = run(model, batch)
-    if not rows:
-        assert stats["loss_attention_kl"] == 0 and loss == 0
-        # As a rank of a parallel run whose batch has no transcript: the same statistics, every parameter a gradient.
-        full, wanted = tiny_kd.batch(), set()
-        for which, keys in ((full, wanted), (batch, set())):
-            model.zero_grad()
-            loss, stats = run(model.train(), which)
-            loss.backward()
-            keys |= {k for k, v in stats.items() if v is not None}
-            assert all(p.grad is not None for p in model.parameters())
-        assert keys == wanted
-        return
-    kl, labels, attention = 0.0, 0, 0.0
-    for row in rows:  # each alone
-        text, n = batch["text"][row : row + 1], batch["text_lengths"][row : row + 1]
-        outs = []
-        for m in (plain, teacher._model):
-            out, lengths = m.encode(batch["speech"], batch["speech_lengths"])
-            words = torch.cat([torch.tensor([[m.sos]]), text[:, : int(n)]], 1)
-            outs.append(m.decoder(out[row : row + 1], lengths[row : row + 1], words, n + 1)[0])
-        kl = kl + losses.kl(*outs, n + 1) * (int(n) + 1)
-        out, lengths = plain.encode(batch["speech"], batch["speech_lengths"])
-        attention += plain._calc_att_loss(out[row : row + 1], lengths[row : row + 1], text[:, : int(n)], n)[0] / 3
-        labels += int(n) + 1
-    expected = 0.7 * (2.0 * kl / 3 + 0.5 * attention) + 0.3 * stats["loss_ctc"]
-    torch.testing.assert_close(loss, expected.squeeze(), rtol=1e-4, atol=1e-4)
-
-
-def test_attention_kl_needs_decoders(write_page, teacher, tmp_path):
-    page = page_of(write_page, {"objective": "attention_kl"})
-    with pytest.raises(UserError, match="attention_kl: the student has no attention decoder"):
-        adopt(page, hybrid_teacher(tmp_path / "t"))
-    with pytest.raises(UserError, match="the teacher has no attention decoder"):
-        adopt(page, teacher, tiny_kd.student_config(**HYBRID))
-
-
-@pytest.mark.parametrize("method", [p for p in list_pages() if p not in ("layer_pruning", "delayed_kd")])
-def test_every_method_works_on_the_ctc_branch_of_a_hybrid(method, tmp_path):
-    """Hybrid student and teacher; a finite loss that reaches encoder and decoder wherever labels are on."""
-    page = load_page(method)
-    batch = tiny_kd.batch()
-    nbest = {u: [(-1.0, [3, 4])] for u in batch["utt_id"]}
-    teacher = hybrid_teacher(tmp_path / "teacher") if page.teacher == "required" else None
-    for stage in page.stages:
-        student = tiny_asr.build(deeper(**HYBRID), sharpen=1.0)
-        model = ESPnetASRKDModel.adopt(student, page, stage.number, teacher, Progress(), 16000.0, nbest)
-        model.train()
-        loss = run(model, batch)[0]
-        loss.backward()
-        assert torch.isfinite(loss)
-        assert any(p.grad is not None and p.grad.any() for p in model.encoder.parameters())
-        assert any(p.grad is not None for p in model.decoder.parameters()) == (stage.ctc_weight != 0)
 
 
 def test_untranscribed_utterances_are_left_out_of_ctc(write_page, teacher):
