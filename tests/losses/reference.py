@@ -4,6 +4,9 @@ import math
 
 import torch
 
+#: With these factorized KL is plain KL, in sums.
+ALL_WEIGHTS = dict(blank_weight=1.0, nonblank_weight=1.0, nonblank_on_blank_weight=1.0)
+
 
 def softmax(logits, temperature=1.0):
     x = [v / temperature for v in logits]

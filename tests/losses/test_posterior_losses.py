@@ -21,7 +21,6 @@ LOSSES = {
     "delayed_kl": delayed_kl,
     "consistency": consistency,
 }
-ALL_WEIGHTS = dict(blank_weight=1.0, nonblank_weight=1.0, nonblank_on_blank_weight=1.0)
 GUIDED = ["guided_ctc", "guided_ctc_log"]  # read NB frames only, and are not a distance
 each_loss = pytest.mark.parametrize("name", LOSSES)
 # consistency has two students: no gradcheck, and its own tests.
@@ -50,16 +49,6 @@ def test_equals_reference(name, blank_id, temperature):
     assert got.item() == pytest.approx(expected, rel=1e-12)
 
 
-@pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.3, 2.0, 0.7)])
-def test_weights_of_factorized_kl(weights):
-    student, teacher, lengths, mask = reference.batch()
-    got = factorized_kl(
-        student, teacher, lengths, blank_weight=weights[0], nonblank_weight=weights[1],
-        nonblank_on_blank_weight=weights[2],
-    )  # fmt: skip
-    assert got.item() == pytest.approx(reference.factorized_kl(student, teacher, mask, weights=weights), rel=1e-12)
-
-
 @each_loss
 def test_frames_replace_valid_ones(name):
     student, teacher, lengths, mask = reference.batch()
@@ -74,36 +63,12 @@ def test_frames_replace_valid_ones(name):
 @pytest.mark.parametrize("blank_id, temperature", [(0, 1.0), (3, 2.0)])
 def test_gradcheck(name, blank_id, temperature):
     student, teacher, lengths, _ = reference.batch((4, 2), width=5)
-    options = dict(blank_id=blank_id, temperature=temperature, **(ALL_WEIGHTS if name == "factorized_kl" else {}))
+    options = dict(
+        blank_id=blank_id, temperature=temperature, **(reference.ALL_WEIGHTS if name == "factorized_kl" else {})
+    )
     assert torch.autograd.gradcheck(
         lambda x: LOSSES[name](x, teacher, lengths, **options), student.requires_grad_(), atol=1e-7
     )
-
-
-def test_identity_over_a_batch():
-    """With each half's share as its weight the means become one sum: plain KL."""
-    student, teacher, lengths, mask = reference.batch()
-    share = (teacher.argmax(-1) != 0)[mask].double().mean().item()
-    assert 0.2 < share < 0.8
-    got = factorized_kl(student, teacher, lengths, nonblank_weight=share, nonblank_on_blank_weight=1 - share)
-    torch.testing.assert_close(got, kl(student, teacher, lengths), rtol=1e-12, atol=0)
-
-
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-def test_identity_frame_by_frame(temperature):
-    """KL = BKL + (1−b)·NKL: with all weights 1, a frame at a time, so that means are sums."""
-    student, teacher, lengths, mask = reference.batch((20, 20), scale=4.0)
-    one = torch.tensor([1])
-    kinds = set()
-    for s, t in zip(student[mask], teacher[mask]):
-        s, t = s[None, None], t[None, None]
-        whole = kl(s, t, one, temperature=temperature).item()
-        parts = factorized_kl(s, t, one, temperature=temperature, **ALL_WEIGHTS).item()
-        p, q = (reference.softmax(x[0, 0].tolist(), temperature) for x in (t, s))
-        assert whole == pytest.approx(parts, abs=1e-9)
-        assert whole == pytest.approx(reference.binary(p, q, 0) + (1 - p[0]) * reference.tokens(p, q, 0), abs=1e-9)
-        kinds.add(t.argmax().item() == 0)
-    assert kinds == {True, False}
 
 
 @pytest.mark.parametrize("name", ["kl", "blank_kl", "factorized_kl", "delayed_kl", "consistency"])
@@ -160,7 +125,7 @@ def test_a_half_may_be_empty(name, winner):
     """All blank, or no blank at all: the other half counts 0, nothing is NaN."""
     student, teacher, lengths, mask = reference.batch()
     teacher[..., winner] = teacher.amax(-1) + 1
-    options = ALL_WEIGHTS if name == "factorized_kl" else {}
+    options = reference.ALL_WEIGHTS if name == "factorized_kl" else {}
     expected = {"weights": (1, 1, 1)} if options else {}
     got, grad = with_gradient(name, student, teacher, lengths, **options)
     assert got.item() == pytest.approx(getattr(reference, name)(student, teacher, mask, **expected), rel=1e-12)
@@ -193,7 +158,7 @@ def one_hot(token, width=5, dtype=torch.float64):
 def test_certain_teacher(name, token, blank_id):
     """Posteriors of exactly 0 and 1."""
     student = reference.batch((1,), width=5)[0]
-    options = dict(blank_id=blank_id, **(ALL_WEIGHTS if name == "factorized_kl" else {}))
+    options = dict(blank_id=blank_id, **(reference.ALL_WEIGHTS if name == "factorized_kl" else {}))
     got, grad = with_gradient(name, student, one_hot(token), torch.tensor([1]), **options)
     q = reference.softmax(student[0, 0].tolist())
     is_spike = token != blank_id
@@ -217,7 +182,7 @@ def test_certain_student_who_is_wrong(name, big, dtype):
     """Gradients by hand: q − p of the divergences and of log q; 0 of a saturated softmax."""
     student = torch.full((1, 1, 5), -big, dtype=dtype).index_fill(2, torch.tensor([1]), big)
     teacher = torch.tensor([[[1.0, -2.0, 3.0, 0.5, 0.0]]], dtype=dtype)
-    options = ALL_WEIGHTS if name == "factorized_kl" else {}
+    options = reference.ALL_WEIGHTS if name == "factorized_kl" else {}
     got, grad = with_gradient(name, student, teacher, torch.tensor([1]), **options)
     p, q = teacher.double().softmax(-1), student.double().softmax(-1)
     expected = {
@@ -235,7 +200,7 @@ def test_certain_student_who_is_wrong(name, big, dtype):
 @pytest.mark.parametrize("token", [0, 2])
 def test_certain_student_and_teacher_who_agree(name, token):
     """−∞ on both sides is agreement: no loss, and no NaN in the gradient."""
-    options = ALL_WEIGHTS if name == "factorized_kl" else {}
+    options = reference.ALL_WEIGHTS if name == "factorized_kl" else {}
     got, grad = with_gradient(name, one_hot(token), one_hot(token), torch.tensor([1]), **options)
     assert got == (-1 if name == "guided_ctc" and token else 0)  # −q at its least
     assert torch.equal(grad, torch.zeros_like(grad))
@@ -257,7 +222,7 @@ def test_student_without_mass_where_the_teacher_has_none(name):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_is_computed_in_float32(name, dtype):
     student, teacher, lengths, mask = reference.batch((30, 30), width=50, dtype=dtype)
-    options = ALL_WEIGHTS if name == "factorized_kl" else {}
+    options = reference.ALL_WEIGHTS if name == "factorized_kl" else {}
     expected = {"weights": (1, 1, 1)} if options else {}
     got, grad = with_gradient(name, student, teacher, lengths, **options)
     assert got.dtype == torch.float32
@@ -275,7 +240,7 @@ def test_half_precision_with_big_logits(name, dtype, big):
     teacher[0, 1] = torch.tensor([-big, big, -big, 0, 0, 0], dtype=dtype)
     teacher[0, 2] = torch.tensor([big, -big, -big, -big, -big, -big], dtype=dtype)
     student[..., 5] = teacher[..., 5] = -big
-    options = ALL_WEIGHTS if name == "factorized_kl" else {}
+    options = reference.ALL_WEIGHTS if name == "factorized_kl" else {}
     got, grad = with_gradient(name, student, teacher, lengths, **options)
     assert got.isfinite() and grad.isfinite().all()
     if name not in ("factorized_kl", "consistency"):  # whose references would divide by 0
@@ -344,55 +309,6 @@ def test_zero_for_equal_posteriors(name):
     assert grad.abs().max() < 1e-14
 
 
-def test_student_most_wrong_still_learns():
-    """Student sure of blank by 20, teacher of a token: BKL 16.6, gradient 1; log1p(-exp) would give NaN or 0."""
-    student, teacher = torch.zeros(1, 1, 31), torch.zeros(1, 1, 31)
-    student[..., 0] = 20.0
-    teacher[..., 3] = 60.0
-    got, grad = with_gradient("blank_kl", student, teacher, torch.tensor([1]))
-    assert got.item() == pytest.approx(20 - math.log(30), abs=1e-4)  # 16.6
-    assert grad[0, 0, 0].item() == pytest.approx(1.0, abs=1e-4)
-    assert grad[0, 0, 1:].sum().item() == pytest.approx(-1.0, abs=1e-4)
-
-
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 3.0])
-def test_factorized_kl_ignores_which_token_on_blank_frames(temperature):
-    student, teacher, lengths, mask = reference.batch()
-    blank = teacher.argmax(-1) == 0
-    permuted = teacher.clone()
-    permuted[blank] = teacher[blank][:, [0, 3, 1, 5, 2, 4]]
-    before = factorized_kl(student, teacher, lengths, temperature=temperature)
-    after = factorized_kl(student, permuted, lengths, temperature=temperature)
-    torch.testing.assert_close(after, before, rtol=1e-12, atol=0)
-    # The plain KL and the third weight do see it.
-    assert (kl(student, teacher, lengths) - kl(student, permuted, lengths)).abs() > 1e-3
-    seen = [factorized_kl(student, x, lengths, nonblank_on_blank_weight=1.0) for x in (teacher, permuted)]
-    assert (seen[0] - seen[1]).abs() > 1e-3
-
-
-def test_factorized_kl_reads_blank_mass_only_on_blank_frames_at_temperature_1():
-    student, teacher, lengths, _ = reference.batch()
-    p = teacher.softmax(-1)
-    blank = teacher.argmax(-1) == 0
-    # Redistribute what is not blank: halfway to uniform, so that blank keeps both its mass and the lead.
-    flat = p.clone()
-    flat[..., 1:] = 0.5 * p[..., 1:] + 0.5 * (1 - p[..., :1]) / 5
-    moved = torch.where(blank[..., None], flat, p).log()
-    assert torch.equal(moved.argmax(-1) == 0, blank)
-    one = [factorized_kl(student, x, lengths) for x in (teacher, moved)]
-    torch.testing.assert_close(one[0], one[1], rtol=1e-12, atol=0)
-    two = [factorized_kl(student, x, lengths, temperature=2.0) for x in (teacher, moved)]
-    assert (two[0] - two[1]).abs() > 1e-4  # at τ ≠ 1 it moves the blank mass itself
-
-
-def test_nonblank_rule_is_at_temperature_1():
-    """At a high temperature no token beats another by much, but NB and BL stay what they were."""
-    student, teacher, lengths, mask = reference.batch()
-    got = factorized_kl(student, teacher, lengths, temperature=50.0, **ALL_WEIGHTS)
-    expected = reference.factorized_kl(student, teacher, mask, temperature=50.0, weights=(1, 1, 1))
-    assert got.item() == pytest.approx(expected, rel=1e-9)
-
-
 @pytest.mark.parametrize("name", ["blank_kl", "factorized_kl"])
 @pytest.mark.parametrize("cached", [False, True])
 def test_student_and_teacher_of_different_types(name, cached):
@@ -413,3 +329,14 @@ def test_other_numbers_of_frames_are_refused(name):
     student, teacher, lengths, _ = reference.batch()
     with pytest.raises((ValueError, IndexError)):
         LOSSES[name](student[:, :-1], teacher, (lengths - 1).clamp(min=0))
+
+
+def test_student_most_wrong_still_learns():
+    """Student sure of blank by 20, teacher of a token: BKL 16.6, gradient 1; log1p(-exp) would give NaN or 0."""
+    student, teacher = torch.zeros(1, 1, 31), torch.zeros(1, 1, 31)
+    student[..., 0] = 20.0
+    teacher[..., 3] = 60.0
+    got, grad = with_gradient("blank_kl", student, teacher, torch.tensor([1]))
+    assert got.item() == pytest.approx(20 - math.log(30), abs=1e-4)  # 16.6
+    assert grad[0, 0, 0].item() == pytest.approx(1.0, abs=1e-4)
+    assert grad[0, 0, 1:].sum().item() == pytest.approx(-1.0, abs=1e-4)
