@@ -9,12 +9,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from numbers import Integral, Real
-from typing import Any, Mapping, Optional, Tuple
+from typing import Any, Mapping, Optional, Sequence, Tuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from espnet_kd.backend import may_look
+from espnet_kd.late import LateCheck
 from espnet_kd.topk import Posterior, TopK
 
 #: Rules of :func:`select` and the options each takes. ``n``, ``theta`` and ``ratio`` must be given where they stand.
@@ -36,7 +38,7 @@ def valid(lengths: Tensor, num_frames: int) -> Tensor:
 
 def best(logits: Posterior) -> Tensor:
     """(…) the likeliest of V tokens, of logits (…, V); no gradient. On a CPU by numpy: a ninth of the time."""
-    if isinstance(logits, Tensor) and logits.device.type == "cpu" and logits.dtype in (torch.float32, torch.float64):
+    if isinstance(logits, Tensor) and may_look(logits) and logits.dtype in (torch.float32, torch.float64):
         return torch.from_numpy(np.asarray(logits.detach().numpy().argmax(-1)))
     return logits.argmax(-1)
 
@@ -79,15 +81,19 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
+def _is_finite(x: Tensor) -> bool:
+    return bool(x.isfinite().all())
+
+
 #: Option of ``select`` → whether a value will do, and what it must be.
 _OPTIONS = {
     "n": (lambda v: isinstance(v, Integral) and _is_number(v) and v >= 0, "a whole number of frames, at least 0"),
     "theta": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "ratio": (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0"),
     "prior_scale": (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0"),
-    # A token of prior 0 would win every frame.
+    # A token of prior 0 would win every frame. On a GPU, where looking is a wait, it has to be checked beforehand.
     "log_prior": (
-        lambda v: v is None or (isinstance(v, Tensor) and v.dim() == 1 and bool(v.isfinite().all())),
+        lambda v: v is None or (isinstance(v, Tensor) and v.dim() == 1 and (not may_look(v) or _is_finite(v))),
         "a tensor (V,) of finite log-probabilities, or None",
     ),
     "generator": (lambda v: v is None or isinstance(v, torch.Generator), "a torch.Generator or None"),
@@ -160,7 +166,7 @@ def _less_prior(logits: Posterior, log_prior: Optional[Tensor] = None, prior_sca
         raise ValueError(
             f"frame selection elimination: log_prior has {len(log_prior)} entries, the teacher {logits.size(-1)} tokens"
         )
-    log_prior = prior_scale * _full(log_prior.to(logits.device))
+    log_prior = prior_scale * _full(log_prior.to(logits.device, non_blocking=True))
     if isinstance(logits, TopK):
         # Of the tokens kept: one further down wins only where the prior of all these is far higher.
         tokens = logits.log_probs - log_prior[logits.tokens]
@@ -186,11 +192,15 @@ def _draw(
     """Of each row of ``candidates`` (B, T) round(ratio · speech_frames) at random, or all."""
     device = candidates.device
     where = device if generator is None else generator.device
-    scores = torch.rand(candidates.shape, generator=generator, device=where).to(device)
+    scores = torch.rand(candidates.shape, generator=generator, device=where).to(device, non_blocking=True)
     rank = scores.masked_fill(~candidates, torch.inf).argsort(1).argsort(1)
     # float64, so that the product rounds as Python's would.
     quota = (speech_frames.double() * ratio).round()
     return candidates & (rank < quota[:, None])
+
+
+#: Of every call of :func:`align`.
+_CHECK_LENGTHS = LateCheck()
 
 
 def nearest_multiple(shift: float, other: float) -> float:
@@ -211,6 +221,7 @@ def align(
     *,
     blank_id: int = 0,
     pool: str = "least_blank",
+    utt_ids: Sequence[str] = (),
 ) -> Tuple[Posterior, dict[str, Tensor], Tensor]:
     """Lay a teacher's outputs beside a student's frames.
 
@@ -224,21 +235,26 @@ def align(
         lengths: (B,) teacher frames.
         student_frames: T, the student's padded length.
         student_lengths: (B,) student frames.
+        utt_ids: names for the message.
 
     Returns:
         logits (B, T, V), hidden {name: (B, T, D)}, lengths (B,): the frames that both have.
 
     Raises:
-        ValueError: lengths differ by more than two frames of the slower rate; the message names both.
+        ValueError: lengths differ by more than two frames of the slower rate; the message names both. On a GPU, where
+            looking at once would be a wait, a later call raises it.
     """
     ratio = nearest_multiple(student_shift, frame_shift)
     # In units of teacher frames, so that equal rates stay whole numbers.
-    difference = (student_lengths * ratio - lengths).abs().max().item()
-    if difference > 2 * max(ratio, 1.0) + 1e-6:
-        raise ValueError(
+    difference = (student_lengths * ratio - lengths).abs().max()
+    _CHECK_LENGTHS(
+        difference > 2 * max(ratio, 1.0) + 1e-6,
+        lambda: (
             f"the lengths of teacher and student differ by more than two frames: teacher {lengths.tolist()} frames of "
             f"{frame_shift * 1000:g} ms, student {student_lengths.tolist()} frames of {student_shift * 1000:g} ms"
-        )
+            + (f", in the batch of {', '.join(utt_ids)}" if utt_ids else "")
+        ),
+    )
     if ratio == 1:
         both = torch.minimum(student_lengths, lengths)
         return fit(logits, student_frames), {k: fit(h, student_frames) for k, h in hidden.items()}, both

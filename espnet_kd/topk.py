@@ -12,6 +12,8 @@ from typing import Any, Callable, Dict, Sequence, Tuple, Union
 import torch
 from torch import Tensor
 
+from espnet_kd.backend import may_look
+
 #: A remainder below this share of the non-blank mass is rounding.
 _ROUNDING = 1e-6
 
@@ -90,11 +92,16 @@ class TopK:
     def remainder_at(self, temperature: float) -> Tensor:
         """(B, T) probability of all tokens that were not kept; 0 where it is rounding.
 
+        NaN in frames of which no token was kept at all, where looking for them would be a wait (on a GPU).
+
         Raises:
             NotKept: in some of the frames no token was kept at all.
         """
         log_nonblank = self.log_nonblank_at(temperature)
-        if ((self.log_probs[..., 0] == -torch.inf) & (log_nonblank > -torch.inf)).any():
+        missing = (self.log_probs[..., 0] == -torch.inf) & (log_nonblank > -torch.inf)
+        if not may_look(missing):
+            log_nonblank = log_nonblank.masked_fill(missing, torch.nan)
+        elif missing.any():
             raise NotKept("the cached targets keep no tokens on some of these frames; make the cache for this page")
         finite = log_nonblank.masked_fill(log_nonblank == -torch.inf, 0.0)
         share = 1 - (self.log_tokens_at(temperature) - finite[..., None]).double().exp().sum(-1)
@@ -112,9 +119,10 @@ def kept_probabilities(teacher: TopK, temperature: float) -> Tuple[Tensor, Tenso
     Raises:
         NotKept: temperature or tokens were not kept.
     """
-    teacher.remainder_at(temperature)
+    lost = teacher.remainder_at(temperature).isnan()
     log_p = torch.cat([teacher.log_blank_at(temperature)[:, None], teacher.log_tokens_at(temperature)], 1)
-    return log_p.exp(), torch.cat([torch.zeros_like(teacher.tokens[:, :1]), teacher.tokens], 1)
+    tokens = torch.cat([torch.zeros_like(teacher.tokens[:, :1]), teacher.tokens], 1)
+    return log_p.exp().masked_fill(lost[:, None], torch.nan), tokens
 
 
 def in_buckets(student: Tensor, teacher: TopK, temperature: float) -> Tuple[Tensor, Tensor]:
@@ -134,14 +142,17 @@ def in_buckets(student: Tensor, teacher: TopK, temperature: float) -> Tuple[Tens
     log_p = torch.cat([teacher.log_blank_at(temperature)[:, None], teacher.log_tokens_at(temperature)], 1)
     kept = torch.cat([torch.zeros_like(teacher.tokens[:, :1]), teacher.tokens], 1)
     log_q = (student / temperature).log_softmax(-1)
-    others = log_q.scatter(1, kept, -torch.inf)
-    empty = (others == -torch.inf).all(-1)
-    # The gradient of the logsumexp of nothing would be NaN.
-    log_rest = others.masked_fill(empty[:, None], 0.0).logsumexp(-1).masked_fill(empty, -torch.inf)
+    log_rest = log_sum(log_q.scatter(1, kept, -torch.inf))
     return (
         torch.cat([log_p, rest.log()[:, None]], 1).to(log_q.dtype),
         torch.cat([log_q.gather(1, kept), log_rest[:, None]], 1),
     )
+
+
+def log_sum(x: Tensor) -> Tensor:
+    """(N,) logsumexp of (N, K); −∞ with a gradient of 0, not of NaN, where all are −∞."""
+    empty = (x == -torch.inf).all(-1)
+    return x.masked_fill(empty[:, None], 0.0).logsumexp(-1).masked_fill(empty, -torch.inf)
 
 
 def compress(logits: Tensor, k: int, temperatures: Sequence[float] = ()) -> TopK:

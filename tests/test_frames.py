@@ -187,3 +187,36 @@ def test_best(dtype):
     assert torch.equal(fr.best(x), x.argmax(-1))
     assert torch.equal(fr.best(x[0, 0]), x[0, 0].argmax(-1)) and fr.best(x[:0]).shape == (0, 5)
     assert fr.best(torch.zeros(2, 4)).tolist() == [0, 0]  # of equals the first
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch.cuda.is_available() is False")
+@pytest.mark.parametrize("shift", [0.02, 0.04, 0.06, 0.08])
+@pytest.mark.parametrize("pool", ["least_blank", "mean"])
+def test_alignment_on_a_gpu_is_the_same_and_nothing_waits(shift, pool):
+    generator = torch.Generator().manual_seed(0)
+    logits, hidden = (torch.randn(2, 12, WIDTH, generator=generator) for _ in range(2))
+    lengths = torch.tensor([12, 6])
+    frames = math.ceil(12 * 0.04 / shift)
+    given = logits, hidden, lengths, (lengths * 0.04 / shift).long()
+
+    def laid(logits, hidden, lengths, student_lengths):
+        return fr.align(logits, {"encoder": hidden}, lengths, 0.04, frames, student_lengths, shift, pool=pool)
+
+    expected, there = laid(*given), [x.cuda() for x in given]
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            got = laid(*there)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    inside = fr.valid(expected[2], frames)
+    assert torch.equal(got[2].cpu(), expected[2])
+    torch.testing.assert_close(got[0].cpu()[inside], expected[0][inside])
+    torch.testing.assert_close(got[1]["encoder"].cpu()[inside], expected[1]["encoder"][inside])
+
+
+def test_lengths_too_far_apart_name_the_utterances():
+    logits, lengths = torch.zeros(2, 9, WIDTH), torch.tensor([9, 3])
+    with pytest.raises(ValueError, match="teacher .*9, 3.*student .*9, 9.*, in the batch of a, b"):
+        fr.align(logits, {}, lengths, 0.04, 9, torch.tensor([9, 9]), 0.04, utt_ids=("a", "b"))

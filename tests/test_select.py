@@ -7,6 +7,7 @@ import torch
 
 from espnet_kd import frames as fr
 from espnet_kd.frames import check_rule, select
+from espnet_kd.topk import compress
 
 WIDTH = 5
 RULES = {
@@ -353,3 +354,25 @@ def test_a_teacher_with_gradients_leaves_no_graph(rule):
     logits, lengths = batch()
     with torch.autograd.graph.saved_tensors_hooks(refuse, lambda x: x):
         select(logits.requires_grad_(), lengths, rule, **RULES[rule], blank_id=1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch.cuda.is_available() is False")
+@each_rule
+@pytest.mark.parametrize("cached", [False, True])
+def test_on_a_gpu_it_is_the_same_and_nothing_waits(rule, cached):
+    logits, lengths = batch((40, 23, 7, 1, 0), padding=0.0)
+    target = compress(logits, 3) if cached else logits
+    expected = select(target, lengths, rule, **RULES[rule])
+    there = target.map(lambda x: x.cuda()) if cached else target.cuda()
+    lengths = lengths.cuda()
+    for mode in ("default", "error"):
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            got = select(there, lengths, rule, **RULES[rule])
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if rule == "random":  # other frames, as many
+            assert torch.equal(got.cpu().sum(1), expected.sum(1))
+        else:
+            assert torch.equal(got.cpu(), expected)

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import NamedTuple, Optional, Tuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from espnet_kd import frames as fr
-from espnet_kd.topk import Posterior
+from espnet_kd.backend import may_look
+from espnet_kd.topk import Posterior, TopK
 
 
 def full_precision(x: Tensor) -> Tensor:
@@ -16,15 +18,79 @@ def full_precision(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
 
 
-def counted_frames(teacher: Posterior, lengths: Tensor, frames: Optional[Tensor]) -> Tensor:
-    """(B, T) bool: ``frames`` where given, else the frames inside ``lengths``."""
-    return fr.valid(lengths, teacher.size(1)) if frames is None else frames
+class Counted:
+    """The frames that count: those inside ``lengths``, of ``frames`` where given.
+
+    Args:
+        mask: (B, T) bool.
+    """
+
+    def __init__(self, mask: Tensor):
+        self.mask = mask
+        #: Whether N is the number of frames that count; else N = B·T, and what doesn't count is left out of each mean.
+        self.compact = may_look(mask)
+
+    @classmethod
+    def of(cls, student: Tensor, teacher: Posterior, lengths: Tensor, frames: Optional[Tensor]) -> Counted:
+        """Those of a student's and a teacher's (B, T, …); padding never counts, whatever ``frames`` holds.
+
+        Raises:
+            ValueError: sizes differ, so that a frame would be taken for another.
+        """
+        check_sizes(student, teacher, lengths, frames)
+        inside = fr.valid(lengths.to(student.device, non_blocking=True), student.size(1))
+        return cls(inside if frames is None else inside & frames.to(student.device, non_blocking=True))
+
+    def take(self, x: Posterior, delay: Optional[Tensor] = None) -> Posterior:
+        """(N, …) of (B, T, …): padding is left behind, or replaced by 0, before any arithmetic.
+
+        ``delay`` (B,) frames: of frame t that of t + delay, which must lie inside.
+        """
+        if isinstance(x, TopK):
+            return x.map(self.take)
+        if self.compact:
+            if delay is None:
+                return x[self.mask]
+            b, t = self.mask.nonzero(as_tuple=True)
+            return x[b, t + delay[b]]
+        if delay is not None:
+            t = torch.arange(x.size(1), device=x.device) + delay[:, None]
+            x = x[torch.arange(x.size(0), device=x.device)[:, None], t.clamp(max=x.size(1) - 1)]
+        # where, not a product, which would keep a NaN; nor does a gradient pass it.
+        zero = x.new_zeros(())
+        return torch.where(self.mask.view(*self.mask.shape, *[1] * (x.dim() - 2)), x, zero).flatten(0, 1)
+
+    def spread(self, values: Tensor) -> Tensor:
+        """(B, T) of (N,): 0 where nothing counts."""
+        if not self.compact:
+            return values.masked_fill(~self.mask.flatten(), 0.0).unflatten(0, self.mask.shape)
+        return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
+
+    def mean(self, values: Tensor, student: Tensor, where: Optional[Tensor] = None) -> Tensor:
+        """Mean of ``values`` (N,), of those ``where`` (N,) bool; a zero with a gradient path to ``student`` if none."""
+        if self.compact:
+            values = values if where is None else values[where]
+            # An empty slice rather than 0 * student: that would be NaN where the student holds an infinity.
+            return values.mean() if values.numel() else student[..., :0].sum().to(values.dtype)
+        there = self.mask.flatten() if where is None else self.mask.flatten() & where
+        return values.masked_fill(~there, 0.0).sum() / there.sum().clamp(min=1)
 
 
-def mean(values: Tensor, student: Tensor) -> Tensor:
-    """Mean of ``values``, or a zero with a gradient path to ``student`` when there are none."""
-    # An empty slice rather than 0 * student: that would be NaN where the student holds an infinity.
-    return values.mean() if values.numel() else student[..., :0].sum()
+def check_sizes(student: Tensor, teacher: Posterior, lengths: Tensor, frames: Optional[Tensor]) -> None:
+    """Refuse a student, a teacher, lengths or frames of other B or T (:class:`ValueError`)."""
+    sizes = [student.shape[:2], (teacher.size(0), teacher.size(1)), (len(lengths), student.size(1))]
+    sizes += [] if frames is None else [frames.shape]
+    if any(tuple(size) != tuple(sizes[0]) for size in sizes):
+        names = ("student", "teacher", "lengths", "frames")
+        # Frames are found by their place: with other sizes it would be another frame's.
+        found = ", ".join(f"{name} {tuple(size)}" for name, size in zip(names, sizes))
+        raise ValueError(f"numbers of utterances and frames differ in size: {found}")
+
+
+def check_vocabularies(student: Tensor, teacher: Posterior) -> None:
+    """Refuse posteriors over other numbers of tokens (:class:`ValueError`)."""
+    if student.size(2) != teacher.size(2):
+        raise ValueError(f"student and teacher differ in size: {student.size(2)} and {teacher.size(2)} tokens")
 
 
 class BlankSplit(NamedTuple):
@@ -59,8 +125,7 @@ def split_blank(rows: Tensor, blank_id: int, temperature: float) -> BlankSplit:
     top = rows.amax(-1)
     # Where no token has any mass the top is −∞, and −∞ − −∞ would be NaN instead of "no mass".
     norm = rows.sub_(finite(top)[:, None]).exp_().sum(-1).log_().add_(top)
-    total = torch.logaddexp(blank, norm)
-    return BlankSplit(blank - total, norm - total, norm, is_nonblank)
+    return BlankSplit(F.logsigmoid(blank - norm), F.logsigmoid(norm - blank), norm, is_nonblank)
 
 
 def finite(x: Tensor) -> Tensor:
@@ -76,6 +141,11 @@ def cross(log_p: Tensor, log_p_inner: Tensor, log_q: Tensor) -> Tensor:
     return torch.where(zero, 0.0, p * (log_p_inner.masked_fill(zero, 0.0) - log_q.masked_fill(zero, 0.0)))
 
 
-def pick(student: Tensor, teacher: Posterior, frames: Tensor) -> Tuple[Tensor, Posterior]:
-    """(N, V) student and teacher rows of the frames that count; padding is left behind before any arithmetic."""
-    return student[frames], teacher.detach()[frames]
+def binary(p: BlankSplit, q: BlankSplit) -> Tensor:
+    """(N,) BKL."""
+    return cross(p.log_blank, p.log_blank, q.log_blank) + cross(p.log_nonblank, p.log_nonblank, q.log_nonblank)
+
+
+def pick(student: Tensor, teacher: Posterior, counted: Counted) -> Tuple[Tensor, Posterior]:
+    """(N, V) student and teacher rows of the frames that count."""
+    return counted.take(student), counted.take(teacher.detach())

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from espnet_kd import frames as fr
-from espnet_kd.losses.common import counted_frames, cross, full_precision, mean, pick
+from espnet_kd.backend import backend_of
+from espnet_kd.losses.common import Counted, check_vocabularies, cross, full_precision, pick
 from espnet_kd.topk import Posterior, TopK, in_buckets, kept_probabilities
 
 
@@ -27,18 +28,24 @@ def kl(
         student_logits: (B, T, V), or log-probabilities.
         teacher_logits: (B, T, V), or a :class:`espnet_kd.topk.TopK`; no gradient flows to it.
         lengths: (B,) frames.
-        blank_id: unused; every loss takes it.
+        blank_id: index of blank; it changes nothing here, but every loss takes it.
         temperature: τ > 0 for both; not followed by a factor τ².
-        frames: (B, T) bool in place of the valid frames.
+        frames: (B, T) bool narrowing the valid frames.
 
     Returns:
         scalar, in nats per frame; 0 with a gradient path when no frame counts.
 
     Source: the softmax-level baseline of every paper here.
     """
-    del blank_id
-    student, teacher = pick(student_logits, teacher_logits, counted_frames(teacher_logits, lengths, frames))
-    return mean(_kl_rows(student, teacher, temperature), student_logits)
+    check_vocabularies(student_logits, teacher_logits)
+    of_teacher = teacher_logits.log_blank if isinstance(teacher_logits, TopK) else teacher_logits
+    if backend_of(student_logits, of_teacher) == "fused":
+        from espnet_kd.losses import fused
+
+        return fused.kl(student_logits, teacher_logits, lengths, frames, blank_id, temperature)
+    counted = Counted.of(student_logits, teacher_logits, lengths, frames)
+    student, teacher = pick(student_logits, teacher_logits, counted)
+    return counted.mean(_kl_rows(student, teacher, temperature), student_logits)
 
 
 def softmax_l2(
@@ -57,15 +64,17 @@ def softmax_l2(
     Source: TutorNet, arXiv 2008.00671, and Inter-KD, arXiv 2211.15075 (the papers), at τ = 1.
     """
     del blank_id
-    student, teacher = pick(student_logits, teacher_logits, counted_frames(teacher_logits, lengths, frames))
+    check_vocabularies(student_logits, teacher_logits)
+    counted = Counted.of(student_logits, teacher_logits, lengths, frames)
+    student, teacher = pick(student_logits, teacher_logits, counted)
     q = (full_precision(student) / temperature).softmax(-1)
     if isinstance(teacher, TopK):
         # A remainder has no square of its own: its tokens count as 0, which is off by less than its square.
         p, tokens = kept_probabilities(teacher, temperature)
         at_tokens = (p.square() - 2 * p * q.gather(1, tokens)).sum(-1)
-        return mean(q.square().sum(-1) + at_tokens, student_logits)
+        return counted.mean(q.square().sum(-1) + at_tokens, student_logits)
     p = (full_precision(teacher) / temperature).softmax(-1)
-    return mean((p - q).square().sum(-1), student_logits)
+    return counted.mean((p - q).square().sum(-1), student_logits)
 
 
 def delayed_kl(
@@ -85,7 +94,7 @@ def delayed_kl(
     Gradient flows through the chosen delay alone; of equal delays the least is chosen.
 
     Args:
-        frames: (B, T) bool in place of the valid frames t; frames past ``lengths`` never count.
+        frames: (B, T) bool narrowing the valid frames t.
         max_delay: the largest delay d, in frames; one that leaves an utterance no frame is not considered for it.
         others: as in :func:`espnet_kd.losses.kl`.
 
@@ -97,23 +106,29 @@ def delayed_kl(
     del blank_id
     if not isinstance(max_delay, int) or max_delay < 0:
         raise ValueError(f"max_delay must be a whole number of frames, at least 0, not {max_delay!r}")
-    counted = counted_frames(teacher_logits, lengths, frames)
-    counts = (counted & fr.valid(lengths, counted.size(1))).sum(1)
+    check_vocabularies(student_logits, teacher_logits)
+    everywhere = Counted.of(student_logits, teacher_logits, lengths, frames).mask
+    lengths = lengths.to(everywhere.device, non_blocking=True)
+
+    def after(delay: Tensor) -> Tuple[Counted, Tensor]:
+        """The teacher's frames t that count and have t + delay inside, and their KL (N,)."""
+        counted = Counted(everywhere & fr.valid(lengths - delay, everywhere.size(1)))
+        student, teacher = counted.take(student_logits, delay), counted.take(teacher_logits.detach())
+        return counted, _kl_rows(student, teacher, temperature)
+
     chosen, least = torch.zeros_like(lengths), torch.full_like(lengths, torch.inf, dtype=torch.float64)
     with torch.no_grad():  # choosing first keeps the graph of one delay, not of all
         for d in range(max_delay + 1):
             delay = torch.full_like(lengths, d)
-            rows, mask = _delayed_rows(student_logits, teacher_logits, counted, lengths, delay, temperature)
-            per_frame = least.new_zeros(mask.shape)
-            per_frame[mask] = rows.double()
-            average = per_frame.sum(1) / mask.sum(1)  # where no frame is left: 0/0, which is never less
+            counted, rows = after(delay)
+            average = counted.spread(rows.double()).sum(1) / counted.mask.sum(1)  # of no frame 0/0: never less
             chosen = torch.where(average < least, delay, chosen)
             least = torch.where(average < least, average, least)
-    rows, mask = _delayed_rows(student_logits, teacher_logits, counted, lengths, chosen, temperature)
+    counted, rows = after(chosen)
     # The mean below weighs an utterance by the frames that its delay leaves; this brings it back to its own count.
-    left = mask.sum(1).double()
-    weight = ((counts / counts.sum().double()) / (left / left.sum())).to(rows.dtype)
-    return mean(rows * weight[mask.nonzero()[:, 0]], student_logits)
+    counts, left = everywhere.sum(1).double(), counted.mask.sum(1).double()
+    weight = ((counts / counts.sum()) / (left / left.sum())).to(rows.dtype)
+    return counted.mean(rows * counted.take(weight[:, None].expand_as(everywhere)), student_logits)
 
 
 def consistency(
@@ -145,12 +160,3 @@ def _kl_rows(student: Tensor, teacher: Posterior, temperature: float) -> Tensor:
     else:
         log_p, log_q = ((full_precision(x) / temperature).log_softmax(-1) for x in (teacher, student))
     return cross(log_p, log_p, log_q).sum(-1)
-
-
-def _delayed_rows(
-    student: Tensor, teacher: Posterior, counted: Tensor, lengths: Tensor, delay: Tensor, temperature: float
-) -> Tuple[Tensor, Tensor]:
-    """(N,) KL of teacher frames t and student frames t + ``delay`` (B,), and which t: (B, T) bool."""
-    mask = counted & fr.valid(lengths - delay, counted.size(1))
-    b, t = mask.nonzero(as_tuple=True)
-    return _kl_rows(student[b, t + delay[b]], teacher.detach()[b, t], temperature), mask

@@ -3,22 +3,20 @@
 With b = p(blank) and p̃(k) = p(k)/(1−b):  KL(p‖q) = BKL + (1−b^T)·NKL  exactly.
 Source: Tian et al., Speech Communication 160 (2024) 103071; what is reconstruction is said below.
 
-Value and gradient are computed from a few rows at a time: nothing of the size of the logits is made but the gradient.
+How it is computed depends on where the tensors lie (:mod:`espnet_kd.backend`).
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Optional, Tuple
+from typing import Optional, Tuple
 
-import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from espnet_kd.losses.common import BlankSplit, counted_frames, cross, finite, split_blank
+from espnet_kd.backend import backend_of
+from espnet_kd.losses.common import Counted, check_vocabularies
+from espnet_kd.losses.masked import weighted_parts
+from espnet_kd.losses.rows import RowwiseFactorizedKL
 from espnet_kd.topk import Posterior, TopK
-
-#: Numbers of one block of rows: what stays in a processor's cache; a GPU wants large blocks.
-_CPU_BLOCK, _GPU_BLOCK = 2**18, 2**27
 
 
 def blank_kl(
@@ -35,9 +33,7 @@ def blank_kl(
     Arguments and result as in :func:`espnet_kd.losses.kl`. Stage 1 of the progressive method (the paper; its exact
     form is a reconstruction).
     """
-    counted = counted_frames(teacher_logits, lengths, frames)
-    weights = (1.0, 0.0, 0.0)
-    return _FactorizedKL.apply(student_logits, teacher_logits.detach(), counted, blank_id, temperature, weights)
+    return _weighted(student_logits, teacher_logits, lengths, frames, blank_id, temperature, (1.0, 0.0, 0.0))
 
 
 def factorized_kl(
@@ -64,191 +60,28 @@ def factorized_kl(
 
     Source: the factorization is the paper's; the default weights (1, 1, 0) and τ = 1 come from a public port.
     """
-    counted = counted_frames(teacher_logits, lengths, frames)
     weights = (blank_weight, nonblank_weight, nonblank_on_blank_weight)
-    return _FactorizedKL.apply(student_logits, teacher_logits.detach(), counted, blank_id, temperature, weights)
+    return _weighted(student_logits, teacher_logits, lengths, frames, blank_id, temperature, weights)
 
 
-class _Frames(NamedTuple):
-    """What the backward pass needs of the N frames that count."""
+def _weighted(
+    student: Tensor,
+    teacher: Posterior,
+    lengths: Tensor,
+    frames: Optional[Tensor],
+    blank_id: int,
+    temperature: float,
+    weights: Tuple[float, float, float],
+) -> Tensor:
+    check_vocabularies(student, teacher)
+    if isinstance(teacher, TopK) and blank_id != 0:
+        raise ValueError("cached targets have blank as token 0")
+    backend = backend_of(student, teacher.log_blank if isinstance(teacher, TopK) else teacher)
+    if backend == "fused":
+        from espnet_kd.losses import fused
 
-    rows: Tensor  #: (N,) their places among all frames
-    nonblank_mass: Tensor  #: (N,) 1 − b^T
-    push: Tensor  #: (N,) b^S − b^T
-    token_norm: Tensor  #: (N,) the student's
-    norm: Tensor  #: (N,) the teacher's, over the whole vocabulary
-    pull: Tensor  #: (N,) weight of the tokens' part in each frame, 0 where they are not read
-
-
-class _FactorizedKL(torch.autograd.Function):
-    """The loss with its gradient in closed form.
-
-    Of one frame, with z the student's scaled logits, n their logsumexp over the tokens and q̃ = exp(z − n):
-    ∂BKL/∂z(blank) = b^S − b^T, ∂BKL/∂z(k) = −(b^S − b^T)·q̃(k), and ∂((1−b^T)·NKL)/∂z(k) = (1−b^T)·q̃(k) − p(k).
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        student: Tensor,
-        teacher: Posterior,
-        counted: Tensor,
-        blank_id: int,
-        temperature: float,
-        weights: Tuple[float, float, float],
-    ) -> Tensor:
-        sizes = tuple(teacher.size(i) for i in range(3))
-        if sizes != tuple(student.shape) or counted.shape != student.shape[:2]:
-            # Frames are found by their place among all: with other sizes it would be another frame's.
-            raise ValueError(
-                f"student {tuple(student.shape)}, teacher {sizes} and frames {tuple(counted.shape)} differ in size"
-            )
-        ctx.save_for_backward(student)
-        ctx.constants = blank_id, temperature, weights[0]
-        rows = counted.flatten().nonzero()[:, 0].to(student.device)
-        ctx.frames = None
-        if not len(rows):
-            return student.new_zeros((), dtype=_dtype(student))
-        read = _Reader(student, len(rows))
-        kind = _Buckets if isinstance(teacher, TopK) else _Dense
-        ctx.teacher = kind(teacher, len(rows), blank_id, temperature)
-        found, binary = [], student.new_zeros((), dtype=torch.float64)
-        sums = [binary.clone(), binary.clone()]  # over NB and over BL frames
-        for block in rows.split(read.height):
-            p = ctx.teacher.split(block)
-            q = split_blank(read(block), blank_id, temperature)
-            binary += _binary(p, q).double().sum()
-            for i, half in enumerate((p.is_nonblank, ~p.is_nonblank)):
-                if weights[1 + i] and half.any():
-                    log_q = read(block[half]).div_(temperature).sub_(finite(q.token_norm[half])[:, None])
-                    sums[i] += ctx.teacher.tokens(block[half], p.select(half), log_q).double().sum()
-            push = torch.where(
-                q.log_blank > q.log_nonblank,
-                # The difference of the smaller ones: near 1 a difference would be rounding alone.
-                p.log_nonblank.exp() - q.log_nonblank.exp(),
-                q.log_blank.exp() - p.log_blank.exp(),
-            )
-            norm = finite(p.token_norm) - finite(p.log_nonblank)
-            found.append((block, p.log_nonblank.exp(), push, q.token_norm, norm, p.is_nonblank))
-        *kept, is_nonblank = (torch.cat(x) for x in zip(*found))
-        counts = is_nonblank.sum().clamp(min=1).double(), (~is_nonblank).sum().clamp(min=1).double()
-        pull = torch.where(is_nonblank, *(w / n for w, n in zip(weights[1:], counts)))
-        ctx.frames = _Frames(*kept, pull.to(_dtype(student)))
-        loss = weights[0] * binary / len(rows) + sum(w * s / n for w, s, n in zip(weights[1:], sums, counts))
-        return loss.to(_dtype(student))
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> Tuple[Optional[Tensor], ...]:
-        (student,) = ctx.saved_tensors
-        blank_id, temperature, blank_weight = ctx.constants
-        out = torch.empty_like(student, memory_format=torch.contiguous_format)
-        flat_out = out.flatten(0, 1)
-        if ctx.frames is None:
-            return out.zero_(), None, None, None, None, None
-        rest = torch.ones(len(flat_out), dtype=torch.bool, device=out.device)
-        rest[ctx.frames.rows] = False
-        flat_out[rest] = 0
-        read = _Reader(student, len(ctx.frames.rows))
-        scale = grad / temperature
-        for block, mass, push, token_norm, norm, pull in zip(*(x.split(read.height) for x in ctx.frames)):
-            push = push * (blank_weight / len(ctx.frames.rows))
-            # q̃, or 0 where no token has any mass
-            g = read(block).div_(temperature).sub_(finite(token_norm)[:, None]).exp_()
-            g[:, blank_id] = 0
-            tokens = (pull != 0).nonzero()[:, 0]
-            p = ctx.teacher.probabilities(block[tokens], norm[tokens], g, tokens) if len(tokens) else None
-            g *= (pull * mass - push)[:, None]
-            if p is not None:
-                g.index_add_(0, tokens, p.mul_(pull[tokens][:, None]).to(g.dtype), alpha=-1)
-            g[:, blank_id] = push
-            flat_out.index_copy_(0, block, g.mul_(scale).to(out.dtype))
-        return out, None, None, None, None, None
-
-
-class _Dense:
-    """A teacher's logits (B, T, V)."""
-
-    def __init__(self, teacher: Tensor, most: int, blank_id: int, temperature: float):
-        self.read = _Reader(teacher, most)
-        self.blank_id, self.temperature = blank_id, temperature
-
-    def split(self, rows: Tensor) -> BlankSplit:
-        """Blank or not, of some rows."""
-        return split_blank(self.read(rows), self.blank_id, self.temperature)
-
-    def tokens(self, rows: Tensor, split: BlankSplit, log_q: Tensor) -> Tensor:
-        """(N,) (1−b^T)·NKL against log q̃ (N, V), which is overwritten."""
-        log_p = self.read(rows).div_(self.temperature).sub_(finite(split.token_norm)[:, None])
-        log_p[:, self.blank_id] = -torch.inf
-        p = log_p.exp()
-        sums = p.mul(log_q.sub_(log_p)).sum(-1)
-        odd = ~sums.isfinite()
-        if odd.any():  # 0 · ∞ somewhere, or truly infinite
-            lost = p[odd] == 0
-            sums[odd] = p[odd].mul(log_q[odd].masked_fill(lost, 0.0)).sum(-1)
-        return -sums * split.log_nonblank.exp()
-
-    def probabilities(self, rows: Tensor, norm: Tensor, q: Tensor, where: Tensor) -> Tensor:
-        """(N, V) p(k), to be overwritten; in the blank's column anything."""
-        return self.read(rows).div_(self.temperature).sub_(norm[:, None]).exp_()
-
-
-class _Buckets:
-    """A teacher's cached targets: tokens it did not keep count together, and share their pull as the student does."""
-
-    def __init__(self, teacher: TopK, most: int, blank_id: int, temperature: float):
-        if blank_id != 0:
-            raise ValueError("cached targets have blank as token 0")
-        self.teacher, self.temperature = teacher.map(lambda x: x.flatten(0, 1)), temperature
-
-    def split(self, rows: Tensor) -> BlankSplit:
-        """Blank or not, of some rows."""
-        x = self.teacher[rows]
-        log_blank, log_nonblank = x.log_blank_at(self.temperature), x.log_nonblank_at(self.temperature)
-        return BlankSplit(log_blank, log_nonblank, log_nonblank, x.argmax() != 0)
-
-    def tokens(self, rows: Tensor, split: BlankSplit, log_q: Tensor) -> Tensor:
-        """(N,) (1−b^T)·NKL over the kept tokens and the remainder, against log q̃ (N, V), which is overwritten."""
-        x = self.teacher[rows]
-        mass = finite(split.log_nonblank)[:, None]
-        log_q[:, 0] = -torch.inf
-        kept = log_q.gather(1, x.tokens)
-        others = log_q.scatter_(1, x.tokens, -torch.inf).logsumexp(-1, keepdim=True)
-        log_p = torch.cat([x.log_tokens_at(self.temperature), x.remainder_at(self.temperature).log()[:, None]], 1)
-        return cross(log_p, log_p - mass, torch.cat([kept, others], 1)).sum(-1)
-
-    def probabilities(self, rows: Tensor, norm: Tensor, q: Tensor, where: Tensor) -> Tensor:
-        """(N, V) p(k), the remainder divided among the other tokens as the student's q̃ (rows ``where``) divides it."""
-        x = self.teacher[rows]
-        p = q[where].scatter_(1, x.tokens, 0.0)
-        share = x.remainder_at(self.temperature)[:, None] / p.sum(-1, keepdim=True)
-        kept = x.log_tokens_at(self.temperature).exp().to(p.dtype)
-        return p.mul_(share.nan_to_num(0.0, 0.0)).scatter_(1, x.tokens, kept)
-
-
-class _Reader:
-    """Rows of (B, T, V), a block at a time, in a buffer that is used again: each call overwrites what the last gave."""
-
-    def __init__(self, x: Tensor, most: int):
-        self.flat = x.flatten(0, 1)
-        numbers = _CPU_BLOCK if x.device.type == "cpu" else _GPU_BLOCK
-        self.height = max(1, min(most, numbers // x.size(2)))
-        self.buffer = self.flat.new_empty(self.height, x.size(2), dtype=_dtype(x))
-
-    def __call__(self, rows: Tensor) -> Tensor:
-        """(N, V) in float32 or better, to be overwritten."""
-        buffer = self.buffer[: len(rows)]
-        if buffer.dtype != self.flat.dtype:
-            return buffer.copy_(self.flat[rows])
-        return torch.index_select(self.flat, 0, rows, out=buffer)
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    """float32 or better."""
-    return torch.promote_types(x.dtype, torch.float32)
-
-
-def _binary(p: BlankSplit, q: BlankSplit) -> Tensor:
-    """(N,) BKL."""
-    return cross(p.log_blank, p.log_blank, q.log_blank) + cross(p.log_nonblank, p.log_nonblank, q.log_nonblank)
+        return fused.factorized_kl(student, teacher, lengths, frames, blank_id, temperature, weights)
+    counted = Counted.of(student, teacher, lengths, frames)
+    if backend == "rows":
+        return RowwiseFactorizedKL.apply(student, teacher.detach(), counted.mask, blank_id, temperature, weights)
+    return weighted_parts(student, teacher.detach(), counted, blank_id, temperature, weights)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import Optional
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from espnet_kd import frames as fr
-from espnet_kd.losses.common import counted_frames, full_precision, mean
-from espnet_kd.topk import Posterior
+from espnet_kd.losses.common import Counted, check_vocabularies, full_precision
+from espnet_kd.topk import Posterior, log_sum
 
 
 def guided_ctc(
@@ -25,7 +27,7 @@ def guided_ctc(
 
     Args:
         temperature: τ > 0 of the student's softmax q alone; NB and k* don't depend on it.
-        frames: (B, T) bool in place of the valid frames; NB is taken among them.
+        frames: (B, T) bool narrowing the valid frames; NB is taken among them.
         log: −mean_NB log q(k*) instead.
         others: as in :func:`espnet_kd.losses.kl`.
 
@@ -35,8 +37,14 @@ def guided_ctc(
     Source: Kurata & Audhkhasi, Interspeech 2019 (the paper, whose sum over an utterance is this mean × frames); the log
     is a common variant.
     """
-    spikes = fr.nonblank(teacher_logits, counted_frames(teacher_logits, lengths, frames), blank_id)
-    best = teacher_logits.argmax(-1)[spikes][:, None]
-    scaled = full_precision(student_logits[spikes]) / temperature
-    q = scaled.log_softmax(-1) if log else scaled.softmax(-1)
-    return -mean(q.gather(-1, best), student_logits)
+    check_vocabularies(student_logits, teacher_logits)
+    counted = Counted.of(student_logits, teacher_logits, lengths, frames)
+    teacher_logits = teacher_logits.detach()
+    spikes = Counted(fr.nonblank(teacher_logits, counted.mask, blank_id))
+    best = spikes.take(fr.best(teacher_logits))[:, None]
+    scaled = full_precision(spikes.take(student_logits)) / temperature
+    # From the mass of the other tokens: the gradient is q(k*) · (1 − q(k*)), and where q(k*) is near 1 a softmax's
+    # q − q² has hardly a digit of it in float32.
+    others = log_sum(scaled.scatter(1, best, -torch.inf))
+    log_q = F.logsigmoid(scaled.gather(1, best)[:, 0] - others)
+    return -spikes.mean(log_q if log else log_q.exp(), student_logits)

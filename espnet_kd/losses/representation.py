@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from espnet_kd import frames as fr
-from espnet_kd.losses.common import counted_frames, full_precision, mean, pick, split_blank
+from espnet_kd.losses.common import Counted, check_sizes, full_precision, pick, split_blank
 from espnet_kd.topk import Posterior, TopK
 
 
@@ -33,7 +33,7 @@ def factorized_representation(
         teacher_logits: (B, T, V), to tell NB from BL.
         lengths: (B,) frames.
         distance: ``cosine`` (1 − cosine; public port) or ``l2`` (squared difference, mean over D; reconstruction).
-        frames: (B, T) bool in place of the valid frames.
+        frames: (B, T) bool narrowing the valid frames.
 
     Returns:
         scalar; an empty half counts 0.
@@ -43,7 +43,8 @@ def factorized_representation(
 
     Source: stage 2 of the progressive method (the paper); the distance is a choice.
     """
-    counted = counted_frames(teacher_logits, lengths, frames)
+    check_sizes(student_hidden, teacher_hidden, lengths, frames)
+    counted = Counted.of(student_hidden, teacher_logits, lengths, frames)
     student, teacher = pick(student_hidden, teacher_hidden, counted)
     student, teacher = full_precision(student), full_precision(teacher)
     if distance == "cosine":
@@ -52,8 +53,9 @@ def factorized_representation(
         d = _squared(student, teacher)
     else:
         raise ValueError(f"distance must be cosine or l2, not {distance!r}")
-    is_nonblank = fr.nonblank(teacher_logits, counted, blank_id)[counted]
-    return 0.5 * (mean(d[is_nonblank], student_hidden) + mean(d[~is_nonblank], student_hidden))
+    is_nonblank = counted.take(fr.nonblank(teacher_logits, counted.mask, blank_id))
+    halves = (counted.mean(d, student_hidden, where=half) for half in (is_nonblank, ~is_nonblank))
+    return 0.5 * sum(halves)
 
 
 def weighted_representation(
@@ -72,7 +74,7 @@ def weighted_representation(
         lengths: (B,) frames.
         weights: (B, T) ≥ 0, such as :func:`nonblank_mass` or :func:`activation_energy`; scaled here to mean 1 over the
             frames of the batch that count. No gradient flows to it.
-        frames: (B, T) bool in place of the valid frames.
+        frames: (B, T) bool narrowing the valid frames.
 
     Returns:
         scalar; 0 with a gradient path where the weights add up to 0 or no frame counts.
@@ -81,11 +83,12 @@ def weighted_representation(
     that d is a mean over D is reconstruction.
     """
     # A frame of weight 0 adds nothing to either sum; left out, it cannot turn an infinity into NaN either.
-    counted = counted_frames(teacher_hidden, lengths, frames) & (weights.detach() != 0)
+    counted = Counted.of(student_hidden, teacher_hidden, lengths, frames)
+    counted = Counted(counted.mask & (weights.detach() != 0))
     student, teacher = pick(student_hidden, teacher_hidden, counted)
     d = _squared(full_precision(student), full_precision(teacher))
-    w = weights.detach()[counted].double()  # in float32 the sum of large weights overflows, and tiny ones round
-    return mean((w / w.mean()).to(d.dtype) * d, student_hidden)
+    w = counted.take(weights.detach()).double()  # in float32 the sum of large weights overflows, and tiny ones round
+    return counted.mean((w / counted.mean(w, weights.detach())).to(d.dtype) * d, student_hidden)
 
 
 @torch.no_grad()

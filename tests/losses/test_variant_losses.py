@@ -168,6 +168,19 @@ def test_guided_ctc_takes_the_guides_spikes_at_temperature_1():
         assert a == b
 
 
+@pytest.mark.parametrize("log", [False, True])
+@pytest.mark.parametrize("scale", [1.0, 3.0, 10.0])
+def test_every_element_of_the_guided_gradient_is_exact_in_float32(log, scale):
+    """To 1e-5 of itself: of a student that agrees, q(k*) · (1 − q(k*)) as q − q² is wrong in the fourth digit."""
+    _, teacher, lengths, _ = reference.batch((100, 60), width=30, scale=scale)
+    noise = torch.randn(teacher.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    student = (teacher + 0.3 * scale * noise).float()
+    _, expected = gradient(guided_ctc, student.double(), teacher, lengths, log=log)
+    _, got = gradient(guided_ctc, student, teacher, lengths, log=log)
+    seen = expected.abs() > 1e-15
+    assert seen.any() and ((got - expected).abs() / expected.abs())[seen].max() < 1e-5
+
+
 def test_guided_ctc_is_minus_one_at_best():
     _, teacher, lengths, _ = reference.batch()
     assert guided_ctc(teacher * 1e3, teacher, lengths).item() == pytest.approx(-1, abs=1e-9)
