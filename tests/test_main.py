@@ -189,9 +189,10 @@ def test_statistics_and_training_as_espnets_scripts_start_them(recipe, corpus, t
             assert sorted_lines(stats / part / shape) == sorted_lines(corpus.dir / part / shape)
     assert (stats / "train/feats_stats.npz").is_file()
 
-    for k, directory in {1: student / "kd_stage1", 2: student / "kd_stage2", 3: student}.items():
-        record = json.loads((directory / "kd_stage.json").read_text())
-        assert record["finished"] and record["kd_stage"] == k and record["teacher"] == [str(teacher_dir)]
+    record = json.loads((student / "kd_stage.json").read_text())
+    assert record["finished"] and record["finished_kd_stage"] == 3 and record["teacher"] == [str(teacher_dir)]
+    for directory in (student / "kd_stage1", student / "kd_stage2", student):
+        assert (directory / "student.pth").is_file() and (directory / "config.yaml").is_file()
     # What stage 12 of asr.sh hands to espnet2.bin.asr_inference.
     settings = yaml.safe_load((student / "config.yaml").read_text())
     assert settings["normalize_conf"] == {"stats_file": "exp/stats/train/feats_stats.npz"}
