@@ -6,14 +6,30 @@ Exit codes: 0 done · 1 the user can mend it (one line ``error: …``) · 2 wron
 
 from __future__ import annotations
 
+import argparse
 import logging
 import os
 import sys
-from typing import Callable, NoReturn, Optional, Sequence
+from typing import Callable, Collection, NoReturn, Optional, Sequence
 
 
 class UserError(Exception):
     """A mistake in what the user gave; the message says what, where, and what to do."""
+
+
+def refuse_empty(args: argparse.Namespace, may_be: Collection[str] = ()) -> None:
+    """Refuse options, or parts of lists, that are empty: ``--out ""`` comes of an unset variable, and means the root.
+
+    Args:
+        may_be: names of options of which that means something.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name, value in vars(args).items():
+        values = value if isinstance(value, (list, tuple)) else [value]
+        if name not in may_be and any(isinstance(part, str) and not part.strip() for part in values):
+            raise UserError(f"--{name} is empty (an unset variable?); give a value, or leave the option out")
 
 
 def trusts_pickles() -> bool:

@@ -1,5 +1,7 @@
 """How every command ends."""
 
+import importlib
+
 import pytest
 
 from espnet_kd.cli import UserError, run
@@ -33,3 +35,31 @@ def test_a_mistake_of_the_program_is_not_hidden():
 
     with pytest.raises(RuntimeError, match="shapes"):
         run(main)
+
+
+@pytest.mark.parametrize(
+    "command, option",
+    [
+        ("data format --src x --dst", "dst"),
+        ("data format --dst y --src x", "src"),
+        ("data validate x", "data_dirs"),
+        ("data tokens --text x --out", "out"),
+        ("data mini --out", "out"),
+        ("data an4 --an4", "an4"),
+        ("cache --kd_config kl --teacher t --data_dir d --output", "output"),
+        ("export --expdir", "expdir"),
+        ("inference --data_dir d --expdir", "expdir"),
+        ("nbest --teacher t --data_dir d --output", "output"),
+        ("score --expdir e --data_dir", "data_dir"),
+        ("report", "expdir"),
+    ],
+)
+def test_an_empty_value_is_refused(tmp_path, monkeypatch, command, option):
+    """As an unset variable leaves it; nothing is written."""
+    monkeypatch.chdir(tmp_path)
+    name, *options = command.split()
+    module = importlib.import_module(f"espnet_kd.bin.asr_kd_{name}")
+    for value in ("", " "):
+        with pytest.raises(UserError, match=f"--{option} is empty"):
+            module.main([*options, value])
+    assert not list(tmp_path.iterdir())

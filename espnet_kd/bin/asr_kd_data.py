@@ -1,4 +1,4 @@
-"""Prepare data: corpora to data dirs, formatting, token lists, checks (stages 1 to 3 of run.sh).
+"""Prepare data: corpora to data dirs, formatting, token lists, checks (stages 1 to 4 of run.sh).
 
 python -m espnet_kd.bin.asr_kd_data mini --out data --nj 2
 python -m espnet_kd.bin.asr_kd_data an4 --out data --an4 /corpora/an4
@@ -10,6 +10,9 @@ python -m espnet_kd.bin.asr_kd_data format --src data/train --dst dump/raw/train
 python -m espnet_kd.bin.asr_kd_data combine --transcribed dump/raw/a --untranscribed dump/raw/b --dst dump/raw/ab
 python -m espnet_kd.bin.asr_kd_data tokens --text dump/raw/train/text --out data/token_list/char
 python -m espnet_kd.bin.asr_kd_data validate data/train data/valid --token_list data/token_list/char/tokens.txt
+python -m espnet_kd.bin.asr_kd_data lengths --model 'student=--config conf/train_student.yaml' --stats … (--help)
+python -m espnet_kd.bin.asr_kd_data ngram --text dump/raw/train/text --token_list … --out exp/4gram.arpa
+python -m espnet_kd.bin.asr_kd_data statistics exp/stats_train_char/train/feats_stats.npz
 """
 
 from __future__ import annotations
@@ -18,13 +21,16 @@ import argparse
 import logging
 from typing import Callable, Optional, Sequence
 
-from espnet_kd.cli import UserError, run
+from espnet_kd.cli import UserError, refuse_empty, run
 
 
 def _add_an4(sub: argparse.ArgumentParser) -> None:
+    from espnet_kd.data.an4 import MIRROR
+
     sub.add_argument("--out", default="data", help="directory that gets train/, valid/, test/")
     sub.add_argument("--an4", help="the corpus, in any of its forms; without it the original is downloaded")
     sub.add_argument("--downloads", default="downloads", help="where a download goes")
+    sub.add_argument("--mirror", default=MIRROR, help="directory of the web that has an4_sphere.tar.gz")
     sub.add_argument("--raw_endian", choices=("auto", "big", "little"), default="auto", help="byte order of .raw files")
     sub.add_argument("--valid_speakers", type=int, default=8, help="training speakers set apart as valid")
     sub.add_argument("--seed", type=int, default=0, help="picks those speakers")
@@ -35,7 +41,7 @@ def _an4(args: argparse.Namespace) -> None:
     from espnet_kd.data.datadir import os_errors_told
 
     with os_errors_told(args.out):
-        prepare_an4(args.out, args.an4, downloads=args.downloads, raw_endian=args.raw_endian,
+        prepare_an4(args.out, args.an4, downloads=args.downloads, mirror=args.mirror, raw_endian=args.raw_endian,
                     valid_speakers=args.valid_speakers, seed=args.seed)  # fmt: skip
 
 
@@ -48,11 +54,12 @@ def _add_corpus(sub: argparse.ArgumentParser, gets: str) -> None:
 
 
 def _add_librispeech(sub: argparse.ArgumentParser) -> None:
-    from espnet_kd.data.librispeech import TEST, TRAIN, VALID
+    from espnet_kd.data.librispeech import MIRROR, TEST, TRAIN, VALID
 
     _add_corpus(sub, "train/, valid/, and test_clean/ for test-clean and so on")
     sub.add_argument("--librispeech", help="directory with the parts; without it those needed are downloaded")
     sub.add_argument("--downloads", default="downloads", help="where a download goes")
+    sub.add_argument("--mirror", default=MIRROR, help="where it comes from, e.g. https://us.openslr.org/resources")
     sub.add_argument("--remove_archives", action="store_true", help="remove a downloaded archive once it is unpacked")
     for name, default in (("train", TRAIN), ("valid", VALID), ("test", TEST)):
         sub.add_argument(f"--{name}_parts", nargs="+", metavar="PART", help=f"parts, also several in one word; \"\": "
@@ -70,7 +77,7 @@ def _librispeech(args: argparse.Namespace) -> None:
     prepare_librispeech(args.out, args.librispeech, train_parts=args.train_parts, valid_parts=args.valid_parts,
                         test_parts=args.test_parts, split_by_speaker=args.split_by_speaker,
                         speakers_valid=args.speakers_valid, speakers_test=args.speakers_test, seed=args.seed,
-                        downloads=args.downloads, remove_archives=args.remove_archives,
+                        downloads=args.downloads, mirror=args.mirror, remove_archives=args.remove_archives,
                         skip_faulty=args.skip_faulty, nj=args.nj)  # fmt: skip
 
 
@@ -120,12 +127,12 @@ def _add_mini(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--nj", type=int, default=1, help="processes; the bytes do not depend on it")
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--language", choices=("en", "cmn"), default="en", help="cmn: Mandarin, characters as tokens")
-    sub.add_argument("--train", type=int, default=1600, help="utterances")
+    sub.add_argument("--train", type=int, default=2400, help="utterances")
     sub.add_argument("--valid", type=int, default=100, help="utterances, of voices unseen in train")
     sub.add_argument("--test", type=int, default=250, help="utterances, of voices unseen in train and valid")
-    sub.add_argument("--snr_low", type=float, default=15.0, help="lowest signal-to-noise ratio, dB")
-    sub.add_argument("--snr_high", type=float, default=30.0, help="highest signal-to-noise ratio, dB")
-    sub.add_argument("--reverb_ratio", type=float, default=0.2, help="share of utterances with reverberation, 0 to 1")
+    sub.add_argument("--snr_low", type=float, default=20.0, help="lowest signal-to-noise ratio, dB")
+    sub.add_argument("--snr_high", type=float, default=40.0, help="highest signal-to-noise ratio, dB")
+    sub.add_argument("--reverb_ratio", type=float, default=0.1, help="share of utterances with reverberation, 0 to 1")
 
 
 def _mini(args: argparse.Namespace) -> None:
@@ -177,20 +184,24 @@ def _add_tokens(sub: argparse.ArgumentParser) -> None:
     source.add_argument("--text", nargs="+", help="Kaldi-style text files, of training data only")
     source.add_argument("--teacher", metavar="EXP[/FILE.pth]", help="take this experiment's tokens (and BPE model)")
     sub.add_argument("--out", required=True, help="directory that gets tokens.txt (and bpe.model)")
-    sub.add_argument("--token_type", choices=("char", "bpe"), default="char")
+    sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char")
     sub.add_argument("--nbpe", type=int, default=500, help="size of the list with --token_type bpe, made of --text")
+    sub.add_argument("--nlsyms", help="file of symbols that stay whole, one a line, e.g. [NOISE]; not with --teacher, "
+                     "whose own are taken")  # fmt: skip
 
 
 def _tokens(args: argparse.Namespace) -> None:
     from espnet_kd.data.tokens import make_token_list, take_token_list
 
+    if args.teacher is not None and args.nlsyms:
+        raise UserError("--nlsyms: the symbols that stay whole are the teacher's; leave this option out")
     if args.teacher is not None:
         from espnet_kd.targets.experiment import find_experiment, read_config  # imports torch
 
         config, _ = find_experiment(args.teacher)
         path = take_token_list(config, read_config(config), args.out, args.token_type)
     else:
-        path = make_token_list(args.text, args.out, args.token_type, args.nbpe)
+        path = make_token_list(args.text, args.out, args.token_type, args.nbpe, args.nlsyms)
     logging.info("token list: %s", path)
 
 
@@ -198,13 +209,16 @@ def _add_validate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("data_dirs", nargs="+", metavar="DATA_DIR")
     sub.add_argument("--token_list", help="tokens.txt that has to cover the texts")
     sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char")
+    sub.add_argument("--allow_unknown", action="store_true", help="only count what it does not cover (validation)")
     sub.add_argument("--min_seconds", type=float, default=0.1)
     sub.add_argument("--max_seconds", type=float, default=30.0)
     sub.add_argument("--fs", type=int, default=16000, help="expected sampling rate, Hz; 0 accepts any")
     sub.add_argument("--no_text", action="store_true", help="text may be missing")
     sub.add_argument("--allow_empty", action="store_true", help="an id alone in text is untranscribed audio: no fault")
     sub.add_argument("--no_audio", action="store_true", help="do not open the audio files")
-    sub.add_argument("--nj", type=int, default=1, help="processes that read the audio files' headers")
+    sub.add_argument("--headers_only", action="store_true",
+                     help="do not decode FLAC and floating-point files, as formatting has done already")  # fmt: skip
+    sub.add_argument("--nj", type=int, default=1, help="processes that read the audio files")
 
 
 def _validate(args: argparse.Namespace) -> None:
@@ -215,13 +229,66 @@ def _validate(args: argparse.Namespace) -> None:
         try:
             number = validate(data_dir, need_text=not args.no_text, allow_empty=args.allow_empty,
                               token_list=args.token_list, token_type=args.token_type,
+                              allow_unknown=args.allow_unknown,
                               min_seconds=args.min_seconds, max_seconds=args.max_seconds,
-                              check_audio=not args.no_audio, fs=args.fs or None, nj=args.nj)  # fmt: skip
+                              check_audio=not args.no_audio, decode=not args.headers_only, fs=args.fs or None,
+                              nj=args.nj)  # fmt: skip
             logging.info("%s: %d utterances, no fault", data_dir, number)
         except UserError as e:
             errors.append(str(e))
     if errors:
         raise UserError("\n".join(errors))
+
+
+def _add_statistics(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("files", nargs="+", metavar="FILE", help="feats_stats.npz")
+
+
+def _statistics(args: argparse.Namespace) -> None:
+    from espnet_kd.data.statistics import check_statistics
+
+    for path in args.files:
+        check_statistics(path)
+
+
+def _add_lengths(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--model", required=True, action="append", metavar="NAME=OPTIONS",
+                     help="options of asr_train that make it, in quotes; several times for several models")  # fmt: skip
+    sub.add_argument("--stats", required=True, help="directory with {train,valid}/speech_shape (stage 4)")
+    sub.add_argument("--data_dirs", required=True, nargs=2, metavar=("TRAIN", "VALID"), help="whose texts they are")
+    sub.add_argument("--token_list", required=True, help="tokens.txt")
+    sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char")
+
+
+def _lengths(args: argparse.Namespace) -> None:
+    from espnet_kd.data.lengths import FrameCounter, check_lengths, espnet_encoder, read_needs
+    from espnet_kd.data.tokenizing import TokenList
+
+    tokens = TokenList(args.token_list, args.token_type)
+    for name, _, options in (model.partition("=") for model in args.model):
+        encode, rate = espnet_encoder(options.split(), args.token_list)
+        counter = FrameCounter(encode, rate)
+        for part, data_dir in zip(("train", "valid"), args.data_dirs):
+            needs = read_needs(f"{args.stats}/{part}/speech_shape", f"{data_dir}/text", tokens)
+            check_lengths(data_dir, needs, counter, f"the {name}", rate, f"{args.stats}/{part}/too_short.{name}")
+
+
+def _add_ngram(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--text", nargs="+", default=[], help="Kaldi-style text files, such as that of the training data")
+    sub.add_argument("--lm_text", nargs="+", default=[], help="texts without ids, a sentence in a line")
+    sub.add_argument("--token_list", required=True, help="tokens.txt of the model that is decoded")
+    sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char")
+    sub.add_argument("--order", type=int, default=4, help="the longest n-gram, in tokens")
+    sub.add_argument("--out", required=True, help="ARPA file, for asr_kd_inference --beam_size 10 --ngram_file FILE")
+
+
+def _ngram(args: argparse.Namespace) -> None:
+    from espnet_kd.data.ngram import make_ngram
+    from espnet_kd.data.tokenizing import TokenList
+
+    if not args.text and not args.lm_text:
+        raise UserError("no --text and no --lm_text: there is nothing to make an n-gram model of")
+    make_ngram(args.text, TokenList(args.token_list, args.token_type), args.out, args.order, args.lm_text)
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -258,12 +325,20 @@ def get_parser() -> argparse.ArgumentParser:
         "--text dump/raw/train/text --out data/token_list/bpe500 --token_type bpe --nbpe 500")  # fmt: skip
     add("validate", "check data dirs; every fault names file, line and utterance", _add_validate, _validate,
         "data/train data/valid --max_seconds 20")  # fmt: skip
+    add("ngram", "n-gram model over a model's tokens, for beam search", _add_ngram, _ngram,
+        "--text dump/raw/train/text --token_list data/token_list/char/tokens.txt --out exp/4gram.arpa")  # fmt: skip
+    add("statistics", "check statistics of features: they have to be numbers", _add_statistics, _statistics,
+        "exp/stats_train_char/train/feats_stats.npz")  # fmt: skip
+    add("lengths", "check that utterances have frames enough for models and for CTC", _add_lengths, _lengths,
+        "--model 'student=--config conf/train_student.yaml' --stats exp/stats_train_char "
+        "--data_dirs dump/raw/train dump/raw/valid --token_list data/token_list/char/tokens.txt")  # fmt: skip
     return parser
 
 
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Run the subcommand given in ``cmd`` (default: the shell's arguments)."""
     args = get_parser().parse_args(cmd)
+    refuse_empty(args, may_be=("train_parts", "valid_parts", "test_parts", "split_by_speaker"))
     args.do(args)
 
 

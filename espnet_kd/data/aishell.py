@@ -11,7 +11,7 @@ import logging
 import os
 from functools import partial
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Sequence, Set, Tuple, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.corpora import LeftOut, directories, files_by_stem, find_root, unpacked_beside, write_corpus_dir
@@ -21,6 +21,7 @@ from espnet_kd.data.parallel import map_with_bar
 PathLike = Union[str, Path]
 TRANSCRIPT = "transcript/aishell_transcript_v0.8.txt"
 SETS = {"train": "train", "dev": "valid", "test": "test"}  # the corpus's name, and ours
+SIZES = {"train": (340, 120098), "valid": (40, 14326), "test": (20, 7176)}  # speakers, and utterances with a transcript
 Recording = Tuple[str, str, str, str]  # utterance id, set, speaker, file
 
 
@@ -56,6 +57,7 @@ def prepare_aishell(
         left_out = {name: LeftOut(skip_faulty) for name in SETS.values()}
         silent = LeftOut(skip_faulty)
         spools = {name: Spool(out) for name in SETS.values()}
+        speakers: Dict[str, Set[str]] = {name: set() for name in SETS.values()}
         recordings = sort_externally(_list(roots), lambda r: r[0], out)
         for utt_id, found in join_sorted({"audio": recordings, "text": read_sorted(transcript)}):
             files, texts = found.get("audio", []), found.get("text", [])
@@ -68,6 +70,7 @@ def prepare_aishell(
                 silent.add("transcript without audio", utt_id)
                 continue
             _, name, speaker, path = files[0]
+            speakers[name].add(speaker)
             text = "".join(texts[0][2].split()) if texts else ""
             if not texts:
                 left_out[name].add("audio without transcript", utt_id)
@@ -75,6 +78,9 @@ def prepare_aishell(
                 left_out[name].fault("empty transcript", utt_id, f"{transcript}:{texts[0][1]}", "fill it in")
             else:
                 spools[name].append([Utterance(utt_id, speaker, path, text)])
+        for name, (number, utterances) in SIZES.items():
+            left_out[name].expect("speakers", len(speakers[name]), number)
+            left_out[name].expect("utterances", len(spools[name]), utterances)
         counts = {name: write_corpus_dir(out / name, spools[name], left_out[name], nj=nj) for name in spools}
         silent.report(str(transcript), out / "left_out")
     return counts
@@ -85,7 +91,8 @@ def _unpack_speakers(wav: Path, unpacked: Path, nj: int) -> List[Path]:
     if not wav.is_dir():
         raise UserError(f"{wav}: no such directory; unpack data_aishell.tgz of openslr.org/33 again")
     there = {path.name for name in SETS if (wav / name).is_dir() for path in directories(wav / name)}
-    archives = [str(path) for path in sorted(wav.glob("*.tar.gz")) if path.name.split(".")[0] not in there]
+    packed = sorted([*wav.glob("*.tar.gz"), *wav.glob("*/*.tar.gz")])
+    archives = [str(path) for path in packed if path.name.split(".")[0] not in there]
     if not archives:
         return []
     logging.info("AISHELL-1: %d packed speakers, unpacked to %s", len(archives), unpacked)

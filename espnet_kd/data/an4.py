@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.data import corpora
@@ -19,7 +19,8 @@ from espnet_kd.data.audio import read_audio_info, write_audio
 from espnet_kd.data.datadir import Utterance, iter_lines, write_data_dir
 
 PathLike = Union[str, Path]
-URL = "http://www.speech.cs.cmu.edu/databases/an4/an4_sphere.tar.gz"
+MIRROR = "http://www.speech.cs.cmu.edu/databases/an4"
+ARCHIVE = "an4_sphere.tar.gz"
 FS = 16000
 SUFFIXES = (".sph", ".wav", ".flac", ".opus", ".ogg", ".raw")
 _LINE = re.compile(r"^(?P<text>.*)\((?P<id>[^()\s]+)\)\s*$")
@@ -31,6 +32,7 @@ def prepare_an4(
     an4: Optional[PathLike] = None,
     *,
     downloads: PathLike = "downloads",
+    mirror: str = MIRROR,
     raw_endian: str = "auto",
     valid_speakers: int = 8,
     seed: int = 0,
@@ -40,6 +42,7 @@ def prepare_an4(
     Args:
         an4: the corpus (the directory that holds ``etc``, or one above it); None downloads the original.
         downloads: where a download goes; found there, it is not fetched again.
+        mirror: where the archive is fetched from.
         raw_endian: byte order of ``.raw`` files: "big", "little" or "auto" (measured).
         valid_speakers: training speakers that become ``valid``, chosen by a hash of name and ``seed``.
 
@@ -47,7 +50,7 @@ def prepare_an4(
         UserError: the corpus is not there, cannot be downloaded, or a listed recording is missing.
     """
     out = Path(out)
-    root = find_root(download(downloads) if an4 is None else Path(an4))
+    root = find_root(download(downloads, f"{mirror.rstrip('/')}/{ARCHIVE}") if an4 is None else Path(an4))
     audio = find_audio(root)
     left_out: List[str] = []
     train = list(_read_split(root, "train", audio, left_out))
@@ -99,9 +102,7 @@ def find_root(path: Path) -> Path:
 def find_audio(root: Path) -> Dict[str, Path]:
     """Map each recording's name (``an251-fash-b``) to its file; of several forms the first of SUFFIXES is taken."""
     found: Dict[str, Path] = {}
-    # Not rglob: corpora are often assembled of links, which it does not follow.
-    files = (Path(d) / name for d, _, names in os.walk(root, followlinks=True) for name in names)
-    for path in sorted(files):
+    for path in sorted(_walk(root)):
         suffix = path.suffix.lower()
         if suffix not in SUFFIXES:
             continue
@@ -111,6 +112,19 @@ def find_audio(root: Path) -> Dict[str, Path]:
     if not found:
         raise UserError(f"{root}: no audio below it (looked for {', '.join(SUFFIXES)})")
     return found
+
+
+def _walk(root: Path) -> Iterator[Path]:
+    """Yield every file below ``root``, through links too, of which corpora are often assembled; each directory once."""
+    seen: Set[str] = set()
+    for directory, below, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(directory)
+        if real in seen:  # links may lead back to where they are
+            below.clear()
+            continue
+        seen.add(real)
+        below.sort()
+        yield from (Path(directory) / name for name in names)
 
 
 def parse_transcription(path: Path) -> Iterator[Tuple[int, str, str]]:
@@ -167,7 +181,7 @@ def _raw_to_wav(src: Path, dst: Path, endian: str) -> Path:
     return dst
 
 
-def download(downloads: PathLike, url: str = URL) -> Path:
+def download(downloads: PathLike, url: str = f"{MIRROR}/{ARCHIVE}") -> Path:
     """Fetch and unpack the original corpus under ``downloads`` (about 64 MB) unless it is there; return its root.
 
     Raises:

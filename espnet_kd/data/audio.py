@@ -6,10 +6,24 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import Tuple, Union
+from typing import IO, Any, Optional, Tuple, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.files import replacing
+
+# Bytes from which on a size in a header is that of a stream, written before the end was known: SoX leaves 0x7FFFF000
+# there, ffmpeg 0xFFFFFFFF. Such a file is as long as it is.
+STREAM = 0x7FFF0000
+# Floating-point samples are written for a full scale of 1. A little more is the work of a mixer or a codec, and is
+# clipped; this much (18 dB) is another scale, such as that of 16-bit integers.
+LOUDEST = 8.0
+ARK = re.compile(r"(.+):(\d+)")
+BLOCK = 1 << 18  # samples per channel that are looked at together
+
+
+def is_in_ark(entry: str) -> bool:
+    """Whether an entry of a wav.scp is a place in a Kaldi ark, ``FILE:OFFSET``."""
+    return ARK.fullmatch(entry) is not None and not os.path.exists(entry)
 
 
 def is_pipe(entry: str) -> bool:
@@ -31,6 +45,8 @@ def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
 
     if is_pipe(path):
         raise UserError(f"'{path}' is a shell pipe, which is not run here: convert the audio to a file (flac, wav)")
+    if is_in_ark(path):
+        raise UserError(f"{path} is a place in an ark: make a data dir with files of it (asr_kd_data espnet --help)")
     if not os.path.isfile(path):
         raise UserError(f"no such audio file: {path} (relative paths count from the working directory)")
     if path.lower().endswith(".raw"):
@@ -39,7 +55,7 @@ def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
         with soundfile.SoundFile(path) as f:
             if f.frames > 1 << 62:  # libsndfile's greatest number
                 raise UserError(f"{path} does not say how long it is, as a stream: decode it, and write it to a file")
-            if whole and not _is_whole(f, path):
+            if whole and not _is_whole(f, _read_head(path)):
                 raise UserError(f"{path} is cut: it ends before its header says")
             return f.frames, f.samplerate, f.channels
     except (soundfile.LibsndfileError, RuntimeError) as e:
@@ -49,6 +65,63 @@ def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
                 f"'sph2pipe -f wav {path} {Path(path).with_suffix('.wav')}', and remove it"
             ) from e
         raise UserError(f"unreadable audio {path}: {e}") from e
+
+
+def read_samples(
+    source: Union[str, IO[bytes]],
+    name: str,
+    start: int = 0,
+    stop: Optional[int] = None,
+    channels: Union[int, str] = "mean",
+) -> Tuple[Any, int]:
+    """Return samples as float64, (N,) or (N, channels), full scale 1, and the sampling rate in Hz.
+
+    Args:
+        source: a file, or its name.
+        name: what messages call it.
+        start, stop: the part to read, in samples; None reads to the end.
+        channels: "mean", "all", or one of them, counted from 0.
+
+    Raises:
+        UserError: the audio is no audio, cut, damaged, does not have this channel, or has samples that are no numbers
+            or of another scale.
+    """
+    import numpy as np
+
+    with _opened(source, name) as f:
+        if isinstance(channels, int) and channels >= f.channels:
+            raise UserError(f"{name} has {f.channels} channel(s), and channel {channels}, counted from 0, is asked for")
+        f.seek(start)
+        blocks = list(_blocks(f, name, start, f.frames if stop is None else stop))
+        rate, number = f.samplerate, f.channels
+    x = np.concatenate(blocks) if blocks else np.zeros((0, number))
+    if isinstance(channels, int) or number == 1:
+        return x[:, channels if isinstance(channels, int) else 0], rate
+    return (x if channels == "all" else x.mean(axis=1)), rate
+
+
+def check_samples(path: str) -> bool:
+    """Decode a file, where that can show a fault, and return whether samples lie beyond full scale.
+
+    Integers in a WAV file cannot be anything but samples; a FLAC file may be damaged in the middle, and floating-point
+    samples may be no numbers. Memory does not grow with the file.
+
+    Raises:
+        UserError: the causes of :func:`read_samples`.
+    """
+    import numpy as np
+
+    with _opened(path, path) as f:
+        if f.subtype.startswith("PCM_") and f.format != "FLAC":
+            return False
+        return any([bool(np.abs(block).max() > 1) for block in _blocks(f, path, 0, f.frames)])
+
+
+def to_int16(samples):
+    """Return float samples as 16-bit integers; those that were read from 16-bit audio are as they were, bit by bit."""
+    import numpy as np
+
+    return np.round(samples * 32768).clip(-32768, 32767).astype(np.int16)
 
 
 def write_audio(path: Union[str, Path], samples, rate: int, sync: bool = True) -> None:
@@ -69,19 +142,63 @@ def _read_head(path: str) -> str:
         return f.read(1024).decode("latin-1")
 
 
-def _is_whole(f, path: str) -> bool:
+def _opened(source: Union[str, IO[bytes]], name: str):
+    """Open a file that is whole with soundfile."""
+    import soundfile
+
+    try:
+        f = soundfile.SoundFile(source)
+    except (soundfile.LibsndfileError, RuntimeError) as e:
+        raise UserError(f"{name} is no audio that can be read here: {getattr(e, 'error_string', e)}") from e
+    if f.frames > 1 << 62:
+        raise UserError(f"{name} does not say how long it is, as a stream: decode it, and write it to a file")
+    # A file is read as it stands; NIST, which is looked at here, is never in an ark.
+    if not _is_whole(f, _read_head(source) if isinstance(source, str) else ""):
+        raise UserError(f"{name} is cut: it ends before its header says")
+    return f
+
+
+def _blocks(f, name: str, start: int, stop: int):
+    """Yield the samples from ``start``, where ``f`` stands, to ``stop`` in blocks (N, channels) of float64."""
+    import numpy as np
+    import soundfile
+
+    at = start
+    while at < stop:
+        try:
+            x = f.read(min(BLOCK, stop - at), dtype="float64", always_2d=True)
+        except (soundfile.LibsndfileError, RuntimeError) as e:
+            raise UserError(f"{name} is damaged: it cannot be decoded beyond {at / f.samplerate:.1f} s "
+                            f"({getattr(e, 'error_string', e)})") from e
+        if not len(x):
+            raise UserError(f"{name} is cut: {at - start} of {stop - start} samples")
+        peak = np.abs(x).max()  # of a NaN it is NaN
+        if not peak <= LOUDEST:
+            number = at + int(np.argmin(np.abs(x).max(axis=1) <= LOUDEST))
+            if np.isfinite(peak):
+                raise UserError(f"{name}: sample {number} is {np.abs(x[number - at]).max():g}, and floating-point "
+                                "samples have a full scale of 1: divide by 32768 what was 16-bit")  # fmt: skip
+            raise UserError(f"{name}: sample {number} ({number / f.samplerate:.3f} s) is no number (NaN or infinite); "
+                            "make this file anew")  # fmt: skip
+        yield x
+        at += len(x)
+
+
+def _is_whole(f, head: str) -> bool:
     """Whether an open soundfile has all that its header says; libsndfile itself takes what is there."""
     import soundfile
 
     if f.format == "FLAC" and f.frames:
         try:
             f.seek(f.frames - 1)
-            return len(f.read(1)) == 1
+            last = len(f.read(1))
+            f.seek(0)
+            return last == 1
         except (soundfile.LibsndfileError, RuntimeError):
             return False
     if f.format == "NIST":
-        fields = dict(re.findall(r"^(\w+) -i (\d+)", _read_head(path), re.MULTILINE))
+        fields = dict(re.findall(r"^(\w+) -i (\d+)", head, re.MULTILINE))
         return f.frames >= int(fields.get("sample_count", 0))
-    # Of RIFF it says so in its log only. A size of 2 GB or more is of a stream that did not know its own.
-    match = re.search(r"^data : (\d+) \(should be (\d+)\)", f.extra_info, re.MULTILINE)
-    return match is None or not int(match[2]) < int(match[1]) < 1 << 31
+    # Of RIFF, AIFF, AU, W64 and RF64 it says so in its log only.
+    sizes = re.findall(r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", f.extra_info, re.M)
+    return not any(int(there) < int(size) < STREAM for size, there in sizes)

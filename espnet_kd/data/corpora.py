@@ -33,6 +33,7 @@ class LeftOut:
     def __init__(self, skip_faulty: bool = False) -> None:
         self.skip_faulty = skip_faulty
         self.names: Dict[str, List[str]] = {}
+        self.lacking: List[str] = []
 
     def add(self, reason: str, name: str) -> None:
         """Note one thing that is left out."""
@@ -48,8 +49,27 @@ class LeftOut:
             raise UserError(f"{where}: {reason}: {name}; {mend}, or leave such ones out with --skip_faulty")
         self.add(reason, name)
 
+    def expect(
+        self, what: str, found: int, expected: Optional[int], names: Collection[str] = (), where: str = ""
+    ) -> None:
+        """Note where a corpus has less than its original is known to have.
+
+        Args:
+            what: what is counted, such as "speakers of train-clean-100".
+            expected: None where it is not known.
+            names: those that are missing, where ``where`` says which there should be.
+        """
+        if names or found < (expected or 0):
+            number = found + len(names) if expected is None else expected
+            shown = ", ".join(sorted(names)[:MAX_SHOWN]) + (" …" if len(names) > MAX_SHOWN else "")
+            which = f" (missing of {where}: {shown})" if names else ""
+            self.lacking.append(f"{found} of {number} {what}{which}")
+
     def report(self, what: str, path: PathLike) -> None:
-        """Log how many were left out and why; write all their names to ``path`` (no file where there is none)."""
+        """Log what is missing, how many were left out and why; write their names to ``path`` (no file without any)."""
+        if self.lacking:
+            logging.warning("%s: the corpus is not all there, %s; fetch or unpack the rest, unless this is meant",
+                            what, "; ".join(self.lacking))  # fmt: skip
         remove_leftovers(path)
         total = sum(map(len, self.names.values()))
         if not total:

@@ -1,10 +1,10 @@
 """Kaldi-style data directories: reading and writing.
 
 A data dir holds ``wav.scp`` (utterance, or recording where ``segments`` exists, → audio file), ``text``, ``utt2spk``,
-``spk2utt``, and optionally ``segments`` (utterance, recording, start, end in seconds) and ``utt2num_samples``. Every
-file is UTF-8, one entry a line, id first, sorted as ``LC_ALL=C sort`` does. Relative audio paths count from the
-working directory (the recipe), as in ESPnet. Untranscribed audio has no ``text``; beside transcribed audio, in one data
-dir, its lines in ``text`` hold the id alone.
+``spk2utt``, and optionally ``segments`` (utterance, recording, start, end in seconds, and a channel, counted from 0,
+where it is one of several) and ``utt2num_samples``. Every file is UTF-8, one entry a line, id first, sorted as
+``LC_ALL=C sort`` does. Relative audio paths count from the working directory (the recipe), as in ESPnet. Untranscribed
+audio has no ``text``; beside transcribed audio, in one data dir, its lines in ``text`` hold the id alone.
 """
 
 from __future__ import annotations
@@ -24,19 +24,24 @@ from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple, TypeVar, Union
 
 from espnet_kd.cli import UserError
+from espnet_kd.data.characters import MARK, encoding_fault, id_fault, text_fault
 
 PathLike = Union[str, Path]
 Item = TypeVar("Item")
 Entry = Tuple[str, int, str]  # id, line number from 1, rest of the line
 MAX_SHOWN = 10  # faults told in full
+MAX_OVERSHOOT = 0.5  # seconds that a segment may go on after its recording, as in Kaldi's extract-segments
 RUN = 20_000  # items sorted in memory at a time, some 20 MB of utterances
-# Blanks as C's isspace sees them. str.split() would also cut at U+3000 and U+00A0, which may stand inside a text.
+# What parts the fields of a line. Where ESPnet would see other white space as well, espnet_kd.data.characters finds it.
 _BLANK = re.compile(r"[ \t]+")
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One utterance; ``start`` and ``end`` (seconds) only where it is a part of the file ``audio``."""
+    """One utterance; ``start`` and ``end`` (seconds) only where it is a part of the file ``audio``.
+
+    ``channel``, counted from 0, is where its speaker is heard alone, as a line of ``segments`` may say.
+    """
 
     utt_id: str
     speaker: str
@@ -46,6 +51,7 @@ class Utterance:
     recording: Optional[str] = None
     start: Optional[float] = None
     end: Optional[float] = None
+    channel: Optional[int] = None
 
 
 def refuse_same(sources: Iterable[PathLike], dst: PathLike, option: str) -> None:
@@ -56,7 +62,7 @@ def refuse_same(sources: Iterable[PathLike], dst: PathLike, option: str) -> None
 
 
 def iter_lines(path: PathLike, errors: str = "strict") -> Iterator[Tuple[int, str]]:
-    """Yield (line number from 1, line without its end).
+    """Yield (line number from 1, line without its end); a byte order mark in front of the first is passed over.
 
     Args:
         errors: "strict", or "replace" to go on where bytes are not UTF-8.
@@ -67,6 +73,10 @@ def iter_lines(path: PathLike, errors: str = "strict") -> Iterator[Tuple[int, st
     try:
         with open(path, "rb") as f:
             for number, raw in enumerate(f, 1):
+                fault = encoding_fault(raw) if number == 1 and errors == "strict" else None
+                if fault:
+                    raise UserError(f"{path}: {fault.replace('FILE', str(path))}")
+                raw = raw.removeprefix(MARK) if number == 1 else raw
                 try:
                     yield number, raw.rstrip(b"\r\n").decode("utf-8", errors)
                 except UnicodeDecodeError as e:
@@ -137,8 +147,10 @@ def join_sorted(streams: Mapping[str, Iterable[Tuple]]) -> Iterator[Tuple[str, D
         yield key, found
 
 
-def parse_segment(value: str, where: str) -> Tuple[str, float, float]:
-    """Return (recording, start, end) of a line of ``segments`` without its id; times in seconds.
+def parse_segment(value: str, where: str) -> Tuple[str, float, float, Optional[int]]:
+    """Return (recording, start, end, channel) of a line of ``segments`` without its id; times in seconds.
+
+    A channel, counted from 0, may stand at the end of the line, as in Kaldi; without it, it is None.
 
     Raises:
         UserError: beginning with ``where``: it is no such line, or the times make no segment.
@@ -146,11 +158,14 @@ def parse_segment(value: str, where: str) -> Tuple[str, float, float]:
     fields = value.split()
     try:
         recording, start, end = fields[0], float(fields[1]), float(fields[2])
+        channel = int(fields[3]) if len(fields) > 3 else None
     except (IndexError, ValueError) as e:
-        raise UserError(f"{where}: expected 'recording start end', found '{value}'") from e
+        raise UserError(f"{where}: expected 'recording start end [channel]', found '{value}'") from e
+    if len(fields) > 4 or not 0 <= (channel or 0) < 1000:
+        raise UserError(f"{where}: expected 'recording start end [channel]', found '{value}'")
     if not 0 <= start < end:
         raise UserError(f"{where}: start {start} and end {end} make no segment")
-    return recording, start, end
+    return recording, start, end, channel
 
 
 def read_data_dir(data_dir: PathLike, read_text: bool = True) -> Iterator[Utterance]:
@@ -177,6 +192,10 @@ def read_data_dir(data_dir: PathLike, read_text: bool = True) -> Iterator[Uttera
         values = {name: entries[0][2] for name, entries in found.items()}
         if main not in values:
             continue
+        for name, fault in ((main, id_fault(utt_id)), ("utt2spk", id_fault(values.get("utt2spk", "-"))),
+                            ("text", text_fault(values.get("text", "")))):  # fmt: skip
+            if fault:
+                raise UserError(f"{data_dir / name}:{found[name][0][1]}: utterance '{utt_id}': {fault}")
         if "utt2spk" not in values:
             raise UserError(f"{data_dir / 'utt2spk'}: utterance '{utt_id}' is missing; add its speaker")
         number = values.get("utt2num_samples", "")
@@ -184,10 +203,10 @@ def read_data_dir(data_dir: PathLike, read_text: bool = True) -> Iterator[Uttera
                         int(number) if number.isdecimal() else None)  # fmt: skip
         if segmented:
             where = f"{data_dir / 'segments'}:{found[main][0][1]}: utterance '{utt_id}'"
-            recording, start, end = parse_segment(values[main], where)
+            recording, start, end, channel = parse_segment(values[main], where)
             if recording not in audio_of:
                 raise UserError(f"{data_dir / 'segments'}: recording '{recording}' of '{utt_id}' is not in wav.scp")
-            utt = replace(utt, audio=audio_of[recording], recording=recording, start=start, end=end)
+            utt = replace(utt, audio=audio_of[recording], recording=recording, start=start, end=end, channel=channel)
         yield utt
 
 
@@ -284,10 +303,14 @@ def _check_fields(data_dir: Path, utterances: Iterable[Utterance], kinds: Set[st
     """Pass the utterances on; note in ``kinds`` what some of them have or lack."""
     for u in utterances:
         for name in (u.utt_id, u.speaker):
-            if not name or re.search(r"\s", name):
-                raise UserError(f"{data_dir}: '{name}' cannot be an utterance or speaker id: empty or with blanks")
-        if u.text is not None and re.search(r"[\r\n]", u.text):
-            raise UserError(f"{data_dir}: utterance '{u.utt_id}': a line break inside the text")
+            if fault := id_fault(name):
+                raise UserError(f"{data_dir}: utterance '{u.utt_id}', speaker '{u.speaker}': {fault}")
+        if fault := text_fault(u.text or ""):
+            raise UserError(f"{data_dir}: utterance '{u.utt_id}': {fault}")
+        # ESPnet would take white space off the ends of a name, and end the line at a CR.
+        if u.audio != u.audio.strip() or re.search(r"[\r\n]", u.audio):
+            raise UserError(f"{data_dir}: utterance '{u.utt_id}': the file name {u.audio!r} has white space at an end, "
+                            "or a line break in it; rename the file")  # fmt: skip
         if u.text is None:
             kinds.add("no text")
         if u.num_samples is None:
@@ -315,7 +338,8 @@ def _write_files(data_dir: Path, partial: Path, ordered: Iterable[Utterance], ki
             if u.recording is not None:
                 if recordings.setdefault(u.recording, u.audio) != u.audio:
                     raise UserError(f"{data_dir}: recording '{u.recording}' is {recordings[u.recording]} and {u.audio}")
-                lines["segments"] = f"{u.recording} {u.start or 0:.3f} {u.end:.3f}"
+                channel = "" if u.channel is None else f" {u.channel}"
+                lines["segments"] = f"{u.recording} {u.start or 0:.3f} {u.end:.3f}{channel}"
             for name, f in files.items():
                 f.write(f"{u.utt_id} {lines[name]}\n" if lines[name] else f"{u.utt_id}\n")
             number, previous = number + 1, u

@@ -11,16 +11,16 @@ from __future__ import annotations
 import functools
 import io
 import logging
-import re
+import os
 import shutil
 import subprocess
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Iterator, Optional, Sequence, Tuple
+from typing import IO, Iterator, Optional, Sequence, Tuple
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.audio import is_pipe, write_audio
+from espnet_kd.data.audio import ARK, is_in_ark, is_pipe, read_samples, to_int16, write_audio
 from espnet_kd.data.datadir import (
     PathLike,
     Spool,
@@ -35,7 +35,6 @@ from espnet_kd.data.parallel import map_with_bar
 from espnet_kd.files import replacing
 
 PLACES = ("dump/raw", "dump/raw_copy", "raw", "raw_copy", ".", "data")
-_ARK = re.compile(r"(.+):(\d+)")
 
 
 def take_espnet_data(espnet_data: PathLike, sets: Sequence[str], out: PathLike, nj: int = 1) -> None:
@@ -144,14 +143,14 @@ def _entries(source: Path) -> Iterator[Tuple[str, str, Optional[int]]]:
 
 
 def _needs_conversion(audio: str) -> bool:
-    return is_pipe(audio) or _ARK.fullmatch(audio) is not None
+    return is_pipe(audio) or is_in_ark(audio)
 
 
 def _find_root(wav_scp: Path, espnet_data: Path) -> Path:
     """The directory that the paths of a wav.scp count from: where its first file is found."""
     for _, audio in read_pairs(wav_scp):
         if not is_pipe(audio):
-            ark = _ARK.fullmatch(audio)
+            ark = ARK.fullmatch(audio)
             first = ark[1] if ark else audio
             break
     else:
@@ -173,45 +172,75 @@ def _flac(audio_dir: Path, key: str) -> Path:
 
 def _convert(entry: Tuple[str, str, Optional[int]], root: Path, audio_dir: Path) -> int:
     """Write one entry of a wav.scp as FLAC unless it is there; return its size in bytes."""
-    import numpy as np
-
     key, audio, expected = entry
     path = _flac(audio_dir, key)
     if not path.exists():
-        samples, rate = _run(key, audio, root) if is_pipe(audio) else _read_ark(key, audio, root)
+        content = _run(key, audio, root) if is_pipe(audio) else _open_ark(key, audio, root)
+        with content:
+            samples, rate = read_samples(content, f"'{key}': {audio}", channels="all")
         if not len(samples):
             raise UserError(f"'{key}': the audio has zero length: {audio}")
         if expected not in (None, len(samples)):
             raise UserError(f"'{key}': {len(samples)} samples in {audio}, {expected} in utt2num_samples; is it cut?")
-        # Exact for 16-bit audio, which soundfile gives divided by 32768.
-        whole = np.round(samples * 32768).clip(-32768, 32767).astype(np.int16)
-        write_audio(path, whole, rate)
+        write_audio(path, to_int16(samples), rate)
     return path.stat().st_size
 
 
-def _read_ark(key: str, audio: str, root: Path):
-    """Samples (N,) or (N, channels) in [-1, 1] at an ark's offset, and their rate in Hz."""
-    import kaldiio
-    import numpy as np
-
-    file, offset = _ARK.fullmatch(audio).groups()
+def _open_ark(key: str, audio: str, root: Path) -> IO[bytes]:
+    """Return the audio at an ark's offset, as a file."""
+    match = ARK.fullmatch(audio)
+    assert match is not None
     try:
-        with open(root / file, "rb") as f:
-            f.seek(int(offset))
-            # Looked at first: an ark may also hold features, or a pickle, which kaldiio would execute.
-            if not f.read(5).startswith((b"AUDIO", b"RIFF", b"fLaC")):
-                raise UserError(f"'{key}': no audio at {audio} (features?); asr.sh --feats_type raw leaves audio")
-        rate, samples = kaldiio.load_mat(f"{root / file}:{offset}")
-    except (OSError, RuntimeError, ValueError, EOFError) as e:
+        f = open(root / match[1], "rb")  # noqa: SIM115 (closed by who reads it)
+        f.seek(int(match[2]))
+        # Looked at first: an ark may also hold features, or a pickle, which kaldiio would execute.
+        kind = f.read(5)
+        if kind == b"AUDIO":  # kaldiio's own form: the number of bytes of a number, the number of bytes, and those
+            size = int.from_bytes(f.read(int.from_bytes(f.read(1), "little")), "little")
+            with f:
+                content = f.read(size)
+            if len(content) < size:
+                raise UserError(f"'{key}': {audio} is cut: {len(content)} of {size} bytes")
+            return io.BytesIO(content)
+        if not kind.startswith((b"RIFF", b"fLaC")):
+            f.close()
+            raise UserError(f"'{key}': no audio at {audio} (features?); asr.sh --feats_type raw leaves audio")
+        return _Tail(f, int(match[2]))
+    except (OSError, OverflowError) as e:
         raise UserError(f"'{key}': cannot read {audio}: {e}") from e
-    samples = np.asarray(samples)
-    return samples / 32768 if samples.dtype == np.int16 else samples, rate
 
 
-def _run(key: str, audio: str, root: Path):
-    """Samples that a command of wav.scp writes, and their rate in Hz; it runs in the ESPnet recipe, as there."""
-    import soundfile
+class _Tail(io.RawIOBase):
+    """A file from an offset on, where one of the files in an ark begins."""
 
+    def __init__(self, file: IO[bytes], start: int) -> None:
+        self._file, self._start = file, start
+        self.seek(0)
+
+    def seekable(self) -> bool:
+        """Whether it can be read from another place."""
+        return True
+
+    def readable(self) -> bool:
+        """Whether it can be read."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """Go to a place, counted from the offset."""
+        return self._file.seek(offset + (self._start if whence == os.SEEK_SET else 0), whence) - self._start
+
+    def readinto(self, buffer) -> int:
+        """Read the next bytes into ``buffer``."""
+        return self._file.readinto(buffer)
+
+    def close(self) -> None:
+        """Close the ark."""
+        self._file.close()
+        super().close()
+
+
+def _run(key: str, audio: str, root: Path) -> IO[bytes]:
+    """Return what a command of wav.scp writes, as a file; it runs in the ESPnet recipe, as there."""
     command = audio.rstrip("| ")
     done = subprocess.run(command, shell=True, cwd=root, stdin=subprocess.DEVNULL, capture_output=True)
     if done.returncode:
@@ -220,7 +249,4 @@ def _run(key: str, audio: str, root: Path):
             f"'{key}': '{command}' failed in {root} with {done.returncode}{': ' + said[-1] if said else ''}; are the "
             "programs of ESPnet's path.sh on the path?"
         )
-    try:
-        return soundfile.read(io.BytesIO(done.stdout), dtype="float64")
-    except (soundfile.LibsndfileError, RuntimeError) as e:
-        raise UserError(f"'{key}': what '{command}' writes is no audio: {e}") from e
+    return io.BytesIO(done.stdout)

@@ -23,8 +23,10 @@ from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, 
 from tqdm import tqdm
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.audio import is_pipe, read_audio_info, write_audio
+from espnet_kd.data.audio import check_samples, is_in_ark, is_pipe, read_audio_info, read_samples, to_int16, write_audio
+from espnet_kd.data.characters import id_fault, name_character, odd_blank, with_plain_blanks
 from espnet_kd.data.datadir import (
+    MAX_OVERSHOOT,
     MAX_SHOWN,
     Spool,
     Utterance,
@@ -41,8 +43,7 @@ PathLike = Union[str, Path]
 # Decoding these anew every epoch took a quarter of a small student's training step.
 SLOW_TO_DECODE = (".opus", ".ogg", ".mp3")
 MAX_FS = 655_350  # Hz, of FLAC
-MAX_OVERSHOOT = 0.5  # seconds that a segment may go on after its recording, as in Kaldi's extract-segments
-VERSION = 2  # part of the settings: raise it when the same settings give other files
+VERSION = 3  # part of the settings: raise it when the same settings give other files
 
 
 @dataclass(frozen=True)
@@ -94,7 +95,7 @@ def format_data(
     names, dst = ", ".join(map(str, sources)), Path(dst)
     refuse_same(sources, dst, "--dst")
     with os_errors_told(dst):
-        total, fingerprint = _survey(sources, text, names, dst)
+        total, fingerprint = _survey(sources, text, names, dst, factors)
         settings = {
             "version": VERSION, "fs": fs, "speed_factors": list(factors), "min_seconds": min_seconds,
             "max_seconds": max_seconds, "drop_out_of_range": drop_out_of_range, "source": fingerprint,
@@ -103,17 +104,23 @@ def format_data(
             logging.info("%s: formatted already with these settings", dst)
             return sum(1 for _ in read_pairs(dst / "utt2spk"))
         _begin(dst, settings)
-        rates: Dict[int, int] = {}
+        rates: Counter[int] = Counter()
+        odd: Counter[str] = Counter()
 
         def made() -> Iterator[Utterance]:
-            utts = (u for _, u in _merge(sources))
+            utts = (replace(u, text=with_plain_blanks(u.text)) if u.text else u for _, u in _merge(sources))
             work = functools.partial(_format_one, plan=_Plan(str(dst / "audio"), fs, factors))
-            for copies, rate in map_with_bar(work, utts, nj=nj, desc=str(dst), total=total):
-                rates[rate] = rates.get(rate, 0) + 1
-                yield from copies
+            for one in map_with_bar(work, utts, nj=nj, desc=str(dst), total=total):
+                rates[one.rate] += 1
+                odd.update({"have several channels, and are their mean": one.mixed,
+                            "have samples beyond full scale, and are clipped": one.clipped})  # fmt: skip
+                yield from one.copies
             for rate, number in sorted(rates.items()):
                 if rate != fs:
                     logging.info("%s: %d of %d utterances resampled from %d to %d Hz", names, number, total, rate, fs)
+            for what, number in odd.items():
+                if number:
+                    logging.warning("%s: %d of %d utterances %s", names, number, total, what)
             if (dst / "audio").exists():
                 os.sync()  # once, before wav.scp says that the files are whole
 
@@ -182,22 +189,31 @@ def _merge(sources: Mapping[Path, bool]) -> Iterator[Tuple[Path, Utterance]]:
         yield source, u
 
 
-def _survey(sources: Mapping[Path, bool], text: str, names: str, dst: Path) -> Tuple[int, str]:
+def _survey(
+    sources: Mapping[Path, bool], text: str, names: str, dst: Path, factors: Sequence[float]
+) -> Tuple[int, str]:
     """Return the number of utterances and a hash of what is to be formatted.
 
     The hash has the size and time of each audio file as well: a corpus made anew is formatted anew.
 
     Raises:
-        UserError: an audio file is missing, or lies where those of ``dst`` go, or the texts are not what ``text`` asks
+        UserError: an audio file is missing, or lies where those of ``dst`` go, an id is too long for a file's name with
+            what a speed factor puts before it, or the texts are not what ``text`` asks
             for: every utterance of a data dir has its text, or none has one and none is required.
     """
     digest = hashlib.sha256()
     total: Counter[Path] = Counter()
     silent: Counter[Path] = Counter()
     shown: Dict[Path, List[str]] = {source: [] for source in sources}
+    odd: Dict[str, List] = {}  # white space: the first utterance that has it, and how many have
     previous, own = None, os.path.abspath(dst / "audio") + os.sep
     for source, u in tqdm(_merge(sources), desc=f"reading {names}", unit="utt", mininterval=1.0):
         total[source] += 1
+        for name in (speed_id(name, factor) for name in (u.utt_id, u.speaker) for factor in factors):
+            if fault := id_fault(name):
+                raise UserError(f"{source / 'utt2spk'}: utterance '{u.utt_id}': {fault}")
+        if char := odd_blank(u.text or ""):
+            odd.setdefault(char, [u.utt_id, 0])[1] += 1
         if u.text is None:
             if text == "required" and not (source / "text").exists():
                 why = "no such file; untranscribed audio needs --text optional or none"
@@ -212,6 +228,9 @@ def _survey(sources: Mapping[Path, bool], text: str, names: str, dst: Path) -> T
                 raise UserError(f"{source / 'wav.scp'}: utterance '{u.utt_id}': {u.audio} is {dst}'s own, and would be "
                                 "removed; choose another --dst")  # fmt: skip
         previous = u.audio
+    for char, (first, number) in odd.items():
+        logging.warning("%s: %s becomes a plain blank in the texts of %d utterances, such as %s",
+                        names, name_character(char), number, first)  # fmt: skip
     for source in sources:
         if silent[source] and (text == "required" or silent[source] < total[source]):
             more = f" and {silent[source] - 5} more" if silent[source] > 5 else ""
@@ -233,6 +252,10 @@ def _stamp(u: Utterance, source: Path) -> str:
         why = f"{u.audio!r}: {e}" if isinstance(e, ValueError) else f"{u.audio}: {e.strerror}"
         if is_pipe(u.audio):
             why = f"'{u.audio}' is a shell pipe, which is not run here: convert the audio to a file (flac, wav)"
+        elif is_in_ark(u.audio):
+            why = f"{u.audio} is a place in an ark: make a data dir with files of it (asr_kd_data espnet --help)"
+        elif not os.path.isabs(u.audio):
+            why += f" (a relative path counts from here, {os.getcwd()})"
         raise UserError(f"{source / 'wav.scp'}: utterance '{u.utt_id}': {why}") from e
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
@@ -291,47 +314,58 @@ def _within_limits(
     )  # fmt: skip
 
 
-def _format_one(utt: Utterance, plan: _Plan) -> Tuple[List[Utterance], int]:
-    """Make all copies of one utterance; return them with the source's sampling rate in Hz."""
+@dataclass(frozen=True)
+class _Made:
+    """What came of one utterance."""
+
+    copies: List[Utterance]
+    rate: int  # of the source, Hz
+    mixed: bool  # several channels became their mean
+    clipped: bool  # some samples lie beyond full scale
+
+
+def _format_one(utt: Utterance, plan: _Plan) -> _Made:
+    """Make all copies of one utterance."""
     import numpy as np
 
     try:
-        frames, rate, channels = read_audio_info(utt.audio, whole=True)  # what is only referred to is not decoded here
+        frames, rate, channels = read_audio_info(utt.audio, whole=True)
+        quick = os.path.splitext(utt.audio)[1].lower() not in SLOW_TO_DECODE
+        as_it_is = utt.recording is None and rate == plan.fs and channels == 1 and quick and 1.0 in plan.speed_factors
+        if frames == 0:
+            raise UserError(f"the audio has zero length: {utt.audio}")
+        # What is only referred to is decoded too: the trainings would stumble over its faults. What cannot be kept
+        # as it is, is written as the other copies are.
+        clipped = as_it_is and check_samples(utt.audio)
+        copies: List[Utterance] = []
+        signal = None
+        for factor in plan.speed_factors:
+            new = _copy_of(utt, factor)
+            if factor == 1.0 and as_it_is and not clipped:
+                copies.append(replace(new, num_samples=frames))
+                continue
+            path = _audio_path(plan.audio_dir, new)
+            number = _samples_of(path)
+            if number is None:
+                if signal is None:
+                    signal = _read(utt, rate, frames)
+                    clipped = clipped or bool(np.abs(signal).max() > 1)
+                y = _resample(signal, rate * factor, plan.fs)
+                number = len(y)
+                write_audio(path, to_int16(y), plan.fs, sync=False)
+            copies.append(replace(new, audio=str(path), num_samples=number))
     except UserError as e:
         raise UserError(f"utterance '{utt.utt_id}': {e}") from e
-    copies: List[Utterance] = []
-    signal = None
-    for factor in plan.speed_factors:
-        new = replace(
-            utt,
-            utt_id=speed_id(utt.utt_id, factor),
-            speaker=speed_id(utt.speaker, factor),
-            recording=None,
-            start=None,
-            end=None,
-        )
-        quick = os.path.splitext(utt.audio)[1].lower() not in SLOW_TO_DECODE
-        if factor == 1.0 and utt.recording is None and rate == plan.fs and channels == 1 and quick:
-            if frames == 0:
-                raise UserError(f"utterance '{utt.utt_id}': the audio has zero length: {utt.audio}")
-            copies.append(replace(new, num_samples=frames))
-            continue
-        path = _audio_path(plan.audio_dir, new)
-        number = _samples_of(path)
-        if number is None:
-            if signal is None:
-                signal = _read(utt, rate, frames)
-            y = _resample(signal, rate * factor, plan.fs)
-            number = len(y)
-            write_audio(path, np.round(np.clip(y, -1, 1) * 32767).astype(np.int16), plan.fs, sync=False)
-        copies.append(replace(new, audio=str(path), num_samples=number))
-    return copies, rate
+    return _Made(copies, rate, channels > 1 and utt.channel is None, clipped)
+
+
+def _copy_of(utt: Utterance, factor: float) -> Utterance:
+    """Return a copy's ids; each copy is a file of its own."""
+    new = replace(utt, recording=None, start=None, end=None, channel=None)
+    return replace(new, utt_id=speed_id(utt.utt_id, factor), speaker=speed_id(utt.speaker, factor))
 
 
 def _audio_path(audio_dir: str, utt: Utterance) -> Path:
-    for name in (utt.utt_id, utt.speaker):
-        if {"/", "\0"} & set(name) or name in (".", ".."):
-            raise UserError(f"{name!r} cannot name a file (a '/', for instance); rename the utterance or speaker")
     return Path(audio_dir) / utt.speaker / f"{utt.utt_id}.flac"
 
 
@@ -344,9 +378,7 @@ def _samples_of(path: Path) -> Optional[int]:
 
 
 def _read(utt: Utterance, rate: int, frames: int):
-    """Read an utterance (or its segment) as float64, channels averaged."""
-    import soundfile  # a slow import, only where audio is touched
-
+    """Read an utterance (or its segment) as float64, (N,): its channel, or the mean of all."""
     start, stop = 0, frames
     if utt.start is not None and utt.end is not None:
         begin, end = (min(seconds, frames / rate) for seconds in (utt.start, utt.end))  # whatever the file says: 1e308
@@ -354,14 +386,8 @@ def _read(utt: Utterance, rate: int, frames: int):
     if start >= stop or (utt.end or 0) > frames / rate + MAX_OVERSHOOT:
         what = "no audio" if start >= stop else "not all of its audio"
         span = "" if utt.end is None else f", segment {utt.start} to {utt.end} s of {frames / rate:.2f} s"
-        raise UserError(f"utterance '{utt.utt_id}': {what} in {utt.audio}{span}")
-    try:
-        x, _ = soundfile.read(utt.audio, start=start, stop=stop, dtype="float64", always_2d=True)
-    except (soundfile.LibsndfileError, RuntimeError) as e:
-        raise UserError(f"utterance '{utt.utt_id}': unreadable audio {utt.audio}: {e}") from e
-    if len(x) < stop - start:
-        raise UserError(f"utterance '{utt.utt_id}': {utt.audio} is cut: {len(x)} of {stop - start} samples")
-    return x.mean(axis=1)
+        raise UserError(f"{what} in {utt.audio}{span}")
+    return read_samples(utt.audio, utt.audio, start, stop, "mean" if utt.channel is None else utt.channel)[0]
 
 
 def _resample(x, rate: float, fs: int):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
@@ -30,7 +31,8 @@ PathLike = Union[str, Path]
 TRAIN = "train-clean-100 train-clean-360 train-other-500"
 VALID = "dev-clean dev-other"
 TEST = "test-clean test-other"
-URL = "https://www.openslr.org/resources/{set}/{part}.tar.gz"
+MIRROR = "https://www.openslr.org/resources"
+URL = "{mirror}/{set}/{part}.tar.gz"
 # OpenSLR's set, and the md5 from that set's md5sum.txt.
 ARCHIVES = {
     "dev-clean": (12, "42e2234ba48799c1f50f24a7926300a1"),
@@ -42,6 +44,18 @@ ARCHIVES = {
     "train-other-500": (12, "d1a0fd59409feb2c614ce4d30c387708"),
     "train-clean-5": (31, "5df7d4e78065366204ca6845bb08f490"),
     "dev-clean-2": (31, "6d7ab67ac6a1d2c993d050e16d61080d"),
+}
+# Speakers and utterances of each part, of the corpus's own list and files; None where that is not known.
+SIZES = {
+    "dev-clean": (40, 2703),
+    "dev-other": (33, 2864),
+    "test-clean": (40, 2620),
+    "test-other": (33, 2939),
+    "train-clean-100": (251, 28539),
+    "train-clean-360": (921, 104014),
+    "train-other-500": (1166, 148688),
+    "train-clean-5": (28, 1519),
+    "dev-clean-2": (None, 1089),
 }
 Source = Tuple[Path, Optional[Set[str]]]  # a part, and those of its speakers that are meant (None: all)
 
@@ -58,6 +72,7 @@ def prepare_librispeech(
     speakers_test: int = 0,
     seed: int = 0,
     downloads: PathLike = "downloads",
+    mirror: str = MIRROR,
     remove_archives: bool = False,
     skip_faulty: bool = False,
     nj: int = 1,
@@ -70,6 +85,7 @@ def prepare_librispeech(
         split_by_speaker: parts whose speakers are divided among ``train``, ``valid`` and ``test``.
         speakers_valid, speakers_test: how many of those go to ``valid`` and ``test``, chosen by a hash of their names
             and ``seed``.
+        mirror: where openslr.org/resources is fetched from; the archives' md5 is that of the original.
         remove_archives: remove a downloaded archive when it is unpacked.
         skip_faulty: leave faulty utterances out, counted and named, instead of stopping.
         nj: processes that read the audio files.
@@ -87,7 +103,7 @@ def prepare_librispeech(
     refuse_overlap(train=set(train), valid=set(valid), test=set(test))
     refuse_overlap(train=set(divided), valid=set(train + valid + test))
     with os_errors_told(out):
-        where = _find_parts(divided + train + valid + test, librispeech, downloads, remove_archives)
+        where = _find_parts(divided + train + valid + test, librispeech, downloads, mirror, remove_archives)
         sources: Dict[str, List[Source]] = {"train": [], "valid": [], "test": []}
         if divided:
             _divide([where[part] for part in divided], speakers_valid, speakers_test, seed, sources)
@@ -97,15 +113,20 @@ def prepare_librispeech(
             sources[part.replace("-", "_")] = [(where[part], None)]
         # Everything is listed before any audio is read: a fault of the last part comes out in minutes, not hours.
         listed: Dict[str, Tuple[Spool, LeftOut]] = {}
+        found: Counter[str] = Counter()
         for name, these in sources.items():
             if these:
                 left_out = LeftOut(skip_faulty)
-                listed[name] = Spool(out, _list(these, left_out)), left_out
+                listed[name] = Spool(out, _list(these, left_out, found)), left_out
+        for name, (_, left_out) in listed.items():
+            for part in dict.fromkeys(part for part, _ in sources[name]):
+                if part.name not in divided or name == "train":  # of a part that is divided it is said once
+                    _expect(part, found[part.name], left_out)
         return {name: write_corpus_dir(out / name, spool, gone, nj=nj) for name, (spool, gone) in listed.items()}
 
 
 def _find_parts(
-    parts: Iterable[str], librispeech: Optional[PathLike], downloads: PathLike, remove_archives: bool
+    parts: Iterable[str], librispeech: Optional[PathLike], downloads: PathLike, mirror: str, remove_archives: bool
 ) -> Dict[str, Path]:
     """Map each part to its directory; download those that are missing where no directory was given."""
     parts = list(dict.fromkeys(parts))
@@ -126,7 +147,8 @@ def _find_parts(
         if (root / part).is_dir():
             continue
         number, md5 = ARCHIVES[part]
-        archive = download(URL.format(set=number, part=part), downloads / f"{part}.tar.gz", md5, "--librispeech")
+        url = URL.format(mirror=mirror.rstrip("/"), set=number, part=part)
+        archive = download(url, downloads / f"{part}.tar.gz", md5, "--librispeech")
         root.mkdir(parents=True, exist_ok=True)
         logging.info("unpacking %s", archive)
         unpack(archive, root / part, f"LibriSpeech/{part}")
@@ -148,8 +170,24 @@ def _divide(parts: Sequence[Path], valid: int, test: int, seed: int, sources: Di
             sources[name] += [(part, those) for part in parts]
 
 
-def _list(sources: Sequence[Source], left_out: LeftOut) -> Iterator[List[Utterance]]:
-    """Yield the utterances of some parts, a list of one each, in the order of their directories."""
+def _expect(part: Path, utterances: int, left_out: LeftOut) -> None:
+    """Note speakers of SPEAKERS.TXT, or of the original's number, and utterances that a part lacks."""
+    there = {path.name for path in directories(part)}
+    listed = part.parent / "SPEAKERS.TXT"
+    meant: Set[str] = set()
+    if listed.is_file():
+        for _, line in iter_lines(listed, errors="replace"):
+            fields = [field.strip() for field in line.split("|")]
+            if len(fields) > 2 and not line.startswith(";") and fields[2] == part.name:
+                meant.add(fields[0])
+    speakers, number = SIZES.get(part.name, (None, None))
+    left_out.expect(f"speakers of {part.name}", len(there), speakers, meant - there, str(listed))
+    left_out.expect(f"utterances of {part.name}", utterances, number)
+
+
+def _list(sources: Sequence[Source], left_out: LeftOut, found: Counter[str]) -> Iterator[List[Utterance]]:
+    """Yield the utterances of some parts, a list of one each, in the order of their directories; count them in found.
+    """
     for part, speakers in sources:
         empty = True
         for speaker in directories(part):
@@ -158,6 +196,7 @@ def _list(sources: Sequence[Source], left_out: LeftOut) -> Iterator[List[Utteran
             for chapter in directories(speaker):
                 for utt in _read_chapter(chapter, speaker.name, left_out):
                     empty = False
+                    found[part.name] += 1
                     yield [utt]
         if empty:
             raise UserError(f"{part}: no utterance below it; expected <speaker>/<chapter>/<speaker>-<chapter>.trans.txt"

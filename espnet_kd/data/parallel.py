@@ -19,7 +19,8 @@ Result = TypeVar("Result")
 CHUNK = 16  # items a process gets at a time
 
 
-def _start_worker() -> None:
+def start_worker() -> None:
+    """What a worker process does first."""
     # Ctrl-C reaches the whole process group; the parent alone speaks, and stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     leave_with_parent()
@@ -68,7 +69,7 @@ def map_with_bar(
     waiting: Deque[Future] = deque()
     source = iter(items)
     try:
-        with ProcessPoolExecutor(nj, mp_context=context, initializer=_start_worker) as pool, tqdm(**options) as bar:
+        with ProcessPoolExecutor(nj, mp_context=context, initializer=start_worker) as pool, tqdm(**options) as bar:
             try:
                 while True:
                     while len(waiting) < 4 * nj and (chunk := list(itertools.islice(source, CHUNK))):

@@ -19,6 +19,7 @@ from espnet_kd.data.datadir import Spool, Utterance, iter_lines, os_errors_told
 
 PathLike = Union[str, Path]
 SETS = {"train": "train", "dev": "valid", "test": "test"}  # the corpus's name, and ours
+TALKS = {"train": 1495, "dev": 8, "test": 11}
 IGNORED = "ignore_time_segment_in_scoring"
 # The labels <o,f0,male> or, in older files, <F0_M>; not <unk>, <sil> or <s>, with which a text may begin.
 _LABELS = re.compile(r"<[^<>]*,[^<>]*>|<[A-Z]\d_[A-Z]>")
@@ -63,6 +64,7 @@ def prepare_tedlium2(
             room = tuple(padding) if ours == "train" else (0.0, 0.0)
             talks = _list(root / theirs, left_out, drop_fillers)
             listed[ours] = Spool(out, (pad(talk, *room) for talk in talks)), left_out
+            left_out.expect("talks", len(listed[ours][0]), TALKS[theirs])
         return {name: write_corpus_dir(out / name, spool, gone, nj=nj) for name, (spool, gone) in listed.items()}
 
 

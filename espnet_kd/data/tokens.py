@@ -1,4 +1,4 @@
-"""Stage 3: token lists in ESPnet's form, for ``--token_type char`` and ``bpe``; made of texts, or a teacher's.
+"""Stage 3: token lists in ESPnet's form, for ``--token_type`` char, word and bpe; made of texts, or a teacher's.
 
 ``tokens.txt`` has one token a line, the line number (from 0) being its id: ``<blank>``, ``<unk>``, the tokens, and
 ``<sos/eos>`` last.
@@ -12,73 +12,114 @@ import heapq
 import io
 import json
 import logging
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Union
 
 from espnet_kd.cli import UserError
+from espnet_kd.data.characters import name_character, odd_blank, text_fault
 from espnet_kd.data.datadir import iter_lines, os_errors_told, split_line
+from espnet_kd.data.tokenizing import (
+    BLANK,
+    BPE_MODEL,
+    CLEANER,
+    NLSYMS,
+    SOS_EOS,
+    SPACE,
+    UNKNOWN,
+    Tokenizer,
+    check_model,
+    read_symbols,
+    usable_pieces,
+)
 from espnet_kd.files import read_settings, remove_leftovers, replacing
+from espnet_kd.targets.named_files import read_token_list
 
 PathLike = Union[str, Path]
-BLANK, UNKNOWN, SOS_EOS, SPACE = "<blank>", "<unk>", "<sos/eos>", "<space>"
 VERSION = 1
+TOKEN_TYPES = ("char", "word", "bpe")
 # SentencePiece holds its text, and takes some 25 bytes a character for it. Speed-perturbed copies say the same again.
 MAX_CHARACTERS = 20_000_000
 
 
-def make_token_list(texts: Sequence[PathLike], out_dir: PathLike, token_type: str = "char", nbpe: int = 500) -> Path:
+def make_token_list(
+    texts: Sequence[PathLike],
+    out_dir: PathLike,
+    token_type: str = "char",
+    nbpe: int = 500,
+    nlsyms: Optional[PathLike] = None,
+) -> Path:
     """Make ``out_dir/tokens.txt`` (and ``bpe.model``) from Kaldi-style texts and return its path.
 
     Args:
         texts: ``text`` files of training data; validation or test texts do not belong here.
-        token_type: "char" (blanks become ``<space>``) or "bpe" (a SentencePiece unigram model; of texts longer than
-            MAX_CHARACTERS a sample, so that memory does not grow with them).
+        token_type: "char" (blanks become ``<space>``), "word", or "bpe" (a SentencePiece unigram model; of texts
+            longer than MAX_CHARACTERS a sample, so that memory does not grow with them).
         nbpe: length of the whole list for "bpe".
+        nlsyms: a file of symbols that stay whole, one a line, such as ``[NOISE]``. ``<unk>`` in a text, as TED-LIUM has
+            it for a word that nobody understood, is one without asking: it becomes that token.
 
     The same texts and settings again change nothing.
 
     Raises:
-        UserError: a text is missing or empty, or ``nbpe`` does not suit it.
+        UserError: a text is missing or empty, has the name of another special token in it or white space that is no
+            blank, ``nbpe`` does not suit it, or it has no blanks between the words that are to be tokens.
     """
     out_dir = Path(out_dir)
-    if token_type not in ("char", "bpe"):
-        raise UserError(f"--token_type {token_type}: known are char and bpe")
-    read = functools.partial(_read_texts, texts)  # read anew each time: sentences are not held
-    counts = Counter()
+    if token_type not in TOKEN_TYPES:
+        raise UserError(f"--token_type {token_type}: known are {', '.join(TOKEN_TYPES)}")
+    if nlsyms is not None and not Path(nlsyms).is_file():
+        raise UserError(f"--nlsyms {nlsyms}: no such file")
+    symbols = read_symbols(Path(nlsyms)) if nlsyms is not None else []
+    splitter = Tokenizer("word" if token_type == "word" else "char", symbols=[*symbols, UNKNOWN])
+    read = functools.partial(_read_texts, texts, token_type, splitter)  # read anew each time: sentences are not held
+    counts = Counter(dict.fromkeys(symbols, 0))
     digest = hashlib.sha256()
     number = 0
     for sentence in read():
         number += 1
-        counts.update(sentence)
+        counts.update(splitter.split(sentence))
         digest.update(f"{sentence}\n".encode())
     if not number:
         raise UserError(f"{', '.join(map(str, texts))}: no text to make a token list from")
     settings = {"version": VERSION, "token_type": token_type, "texts": digest.hexdigest()}
     if token_type == "bpe":
         settings["nbpe"] = nbpe
+    if counts.pop(UNKNOWN, 0):
+        symbols.append(UNKNOWN)
+    if symbols:
+        settings["nlsyms"] = symbols
     if _is_made(out_dir, settings):
         logging.info("%s: made already from these texts", out_dir / "tokens.txt")
         return out_dir / "tokens.txt"
     model = None
-    if token_type == "char":
+    if token_type == "word" and counts.total() == number:
+        raise UserError(
+            f"--token_type word: no sentence of {', '.join(map(str, texts))} has a blank; char suits a language that "
+            "is written without them"
+        )
+    if token_type != "bpe":
         tokens = _by_frequency(counts)
     else:
-        model = _train_bpe(read() if counts.total() <= MAX_CHARACTERS else _sample(read()), nbpe, number)
-        tokens = [piece for piece in read_pieces(model) if piece not in ("<unk>", "<s>", "</s>")]
-    path = _write(out_dir, [BLANK, UNKNOWN, *tokens, SOS_EOS], model, settings)
+        model = _train_bpe(read() if counts.total() <= MAX_CHARACTERS else _sample(read()), nbpe, number, symbols)
+        tokens = [piece for piece in usable_pieces(model) if piece != UNKNOWN]
+    beside = {NLSYMS: "".join(f"{symbol}\n" for symbol in symbols)} if symbols and token_type == "char" else {}
+    path = _write(out_dir, [BLANK, UNKNOWN, *tokens, SOS_EOS], model, settings, beside)
     logging.info("%s: %d tokens from %d sentences", path, len(tokens) + 3, number)
     return path
 
 
 def take_token_list(config: Path, content: Mapping[str, Any], out_dir: PathLike, token_type: str = "char") -> Path:
-    """Write a teacher's tokens to ``out_dir/tokens.txt`` (and its ``bpe.model`` beside) and return the path.
+    """Write a teacher's tokens to ``out_dir/tokens.txt`` and return the path.
+
+    Beside it come its ``bpe.model``, ``nlsyms.txt`` and ``cleaner``, where it has such: its texts are cut with them.
 
     Args:
         config: its config.yaml. Files that it names are looked for beside it, then where the name leads from each
             directory above it (the recipe it was trained in), then from here.
         content: what that says.
-        token_type: "char" or "bpe": what the student is to have.
+        token_type: "char", "word" or "bpe": what the student is to have.
 
     The same teacher again changes nothing.
 
@@ -89,27 +130,42 @@ def take_token_list(config: Path, content: Mapping[str, Any], out_dir: PathLike,
     out_dir = Path(out_dir)
     theirs, tokens, model = content.get("token_type"), content.get("token_list"), None
     if theirs != token_type:
-        what = f"give --token_type {theirs}" if theirs in ("char", "bpe") else "known are char and bpe"
+        what = f"give --token_type {theirs}" if theirs in TOKEN_TYPES else f"known are {', '.join(TOKEN_TYPES)}"
         raise UserError(f"--token_type {token_type}: the teacher's is {theirs} ({config}); {what}")
     if isinstance(tokens, str):
-        tokens = [line for _, line in iter_lines(_beside(config, tokens, "token_list"))]
+        tokens = read_token_list(tokens, config)
     if not isinstance(tokens, list) or len(tokens) < 3 or not all(isinstance(t, str) for t in tokens):
         raise UserError(f"{config}: token_list is neither a list of tokens nor the name of a file that has one")
     if token_type == "bpe":
         path = _beside(config, str(content.get("bpemodel")), "bpemodel")
         model = path.read_bytes()
-        pieces = set(read_pieces(model, str(path)))
-        absent = [t for t in tokens if t not in pieces and t not in (BLANK, UNKNOWN, SOS_EOS)]
-        if absent:
-            raise UserError(f"{path} does not belong to {config}: it has no pieces {' '.join(absent[:5])}")
+        check_model(tokens, model, str(path), str(config))
+    beside = _texts_of(config, content, token_type)
     digest = hashlib.sha256(model or b"").hexdigest()
-    settings = {"version": VERSION, "token_type": token_type, "tokens": _hash(tokens), "bpe_model": digest}
+    settings = {"version": VERSION, "token_type": token_type, "tokens": _hash(tokens), "bpe_model": digest, **beside}
     if _is_made(out_dir, settings):
         logging.info("%s: taken already from this teacher", out_dir / "tokens.txt")
         return out_dir / "tokens.txt"
-    written = _write(out_dir, tokens, model, settings)
-    logging.info("%s: %d tokens, the teacher's", written, len(tokens))
+    written = _write(out_dir, tokens, model, settings, beside)
+    logging.info("%s: %d tokens%s, the teacher's", written, len(tokens), "".join(f", {name}" for name in beside))
     return written
+
+
+def _texts_of(config: Path, content: Mapping[str, Any], token_type: str) -> Dict[str, str]:
+    """Return the files that say what else ESPnet does to a teacher's texts: {name: content}."""
+    files = {}
+    named = content.get("non_linguistic_symbols")
+    if named and token_type == "char":  # ESPnet has no use for them beside a BPE model
+        symbols = read_symbols(_beside(config, str(named), "non_linguistic_symbols"))
+        if symbols:
+            files[NLSYMS] = "".join(f"{symbol}\n" for symbol in symbols)
+    cleaner = content.get("cleaner")
+    if cleaner:
+        if not isinstance(cleaner, str):
+            raise UserError(f"{config}: cleaner is {cleaner!r}; expected the name of one of ESPnet's text cleaners")
+        Tokenizer("char", cleaner=cleaner)  # whether it can be used here
+        files[CLEANER] = f"{cleaner}\n"
+    return files
 
 
 def _beside(config: Path, name: str, key: str) -> Path:
@@ -123,21 +179,29 @@ def _beside(config: Path, name: str, key: str) -> Path:
 
 def _is_made(out_dir: Path, settings: Dict[str, Any]) -> bool:
     """Whether ``out_dir`` holds a list made with these settings, whole."""
-    needed = ["tokens.txt", "tokens.json"] + (["bpe.model"] if settings["token_type"] == "bpe" else [])
+    needed = ["tokens.txt", "tokens.json"] + ([BPE_MODEL] if settings["token_type"] == "bpe" else [])
+    needed += [name for name in (NLSYMS, CLEANER) if name in settings]
+    needed += [NLSYMS] if "nlsyms" in settings and settings["token_type"] == "char" else []
     if not all((out_dir / name).exists() for name in needed):
         return False
     return read_settings(out_dir / "tokens.json") == settings
 
 
-def _write(out_dir: Path, tokens: Sequence[str], model: Optional[bytes], settings: Dict[str, Any]) -> Path:
-    """Write ``tokens.txt`` and ``bpe.model``, and last the settings they were made with."""
+def _write(
+    out_dir: Path, tokens: Sequence[str], model: Optional[bytes], settings: Dict[str, Any], beside: Mapping[str, str]
+) -> Path:
+    """Write ``tokens.txt``, ``bpe.model`` and the files ``beside``, and last the settings they were made with."""
     with os_errors_told(out_dir):
-        for name in ("tokens.json", "bpe.model", "tokens.txt"):
+        for name in ("tokens.json", BPE_MODEL, NLSYMS, CLEANER, "tokens.txt"):
             remove_leftovers(out_dir / name)
-        (out_dir / "tokens.json").unlink(missing_ok=True)
+        for name in ("tokens.json", NLSYMS, CLEANER):
+            (out_dir / name).unlink(missing_ok=True)
         if model is not None:
-            with replacing(out_dir / "bpe.model", "wb") as f:
+            with replacing(out_dir / BPE_MODEL, "wb") as f:
                 f.write(model)
+        for name, content in beside.items():
+            with replacing(out_dir / name) as f:
+                f.write(content)
         with replacing(out_dir / "tokens.txt") as f:
             f.writelines(f"{token}\n" for token in tokens)
         with replacing(out_dir / "tokens.json") as f:
@@ -145,14 +209,21 @@ def _write(out_dir: Path, tokens: Sequence[str], model: Optional[bytes], setting
     return out_dir / "tokens.txt"
 
 
-def _read_texts(texts: Sequence[PathLike]) -> Iterator[str]:
+def _read_texts(texts: Sequence[PathLike], token_type: str, splitter: Tokenizer) -> Iterator[str]:
     for path in texts:
         for number, line in iter_lines(path):
             key, text = split_line(line)
-            if key and not text:
-                raise UserError(f"{path}:{number}: utterance '{key}': the text is empty")
-            if key:
-                yield text
+            if not key:
+                continue
+            blank = odd_blank(text) if token_type == "char" else None  # a BPE model takes any white space for a blank
+            fault = text_fault(text) or splitter.special_fault(text)
+            if not text.strip():
+                fault = "the text is empty"
+            elif blank:
+                fault = f"the text has {name_character(blank)}, which is no plain blank; make it one (stage 2 does)"
+            if fault:
+                raise UserError(f"{path}:{number}: utterance '{key}': {fault}")
+            yield text
 
 
 def _hash(sentences: Iterable[str]) -> str:
@@ -163,9 +234,8 @@ def _hash(sentences: Iterable[str]) -> str:
 
 
 def _by_frequency(counts: Mapping[str, int]) -> List[str]:
-    """Return the characters by falling frequency (ties by code point), the blank as ``<space>``."""
-    ordered = sorted(counts, key=lambda char: (-counts[char], char))
-    return [SPACE if char == " " else char for char in ordered]
+    """Return the tokens by falling frequency (ties by code point, in which ``<space>`` is the blank)."""
+    return sorted(counts, key=lambda token: (-counts[token], " " if token == SPACE else token))
 
 
 def _sample(sentences: Iterable[str]) -> List[str]:
@@ -187,27 +257,22 @@ def _sample(sentences: Iterable[str]) -> List[str]:
     return [kept[value] for value in sorted(kept)]
 
 
-def read_pieces(model: bytes, name: str = "the BPE model") -> List[str]:
-    """Return all pieces of a SentencePiece model, in order (:class:`UserError` naming ``name`` where it is none)."""
+def _train_bpe(sentences: Iterable[str], nbpe: int, number: int, symbols: Sequence[str]) -> bytes:
+    """Train a SentencePiece unigram model, in which ``symbols`` stay whole, and return it as the bytes of its file."""
     import sentencepiece
 
-    try:
-        processor = sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as e:
-        raise UserError(f"{name} is not a SentencePiece model: {e}") from e
-    return [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
-
-
-def _train_bpe(sentences: Iterable[str], nbpe: int, number: int) -> bytes:
-    """Train a SentencePiece unigram model and return it as the bytes of its file."""
-    import sentencepiece
-
-    model = io.BytesIO()
+    model, extra = io.BytesIO(), int(UNKNOWN in symbols)
+    options: Dict[str, Any] = {"user_defined_symbols": list(symbols)} if symbols else {}
+    if extra:
+        # SentencePiece spells the name of its own piece for what is unknown; under another name, the one of the token
+        # is free. It is in the list in any case, so that there is a piece more.
+        options["unk_piece"] = "<unknown>"
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(sentences),
             model_writer=model,
-            vocab_size=nbpe,
+            vocab_size=nbpe + extra,
+            **options,
             model_type="unigram",
             character_coverage=1.0,
             input_sentence_size=100_000_000,
@@ -216,6 +281,17 @@ def _train_bpe(sentences: Iterable[str], nbpe: int, number: int) -> bytes:
             minloglevel=1,
         )
     except (RuntimeError, ValueError, SyntaxError) as e:  # SyntaxError: a number of more than 32 bits
-        # SentencePiece says what would fit, e.g. "Vocabulary size too high (500). Please set it to a value <= 123."
-        raise UserError(f"--nbpe {nbpe} does not suit these {number} sentences: {e}") from e
+        raise UserError(f"--nbpe {nbpe} does not suit these {number} sentences: {_what_fits(str(e), extra)}") from e
     return model.getvalue()
+
+
+def _what_fits(message: str, extra: int) -> str:
+    """What SentencePiece says of a vocabulary's size, less ``extra``, without its own options and places in its source.
+    """
+    high = re.search(r"too high .*<= (\d+)", message)
+    low = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
+    if high:
+        return f"give {int(high[1]) - extra} or less, or --token_type char"
+    if low:
+        return f"give {int(low[1]) - extra} or more, as each character is a piece of its own, or --token_type char"
+    return "give a number between some ten and a few thousand, as small as that of the words in them"

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import functools
+import logging
 import re
 import tempfile
+from collections import Counter
 from operator import itemgetter
 from pathlib import Path
-from typing import Callable, Iterator, List, Mapping, Optional, Sequence, Tuple
+from typing import Callable, Iterable, Iterator, List, Mapping, Optional, Sequence, Tuple
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.audio import is_pipe, read_audio_info
+from espnet_kd.data.audio import check_samples, is_pipe, read_audio_info
+from espnet_kd.data.characters import MARK, encoding_fault, id_fault, name_character, odd_blank, text_fault
 from espnet_kd.data.datadir import (
+    MAX_OVERSHOOT,
     MAX_SHOWN,
     Entry,
     PathLike,
-    iter_lines,
     join_sorted,
     os_errors_told,
     parse_segment,
@@ -24,7 +27,9 @@ from espnet_kd.data.datadir import (
     split_line,
 )
 from espnet_kd.data.parallel import map_with_bar
-from espnet_kd.data.tokens import SPACE
+from espnet_kd.data.tokenizing import TokenList
+
+Span = Tuple[str, int, Optional[float], Optional[int]]  # id, line number, seconds, channels
 
 
 class Faults:
@@ -56,9 +61,11 @@ def validate(
     allow_empty: bool = False,
     token_list: Optional[PathLike] = None,
     token_type: str = "char",
+    allow_unknown: bool = False,
     min_seconds: float = 0.1,
     max_seconds: float = 30.0,
     check_audio: bool = True,
+    decode: bool = True,
     fs: Optional[int] = 16000,
     nj: int = 1,
 ) -> int:
@@ -67,10 +74,13 @@ def validate(
     Args:
         need_text: whether ``text`` has to exist; where it exists it is checked in any case.
         allow_empty: whether an id alone in ``text`` is no fault: untranscribed audio beside transcribed.
-        token_list: a ``tokens.txt``; with ``token_type`` "char" or "word" every symbol of the texts must be in it
-            (a BPE model covers by construction what its own list covers, so only characters are compared then).
+        token_list: a ``tokens.txt``, with its BPE model, symbols and text cleaner beside it; every token of the texts
+            must be in it.
+        allow_unknown: only count the utterances with other tokens, as in validation data.
         min_seconds, max_seconds: limits of an utterance's duration.
-        check_audio: whether to read the headers of the audio files.
+        check_audio: whether to open the audio files.
+        decode: whether to decode those in which that can show a fault (see
+            :func:`~espnet_kd.data.audio.check_samples`), as formatting does, or to read their headers alone.
         fs: sampling rate in Hz that every file must have; None to accept any.
         nj: processes that read them.
 
@@ -87,12 +97,30 @@ def validate(
     names += ["utt2num_samples"] if (data_dir / "utt2num_samples").exists() else []
     kinds = {**dict.fromkeys(names, "utterance"), "spk2utt": "speaker"}
     kinds.setdefault("wav.scp", "recording")
+    for name in kinds:
+        path = data_dir / name
+        head = _head(path) if path.is_file() else b""
+        if fault := encoding_fault(head):
+            faults.add(f"{path}: {fault.replace('FILE', str(path))}")
+        elif head.startswith(MARK):
+            faults.add(f"{path}:1: a byte order mark (U+FEFF), which ESPnet would take for a part of the first id; "
+                       f"remove it (stage 2 does): sed -i '1s/^.//' {path}")  # fmt: skip
+    faults.raise_if_any()  # nothing in such files would be what it seems
     with os_errors_told(data_dir):
         sizes = {name: _check_lines(data_dir / name, faults, what) for name, what in kinds.items()}
-        _check_entries(data_dir, names, allow_empty, token_list, token_type, faults)
-        lengths = _check_audio(data_dir / "wav.scp", sizes["wav.scp"], check_audio, fs, nj, faults)
-        spans = _check_segments(data_dir, {key: s for key, _, s in lengths}, faults) if segmented else lengths
-        for utt_id, number, seconds in spans:
+        texts = _Texts(token_list, token_type, allow_empty, allow_unknown)
+        _check_entries(data_dir, names, texts, faults)
+        texts.report(data_dir / "text")
+        work = functools.partial(_read_info, check=check_audio, decode=decode)
+        nj = nj if check_audio else 1  # nothing is worth a process where nothing is opened
+        spans: Iterable[Span] = _check_audio(data_dir / "wav.scp", work, sizes["wav.scp"], fs, nj, faults)
+        if segmented:
+            spans = _check_segments(data_dir, {key: rest for key, _, *rest in spans}, faults)
+        for utt_id, number, seconds, channels in spans:
+            if channels not in (1, None):
+                where = f"{data_dir / names[0]}:{number}: utterance '{utt_id}'"
+                faults.add(f"{where}: {channels} channels, expected 1 (stage 2 takes their mean, or the channel that a "
+                           "line of segments names)")  # fmt: skip
             if seconds and not min_seconds <= seconds <= max_seconds:  # of zero length it is said already
                 limit = f"shorter than {min_seconds}" if seconds < min_seconds else f"longer than {max_seconds}"
                 faults.add(f"{data_dir / names[0]}:{number}: utterance '{utt_id}': {seconds:.2f} s, {limit} s")
@@ -100,16 +128,9 @@ def validate(
     return sizes["utt2spk"]
 
 
-def _look_up(token_list: Optional[PathLike], token_type: str) -> Callable[[str], List[str]]:
-    """Return a function that lists the symbols of a text that ``token_list`` lacks."""
-    if token_list is None:
-        return lambda text: []
-    known = {line for _, line in iter_lines(token_list)}
-    if token_type == "word":
-        return lambda text: sorted(set(text.split()) - known)
-    if token_type == "bpe":  # the blank is a part of pieces
-        known = {char for token in known for char in token} | {SPACE}
-    return lambda text: sorted({SPACE if char == " " else char for char in text} - known)
+def _head(path: Path) -> bytes:
+    with open(path, "rb") as f:
+        return f.readline(1000)
 
 
 def _check_lines(path: Path, faults: Faults, what: str) -> int:
@@ -125,6 +146,8 @@ def _check_lines(path: Path, faults: Faults, what: str) -> int:
                 raw.decode("utf-8")
             except UnicodeDecodeError as e:
                 faults.add(f"{path}:{number}: {what} '{key}': not UTF-8 ({e.reason} at byte {e.start + 1})")
+            if fault := id_fault(key) if key and what != "recording" else None:
+                faults.add(f"{path}:{number}: {what} '{key}': {fault}")
             if not key:
                 faults.add(f"{path}:{number}: an empty line; remove it")
             elif key < previous:
@@ -139,16 +162,47 @@ def _check_lines(path: Path, faults: Faults, what: str) -> int:
     return size
 
 
-def _check_entries(
-    data_dir: Path,
-    names: Sequence[str],
-    allow_empty: bool,
-    token_list: Optional[PathLike],
-    token_type: str,
-    faults: Faults,
-) -> None:
+class _Texts:
+    """What may be wrong with a text; ``allow_unknown`` counts what the token list lacks, and is no fault."""
+
+    def __init__(
+        self, token_list: Optional[PathLike], token_type: str, allow_empty: bool, allow_unknown: bool
+    ) -> None:
+        self._path, self._allow_empty, self._allow_unknown = token_list, allow_empty, allow_unknown
+        self._tokens = None if token_list is None else TokenList(token_list, token_type)
+        self._takes_any_blank = token_type == "bpe"
+        self._unknown: Counter[str] = Counter()
+        self._number = 0
+
+    def faults(self, text: str) -> Iterator[str]:
+        """Yield what is wrong with one text."""
+        if not text.strip():
+            if not self._allow_empty:
+                yield "the text is empty"
+            return
+        special = self._tokens.special_fault(text) if self._tokens else None
+        if fault := text_fault(text) or special:
+            yield fault
+        if (char := odd_blank(text)) and not self._takes_any_blank:
+            yield f"the text has {name_character(char)}, which is no plain blank; make it one (stage 2 does)"
+        elif unknown := self._tokens.unknown(text) if self._tokens and not special else []:
+            self._unknown.update(unknown)
+            self._number += 1
+            if not self._allow_unknown:
+                listed = " ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
+                yield f"not in {self._path}: {listed}"
+
+    def report(self, path: Path) -> None:
+        """Log what the token list lacks, where that is no fault."""
+        if self._allow_unknown and self._number:
+            listed = " ".join(f"{token} ({number})" for token, number in self._unknown.most_common(5))
+            more = f" and {len(self._unknown) - 5} more" if len(self._unknown) > 5 else ""
+            logging.warning("%s: %d utterances have tokens that are not in %s, each of which becomes <unk>: %s%s",
+                            path, self._number, self._path, listed, more)  # fmt: skip
+
+
+def _check_entries(data_dir: Path, names: Sequence[str], texts: _Texts, faults: Faults) -> None:
     """Note ids that one file has and another lacks, speakers that differ, and what is wrong with a text."""
-    unknown_in = _look_up(token_list, token_type)
     names = [name for name in names if (data_dir / name).exists()]
     streams = {name: read_sorted(data_dir / name, "replace") for name in names}
     told = (data_dir / "spk2utt").exists()
@@ -166,18 +220,14 @@ def _check_entries(
                     faults.add(f"{where} is missing in {other}")
             if name == "utt2spk":
                 speakers = {speaker for _, _, speaker in found.get("spk2utt", ())}
-                if not value or " " in value:
-                    faults.add(f"{where}: expected one speaker, found '{value}'")
+                if id_fault(value):
+                    faults.add(f"{where}: expected one speaker, found '{value}': {id_fault(value)}")
                 elif told and speakers != {value}:
                     listed = " and ".join(sorted(speakers)) or "no speaker"
                     faults.add(f"{where}: speaker {value} here, {listed} in spk2utt")
             elif name == "text":
-                unknown = unknown_in(value)
-                if not value and not allow_empty:
-                    faults.add(f"{where}: the text is empty")
-                if unknown:
-                    listed = " ".join(unknown[:5]) + (" …" if len(unknown) > 5 else "")
-                    faults.add(f"{where}: not in {token_list}: {listed}")
+                for fault in texts.faults(value):
+                    faults.add(f"{where}: {fault}")
 
 
 def _invert(spk2utt: Path) -> Iterator[Entry]:
@@ -191,19 +241,17 @@ def _invert(spk2utt: Path) -> Iterator[Entry]:
 
 
 def _check_audio(
-    path: Path, total: int, check: bool, fs: Optional[int], nj: int, faults: Faults
-) -> Iterator[Tuple[str, int, Optional[float]]]:
-    """Note unreadable, empty and wrongly sampled files; yield (id, line number, seconds where they are known)."""
+    path: Path, work: Callable, total: int, fs: Optional[int], nj: int, faults: Faults
+) -> Iterator[Span]:
+    """Note unreadable, empty and wrongly sampled files; yield (id, line number, seconds and channels where known)."""
     if not path.exists():
         return
-    work = functools.partial(_read_info, check=check)
     entries = read_sorted(path, "replace")
-    # Nothing is worth a process where nothing is opened.
     for (key, number, audio), info, fault in map_with_bar(
-        work, entries, nj=nj if check else 1, desc=f"checking {path.parent}", unit="file", total=total
+        work, entries, nj=nj, desc=f"checking {path.parent}", unit="file", total=total
     ):
         where = f"{path}:{number}: '{key}'"
-        seconds = None
+        seconds = channels = None
         if fault:
             faults.add(f"{where}{fault}")
         if info:
@@ -213,12 +261,10 @@ def _check_audio(
                 faults.add(f"{where}: the audio has zero length: {audio}")
             if fs is not None and rate != fs:
                 faults.add(f"{where}: sampling rate {rate} Hz, expected {fs}: {audio}; resample it (stage 2 does)")
-            if channels != 1:
-                faults.add(f"{where}: {channels} channels, expected 1: {audio}")
-        yield key, number, seconds
+        yield key, number, seconds, channels
 
 
-def _read_info(entry: Entry, check: bool) -> Tuple[Entry, Optional[Tuple[int, int, int]], str]:
+def _read_info(entry: Entry, check: bool, decode: bool) -> Tuple[Entry, Optional[Tuple[int, int, int]], str]:
     """Return a line of wav.scp with what the file's header says, and what is wrong with it."""
     audio = entry[2]
     if not audio:
@@ -226,27 +272,34 @@ def _read_info(entry: Entry, check: bool) -> Tuple[Entry, Optional[Tuple[int, in
     if is_pipe(audio):
         return entry, None, " has a shell pipe, which is not run here: convert to a file"
     try:
-        return entry, read_audio_info(audio) if check else None, ""
+        info = read_audio_info(audio, whole=True) if check else None
+        if info and decode and check_samples(audio):
+            return entry, info, f": {audio} has samples beyond full scale; scale it to 1 at most (stage 2 clips)"
+        return entry, info, ""
     except UserError as e:
         return entry, None, f": {e}"
 
 
 def _check_segments(
-    data_dir: Path, lengths: Mapping[str, Optional[float]], faults: Faults
-) -> Iterator[Tuple[str, int, float]]:
-    """Note segments that do not fit their recording; yield (utterance, line number, seconds) of the others."""
+    data_dir: Path, recordings: Mapping[str, Tuple[Optional[float], Optional[int]]], faults: Faults
+) -> Iterator[Span]:
+    """Note segments that do not fit their recording; of the others yield the same as :func:`_check_audio`."""
     path = data_dir / "segments"
     for utt_id, number, value in read_sorted(path, "replace"):
         where = f"{path}:{number}: utterance '{utt_id}'"
         try:
-            recording, start, end = parse_segment(value, where)
+            recording, start, end, channel = parse_segment(value, where)
         except UserError as e:
             faults.add(str(e))
             continue
-        seconds = lengths.get(recording)
-        if recording not in lengths:
+        if recording not in recordings:
             faults.add(f"{where}: recording '{recording}' is not in wav.scp")
-        elif seconds is not None and end > seconds + 0.05:
-            faults.add(f"{where}: ends at {end} s, the recording '{recording}' at {seconds:.2f} s")
+            continue
+        seconds, channels = recordings[recording]
+        if seconds is not None and (end > seconds + MAX_OVERSHOOT or start >= seconds):
+            faults.add(f"{where}: goes from {start} to {end} s, the recording '{recording}' to {seconds:.2f} s")
+        elif channel is not None and channels is not None and channel >= channels:
+            faults.add(f"{where}: channel {channel}, counted from 0, and '{recording}' has {channels}")
         else:
-            yield utt_id, number, end - start
+            end = end if seconds is None else min(end, seconds)
+            yield utt_id, number, end - start, channels if channel is None else 1

@@ -116,7 +116,7 @@ def test_a_segment_that_is_none(tmp_path: Path) -> None:
     src, utt_id = tmp_path / "data/train", UTTERANCE["tedlium2"]
     for times, message in (
         (b"CD_2011 3.250 2.000", f"segments:4: utterance '{utt_id}': start 3.25 and end 2.0 make no segment"),
-        (b"CD_2011 2.000", f"segments:4: utterance '{utt_id}': expected 'recording start end'"),
+        (b"CD_2011 2.000", f"segments:4: utterance '{utt_id}': expected 'recording start end \\[channel\\]'"),
         (b"XY_2011 2.000 3.250", f"segments: recording 'XY_2011' of '{utt_id}' is not in wav.scp"),
         (b"CD_2011 4.500 5.250", f"utterance '{utt_id}': no audio in .*segment 4.5 to 5.25 s of 4.00 s"),
         # A little more than the recording has is cut off, as Kaldi does; more is another recording, or no seconds.

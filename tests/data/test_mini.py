@@ -42,7 +42,7 @@ def test_same_bytes_whatever_nj(tmp_path: Path, engine: None) -> None:
         assert (tmp_path / "a" / split / "text").read_bytes() == (tmp_path / "b" / split / "text").read_bytes()
         assert validate(tmp_path / "a" / split, min_seconds=0.5, max_seconds=8) == SIZES[split]
         for text in read_map(tmp_path / "a" / split / "text").values():
-            assert re.fullmatch(r"[A-Z']+( [A-Z']+)*", text)
+            assert re.fullmatch(r"[A-Z]+( [A-Z]+)+", text)
         for utt in read_data_dir(tmp_path / "a" / split):
             assert utt.utt_id.startswith(f"{utt.speaker}-")
     mini.prepare_mini(tmp_path / "c", sizes=SIZES, nj=1, seed=4)
@@ -70,7 +70,7 @@ def test_voices_and_sentences_are_disjoint(engine: None) -> None:
     assert len({job.text for job in jobs}) == len(jobs) == sum(mini.DEFAULT_SIZES.values())
     assert {job.speaker for job in jobs if job.split == "test"} <= {n.replace(" ", "_") for n in names["test"]}
     words = {word for job in jobs for word in job.text.split()}
-    assert 100 <= len(words) <= 350
+    assert 40 <= len(words) <= 60
 
 
 def test_finished_is_kept_and_unfinished_made_anew(tmp_path: Path, engine: None) -> None:
@@ -128,10 +128,10 @@ def test_mandarin(tmp_path: Path, engine: None) -> None:
             assert re.fullmatch(r"[\u4e00-\u9fff]+", text)
 
 
-def test_letters_of_a_template_differ() -> None:
-    texts = [make_sentence(np.random.default_rng(i))[1] for i in range(300)]
-    spelled = [re.findall(r"\b[A-Z]\b", t) for t in texts]
-    assert any(len(set(letters)) == 3 for letters in spelled)
+def test_digits_of_a_template_differ() -> None:
+    texts = [make_sentence(np.random.default_rng(i))[1] for i in range(100)]
+    called = [text.split()[3:] for text in texts if text.startswith("CALL ")]
+    assert called and any(len(set(digits)) == 4 for digits in called)
 
 
 def test_mistakes_are_named(tmp_path: Path, engine: None, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,212 @@
+"""Whether utterances are long enough for a model, before it is trained: frames for its encoder, and for their texts.
+
+An encoder that subsamples needs some frames of features, and ESPnet stops in the middle of an epoch where it gets
+fewer. CTC needs a frame for each token and one for the blank between two equal ones; where there are fewer, ESPnet
+takes a loss of 0 in silence, also in validation, which chooses the model.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from pathlib import Path
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import MAX_SHOWN, join_sorted, read_sorted
+from espnet_kd.data.tokenizing import TokenList
+from espnet_kd.files import replacing
+
+PathLike = Union[str, Path]
+LONG = (2.0, 4.0)  # seconds, of the signals that the frame shift is measured on
+MARGIN = 6  # frames by which an estimate from them may be too high
+
+
+class Need(NamedTuple):
+    """What is known of an utterance before training."""
+
+    utt_id: str
+    samples: int
+    frames: int  # that CTC needs for its text; at least 1
+
+
+def frames_needed(tokens: Sequence[str]) -> int:
+    """Frames that CTC needs for a text: one for each token, and a blank between two equal ones; at least 1."""
+    return max(1, len(tokens) + sum(a == b for a, b in zip(tokens, tokens[1:])))
+
+
+def read_needs(speech_shape: PathLike, text: Optional[PathLike], tokens: TokenList) -> Iterator[Need]:
+    """Yield the utterances of a shape file, sorted by id.
+
+    Args:
+        speech_shape: of ESPnet's statistics: an utterance and its number of samples in a line.
+        text: the texts; None, or an utterance that has none, needs one frame.
+
+    Raises:
+        UserError: a file is missing, or no shape file.
+    """
+    streams = {"shape": read_sorted(speech_shape)}
+    if text is not None and Path(text).exists():
+        streams["text"] = read_sorted(text)
+    for utt_id, found in join_sorted(streams):
+        if "shape" not in found:
+            continue
+        shape = found["shape"][0][2].split(",")[0]
+        if not shape.isdecimal():
+            raise UserError(f"{speech_shape}: utterance '{utt_id}': '{shape}' is no number of samples; make it again "
+                            "(stage 4)")  # fmt: skip
+        needed = frames_needed(tokens.split(found["text"][0][2])) if "text" in found else 1
+        yield Need(utt_id, int(shape), needed)
+
+
+class FrameCounter:
+    """Frames that an encoder makes of a number of samples.
+
+    Args:
+        encode: the number of frames of a signal of so many samples; it may raise where the signal is too short.
+        rate: sampling rate, Hz.
+
+    Raises:
+        UserError: it cannot even take some seconds.
+    """
+
+    def __init__(self, encode: Callable[[int], int], rate: int) -> None:
+        self._encode = encode
+        self._known: Dict[int, int] = {}
+        self._first, self._second = (int(seconds * rate) for seconds in LONG)
+        try:
+            self._slope = (encode(self._second) - encode(self._first)) / (self._second - self._first)
+            self._base = encode(self._first)
+        except Exception as e:  # whatever a model from outside raises
+            raise UserError(f"the model cannot take {LONG[0]:g} s of audio: {e}") from e
+
+    def count(self, samples: int) -> int:
+        """Return the frames of so many samples, 0 where the encoder refuses them."""
+        if samples not in self._known:
+            try:
+                self._known[samples] = max(0, self._encode(samples))
+            except Exception:  # ESPnet's TooShortUttError, or a kernel that is larger than its input
+                self._known[samples] = 0
+        return self._known[samples]
+
+    def are_enough(self, samples: int, frames: int) -> bool:
+        """Whether so many samples make so many frames; measured only where an estimate leaves a doubt."""
+        estimate = self._base + (samples - self._first) * self._slope - MARGIN
+        return estimate >= frames or self.count(samples) >= frames
+
+    def shortest(self) -> int:
+        """Return the least number of samples that makes a frame."""
+        low, high = 0, self._first
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if self.count(middle) else (middle, high)
+        return high
+
+
+def check_lengths(
+    name: str, needs: Iterator[Need], counter: FrameCounter, model: str, rate: int, report: Optional[PathLike] = None
+) -> Tuple[int, int]:
+    """Refuse utterances that are too short for a model, and count those that are too short for their texts.
+
+    Args:
+        name: what messages call the data.
+        model: what they call the model.
+        rate: sampling rate, Hz.
+        report: a file that gets the ids of the latter.
+
+    Returns:
+        the number of utterances, and of those that are too short for their texts.
+
+    Raises:
+        UserError: an utterance makes no frame.
+    """
+    short: List[str] = []
+    tight: List[str] = []
+    number = too_short = 0
+    for need in needs:
+        number += 1
+        if counter.are_enough(need.samples, need.frames):
+            continue
+        frames = counter.count(need.samples)
+        if not frames:
+            too_short += 1
+            short += [f"{need.utt_id} ({need.samples / rate:.3f} s)"] if too_short <= MAX_SHOWN else []
+        else:
+            tight.append(f"{need.utt_id} {frames} {need.frames}\n")
+    if too_short:
+        more = f" and {too_short - MAX_SHOWN} more" if too_short > MAX_SHOWN else ""
+        seconds = counter.shortest() / rate
+        raise UserError(
+            f"{name}: {too_short} of {number} utterances are too short for {model}: {', '.join(short)}{more}; it needs "
+            f"{seconds:.3f} s: leave them out, with --min_seconds {seconds + 0.0005:.3f} in stages 2 to 4"
+        )
+    if report is not None:
+        Path(report).unlink(missing_ok=True)
+    if tight:
+        shown = ", ".join("{} ({} frames, {} needed)".format(*line.split()) for line in tight[:5])
+        more = f" and {len(tight) - 5} more" if len(tight) > 5 else ""
+        where = f"; all in {report}" if report is not None else ""
+        logging.warning("%s: %d of %d utterances (%.1f %%) have fewer frames in %s than CTC needs for their tokens, "
+                        "and add a loss of 0: %s%s%s", name, len(tight), number, 100 * len(tight) / number, model,
+                        shown, more, where)  # fmt: skip
+        if report is not None:
+            with replacing(report) as f:
+                f.writelines(tight)
+    else:
+        logging.info("%s: all %d utterances have frames enough in %s", name, number, model)
+    return number, len(tight)
+
+
+def espnet_encoder(options: Sequence[str], token_list: PathLike) -> Tuple[Callable[[int], int], int]:
+    """Return the function for :class:`FrameCounter` of a model that ESPnet would make, and its sampling rate in Hz.
+
+    Args:
+        options: of ``espnet2.bin.asr_train``, such as ``--config conf/train_student.yaml``.
+
+    Raises:
+        UserError: ESPnet makes no model of them.
+    """
+    with _quiet():
+        return _build(options, token_list)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep what ESPnet logs of its own models, of which this one is never trained, off the terminal."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+def _build(options: Sequence[str], token_list: PathLike) -> Tuple[Callable[[int], int], int]:
+    import espnet_kd.offline  # noqa: F401, I001  (before espnet2)
+    import torch
+    from espnet2.tasks.asr import ASRTask
+
+    # Options of distillation, which ESPnet does not know, change no length.
+    args, _ = ASRTask.get_parser().parse_known_args([*options, "--token_list", str(token_list), "--output_dir", "no"])
+    args.normalize, args.normalize_conf, args.specaug = None, {}, None  # which change no length
+    args.token_list = [line.rstrip("\n") for line in open(token_list, encoding="utf-8")]  # noqa: SIM115
+    try:
+        model = ASRTask.build_model(args).eval()
+    except Exception as e:  # whatever a component of ESPnet raises for its own options
+        raise UserError(f"{' '.join(options)}: ESPnet makes no model of these: {e}") from e
+    rate = args.frontend_conf.get("fs", 16000)
+    if isinstance(rate, str):
+        import humanfriendly
+
+        rate = humanfriendly.parse_size(rate)
+
+    def encode(samples: int) -> int:
+        with torch.no_grad(), _quiet():
+            signal = 0.1 * torch.randn(1, samples, generator=torch.Generator().manual_seed(0))
+            return int(model.encode(signal, torch.tensor([samples]))[1][0])
+
+    return encode, int(rate)

@@ -1,0 +1,175 @@
+"""How ESPnet cuts a text into tokens: by a token list and what lies beside it, without importing ESPnet.
+
+A directory of a token list holds ``tokens.txt``, and where there are such ``bpe.model``, ``nlsyms.txt`` (symbols that
+stay whole in a text of characters, one a line; ESPnet's ``non_linguistic_symbols``) and ``cleaner`` (the name of
+ESPnet's text cleaner).
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Callable, List, Optional, Sequence, Union
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import iter_lines
+
+PathLike = Union[str, Path]
+BLANK, UNKNOWN, SOS_EOS, SPACE = "<blank>", "<unk>", "<sos/eos>", "<space>"
+SPECIAL = (UNKNOWN, BLANK, SOS_EOS, SPACE, "<s>", "</s>")
+NLSYMS, CLEANER, BPE_MODEL = "nlsyms.txt", "cleaner", "bpe.model"
+
+
+class Tokenizer:
+    """Cuts texts as ESPnet does.
+
+    Args:
+        token_type: "char", "bpe" or "word".
+        model: bytes of the SentencePiece model, for "bpe".
+        symbols: what stays whole, for "char".
+        cleaner: name of an ESPnet text cleaner, which a text goes through first.
+
+    Raises:
+        UserError: no such token type, model or cleaner.
+    """
+
+    def __init__(
+        self,
+        token_type: str,
+        *,
+        model: Optional[bytes] = None,
+        model_name: str = "the BPE model",
+        symbols: Sequence[str] = (),
+        cleaner: Optional[str] = None,
+    ) -> None:
+        self._clean = _load_cleaner(cleaner) if cleaner else None
+        if token_type == "bpe":
+            if model is None:
+                raise UserError(f"{model_name} is needed with --token_type bpe; stage 3 puts it beside tokens.txt")
+            self._split: Callable[[str], List[str]] = load_model(model, model_name).encode_as_pieces
+        elif token_type == "word":
+            self._split = str.split
+        else:
+            self._parts = re.compile("|".join([*map(re.escape, symbols), "."]), re.DOTALL)
+            self._split = self._split_characters
+
+    def split(self, text: str) -> List[str]:
+        """Return the tokens of ``text``, whether or not a list has them."""
+        return self._split(self._clean(text) if self._clean else text)
+
+    def _split_characters(self, text: str) -> List[str]:
+        return [SPACE if part == " " else part for part in self._parts.findall(text)]
+
+    def special_fault(self, text: str) -> Optional[str]:
+        """Why the names of special tokens in ``text`` cannot stay there, or None.
+
+        ``<unk>`` may stay where it becomes that one token, which an unknown word is.
+        """
+        for name in SPECIAL if "<" in text else ():
+            if name in text:
+                whole = self.split(text).count(name) == text.count(name)
+                if name in (BLANK, SOS_EOS) or not whole:
+                    why = "" if whole else ", which would be spelled letter by letter"
+                    return f"the text has {name}, the name of a special token{why}; take it out of the text"
+        return None
+
+
+class TokenList(Tokenizer):
+    """A token list with the files beside it."""
+
+    def __init__(self, path: PathLike, token_type: str = "char") -> None:
+        path = Path(path)
+        self.tokens = [line for _, line in iter_lines(path)]
+        self._known = set(self.tokens)
+        model = path.parent / BPE_MODEL
+        content = model.read_bytes() if token_type == "bpe" and model.is_file() else None
+        super().__init__(token_type, model=content, model_name=str(model),
+                         symbols=read_symbols(path.parent / NLSYMS), cleaner=read_cleaner(path.parent))  # fmt: skip
+        if content is not None:
+            check_model(self.tokens, content, str(model), str(path))
+
+    def unknown(self, text: str) -> List[str]:
+        """Return the tokens of ``text`` that the list lacks, sorted; ESPnet takes ``<unk>`` for each."""
+        return sorted({token for token in self.split(text) if token not in self._known})
+
+
+def load_model(model: bytes, name: str = "the BPE model"):
+    """Return the SentencePiece processor of a model (:class:`UserError` naming ``name`` where it is none)."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as e:
+        raise UserError(f"{name} is not a SentencePiece model: {e}") from e
+
+
+def read_pieces(model: bytes, name: str = "the BPE model") -> List[str]:
+    """Return all pieces of a SentencePiece model, in order (:class:`UserError` naming ``name`` where it is none)."""
+    processor = load_model(model, name)
+    return [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
+
+
+def usable_pieces(model: bytes, name: str = "the BPE model") -> List[str]:
+    """Return those pieces of a SentencePiece model that a text can become, in order; errors of :func:`read_pieces`."""
+    processor = load_model(model, name)
+    idle = (processor.is_unknown, processor.is_control, processor.is_unused, processor.is_byte)
+    numbers = range(processor.get_piece_size())
+    return [processor.id_to_piece(i) for i in numbers if not any(is_idle(i) for is_idle in idle)]
+
+
+def check_model(tokens: Sequence[str], model: bytes, name: str, owner: str) -> None:
+    """Refuse a BPE model that does not belong to a token list: a piece that one has and the other lacks.
+
+    Args:
+        name, owner: what messages call the model and the token list.
+
+    Raises:
+        UserError: they do not belong together, or the model is none.
+    """
+    pieces = set(read_pieces(model, name))
+    absent = [token for token in tokens if token not in pieces and token not in (BLANK, UNKNOWN, SOS_EOS)]
+    if absent:
+        raise UserError(f"{name} does not belong to {owner}: it has no pieces {' '.join(absent[:5])}")
+    known = set(tokens)
+    extra = [piece for piece in usable_pieces(model, name) if piece not in known]
+    if extra:
+        raise UserError(f"{name} does not belong to {owner}: {len(extra)} of its {len(pieces)} pieces are none of "
+                        f"the {len(tokens)} tokens ({' '.join(extra[:5])}), and would become {UNKNOWN}; give the model "
+                        "that the list was made from")  # fmt: skip
+
+
+def read_symbols(path: Path) -> List[str]:
+    """Return the symbols of a ``non_linguistic_symbols`` file, one a line; none where there is no file.
+
+    Raises:
+        UserError: one of them is a part of another, or has white space in it.
+    """
+    if not path.is_file():
+        return []
+    lines = [(number, line.rstrip()) for number, line in iter_lines(path)]
+    symbols = list(dict.fromkeys(line for _, line in lines if line))
+    for number, symbol in lines:
+        longer = next((other for other in symbols if other.startswith(symbol) and other != symbol), None)
+        if symbol and (re.search(r"\s", symbol) or longer):
+            why = "white space in it" if longer is None else f"the beginning of {longer}"
+            raise UserError(f"{path}:{number}: '{symbol}' cannot be a symbol that stays whole: {why}; rename it")
+    return symbols
+
+
+def read_cleaner(directory: Path) -> Optional[str]:
+    """Return the name of the text cleaner of a token list's directory, or None."""
+    path = directory / CLEANER
+    return path.read_text(encoding="utf-8").strip() or None if path.is_file() else None
+
+
+def _load_cleaner(name: str) -> Callable[[str], str]:
+    import espnet_kd.offline  # noqa: F401  (before espnet2.text, which looks for downloads)
+
+    try:
+        from espnet2.text.cleaner import TextCleaner
+
+        cleaner = TextCleaner(name)
+        cleaner("a")
+    except Exception as e:  # an import that is missing, or whatever a cleaner raises that is none
+        raise UserError(f"the teacher's text cleaner '{name}' cannot be used here: {e}; install what it needs") from e
+    return cleaner
