@@ -47,6 +47,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         UserError: anything that the user can mend.
     """
     args = get_parser().parse_args(argv)
+    cli.refuse_empty(args)
     for name in ("nj", "top_k", "shard_size"):
         if getattr(args, name) < 1:
             raise cli.UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
@@ -75,13 +76,13 @@ def write(args: argparse.Namespace, output: Path, job: int, jobs: int, device: s
     from espnet_kd.distill.page import needed_targets
     from espnet_kd.targets import cache_writer as writer
     from espnet_kd.targets.cache import Manifest, Policy, hash_file, hash_tokens
-    from espnet_kd.targets.encode import measure_frame_shift
+    from espnet_kd.targets.encode import ctc_tokens, measure_frame_shift
     from espnet_kd.targets.experiment import find_experiment, load_model
     from espnet_kd.targets.online import sampling_rate
 
     config, model_file = find_experiment(args.teacher)
     model, train_args = load_model(config, model_file, device)
-    top_k = min(args.top_k, len(model.token_list) - 1)
+    top_k = min(args.top_k, len(ctc_tokens(model)) - 1)
     policy = Policy(top_k, **asdict(needed_targets(args.kd_config)))
     rate = sampling_rate(train_args)
     shift = measure_frame_shift(model, rate)

@@ -4,7 +4,9 @@ Example:
     python -m espnet_kd.bin.asr_kd_export --expdir exp/student_progressive_fkl
 
 It writes EXPDIR/export with config.yaml (no KD keys), model.pth (student keys only), feats_stats.npz, bpe.model if
-any. Paths in config.yaml are relative to the directory the command runs in, as ESPnet writes them.
+any, decode.yaml (the options that a CTC model is decoded with) and README.md (how to use it), and EXPDIR/export.zip,
+which is that of espnet2.bin.pack. ESPnet loads them from any directory. Paths in config.yaml are relative to the
+directory the command runs in, as ESPnet writes them.
 """
 
 from __future__ import annotations
@@ -14,8 +16,7 @@ import logging
 from pathlib import Path
 from typing import Optional, Sequence
 
-from espnet_kd.cli import run
-from espnet_kd.distill.export import export
+from espnet_kd.cli import refuse_empty, run
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -29,6 +30,9 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Export (see the module's docstring)."""
     args = get_parser().parse_args(cmd)
+    refuse_empty(args)
+    from espnet_kd.distill.export import export  # --help and mistakes in the command line are answered at once
+
     out = export(args.expdir, args.output_dir)
     logging.info("exported to %s", out)
 

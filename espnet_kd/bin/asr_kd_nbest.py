@@ -36,7 +36,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--beam_size_token", type=int, default=20, help=BEAM_SIZE_TOKEN_HELP)
     parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="0: CPU, 1: GPU (the search is on the CPU)")
     parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio in a batch, padding included")
-    parser.add_argument("--nj", type=int, default=1, help="batches encoded at the same time; 1 on a GPU")
+    parser.add_argument("--nj", type=int, default=1, help="batches at the same time; on a GPU processes that search")
     parser.add_argument("--force", action="store_true", help="search again even if it is done")
     return parser
 
@@ -48,6 +48,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         UserError: anything that the user can mend.
     """
     args = get_parser().parse_args(argv)
+    cli.refuse_empty(args)
     check_options(args)
     output = Path(args.output)
     if output.is_dir():
@@ -63,14 +64,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     # Imported here: --help, mistakes in the command line and finished files are answered at once.
     import numpy as np
 
-    from espnet_kd.decode.recognise import NbestRecogniser, choose_device, recognise
+    from espnet_kd.decode.beam_recognise import NbestRecogniser
+    from espnet_kd.decode.recognise import choose_device, recognise
     from espnet_kd.targets.experiment import find_experiment, load_model
     from espnet_kd.targets.nbest import write_nbest
 
     device = choose_device(args)
     config, model_file = find_experiment(args.teacher)
     model, train_args = load_model(config, model_file, device)
-    recogniser = NbestRecogniser(model, train_args, config.parent, **search)
+    recogniser = NbestRecogniser(model, train_args, config.parent, search_jobs=args.search_jobs, **search)
     utterances = read_all_utterances(args.data_dir, recogniser.rate)
     found, timing = recognise(recogniser, utterances, args.batch_seconds, args.nj)
 

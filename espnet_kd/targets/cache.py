@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -44,6 +45,8 @@ COUNTS = ("utterances", "frames", "rows", "bytes")
 ROWS = ("tokens", "log_probs")  #: arks that have a row for each frame with tokens; of none where there is none
 #: Least log-probability that is kept, in nats: with 16 bits a number its error stays below 0.0005.
 _FLOOR = -60.0
+#: More than any count or rate in a manifest.
+_LARGE = 10**7
 
 
 @dataclass(frozen=True)
@@ -107,21 +110,44 @@ def read_manifest(cache: PathLike) -> Manifest:
             raise UserError(
                 f"{path} has format {content.get('format')}, not {FORMAT}; make the cache anew: asr_kd_cache --force"
             )
-        if content["shards"] < 1 or set(content["counts"]) not in (set(), set(COUNTS)):
-            raise ValueError("wrong shards or counts")
         policy = content.pop("policy")
         for kind, found in ((Policy, policy), (Manifest, content)):
             for name, hint in parameters(kind).items():
                 if name in found:
                     check_type(found[name], hint, f"{path} is damaged: {name}")
         policy = Policy(**{k: tuple(v) if isinstance(v, list) else v for k, v in policy.items()})
-        return Manifest(policy=policy, **content)
+        manifest = Manifest(policy=policy, **content)
+        _check_values(manifest)
+        return manifest
     except FileNotFoundError as e:
         raise UserError(f"{cache} is no target cache: it has no {MANIFEST}; asr_kd_cache makes one") from e
-    except (OSError, ValueError, TypeError, AttributeError, KeyError) as e:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as e:
         raise UserError(
             f"{path} is damaged ({type(e).__name__}: {e}); make the cache anew: asr_kd_cache --force"
         ) from e
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Refuse values that no cache has (ValueError): sizes of arrays and names of files are made of them."""
+    policy = manifest.policy
+    positive = {f"temperature {tau}": tau for tau in policy.temperatures}
+    positive.update(frame_shift=manifest.frame_shift, sampling_rate=manifest.sampling_rate)
+    wrong = [f"{name} {value}" for name, value in positive.items() if not 0 < value < _LARGE]
+    for name, value, most in (
+        ("num_tokens", manifest.num_tokens, _LARGE),
+        ("top_k", policy.top_k, manifest.num_tokens - 1),
+        ("hidden_size", manifest.hidden_size, _LARGE),
+        ("shards", manifest.shards, _LARGE),
+    ):
+        if not 1 <= value <= most:
+            wrong.append(f"{name} {value}")
+    if policy.tokens_on not in ("nonblank", "all"):
+        wrong.append(f"tokens_on {policy.tokens_on!r}")
+    wrong += [f"tap {tap!r}" for tap in policy.taps if not re.fullmatch(r"encoder(\.\d+)?", tap)]
+    if set(manifest.counts) not in (set(), set(COUNTS)) or any(n < 0 for n in manifest.counts.values()):
+        wrong.append(f"counts {manifest.counts}")
+    if wrong:
+        raise ValueError(f"it says {', '.join(wrong)}")
 
 
 def shard_dir(cache: PathLike, number: int) -> Path:

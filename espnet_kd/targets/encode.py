@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 from dataclasses import dataclass, field
-from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple
+from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import Tensor
@@ -22,6 +23,8 @@ WHOLE = (
     "ContextualBlockTransformerEncoder",
     "ContextualBlockConformerEncoder",
 )
+#: Encoders that want batches sorted by length.
+SORTED = ("RNNEncoder", "VGGRNNEncoder")
 #: Hz; of a model that is fed with features.
 FEATURE_RATE = 100.0
 
@@ -62,7 +65,8 @@ def check_taps(model: torch.nn.Module, wanted: Sequence[str], whose: str) -> Non
     Raises:
         UserError: naming the tap and those there are.
     """
-    if "decoder" in wanted and (model.decoder is None or model.use_transducer_decoder):
+    other = type(model.decoder).__name__ == "MLMDecoder"  # Mask-CTC's
+    if "decoder" in wanted and (model.decoder is None or model.use_transducer_decoder or other):
         raise UserError(f"the {whose} has no attention decoder: attention_kl needs one in student and teacher")
     wanted = [tap for tap in wanted if tap != "decoder"]
     if not wanted:
@@ -117,13 +121,53 @@ def encode(
     Returns:
         encoder output (B, T, D), lengths (B,), InterCTC's intermediate outputs, hidden states by tap
     """
+    order = falling_order(model.encoder, speech_lengths)
+    if order is not None:
+        speech, speech_lengths = speech[order], speech_lengths[order]
     with recording(model.encoder, taps) as hidden:
         # Without a frontend, normalisation and SpecAugment work in place on what was given.
         out, lengths = model.encode(speech if model.frontend is not None else speech.clone(), speech_lengths)
     out, intermediate = out if isinstance(out, tuple) else (out, [])
+    if order is not None:  # such encoders have no layers that could be tapped, and no InterCTC
+        back = order.argsort()
+        out, lengths = out[back], lengths[back]
     if "encoder" in taps:
         hidden["encoder"] = out
     return out, lengths, intermediate, hidden
+
+
+def falling_order(encoder: torch.nn.Module, lengths: Tensor) -> Optional[Tensor]:
+    """The order (B,) in which ESPnet's RNN encoders want a batch, by falling length; None where it is as it should be.
+
+    They pack the batch, which ESPnet's iterators sort by default only.
+    """
+    if type(encoder).__name__ not in SORTED or not (lengths[1:] > lengths[:-1]).any():
+        return None
+    return lengths.argsort(descending=True, stable=True)
+
+
+@torch.no_grad()
+def least_samples(model: torch.nn.Module, sampling_rate: float) -> int:
+    """The fewest samples (feature frames where a model is fed with those) of which a model makes a frame.
+
+    Below, frontend or subsampling end in an error. Searched among signals of up to four seconds, in eval mode.
+
+    Raises:
+        UserError: as :func:`input_width`; or four seconds are not enough.
+    """
+    from espnet2.asr.encoder.conformer_encoder import TooShortUttError
+
+    longest = probe(model, sampling_rate, 1.0 if takes_samples(model) else 4.0)[1].item()
+
+    def serves(n: int) -> bool:
+        try:
+            return probe(model, sampling_rate, n)[2] > 0
+        except (RuntimeError, ValueError, AssertionError, IndexError, TooShortUttError):
+            return False
+
+    if not serves(longest):
+        raise UserError("the model makes no frame of a test signal of four seconds")
+    return bisect.bisect_left(range(1, longest), True, key=serves) + 1
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -150,20 +194,35 @@ def recording_decoder(model: torch.nn.Module) -> Iterator[List[Tensor]]:
 def input_width(model: torch.nn.Module) -> Tuple[int, ...]:
     """What a sample of a model's input has: () for audio, (D,) for a model without frontend, fed with features.
 
+    An encoder that takes audio itself has the ``input_size`` 1.
+
     Raises:
         UserError: a model without frontend whose input width is not known.
     """
-    if model.frontend is not None:
+    size = getattr(model, "input_size", None)
+    if model.frontend is not None or size == 1:
         return ()
-    mean = getattr(model.normalize, "mean", None)
-    if mean is None:
-        raise UserError("a model fed with features needs normalize: global_mvn, which knows their width")
-    return (mean.numel(),)
+    if size is None:
+        mean = getattr(model.normalize, "mean", None)
+        if mean is None:
+            raise UserError("the width of the features that this model is fed with is not known: give input_size")
+        size = mean.numel()
+    return (int(size),)
+
+
+def takes_samples(model: torch.nn.Module) -> bool:
+    """Whether a model's encoder takes audio itself, as wav2vec 2.0's does."""
+    return model.frontend is None and not input_width(model)
+
+
+def ctc_tokens(model: torch.nn.Module) -> List[str]:
+    """The tokens that an ESPnetASRModel's CTC head has: not Mask-CTC's <mask>, which ends its token list."""
+    return list(model.token_list)[: model.ctc.ctc_lo.out_features]
 
 
 @torch.no_grad()
-def probe(model: torch.nn.Module, sampling_rate: float, seconds: float) -> Tuple[Tensor, Tensor, int]:
-    """Encode a test signal alone, in eval mode.
+def probe(model: torch.nn.Module, sampling_rate: float, duration: Union[float, int]) -> Tuple[Tensor, Tensor, int]:
+    """Encode a test signal alone, in eval mode: of so many seconds, or where it is a whole number, samples.
 
     Returns:
         speech (1, samples), or (1, frames, D) for a model without frontend, which gets feature frames of 10 ms;
@@ -174,7 +233,7 @@ def probe(model: torch.nn.Module, sampling_rate: float, seconds: float) -> Tuple
     """
     width = input_width(model)
     p = next(model.parameters())
-    n = int(seconds * (FEATURE_RATE if width else sampling_rate))
+    n = duration if isinstance(duration, int) else int(duration * (FEATURE_RATE if width else sampling_rate))
     # Not silence: utterance-wise normalisation divides by the deviation.
     speech = torch.sin(torch.arange(n, device=p.device, dtype=p.dtype)).view(1, n, *[1] * len(width))
     speech = speech.repeat(1, 1, *width)  # not expand: normalisation works in place
@@ -192,9 +251,11 @@ def measure_frame_shift(model: torch.nn.Module, sampling_rate: float) -> float:
 
     ``sampling_rate`` is in Hz. Raises UserError as :func:`input_width`.
     """
-    # Ten seconds and thirty: edge effects of a few frames stay under 1 % of the difference.
-    (_, short, few), (_, long, many) = (probe(model, sampling_rate, s) for s in (10.0, 30.0))
-    rate = FEATURE_RATE if model.frontend is None else sampling_rate
+    # Ten seconds and thirty: edge effects of a few frames stay under 1 % of the difference. Of an encoder that takes
+    # samples ESPnet makes a mask of N × N, and its frames have no edges.
+    durations = (0.5, 1.5) if takes_samples(model) else (10.0, 30.0)
+    (_, short, few), (_, long, many) = (probe(model, sampling_rate, s) for s in durations)
+    rate = FEATURE_RATE if input_width(model) else sampling_rate
     shift = (long - short).item() / rate / (many - few)
     # In quarter milliseconds: hop lengths are, rounding of lengths is not.
     return nearest_multiple(shift, 0.0005) * 0.0005

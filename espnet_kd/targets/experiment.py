@@ -6,18 +6,23 @@ import argparse
 import contextlib
 import logging
 import pickle
+import pickletools
 import re
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
 
 import numpy as np
 import torch
-import yaml
 
 from espnet_kd.cli import UserError, trusts_pickles
-from espnet_kd.targets.packed import is_packed, unpack
+from espnet_kd.safe_yaml import parse_yaml
+from espnet_kd.targets.named_files import read_token_list
+from espnet_kd.targets.packed import check_expansion, is_packed, unpack
+from espnet_kd.targets.portable import PORTABLE, unfold_config, unfold_state
+from espnet_kd.targets.states import fit_state
+from espnet_kd.targets.trust import check_components, guarded
 
 #: Prefix of what is trained beside a student (projections, heads) and dropped from it afterwards.
 KD_PREFIX = "kd_heads."
@@ -26,8 +31,9 @@ KD_PREFIX = "kd_heads."
 def find_experiment(path: Union[str, Path]) -> Tuple[Path, Path]:
     """Return (config.yaml, model file) of an experiment ``EXP``, ``EXP/FILE.pth`` or a model packed by ESPnet.
 
-    Without a file: the averaged model of the first ``best_model_criterion``, else its best epoch, else
-    ``latest.pth``; in an exported directory ``model.pth``.
+    Without a file: the averaged model of the first ``best_model_criterion`` of validation, else its best epoch; then
+    those of training; else ``latest.pth``. In an exported directory ``model.pth``, in that of a KD stage
+    ``student.pth``.
 
     Raises:
         UserError: nothing there, no config.yaml, or no model in it; as :func:`espnet_kd.targets.packed.unpack`.
@@ -48,15 +54,28 @@ def find_experiment(path: Union[str, Path]) -> Tuple[Path, Path]:
         raise UserError(f"{config} is missing: an ESPnet experiment has a config.yaml beside its .pth files")
     if not candidates:
         candidates = [path / "model.pth"]
-        for phase, key, *_ in read_config(config).get("best_model_criterion") or []:
+        for phase, key in _criteria(read_config(config), config):
             candidates += sorted(path.glob(f"{phase}.{key}.ave.pth"))
             candidates += sorted(path.glob(f"{phase}.{key}.ave_*best.pth"))
             candidates.append(path / f"{phase}.{key}.best.pth")
-        candidates.append(path / "latest.pth")
+        candidates += [path / "latest.pth", path / "student.pth"]
     for model in candidates:
         if model.is_file():
             return config, model
     raise UserError(f"no finished model in {path}: looked for {', '.join(c.name for c in candidates)}")
+
+
+def _criteria(content: Dict, config: Path) -> List[Tuple[str, str]]:
+    """(phase, key) of ``best_model_criterion``, those of validation first: what fits the training data best may have
+    learnt it by heart, and ESPnet's own default begins with the loss of training.
+    """
+    criteria = content.get("best_model_criterion") or []
+    if not isinstance(criteria, list) or not all(isinstance(c, list) and len(c) > 1 for c in criteria):
+        raise UserError(f"{config}: best_model_criterion: expected a list of [phase, key, mode], found {criteria!r}")
+    found = [(str(phase), str(key)) for phase, key, *_ in criteria]
+    # They become names of files.
+    found = [pair for pair in found if all(re.fullmatch(r"[\w.-]+", part) for part in pair)]
+    return sorted(found, key=lambda pair: pair[0] != "valid")
 
 
 def read_config(config: Union[str, Path]) -> Dict:
@@ -66,9 +85,10 @@ def read_config(config: Union[str, Path]) -> Dict:
         UserError: unreadable, or not a mapping.
     """
     try:
-        content = yaml.safe_load(Path(config).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        text = Path(config).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"cannot read {config}: {e}") from e
+    content = parse_yaml(text, f"cannot read {config}")
     if not isinstance(content, dict):
         raise UserError(f"{config} is not a mapping of options")
     return content
@@ -80,24 +100,43 @@ def load_safely(path: Union[str, Path], allowed: Sequence[Any] = (), mmap: bool 
     With ``ESPNET_KD_TRUST_PICKLE=1`` everything is loaded.
 
     Raises:
-        UserError: a whole file that holds something else: to read that could run code.
-        Whatever torch raises for a file that is absent, damaged or of another kind.
+        UserError: a whole file that holds something else, which to read could run code; or one that unpacks to many
+            times its size.
+        Whatever torch raises for a file that is absent, damaged or of another kind, without its advice on how to load
+            the file nevertheless.
     """
+    archive = zipfile.is_zipfile(path)
+    if archive:
+        check_expansion(path)
     try:
         with torch.serialization.safe_globals(list(allowed)):
             return torch.load(path, map_location="cpu", weights_only=not trusts_pickles(), mmap=mmap)
     except pickle.UnpicklingError as e:
-        found = re.search(r"Unsupported global: GLOBAL (\S+)", str(e))
-        if found is None or (zipfile.is_zipfile(path) and zipfile.ZipFile(path).testzip() is not None):
-            raise
+        found = re.search(r"(?:Unsupported global:|unsupported) GLOBAL (\S+)", str(e))
+        damaged = archive and zipfile.ZipFile(path).testzip() is not None
+        if damaged or (found is None and not _has_pickled_objects(path)):
+            raise pickle.UnpicklingError("it is no file that torch.save has written whole") from e
+        what = f" ({found[1]})" if found else ""
         raise UserError(
-            f"{path} holds more than tensors ({found[1]}), and reading that could run code; "
+            f"{path} holds more than tensors{what}, and reading that could run code; "
             "if you trust who made it, set ESPNET_KD_TRUST_PICKLE=1"
         ) from e
 
 
+def _has_pickled_objects(path: Union[str, Path]) -> bool:
+    """Whether a file is one whole pickle that imports something, as far as can be seen without running it."""
+    imports = False
+    try:
+        with open(path, "rb") as f:
+            for opcode, _, _ in pickletools.genops(f):
+                imports = imports or opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST", "REDUCE")
+    except Exception:  # no pickle, or half of one
+        return False
+    return imports
+
+
 def load_state(model_file: Union[str, Path]) -> Dict[str, torch.Tensor]:
-    """Load a state dict, refusing anything but tensors (:func:`load_safely`).
+    """Load a state dict, refusing anything but tensors (:func:`load_safely`); also the ``module`` of a DeepSpeed file.
 
     Raises:
         UserError: unreadable, damaged, or holding other objects.
@@ -107,8 +146,10 @@ def load_state(model_file: Union[str, Path]) -> Dict[str, torch.Tensor]:
     except UserError:
         raise
     except Exception as e:  # pickle, zip, runtime or OS error: all of them say that this file is no good
-        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        reason = next(iter(str(e).splitlines()), "") or type(e).__name__
         raise UserError(f"cannot load {model_file}: {reason}; is the file damaged, or not a model?") from e
+    if isinstance(state, dict) and isinstance(state.get("module"), dict):
+        state = state["module"]
     if not isinstance(state, dict) or not all(isinstance(v, torch.Tensor) for v in state.values()):
         raise UserError(f"{model_file} is not a model (a mapping of names to tensors); give an …epoch.pth or ….ave.pth")
     return state
@@ -119,27 +160,41 @@ def student_only(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return {k: v for k, v in state.items() if not k.startswith(KD_PREFIX)}
 
 
-def load_model(config: Union[str, Path], model_file: Union[str, Path], device: str = "cpu"):
+def load_model(
+    config: Union[str, Path], model_file: Union[str, Path], device: str = "cpu"
+) -> Tuple[Any, argparse.Namespace]:
     """Build the ESPnet ASR model of ``config`` and load ``model_file`` into it, in eval mode.
 
-    Every key must match (ESPnet's own loader lets missing ones pass); keys under ``kd_heads.`` are left out.
+    Nothing that the configuration names is loaded, downloaded or run (:mod:`espnet_kd.targets.trust`). Every key must
+    match (ESPnet's own loader lets missing ones pass), but for what :func:`espnet_kd.targets.states.fit_state` knows of
+    older files; keys under ``kd_heads.`` are left out.
 
     Returns:
         (ESPnetASRModel, argparse.Namespace of the config)
 
     Raises:
-        UserError: the files don't fit each other, or cannot be read.
+        UserError: the files don't fit each other, cannot be read, or could run code.
     """
     from espnet_kd.offline import ASRTask
 
-    args = argparse.Namespace(**read_config(config))
+    content = read_config(config)
+    args = argparse.Namespace(**unfold_config(content, str(config)))
     args.init = None  # the values come from the file
+    check_components(args, config)
+    args.token_list = read_token_list(args.token_list, Path(config))
     state = student_only(load_state(model_file))
+    if PORTABLE in content:
+        state = unfold_state(state)
     try:
-        with _statistics(args, Path(config).parent, state):
+        with _statistics(args, state, f"{model_file} does not fit {config}"), guarded():
             model = ASRTask.build_model(args)
+            if getattr(args, "use_adapter", False):
+                _add_adapter(model, args)
+    except UserError:
+        raise
     except Exception as e:
         raise UserError(f"cannot build the model of {config}: {type(e).__name__}: {e}") from e
+    state = fit_state(model, state, model_file)
     try:
         model.load_state_dict(state)
     except RuntimeError as e:  # torch's message lists missing keys, unexpected keys and sizes
@@ -148,24 +203,37 @@ def load_model(config: Union[str, Path], model_file: Union[str, Path], device: s
     return model.to(device).eval(), args
 
 
-@contextlib.contextmanager
-def _statistics(args: argparse.Namespace, directory: Path, state: Dict[str, torch.Tensor]) -> Iterator[None]:
-    """Give GlobalMVN a file to open: it insists on one, although mean and deviation are in the model.
+def _add_adapter(model: torch.nn.Module, args: argparse.Namespace) -> None:
+    """The layers that ESPnet's fine-tuning adds, in the state in which it saves them."""
+    from espnet2.layers.create_adapter import create_adapter
 
-    ESPnet writes its path relative to the recipe's directory, so that from elsewhere it is not found: then the one
-    beside config.yaml serves, or one made of the model's own values.
+    try:
+        create_adapter(model, args.adapter, getattr(args, "adapter_conf", None) or {})
+    except ImportError as e:
+        raise UserError(f"adapter: {args.adapter} needs a package that is not installed: pip install loralib") from e
+
+
+@contextlib.contextmanager
+def _statistics(args: argparse.Namespace, state: Dict[str, torch.Tensor], where: str) -> Iterator[None]:
+    """Give GlobalMVN a file to open, made of the mean and deviation that are in the model.
+
+    It insists on a file when it is built. The one that config.yaml names may be absent, or that of another recipe.
     """
-    conf = getattr(args, "normalize_conf", None) or {}
-    stats, mean = conf.get("stats_file"), state.get("normalize.mean")
-    if not stats or Path(stats).is_file() or mean is None:
+    if str(getattr(args, "normalize", None)).lower() != "global_mvn":
         yield
         return
+    mean, std = (state.get(f"normalize.{name}") for name in ("mean", "std"))
+    if mean is None or std is None:
+        raise UserError(f"{where}: normalize: global_mvn, but the file lacks normalize.mean or normalize.std")
+    conf = args.normalize_conf or {}
     with tempfile.TemporaryDirectory() as scratch:
-        beside = directory / Path(stats).name
-        if not beside.is_file():
-            beside = Path(scratch) / "feats_stats.npz"
-            mean, std = mean.double().numpy(), state["normalize.std"].double().numpy()
-            np.savez(beside, count=1, sum=mean, sum_square=std**2 + mean**2)
-        args.normalize_conf = {**conf, "stats_file": str(beside)}
+        args.normalize_conf = {**conf, "stats_file": f"{scratch}/feats_stats.npz"}
+        write_statistics(Path(scratch) / "feats_stats.npz", mean, std)
         yield
         args.normalize_conf = conf
+
+
+def write_statistics(path: Path, mean: torch.Tensor, std: torch.Tensor) -> None:
+    """Write a feats_stats.npz from which ESPnet computes this mean and deviation, each (D,)."""
+    first, spread = mean.double().cpu().numpy(), std.double().cpu().numpy()
+    np.savez(path, count=1, sum=first, sum_square=spread**2 + first**2)

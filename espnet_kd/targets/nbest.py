@@ -5,7 +5,8 @@ A text file in UTF-8, one hypothesis a line, the hypotheses of an utterance on l
     utt_id rank score token token …
 
 ``rank`` counts from 1, the best; ``score`` is the log-probability in nats; the tokens are those of the token list,
-so that a file outlives a reordered list. An empty hypothesis has no tokens.
+so that a file outlives a reordered list. A token that cannot stand among others, being empty or holding a blank, is
+written by its number, ``<id:12>``. An empty hypothesis has no tokens.
 """
 
 from __future__ import annotations
@@ -39,10 +40,16 @@ def weights(scores: Sequence[float]) -> List[float]:
 
 def write_nbest(path: PathLike, nbest: Mapping[str, Hypotheses], token_list: Sequence[str]) -> None:
     """Write the N-best of utterances, in the order given; the file is whole or absent."""
+    names = _names(token_list)
     with replacing(path) as f:
         for utt_id, hypotheses in nbest.items():
             for rank, (score, ids) in enumerate(hypotheses, 1):
-                f.write(" ".join([utt_id, str(rank), f"{score:.6f}", *(token_list[i] for i in ids)]) + "\n")
+                f.write(" ".join([utt_id, str(rank), f"{score:.6f}", *(names[i] for i in ids)]) + "\n")
+
+
+def _names(token_list: Sequence[str]) -> List[str]:
+    """How the tokens are written: by name, or by number where the name would be lost or cut."""
+    return [f"<id:{i}>" if not t or any(c in t for c in " \t\n\r") else t for i, t in enumerate(token_list)]
 
 
 def read_nbest(
@@ -63,7 +70,7 @@ def read_nbest(
         UserError: naming the line: not UTF-8, too few columns, a rank that isn't the next one, a score that is no
             number, an unknown token, an utterance or hypothesis that stands twice; or no such file, or an empty one.
     """
-    id_of = {token: i for i, token in enumerate(token_list) if i != blank_id}
+    id_of = {name: i for i, name in enumerate(_names(token_list)) if i != blank_id}
     found: Dict[str, List[Tuple[float, Sequence[int]]]] = {}
     current = None
     for where, fields in _read_fields(Path(path)):

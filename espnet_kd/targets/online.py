@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-import argparse
+import logging
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, Optional, Sequence, Union
 
 import torch
 from espnet.nets.pytorch_backend.transformer.add_sos_eos import add_sos_eos
 from torch import Tensor
 
 from espnet_kd.cli import UserError
+from espnet_kd.decode.padding import OneByOne
+from espnet_kd.frames import valid
 from espnet_kd.losses.common import full_precision
-from espnet_kd.targets.encode import EncoderOutputs, check_taps, encode, half_on_gpu, input_width, measure_frame_shift
+from espnet_kd.targets.audio_options import sampling_rate, to_volume, volume
+from espnet_kd.targets.encode import (
+    EncoderOutputs,
+    check_taps,
+    ctc_tokens,
+    encode,
+    half_on_gpu,
+    input_width,
+    least_samples,
+    measure_frame_shift,
+)
 from espnet_kd.targets.experiment import find_experiment, load_model
+from espnet_kd.targets.memory import Memory, fingerprints
 from espnet_kd.targets.teacher import Needs
+
+__all__ = ["OnlineTeacher", "sampling_rate"]
+
+#: Frames after which it is seen whether a teacher has anything to say.
+ENOUGH = 1000
+#: Share of frames with a token, below which a teacher is blank: one that speaks at all has a token every few seconds.
+SILENT = 0.01
 
 
 class OnlineTeacher:
@@ -29,9 +49,8 @@ class OnlineTeacher:
         """Load ``EXP[/FILE.pth]``.
 
         Args:
-            memory: bytes of targets to remember, by the utterance ids of the batch: ESPnet shuffles whole batches, so
-                that on a small corpus the teacher runs in the first epoch only. 0 where the audio of an utterance may
-                change from epoch to epoch.
+            memory: bytes of targets to remember, by utterance id, so that on a small corpus the teacher runs in the
+                first epoch only. 0 where the audio of an utterance may change from epoch to epoch.
 
         Raises:
             UserError: missing or unreadable, or without a CTC head.
@@ -41,14 +60,22 @@ class OnlineTeacher:
         self._model, args = load_model(config, model_file)
         if self._model.ctc is None:
             raise UserError(f"the teacher {model_file} has no CTC head (ctc_weight: 0.0): nothing to distil from")
+        if broken := [k for k, v in self._model.state_dict().items() if v.is_floating_point() and v.isnan().any()]:
+            raise UserError(
+                f"the teacher {model_file} gives NaN ({broken[0]} has it); it has diverged, or its file is damaged"
+            )
         for p in self._model.parameters():
             p.requires_grad_(False)
-        self.token_list = list(self._model.token_list)
+        if type(self._model.frontend).__name__ == "FusedFrontends":
+            self._model.frontend = OneByOne(self._model.frontend)  # in a batch it gives all the longest's length
+        self.token_list = ctc_tokens(self._model)
         self.sampling_rate = sampling_rate(args)
+        self._volume = volume(args)
         self._input_width = input_width(self._model)
         self.frame_shift = measure_frame_shift(self._model, self.sampling_rate)
-        self._memory = self._room = memory
-        self._said: Dict[Tuple[Any, ...], EncoderOutputs] = {}
+        self._least = least_samples(self._model, self.sampling_rate)
+        self._frames = self._nonblank = 0  # counted until there are enough to judge
+        self._memory = Memory(memory)
 
     @property
     def hidden_size(self) -> int:
@@ -73,8 +100,7 @@ class OnlineTeacher:
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow the student to another device or type (``torch.nn.Module._apply``)."""
         self._model._apply(fn)
-        self._said.clear()
-        self._room = self._memory
+        self._memory.clear()
 
     # no_grad, not inference_mode: what that makes cannot be saved for backward.
     @torch.no_grad()
@@ -95,34 +121,49 @@ class OnlineTeacher:
             taps: where hidden states are wanted; ``decoder`` for the attention decoder's outputs
             text: (B, L) · text_lengths: (B,); what the decoder is led by
         """
-        key: Tuple[Any, ...] = ()
-        if utt_ids and self._memory:
-            # Not the names alone: chunks of one utterance share them, and so may training and validation data.
-            key = (*utt_ids, *taps, *speech.shape, *speech_lengths.tolist(), speech.sum().item())
-            if key in self._said:
-                return self._said[key]
+        prints = None
+        if utt_ids and self._memory.size:
+            prints = fingerprints(speech, speech_lengths)
+            try:
+                known = self._memory.recall(utt_ids, taps, prints)
+            except ValueError as e:
+                raise UserError(str(e)) from e
+            if known is not None:
+                return known
         model = self._model.eval()
         said_by_decoder = None
+        if self._volume is not None and not self._input_width:
+            speech = to_volume(speech, self._volume)
+        too_short = speech_lengths < self._least
+        # Silence behind them, so that the model takes the batch; they have no frame below.
+        if (missing := self._least - speech.size(1)) > 0:
+            speech = torch.nn.functional.pad(speech, (0, 0) * (speech.dim() - 2) + (0, missing))
+        speech_lengths = speech_lengths.clamp(min=self._least)
         with half_on_gpu(speech.device):
             out, lengths, _, hidden = encode(model, speech, speech_lengths, taps)
             if "decoder" in taps:
                 labels, _ = add_sos_eos(text, model.sos, model.eos, model.ignore_id)
                 said_by_decoder = model.decoder(out, lengths, labels, text_lengths + 1)[0]
+        lengths = lengths.masked_fill(too_short, 0)
         head = model.ctc.ctc_lo
         with torch.autocast(speech.device.type, enabled=False):  # the student's AMP
             logits = head(out.to(head.weight.dtype))
         hidden = {tap: full_precision(h) for tap, h in hidden.items()}
+        if utt_ids and self._frames < ENOUGH:
+            self._count(logits, lengths)
         said = EncoderOutputs(logits, lengths, self.frame_shift, hidden, said_by_decoder)
-        size = sum(x.nbytes for x in (said.logits, said.decoder, *hidden.values()) if x is not None)
-        if key and size <= self._room:
-            self._said[key] = said
-            self._room -= size
+        if prints is not None:
+            self._memory.remember(utt_ids, taps, prints, said)
         return said
 
-
-def sampling_rate(args: argparse.Namespace) -> float:
-    """Sampling rate in Hz that an ESPnet configuration's frontend expects (``16k`` and 16000 alike)."""
-    import humanfriendly
-
-    fs = (getattr(args, "frontend_conf", None) or {}).get("fs", 16000)
-    return float(humanfriendly.parse_size(fs) if isinstance(fs, str) else fs)
+    def _count(self, logits: torch.Tensor, lengths: torch.Tensor) -> None:
+        """Warn, once, of a teacher that is blank nearly everywhere: a student would learn to say nothing."""
+        inside = valid(lengths, logits.size(1))
+        self._frames += int(inside.sum())
+        self._nonblank += int(((logits.argmax(-1) != 0) & inside).sum())
+        if self._frames >= ENOUGH and self._nonblank < SILENT * self._frames:
+            logging.warning(
+                "the teacher %s is blank on %.1f %% of the first %d frames; decode this data with asr_kd_inference "
+                "to see whether it recognises anything",
+                self.name, 100 * (1 - self._nonblank / self._frames), self._frames,
+            )  # fmt: skip

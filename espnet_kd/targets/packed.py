@@ -9,16 +9,35 @@ import shutil
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Dict
-
-import yaml
+from typing import Dict, Union
 
 from espnet_kd.cli import UserError
+from espnet_kd.safe_yaml import parse_yaml
+
+#: An archive may unpack to so many times its own size, and to this many bytes besides: parameters hardly shrink, what
+#: is made to fill a disk or the memory shrinks a thousandfold.
+EXPANSION, ALLOWANCE = 20, 64 * 2**20
+MAX_MEMBERS = 10_000
+MAX_META = 2**20  # bytes
 
 
 def is_packed(path: Path) -> bool:
     """Whether this is the name of a packed model."""
     return path.suffix == ".zip"
+
+
+def check_expansion(archive: Union[str, Path]) -> None:
+    """Refuse a zip file, also one of torch.save, that unpacks to many times its size (:class:`UserError`)."""
+    size = Path(archive).stat().st_size
+    with zipfile.ZipFile(archive) as packed:
+        members = packed.infolist()
+    # zipfile gives no more of a member than its entry says, however much there is.
+    total = sum(member.file_size for member in members)
+    if total > EXPANSION * size + ALLOWANCE or len(members) > MAX_MEMBERS:
+        raise UserError(
+            f"{archive} has {size / 1e6:.1f} MB and unpacks to {total / 1e6:.0f} MB in {len(members)} files, which no "
+            "model does; it is not unpacked"
+        )
 
 
 def unpack(archive: Path) -> Path:
@@ -28,7 +47,8 @@ def unpack(archive: Path) -> Path:
     archive is unpacked once; nothing is written outside of it, whatever the archive's names are.
 
     Raises:
-        UserError: no such archive, it is damaged, it is no packed ASR model, or the cache cannot be written.
+        UserError: no such archive, it is damaged, it is no packed ASR model, it unpacks to far more than a model has,
+            or the cache cannot be written.
     """
     try:
         facts = archive.stat()
@@ -42,6 +62,7 @@ def unpack(archive: Path) -> Path:
     try:
         with zipfile.ZipFile(archive) as packed:
             names = _members(packed, archive)
+            check_expansion(archive)
             cache.mkdir(parents=True, exist_ok=True)
             part = Path(tempfile.mkdtemp(prefix=f".{place.name}.", dir=cache))
             try:
@@ -65,11 +86,13 @@ def unpack(archive: Path) -> Path:
 def _members(packed: zipfile.ZipFile, archive: Path) -> Dict[str, str]:
     """{name in the archive: name of the file that it becomes}."""
     try:
-        meta = yaml.safe_load(packed.read("meta.yaml"))
+        if packed.getinfo("meta.yaml").file_size > MAX_META:
+            raise ValueError("meta.yaml is too long")
+        meta = parse_yaml(packed.read("meta.yaml").decode(), f"{archive}: meta.yaml")
         known = {meta["yaml_files"]["asr_train_config"]: "config.yaml", meta["files"]["asr_model_file"]: "model.pth"}
         if not known.keys() <= set(packed.namelist()):
             raise KeyError
-    except (KeyError, TypeError, ValueError, yaml.YAMLError) as e:
+    except (KeyError, TypeError, ValueError, UserError) as e:
         raise UserError(f"{archive} is no ASR model packed by espnet2.bin.pack") from e
     others = [n for n in packed.namelist() if n not in known and n != "meta.yaml" and not n.endswith("/")]
     return {**{n: Path(n).name for n in others}, **known}

@@ -1,5 +1,6 @@
 """Kills, damage, two runs at once, other teachers and what was not kept: a target cache never teaches wrongly."""
 
+import json
 import os
 import pickle
 import random
@@ -351,3 +352,32 @@ def test_objective_that_does_not_say_what_it_reads(corpus, unbroken, tmp_path, m
     monkeypatch.setattr(KL, "nonblank_only", True)
     with pytest.raises(UserError, match="kl: the cached targets keep no tokens"):
         asr_kd_train.main(corpus.options(tmp_path / "exp", "--target_cache", str(unbroken), "--kd_config", "kl"))
+
+
+VALUES = {
+    "top_k": ["policy", 10**11, -1, 0, 14],
+    "temperatures": ["policy", [0.0], [-1.0], [float("nan")], [float("inf")]],
+    "tokens_on": ["policy", "some"],
+    "taps": ["policy", ["../../secret"], ["/etc/passwd"], ["encoder.x"], ["decoder"]],
+    "frame_shift": ["", 0, -0.04, float("nan"), float("inf"), 1e300],
+    "sampling_rate": ["", 0, float("nan"), float("inf")],
+    "num_tokens": ["", 0, -5, 1, 10**11],
+    "hidden_size": ["", 0, -1, 10**11],
+    "shards": ["", 0, -1, 10**11],
+    "counts": ["", {"utterances": 1}, {"utterances": -1, "frames": 1, "rows": 1, "bytes": 1}],
+}
+
+
+@pytest.mark.parametrize("name, value", [(n, v) for n, (_, *values) in VALUES.items() for v in values])
+def test_a_manifest_with_values_that_no_cache_has(cache, name, value):
+    content = json.loads((cache / "manifest.json").read_text())
+    (content[VALUES[name][0]] if VALUES[name][0] else content)[name] = value
+    (cache / "manifest.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match=r"manifest.json is damaged \(ValueError: it says .*\); make the cache anew"):
+        CachedTeacher(cache)
+
+
+def test_a_manifest_of_nested_lists(cache):
+    (cache / "manifest.json").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="manifest.json is damaged .*make the cache anew"):
+        CachedTeacher(cache)

@@ -5,9 +5,10 @@ from types import SimpleNamespace
 import pytest
 import tiny_asr
 import torch
+from espnet2.asr.encoder.conformer_encoder import TooShortUttError
 
 from espnet_kd.cli import UserError
-from espnet_kd.targets.encode import check_taps, encode, measure_frame_shift, taps_of
+from espnet_kd.targets.encode import check_taps, encode, least_samples, measure_frame_shift, taps_of
 
 LAYERS = 3
 ENCODERS = {
@@ -155,5 +156,30 @@ def test_measured_frame_shift_without_frontend(corpus):
     conf["normalize_conf"] = {"stats_file": str(corpus.dir / "feats_stats.npz")}
     assert measure_frame_shift(tiny_asr.build(conf), 16000) == pytest.approx(0.04, abs=1e-9)
     conf.update(normalize=None, normalize_conf={})
-    with pytest.raises(UserError, match="global_mvn"):
-        measure_frame_shift(tiny_asr.build(conf), 16000)
+    model = tiny_asr.build(conf)
+    assert measure_frame_shift(model, 16000) == pytest.approx(0.04, abs=1e-9)
+    del model.input_size  # of a model that ESPnet's own task built
+    with pytest.raises(UserError, match="width of the features .* give input_size"):
+        measure_frame_shift(model, 16000)
+
+
+@pytest.mark.parametrize("name", ["rnn", "vgg_rnn", "conformer"])
+@torch.no_grad()
+def test_batches_in_any_order(name):
+    """RNN encoders of ESPnet's take them by falling length only."""
+    model = tiny_asr.build(config(name))
+    x, lengths = speech()
+    out, frames, _, hidden = encode(model, x, lengths, ["encoder"])
+    turned = encode(model, x.flip(0), lengths.flip(0), ["encoder"])
+    torch.testing.assert_close(turned[0].flip(0), out, rtol=0, atol=1e-6)
+    torch.testing.assert_close(turned[3]["encoder"].flip(0), hidden["encoder"], rtol=0, atol=1e-6)
+    assert torch.equal(turned[1].flip(0), frames)
+
+
+@pytest.mark.parametrize("layer, least", [("conv2d", 960), ("conv2d8", 2240), ("linear", 129)])
+def test_least_samples(layer, least):
+    """Feature frames of 10 ms, of which the subsampling needs 7 and 15; the STFT reflects half a window."""
+    model = tiny_asr.build(tiny_asr.config(input_layer=layer)).train()
+    assert least_samples(model, 16000.0) == least and model.training
+    with pytest.raises((RuntimeError, TooShortUttError)):
+        model.eval().encode(torch.ones(1, least - 1), torch.tensor([least - 1]))

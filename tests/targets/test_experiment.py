@@ -1,7 +1,10 @@
 """Finding and loading an experiment, and refusing what is not one."""
 
+import functools
+import os
 import pickle
 import re
+import zipfile
 
 import numpy as np
 import pytest
@@ -31,6 +34,34 @@ def test_order_of_the_default_file(tmp_path, first):
     experiment(tmp_path, ORDER[first:] + ["3epoch.pth", "checkpoint.pth", "student.pth"])
     assert find_experiment(tmp_path) == (tmp_path / "config.yaml", tmp_path / ORDER[first])
     assert find_experiment(str(tmp_path))[1].name == ORDER[first]
+
+
+PHASES = [("train", "loss"), ("valid", "loss"), ("train", "acc"), ("valid", "acc")]  # ESPnet's default, in its order
+FOUR = [("train", "loss", "min"), ("valid", "loss", "min"), ("train", "acc", "max"), ("valid", "acc", "max")]
+
+
+@pytest.mark.parametrize("end", ["ave", "ave_10best", "best"])
+def test_validation_chooses_before_training(tmp_path, end):
+    """ESPnet's default criteria begin with the loss of training, whose best model may know its data by heart."""
+    experiment(tmp_path, [f"{phase}.{key}.{end}.pth" for phase, key in PHASES], FOUR)
+    assert find_experiment(tmp_path)[1].name == f"valid.loss.{end}.pth"
+    for left in ("valid.acc", "train.loss", "train.acc"):
+        find_experiment(tmp_path)[1].unlink()
+        assert find_experiment(tmp_path)[1].name == f"{left}.{end}.pth"
+
+
+@pytest.mark.parametrize("criteria", [3, "valid", [3], [["valid"]], {"valid": "loss"}])
+def test_criteria_that_are_none(tmp_path, criteria):
+    experiment(tmp_path, [LATEST])
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"best_model_criterion": criteria}))
+    with pytest.raises(UserError, match="config.yaml: best_model_criterion: expected a list"):
+        find_experiment(tmp_path)
+
+
+def test_a_criterion_names_no_other_directory(tmp_path):
+    experiment(tmp_path / "exp", [LATEST], criteria=[["../valid", "loss", "min"], ["valid", "../../x", "min"]])
+    (tmp_path / "valid.loss.ave.pth").touch()
+    assert find_experiment(tmp_path / "exp")[1].name == LATEST
 
 
 def test_an_explicit_file(tmp_path):
@@ -66,22 +97,55 @@ def test_an_unreadable_config(tmp_path, content):
 
 
 class Malicious:
-    def __init__(self, mark):
-        self.mark = mark
+    """Runs ``call`` with ``args`` where it is unpickled."""
+
+    def __init__(self, call, *args):
+        self.call, self.args = call, args
 
     def __reduce__(self):
-        return open, (str(self.mark), "w")
+        return self.call, self.args
 
 
-def test_a_pickle_with_code_is_refused_and_not_run(tmp_path):
+WRITERS = {
+    "torch.save": lambda x, f: torch.save({"a": torch.zeros(1), "b": x}, f),
+    "torch.save, old": lambda x, f: torch.save({"b": x}, f, _use_new_zipfile_serialization=False),
+    "pickle": lambda x, f: f.write_bytes(pickle.dumps(x)),
+    "pickle, protocol 0": lambda x, f: f.write_bytes(pickle.dumps(x, protocol=0)),
+    "pickle, protocol 2": lambda x, f: f.write_bytes(pickle.dumps({"a": x}, protocol=2)),
+}
+CALLS = {
+    "os.system": lambda mark: (os.system, f"touch {mark}"),  # of a module that torch blocks
+    "open": lambda mark: (open, str(mark), "w"),
+    "eval": lambda mark: (eval, f"open({str(mark)!r}, 'w')"),
+    "partial": lambda mark: (functools.partial, open, str(mark), "w"),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
+def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, write, call):
+    """As what it is, not as damaged; and without torch's advice on how to run it."""
     mark, file = tmp_path / "ran", tmp_path / "x.pth"
-    torch.save({"a": torch.zeros(1), "b": Malicious(mark)}, file)
-    with pytest.raises(UserError, match="x.pth holds more than tensors .*could run code.*ESPNET_KD_TRUST_PICKLE=1"):
-        load_state(file)
-    file.write_bytes(pickle.dumps(Malicious(mark)))
-    with pytest.raises(UserError, match="cannot load.*x.pth"):
+    write(Malicious(*call(mark)), file)
+    with pytest.raises(UserError, match="x.pth holds more than tensors.*could run code.*ESPNET_KD_TRUST_PICKLE=1") as e:
         load_state(file)
     assert not mark.exists()
+    assert not any(word in str(e.value) for word in ("damaged", "weights_only", "safe_globals", "\n"))
+
+
+def test_half_of_a_pickle_with_code_is_damaged(tmp_path):
+    content = pickle.dumps(Malicious(open, str(tmp_path / "ran"), "w"))
+    (tmp_path / "x.pth").write_bytes(content[:-4])
+    with pytest.raises(UserError, match="cannot load .*x.pth: .*is the file damaged") as e:
+        load_state(tmp_path / "x.pth")
+    assert "weights_only" not in str(e.value)
+
+
+def test_a_file_that_unpacks_to_many_times_its_size_is_refused(tmp_path):
+    with zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as f:
+        f.writestr("x/data/0", bytes(200_000_000))
+    with pytest.raises(UserError, match="x.pth has 0.2 MB and unpacks to 200 MB"):
+        load_state(tmp_path / "x.pth")
 
 
 @pytest.mark.parametrize("keep", [0, 1, 100, 0.5, 0.99])
@@ -157,9 +221,9 @@ def test_a_config_that_builds_nothing(saved):
         load_model(*find_experiment(saved[1]))
 
 
-@pytest.mark.parametrize("beside", [True, False])
-def test_statistics_of_a_recipe_that_lies_elsewhere(tmp_path, monkeypatch, beside):
-    """config.yaml names them relative to a directory this is not: the file beside it serves, or the model's values."""
+@pytest.mark.parametrize("there", ["nothing", "beside", "another recipe's", "no statistics", "a directory"])
+def test_the_values_in_the_model_are_the_statistics(tmp_path, monkeypatch, there):
+    """config.yaml names a file relative to a directory this is not: whatever lies there is not opened."""
     stats = tmp_path / "stats" / "feats_stats.npz"
     stats.parent.mkdir()
     rng = np.random.default_rng(0)
@@ -170,10 +234,39 @@ def test_statistics_of_a_recipe_that_lies_elsewhere(tmp_path, monkeypatch, besid
     model = tiny_asr.build(conf)
     elsewhere = tmp_path / "elsewhere"
     tiny_asr.save(model, {**conf, "normalize_conf": {"stats_file": "gone/feats_stats.npz"}}, elsewhere)
-    if beside:
-        (elsewhere / stats.name).write_bytes(stats.read_bytes())
+    gone = tmp_path / "gone/feats_stats.npz"
+    gone.parent.mkdir()
+    if there == "beside":
+        np.savez(elsewhere / stats.name, count=1, sum=np.ones(80), sum_square=np.full(80, 9.0))
+    elif there == "another recipe's":
+        np.savez(gone, count=1, sum=np.ones(80), sum_square=np.full(80, 9.0))
+    elif there == "no statistics":
+        gone.write_text("root:x:0:0")
+    elif there == "a directory":
+        gone.mkdir()
     monkeypatch.chdir(tmp_path)
     loaded, args = load_model(*find_experiment(elsewhere))
     assert torch.equal(loaded.normalize.mean, model.normalize.mean)
     assert torch.equal(loaded.normalize.std, model.normalize.std)
     assert args.normalize_conf["stats_file"] == "gone/feats_stats.npz"
+
+
+@pytest.mark.parametrize("name", ["mean", "std"])
+def test_a_model_without_its_statistics(saved, tmp_path, name):
+    directory = saved[1]
+    config = directory / "config.yaml"
+    content = yaml.safe_load(config.read_text())
+    content.update(normalize="global_mvn", normalize_conf={"stats_file": "x.npz"})
+    config.write_text(yaml.safe_dump(content))
+    values = {"normalize.mean": torch.zeros(40), "normalize.std": torch.ones(40)}
+    del values[f"normalize.{name}"]
+    change(directory, lambda s: s.update(values))
+    with pytest.raises(UserError, match="does not fit .*config.yaml: normalize: global_mvn, but the file lacks"):
+        load_model(*find_experiment(directory))
+
+
+def test_a_file_of_deepspeed(saved):
+    model, directory = saved
+    torch.save({"module": model.state_dict(), "epoch": 3}, directory / AVE)
+    loaded, _ = load_model(*find_experiment(directory))
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())

@@ -84,3 +84,13 @@ def test_weights_are_the_scores_renormalised():
     assert weights([-2000.0, -2000.0 - math.log(3)]) == pytest.approx([0.75, 0.25])  # exp(-2000) is 0
     assert weights([-7.0]) == [1.0]
     assert weights([]) == []
+
+
+@pytest.mark.parametrize("token", ["", " ", "a b", "\t", "\u3000", "\u00a0", "<id:3>"])
+def test_every_token_comes_back(tmp_path, token):
+    """Also one that ESPnet strips to nothing (U+3000 in tokens.txt), which blanks around it would swallow."""
+    tokens = ["<blank>", "<unk>", "a", "b", token, "<sos/eos>"]
+    nbest = {"u": [(-1.0, [2, 4, 3]), (-2.0, [4]), (-3.0, [4, 4, 2]), (-4.0, [])]}
+    write_nbest(tmp_path / "nbest", nbest, tokens)
+    found = read_nbest(tmp_path / "nbest", tokens)
+    assert [list(ids) for _, ids in found["u"]] == [ids for _, ids in nbest["u"]]

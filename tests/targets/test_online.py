@@ -1,5 +1,7 @@
 """The teacher that runs beside the student."""
 
+import shutil
+
 import pytest
 import tiny_asr
 import tiny_kd
@@ -79,7 +81,8 @@ def test_memory_is_bounded(teacher_dir, memory, runs_of_four):
     for _ in range(2):
         for seed in (0, 1):
             batch = tiny_kd.batch(seed=seed)
-            teacher.targets([f"{seed}"], batch["speech"], batch["speech_lengths"], ["encoder"])
+            ids = [f"{seed}{utt_id}" for utt_id in batch["utt_id"]]
+            teacher.targets(ids, batch["speech"], batch["speech_lengths"], ["encoder"])
     assert len(runs) == runs_of_four
 
 
@@ -93,6 +96,32 @@ def test_a_teacher_without_ctc_is_refused(tmp_path):
     model = ASRTask.build_model(argparse.Namespace(**conf))
     with pytest.raises(UserError, match="no CTC head"):
         OnlineTeacher(tiny_asr.save(model, conf, tmp_path))
+
+
+def test_a_teacher_of_nan_is_refused_before_training(teacher_dir, tmp_path):
+    """As blank, which it looks like to an argmax, a student would learn it."""
+    broken = shutil.copytree(teacher_dir, tmp_path / "broken")
+    for path in broken.glob("*.pth"):
+        state = torch.load(path, weights_only=True)
+        state["encoder.after_norm.weight"][3] = torch.nan
+        torch.save(state, path)
+    with pytest.raises(UserError, match="teacher .*broken.* gives NaN .encoder.after_norm.weight has it"):
+        OnlineTeacher(broken)
+
+
+@pytest.mark.parametrize("blank, warned", [(1e3, True), (0.0, False)])
+def test_a_teacher_that_is_blank_everywhere_is_told(tmp_path, caplog, blank, warned):
+    exp = tiny_kd.save_teacher(tmp_path)
+    state = torch.load(exp / "valid.loss.ave.pth", weights_only=True)
+    state["ctc.ctc_lo.bias"][0] += blank
+    torch.save(state, exp / "valid.loss.ave.pth")
+    teacher = OnlineTeacher(exp)
+    with caplog.at_level("WARNING"):
+        for seed in range(30):
+            batch = tiny_kd.batch(seed=seed)
+            teacher.targets(batch["utt_id"], batch["speech"], batch["speech_lengths"])
+    found = [r.message for r in caplog.records if "is blank on 100.0 % of the first" in r.message]
+    assert len(found) == warned and all(str(exp) in m for m in found)
 
 
 def test_unknown_tap_is_refused(teacher):

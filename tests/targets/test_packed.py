@@ -98,6 +98,31 @@ def test_another_zip_is_refused(tmp_path, cache, members):
     assert not cache.exists()
 
 
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        ({"zeros.bin": bytes(300_000_000)}, "a.zip has 0.3 MB and unpacks to 300 MB in 4 files"),
+        ({f"{i}.txt": "" for i in range(10_001)}, "a.zip has .* in 10004 files"),
+    ],
+    ids=["a large file", "many files"],
+)
+def test_a_zip_that_unpacks_to_far_more_than_a_model(tmp_path, cache, more, message):
+    members = {"meta.yaml": yaml.safe_dump(META), "exp/config.yaml": "a: 1", "exp/m.pth": "", **more}
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as packed:
+        for name, content in members.items():
+            packed.writestr(name, content)
+    with pytest.raises(UserError, match=message):
+        find_experiment(tmp_path / "a.zip")
+    assert not cache.exists() or not list(cache.iterdir())
+
+
+@pytest.mark.parametrize("meta", ["[" * 5000, "a: &a [" + "x, " * 99 + "x]\n", "#" * 2_000_000])
+def test_a_zip_whose_meta_is_beyond_the_bounds(tmp_path, cache, meta):
+    write(tmp_path / "a.zip", {"meta.yaml": meta})
+    with pytest.raises(UserError, match="a.zip is no ASR model packed by espnet2.bin.pack"):
+        find_experiment(tmp_path / "a.zip")
+
+
 def test_damage_and_absence_are_told(archive, tmp_path, cache):
     content = bytearray(archive.read_bytes())
     with zipfile.ZipFile(archive) as packed:

@@ -1,0 +1,71 @@
+"""YAML that somebody else wrote, read within bounds: a few hundred bytes can stand for more than a machine holds.
+
+Aliases (``*name``) repeat what an anchor names, repetitions of repetitions grow without bound, and deep nesting
+exhausts the stack. Both are counted on the parser's events, before anything is built.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, List, Tuple
+
+import yaml
+
+from espnet_kd.cli import UserError
+
+#: As deep as a page or a configuration may nest; those of ESPnet and of this package need less than ten.
+MAX_DEPTH = 32
+#: Keys, values and list entries, those that aliases repeat included; a list of 200,000 tokens is below it.
+MAX_NODES = 1_000_000
+_LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+def parse_yaml(text: str, where: str, max_nodes: int = MAX_NODES) -> Any:
+    """The content of a YAML document of plain values (``where`` stands before messages).
+
+    Raises:
+        UserError: no YAML, a value that cannot be made (the thirteenth month), or beyond the bounds.
+    """
+    try:
+        _measure(text, where, max_nodes)
+        return yaml.load(text, Loader=_LOADER)  # noqa: S506 (a safe loader)
+    except UserError:
+        raise
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError) as e:
+        reason = " ".join(str(e).split()) or type(e).__name__
+        raise UserError(f"{where}: this is no YAML that can be read: {reason}") from e
+
+
+def _measure(text: str, where: str, max_nodes: int) -> None:
+    """Refuse a document beyond ``MAX_DEPTH`` or ``max_nodes``, or with an alias inside what it names."""
+    sizes: Dict[str, int] = {}
+    open_: List[Tuple[str, int]] = []  # anchor and size of each collection around
+    total = 0
+
+    def add(count: int) -> None:
+        nonlocal total
+        if open_:
+            anchor, size = open_[-1]
+            open_[-1] = (anchor, size + count)
+        total += count
+        if total > max_nodes:
+            raise UserError(f"{where}: more than {max_nodes} values, counting those that aliases (*name) repeat")
+
+    for event in yaml.parse(text, Loader=_LOADER):
+        if isinstance(event, yaml.CollectionStartEvent):
+            open_.append((event.anchor or "", 1))
+            if len(open_) > MAX_DEPTH:
+                line = event.start_mark.line + 1
+                raise UserError(f"{where}, line {line}: nested deeper than {MAX_DEPTH} levels")
+        elif isinstance(event, yaml.CollectionEndEvent):
+            anchor, size = open_.pop()
+            sizes[anchor] = size
+            # Its members were counted into the total already; the collection around has yet to have them.
+            if open_:
+                open_[-1] = (open_[-1][0], open_[-1][1] + size)
+        elif isinstance(event, yaml.AliasEvent):
+            if event.anchor in [anchor for anchor, _ in open_]:
+                raise UserError(f"{where}, line {event.start_mark.line + 1}: *{event.anchor} stands inside itself")
+            add(sizes.get(event.anchor, 1))
+        elif isinstance(event, yaml.ScalarEvent):
+            sizes[event.anchor or ""] = 1
+            add(1)

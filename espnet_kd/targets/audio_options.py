@@ -1,0 +1,104 @@
+"""What ESPnet's options do to audio before the encoder: looked at in one place, for teachers and students alike.
+
+| option | in training | at inference, in the cache, in bench | teacher and student |
+|---|---|---|---|
+| ``frontend_conf: fs`` | files of any rate are taken | – | files of another rate are refused everywhere |
+| ``speech_volume_normalize`` | peak of each utterance | the same | a teacher brings audio to its own peak |
+| channels | the frontend draws one | the first | several are refused where there is a teacher |
+| ``force_single_channel`` | the first | the first | the same |
+| ``rir_scp``, ``noise_scp``, ``data_aug_effects`` | drawn anew | – | refused with an online teacher |
+| ``iterator_type: chunk`` | parts of utterances | whole ones | refused with a target cache |
+| ``specaug``, dropout | in the student | – | a teacher has none |
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any, Mapping, Optional, Sequence, Union
+
+import torch
+from torch import Tensor
+
+from espnet_kd.cli import UserError
+
+DEFAULT_RATE = 16000.0
+
+
+def sampling_rate(args: argparse.Namespace) -> float:
+    """Sampling rate in Hz of the audio that an ESPnet configuration expects (``16k`` and 16000 alike).
+
+    Raises:
+        UserError: ``fs`` is no rate.
+    """
+    import humanfriendly
+
+    fs: Any = None
+    for option in ("frontend_conf", "preencoder_conf"):  # sliding windows leave it to the sinc layer
+        conf = getattr(args, option, None)
+        fs = conf.get("fs") if fs is None and isinstance(conf, Mapping) else fs
+    if fs is None:
+        return DEFAULT_RATE
+    try:
+        rate = float(humanfriendly.parse_size(fs) if isinstance(fs, str) else fs)
+    except (TypeError, ValueError, humanfriendly.InvalidSize) as e:
+        raise UserError(f"frontend_conf.fs: expected a sampling rate in Hz, found {fs!r}") from e
+    if not 0 < rate < 1e6:
+        raise UserError(f"frontend_conf.fs: expected a sampling rate in Hz, found {fs!r}")
+    return rate
+
+
+def takes_audio(args: argparse.Namespace) -> bool:
+    """Whether a model is fed with audio: with a frontend, or by an encoder that takes samples (``input_size: 1``)."""
+    return getattr(args, "input_size", None) in (None, 1)
+
+
+def volume(args: argparse.Namespace) -> Optional[float]:
+    """The peak that an ESPnet configuration brings utterances to; None where it leaves them as they are."""
+    # As ESPnet reads it: a configuration of before rir_scp has no such option.
+    return getattr(args, "speech_volume_normalize", None) if hasattr(args, "rir_scp") else None
+
+
+def to_volume(speech: Tensor, peak: float) -> Tensor:
+    """Audio (B, N, …), padded with 0, with each utterance's peak at ``peak``; silence stays silent."""
+    highest = speech.abs().flatten(1).amax(1).view(-1, *[1] * (speech.dim() - 1))
+    return torch.where(highest > 0, speech * (peak / highest.clamp(min=1e-30)), speech)
+
+
+def check_teacher_audio(student: argparse.Namespace, teacher: argparse.Namespace, name: Union[str, Path]) -> None:
+    """Refuse an online teacher that would get other audio than it has in its cache and at inference.
+
+    Args:
+        student: options of training.
+        teacher: contents of the teacher's config.yaml; ``name`` is what it is called in messages.
+
+    Raises:
+        UserError: naming the option.
+    """
+    mine, theirs = volume(student), volume(teacher)
+    if mine is not None and theirs is None:
+        raise UserError(
+            f"speech_volume_normalize: {mine:g} acts before the model, so that the teacher {name}, which was trained "
+            "without it, would get other audio than it knows; leave it out, or keep the teacher's outputs on disk "
+            "(--target_cache)"
+        )
+
+
+def check_channels(channels: int, student: argparse.Namespace, where: str) -> None:
+    """Refuse audio of several channels for distillation: the student would get any, the teacher the first.
+
+    Raises:
+        UserError: ``where`` is the utterance.
+    """
+    conf = getattr(student, "preprocessor_conf", None) or {}
+    if channels > 1 and not conf.get("force_single_channel"):
+        raise UserError(
+            f"{where} has {channels} channels, of which the student's frontend draws one at each step and a teacher "
+            "takes the first; format the data to one channel, or give --preprocessor_conf force_single_channel=true"
+        )
+
+
+def check_iterator(args: argparse.Namespace, caches: Sequence[Optional[str]]) -> None:
+    """Refuse parts of utterances with targets of whole ones (:class:`UserError`)."""
+    if getattr(args, "iterator_type", None) == "chunk" and any(caches):
+        raise UserError("iterator_type: chunk trains on parts of utterances, and a target cache has whole ones")
