@@ -18,6 +18,7 @@ for helpers in ("data", "decode", "distill"):
 import pytest  # noqa: E402
 import tiny_kd  # noqa: E402
 import torch  # noqa: E402
+import yaml  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -53,12 +54,31 @@ def write_page(tmp_path):
 
 
 @pytest.fixture(scope="session")
-def trained(tmp_path_factory, corpus, teacher_dir):
+def thirds(tmp_path_factory):
+    """The page of the main method with KD stages of equal length: an epoch each, of three."""
+    from espnet_kd.distill.page import METHODS_DIR
+
+    page = yaml.safe_load((METHODS_DIR / "progressive_fkl.yaml").read_text(encoding="utf-8"))
+    for stage in page["stages"]:
+        stage["share"] = 1 / 3
+    return tiny_kd.write_yaml(tmp_path_factory.mktemp("thirds") / "progressive_fkl.yaml", page)
+
+
+@pytest.fixture(scope="session")
+def restarting(thirds):
+    """The same, with a fresh optimizer in the last KD stage."""
+    page = yaml.safe_load(thirds.read_text(encoding="utf-8"))
+    page["stages"][2]["restart"] = True
+    return tiny_kd.write_yaml(thirds.with_name("restarting.yaml"), page)
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory, corpus, teacher_dir, thirds):
     """A student after all three KD stages of the main method, an epoch each."""
     from espnet_kd.bin import asr_kd_train
 
     out = tmp_path_factory.mktemp("trained") / "student"
-    asr_kd_train.main(corpus.options(out, "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl"))
+    asr_kd_train.main(corpus.options(out, "--teacher", str(teacher_dir), "--kd_config", str(thirds)))
     return out
 
 

@@ -29,6 +29,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         UserError: no such page, or a mistake in it.
     """
     args = get_parser().parse_args(argv)
+    cli.refuse_empty(args)
     from espnet_kd.distill.page import load_page
 
     page = load_page(args.page)

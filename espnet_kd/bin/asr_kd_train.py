@@ -5,41 +5,36 @@ Example:
         --teacher exp/teacher --kd_config progressive_fkl --output_dir exp/student_fkl \\
         <everything else that espnet2.bin.asr_train takes>
 
-Earlier KD stages lie in OUTPUT_DIR/kd_stage<k>, the last in OUTPUT_DIR itself. The same command continues a run that
-was stopped; finished KD stages are skipped.
+The KD stages are phases of one training in OUTPUT_DIR. --kd_stage K trains up to the end of the epoch in which KD stage
+K ends, and stops there; the student that each KD stage ends with is kept in OUTPUT_DIR/kd_stage<K>. The same command
+continues a training that was stopped; a finished one goes on where --max_epoch is raised.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import hashlib
 import json
 import logging
 import math
 import sys
 import time
 import uuid
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 
 from espnet_kd.cli import UserError, run
-from espnet_kd.distill.checkpoints import CHECKPOINT, RECORD, finished_checkpoint, mend
+from espnet_kd.distill.checkpoints import check_ended, forget_optimizer, mend
 from espnet_kd.distill.configuration import check_configuration, check_options
-from espnet_kd.distill.page import KDStage, Page, list_pages, load_page
+from espnet_kd.distill.page import list_pages, load_page
+from espnet_kd.distill.plan import Phase, Plan, make_plan
 from espnet_kd.distill.preflight import check_files
-from espnet_kd.distill.schedule import Ramp, Weight
+from espnet_kd.distill.record import OUTPUT_OPTION, RECORD, claim, make_record, refuse_distillation, write_record
 from espnet_kd.files import locked, replacing
 from espnet_kd.strict import to_yaml
-from espnet_kd.targets.cache import read_manifest
-from espnet_kd.targets.experiment import find_experiment, load_state, student_only
-
-STUDENT = "student.pth"
-#: What a user changes to train elsewhere.
-OUTPUT_OPTION = "--output_dir (of run.sh: --tag or --expdir)"
+from espnet_kd.targets.experiment import load_state
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -95,39 +90,108 @@ def train(cmd: List[str]) -> None:
 def _run(cmd: List[str], args: argparse.Namespace) -> None:
     if args.kd_config is None or args.print_config or args.collect_stats or args.dry_run or not args.output_dir:
         # Statistics need no teacher, and without a page this is ESPnet's own training, made safe against kills.
+        trains = args.output_dir and not (args.print_config or args.collect_stats or args.dry_run)
+        if trains:
+            refuse_distillation(Path(args.output_dir))
         if args.resume and args.output_dir and first_rank(args):
             mend(Path(args.output_dir))
         train(cmd)
-        if args.output_dir and not args.collect_stats and not args.dry_run and first_rank(args):
-            finished_checkpoint(Path(args.output_dir), args.max_epoch, args.patience is not None)
+        if trains and first_rank(args):
+            check_ended(Path(args.output_dir), args.max_epoch, args.patience is not None)
         return
     if args.ngpu > 1 and not args.multiprocessing_distributed and args.dist_world_size is None:
         raise UserError("--ngpu above 1 needs --multiprocessing_distributed true (one process per GPU)")
     page = load_page(args.kd_config)
-    if args.teacher and page.teacher == "none":
-        logging.warning("%s has no teacher: --teacher is not used", page.method)
-    if args.target_cache and page.teacher == "none":
-        logging.warning("%s has no teacher: --target_cache is not used", page.method)
-    chosen = choose_stages(page, args.kd_stages)
+    for option in ("teacher", "target_cache"):
+        if getattr(args, option) and page.teacher == "none":
+            logging.warning("%s has no teacher: --%s is not used", page.method, option)
     if args.kd_stage is not None and args.kd_stage < 1:
         raise UserError(f"--kd_stage is {args.kd_stage}; it must be 1 or more")
-    epochs = page.epochs(args.max_epoch, chosen)
-    if args.kd_stage is not None and args.kd_stage not in epochs:
-        logging.info("KD stage %d: nothing to do, this run has KD stages %s", args.kd_stage, chosen)
+    plan = make_plan(page, args.max_epoch, args.kd_stages)
+    if args.kd_stage not in (None, *plan.numbers):
+        logging.info("KD stage %d: nothing to do, this run has KD stages %s", args.kd_stage, plan.numbers)
+        return
+    check_options(get_parser(), page.train, f"{page.path}: train")
+    cmd = [*to_options(page.train), *cmd, "--resume", "true"]
+    args = check_configuration(get_parser(), cmd)
     output_dir = Path(args.output_dir)
-    dirs = {k: output_dir if k == chosen[-1] else output_dir / f"kd_stage{k}" for k in chosen}
-    stages = [(page.stages[k - 1], epochs[k], dirs[k], dirs.get(before)) for before, k in zip([None, *chosen], chosen)]
-    todo = []
-    for stage, *rest in stages:  # a mistake in the third shows before the first has trained
-        check_options(get_parser(), stage.train, f"{page.path}: stages[{stage.number - 1}].train")
-        check_configuration(get_parser(), stage_options(cmd, args, stage, *rest))
-        if args.kd_stage in (None, stage.number):
-            todo.append((stage, *rest))
-    for stage, *rest in todo:
-        _train_stage(cmd, args, page, stage, *rest)
-    if args.kd_stage in (None, chosen[-1]) and first_rank(args):
+    record = make_record(args, get_parser(), plan)
+    done = claim(output_dir, record, plan)
+    for part in plan.parts():
+        wanted = [p.stage.number for p in part if args.kd_stage is None or p.stage.number <= args.kd_stage]
+        finished = [number for number in wanted if number <= done]
+        if finished:
+            logging.info("KD stage %s is finished in %s", " and ".join(map(str, finished)), output_dir)
+        # Only the last KD stage may end early: those before it are then trained without it, and without patience.
+        alone = args.patience is not None and wanted[-1:] == plan.numbers[-1:]
+        for number in wanted[-2:] if alone else wanted[-1:]:
+            if number > done:
+                _train_part(cmd, args, plan, part, number, record, done)
+                done = number
+    if done == plan.numbers[-1] and first_rank(args):
         with replacing(output_dir / "experiment.json") as f:
-            json.dump({"role": "student", "method": page.method, "kd_stages": chosen, "seed": args.seed}, f)
+            json.dump({"role": "student", "method": page.method, "kd_stages": plan.numbers, "seed": args.seed}, f)
+
+
+def _train_part(
+    cmd: List[str],
+    args: argparse.Namespace,
+    plan: Plan,
+    part: List[Phase],
+    number: int,
+    record: Dict[str, Any],
+    done: int,
+) -> None:
+    """Train KD stages that share an optimizer up to the end of ``number``: an ESPnet run, or the next epochs of one."""
+    output_dir, end = Path(args.output_dir), plan.end_epoch(number)
+    first, _ = part[0].epochs(plan.max_epoch)
+    if first_rank(args):
+        write_record(output_dir, record, done, False)
+        reached = mend(output_dir)
+        if reached < first - 1:
+            raise UserError(
+                f"{output_dir} has finished KD stage {done} by its record ({RECORD}), but its checkpoint is of epoch "
+                f"{reached}, before KD stage {part[0].stage.number} begins; remove {output_dir} to train anew"
+            )
+        if part[0].stage.restart and reached == first - 1 > 0:
+            forget_optimizer(output_dir)
+        names = ", ".join(f"{p.stage.number} ({p.stage.name})" for p in part if p.stage.number <= number)
+        since = f", from epoch {reached + 1}" if reached else ""
+        logging.info("KD stage %s: to epoch %d of %d in %s%s", names, end, plan.max_epoch, output_dir, since)
+    own = [*cmd, "--kd_stage", str(number)]
+    if number != plan.numbers[-1]:
+        own += ["--patience", "none"]
+    # A part has its share of the student's warm-up [ours]: a short one would never leave it.
+    warmup = (args.scheduler_conf or {}).get("warmup_steps")
+    share = part[-1].end - part[0].begin
+    if warmup and share < 1:
+        own += ["--scheduler_conf", f"warmup_steps={max(1, round(warmup * share))}"]
+    # Every part of an externally launched job forms a process group of its own, hence its own file.
+    if args.dist_init_method.startswith("file://"):
+        own += ["--dist_init_method", f"{args.dist_init_method}.kd_stage{number}"]
+    train(own)
+    ended = number == plan.numbers[-1]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        if first_rank(args):
+            _finish(args, record, number, end, ended)
+        torch.distributed.barrier()
+        if not args.dist_init_method.startswith("file://"):
+            # The next part meets in a file: torchrun's store outlives a group, and would give it old addresses.
+            name = [uuid.uuid4().hex]
+            torch.distributed.broadcast_object_list(name, src=0)
+            args.dist_init_method = f"file://{output_dir.resolve()}/.dist_init_{name[0]}"
+        torch.distributed.destroy_process_group()
+    elif first_rank(args):
+        _finish(args, record, number, end, ended)
+    else:
+        await_finish(output_dir, number)
+
+
+def _finish(args: argparse.Namespace, record: Dict[str, Any], number: int, end: int, ended: bool) -> None:
+    """Check that a KD stage has ended, and record it."""
+    check_ended(Path(args.output_dir), end, ended and args.patience is not None)
+    write_record(Path(args.output_dir), record, number, ended)
 
 
 def first_rank(args: argparse.Namespace) -> bool:
@@ -139,164 +203,18 @@ def first_rank(args: argparse.Namespace) -> bool:
     return not get_rank(args.dist_rank, args.dist_launcher)
 
 
-#: Options of ESPnet that decide what is trained, on what.
-DECISIVE = (
-    *("frontend", "frontend_conf", "specaug", "specaug_conf", "normalize", "encoder", "encoder_conf", "decoder"),
-    *("decoder_conf", "ctc_conf", "model_conf", "preprocessor_conf", "token_type", "bpemodel", "optim", "optim_conf"),
-    *("scheduler", "scheduler_conf", "batch_type", "batch_bins", "batch_size", "accum_grad", "grad_clip"),
-    *("train_data_path_and_name_and_type", "valid_data_path_and_name_and_type", "freeze_param", "init_param"),
-)
-
-
-def fingerprint(args: argparse.Namespace) -> str:
-    """Short hash of the student's configuration, its tokens and the list of its training data."""
-    digest = hashlib.sha256(repr([(k, getattr(args, k, None)) for k in DECISIVE]).encode())
-    for path in (args.token_list, *(p for p, _, _ in args.train_data_path_and_name_and_type or [])):
-        if path is not None and Path(path).is_file():
-            digest.update(Path(path).read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def choose_stages(page: Page, wanted: Optional[Sequence[int]]) -> List[int]:
-    """The KD stages to train, in order (:class:`UserError` where the page has no such)."""
-    chosen = sorted(set(wanted or range(1, len(page.stages) + 1)))
-    if chosen[0] < 1 or chosen[-1] > len(page.stages):
-        raise UserError(f"--kd_stages {chosen}: {page.path} has KD stages 1 to {len(page.stages)}")
-    return chosen
-
-
-def stage_options(
-    cmd: List[str], args: argparse.Namespace, stage: KDStage, epochs: int, output_dir: Path, before: Optional[Path]
-) -> List[str]:
-    """The command line of one KD stage as an ESPnet run."""
-    own = [
-        *to_options(stage.train),
-        *cmd,
-        *("--output_dir", str(output_dir), "--max_epoch", str(epochs), "--kd_stage", str(stage.number)),
-        *("--resume", "true"),
-        *(["--init_param", str(before / STUDENT)] if before is not None else []),
-    ]
-    # The student's learning-rate schedule at the KD stage's length [ours]: a short one would never leave the warm-up.
-    warmup = (args.scheduler_conf or {}).get("warmup_steps")
-    if warmup and "scheduler_conf" not in stage.train:
-        own += ["--scheduler_conf", f"warmup_steps={max(1, round(warmup * epochs / args.max_epoch))}"]
-    # Every KD stage of an externally launched job forms a process group of its own, hence its own file.
-    if args.dist_init_method.startswith("file://"):
-        own += ["--dist_init_method", f"{args.dist_init_method}.kd_stage{stage.number}"]
-    return own
-
-
-def _train_stage(
-    cmd: List[str],
-    args: argparse.Namespace,
-    page: Page,
-    stage: KDStage,
-    epochs: int,
-    output_dir: Path,
-    before: Optional[Path],
-) -> None:
-    """One KD stage: an ordinary ESPnet run that starts from the student of the one before."""
-    label = f"KD stage {stage.number} ({stage.name})"
-    record = {
-        "method": page.method,
-        "kd_stage": stage.number,
-        "epochs": epochs,
-        "objectives": [{"objective": o.name, "weight": str(o.weight), **o.conf} for o in stage.objectives],
-        "ctc": {"weight": as_record(stage.ctc_weight), "per": stage.ctc_per},
-        "seed": args.seed,
-        # A cache says by itself whose it is; with it, --teacher is only compared, and may be spelled in any way.
-        "teacher": args.teacher if page.teacher == "required" and not args.target_cache else [],
-        "student": fingerprint(args),
-        "pool": page.pool,
-        "init_from": page.init_from,
-        "train": stage.train,
-    }
-    if page.teacher == "required" and args.target_cache:
-        manifest = read_manifest(args.target_cache)
-        whose = {"teacher": manifest.teacher_sha256, "config": manifest.config_sha256}
-        record["target_cache"] = {**whose, **asdict(manifest.policy)}
-    if page.teacher_weights:
-        record["teacher_weights"] = page.teacher_weights
-    if stage.attention_weight != float(stage.ctc_weight != 0.0):
-        record["attention"] = as_record(stage.attention_weight)
-    if stage.nbest and args.nbest and Path(args.nbest).is_file():
-        record["nbest"] = hashlib.sha256(Path(args.nbest).read_bytes()).hexdigest()[:12]
-    if _finished(output_dir, record, label):
-        logging.info("%s is finished in %s", label, output_dir)
-        return
-    if before is not None and not (before / STUDENT).is_file():
-        raise UserError(f"{label} starts from {before / STUDENT}, which is missing: train the KD stage before it first")
-    own = stage_options(cmd, args, stage, epochs, output_dir, before)
-    if first_rank(args):
-        output_dir.mkdir(parents=True, exist_ok=True)
-        with replacing(output_dir / RECORD) as f:
-            json.dump({**record, "finished": False}, f, indent=2)
-        done = mend(output_dir)
-        logging.info("%s: %d epochs into %s%s", label, epochs, output_dir, f", from epoch {done + 1}" if done else "")
-    early = get_parser().parse_args(own).patience is not None
-    train(own)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        if first_rank(args):
-            _finish(output_dir, page, record, early)
-        torch.distributed.barrier()
-        if not args.dist_init_method.startswith("file://"):
-            # The next KD stage meets in a file: torchrun's store outlives a group, and would give it old addresses.
-            name = [uuid.uuid4().hex]
-            torch.distributed.broadcast_object_list(name, src=0)
-            args.dist_init_method = f"file://{output_dir.resolve()}/.dist_init_{name[0]}"
-        torch.distributed.destroy_process_group()
-    elif first_rank(args):
-        _finish(output_dir, page, record, early)
-    else:
-        await_finish(output_dir)
-
-
-def await_finish(output_dir: Path, seconds: float = 600.0) -> None:
-    """Wait, on another machine, until the first one has written what the next KD stage starts from.
+def await_finish(output_dir: Path, number: int, seconds: float = 600.0) -> None:
+    """Wait, on another machine, until the first one has recorded the end of a KD stage.
 
     Raises:
         UserError: it did not within ``seconds``.
     """
     for _ in range(math.ceil(seconds / 0.5)):
         with contextlib.suppress(OSError, ValueError):
-            if json.loads((output_dir / RECORD).read_text(encoding="utf-8"))["finished"]:
+            if json.loads((output_dir / RECORD).read_text(encoding="utf-8"))["finished_kd_stage"] >= number:
                 return
         time.sleep(0.5)
     raise UserError(f"the first machine did not finish {output_dir} in {seconds:.0f} s; do both see this directory?")
-
-
-def as_record(weight: Weight) -> Union[float, Dict[str, Any]]:
-    """A weight as JSON has it."""
-    return asdict(weight) if isinstance(weight, Ramp) else weight
-
-
-def _finished(output_dir: Path, record: Dict[str, Any], label: str) -> bool:
-    """Whether this KD stage is done; refuse a directory that holds a run with other settings."""
-    try:
-        found = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return False
-    except ValueError as e:
-        raise UserError(f"{output_dir / RECORD} is damaged ({e}); remove {output_dir} to train {label} anew") from e
-    finished = found.pop("finished", False)
-    record = json.loads(json.dumps(record))  # as it comes back: tuples are lists
-    differing = [k for k in {**record, **found} if found.get(k) != record.get(k)]
-    # A directory in which nothing was trained yet may take a mended command.
-    if differing and (output_dir / CHECKPOINT).exists():
-        what = "; ".join(f"{k}: {found.get(k)} there, {record.get(k)} now" for k in differing)
-        raise UserError(f"{output_dir} holds {label} with other settings ({what}); choose another {OUTPUT_OPTION}")
-    return finished and (output_dir / STUDENT).is_file()
-
-
-def _finish(output_dir: Path, page: Page, record: Dict[str, Any], early: bool) -> None:
-    """Write the student-only file that the next KD stage starts from, then the record."""
-    states = finished_checkpoint(output_dir, record["epochs"], early)
-    state = load_state(find_experiment(output_dir)[1]) if page.init_from == "best" else states["model"]
-    with replacing(output_dir / STUDENT, "wb") as f:
-        torch.save(student_only(state), f)
-    with replacing(output_dir / RECORD) as f:
-        json.dump({**record, "finished": True}, f, indent=2)
 
 
 def to_options(train: Mapping[str, Any]) -> List[str]:

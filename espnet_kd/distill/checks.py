@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import TYPE_CHECKING, Optional
 
 import torch
-from espnet2.asr.espnet_model import ESPnetASRModel
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives import Objective, lay_on
 from espnet_kd.targets.encode import EncoderOutputs, check_taps, probe
 from espnet_kd.targets.teacher import Teacher
+
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
 
 def check_objective(objective: Objective, student: ESPnetASRModel, teacher: Optional[Teacher], has_nbest: bool) -> None:
@@ -36,7 +38,7 @@ def check_rates(student: ESPnetASRModel, frame_shift: float, teacher: Teacher, r
     Raises:
         UserError: naming lengths and frame shifts of both.
     """
-    speech, lengths, frames = probe(student, rate, seconds=3.0)
+    speech, lengths, frames = probe(student, rate, 3.0)
     logits = speech.new_zeros(1, frames, 1)
     try:
         lay_on(

@@ -61,6 +61,9 @@ def _check_option(action: argparse.Action, value: Any, where: str) -> None:
                     raise UserError(f"{where}: unknown key {inner!r}")
         return
     hint = _TYPES.get(action.type)
+    if action.dest == "token_list" and isinstance(value, list):  # as a saved configuration has it
+        check_type(value, List[str], where)
+        return
     if isinstance(value, str) and action.type is not None:  # argparse converts a default that is a word
         try:
             value = action.type(value)

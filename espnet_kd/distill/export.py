@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import glob
+import io
 import json
 import os
 import shutil
 import tempfile
+import zipfile
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
 
@@ -14,26 +17,42 @@ import torch
 import yaml
 
 from espnet_kd.cli import UserError
-from espnet_kd.distill.checkpoints import RECORD
 from espnet_kd.distill.page import objective_class
-from espnet_kd.targets.experiment import find_experiment, load_model, load_state, read_config, student_only
+from espnet_kd.distill.record import RECORD
+from espnet_kd.files import replacing
+from espnet_kd.targets.audio_options import sampling_rate
+from espnet_kd.targets.experiment import (
+    find_experiment,
+    load_model,
+    load_state,
+    read_config,
+    student_only,
+    write_statistics,
+)
+from espnet_kd.targets.named_files import find_token_model
+from espnet_kd.targets.portable import PORTABLE, can_fold, fold, unfold_config, unfold_state
 
 #: Options that the task adds to ESPnet's; an exported config.yaml has none of them.
 KD_OPTIONS = (
     *("teacher", "target_cache", "kd_config", "kd_stage", "kd_stages", "teacher_memory", "augmented_teacher", "nbest"),
     "max_nonfinite",
 )
+MODEL, CONFIG, STATISTICS, TOKEN_MODEL = "model.pth", "config.yaml", "feats_stats.npz", "bpe.model"
+DECODE, README = "decode.yaml", "README.md"
 #: What an export consists of.
-FILES = ("config.yaml", "model.pth", "feats_stats.npz", "bpe.model")
+FILES = (CONFIG, MODEL, STATISTICS, TOKEN_MODEL, DECODE, README)
 
 
 def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> Path:
-    """Write ``EXP/export`` (config.yaml, model.pth, feats_stats.npz, bpe.model if any) and check that it loads.
+    """Write ``EXP/export`` and ``EXP/export.zip``, and check that the model loads.
 
-    The directory appears whole or not at all; an export from before is replaced.
+    The directory has config.yaml and model.pth, which stock ESPnet loads from any working directory; feats_stats.npz
+    and bpe.model where the model has them; decode.yaml, the options that a CTC model is decoded with; and a README.md.
+    The zip is that of ``espnet2.bin.pack``. Each appears whole or not at all; an export from before is replaced.
 
     Raises:
-        UserError: the experiment is incomplete, a file its config names is missing, or the place holds something else.
+        UserError: the experiment is incomplete, a file its config names is missing or is something else, or the place
+            holds something else.
     """
     config_file, model_file = find_experiment(experiment)
     out = output_dir or config_file.parent / "export"
@@ -43,24 +62,107 @@ def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> P
     config.update(output_dir=str(out), init_param=[], resume=False)
     out.parent.mkdir(parents=True, exist_ok=True)
     for leftover in out.parent.glob(f".{glob.escape(out.name)}.*"):  # of one that was killed
-        shutil.rmtree(leftover, ignore_errors=True)
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
     part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     os.chmod(part, 0o755)
     try:
-        # GlobalMVN opens its statistics when it is built, although they are in the model as well.
-        stats = (config.get("normalize_conf") or {}).get("stats_file")
-        if stats:
-            config["normalize_conf"]["stats_file"] = _bring(stats, part, "feats_stats.npz", out)
-        if config.get("bpemodel"):
-            config["bpemodel"] = _bring(config["bpemodel"], part, "bpe.model", out)
-        torch.save(state, part / "model.pth")
-        (part / "config.yaml").write_text(yaml.safe_dump(config, sort_keys=False, allow_unicode=True), encoding="utf-8")
+        _write(part, config_file, config, state, out)
+        # Before the directory: with it, all is there.
+        with replacing(out.with_name(f"{out.name}.zip"), "wb") as f:
+            _write_zip(f, part, out)
         _replace(part, out)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    load_model(out / "config.yaml", out / "model.pth")
+    load_model(out / CONFIG, out / MODEL)
     return out
+
+
+def _write(part: Path, config_file: Path, config: Dict[str, Any], state: Dict[str, torch.Tensor], out: Path) -> None:
+    """Fill ``part``, which becomes ``out``."""
+    mean, std = (state.get(f"normalize.{name}") for name in ("mean", "std"))
+    if mean is not None and std is not None and (config.get("normalize_conf") or {}).get("stats_file"):
+        # GlobalMVN opens its statistics when it is built, although they are in the model as well: what counts is there.
+        write_statistics(part / STATISTICS, mean, std)
+        config["normalize_conf"]["stats_file"] = str(out / STATISTICS)
+    options: Dict[str, Any] = {"ctc_weight": 1.0, "beam_size": min(10, len(config["token_list"])), "nbest": 1}
+    if config.get("bpemodel"):
+        source = config["bpemodel"]
+        if config.get("token_type") == "bpe":
+            source = find_token_model(argparse.Namespace(**config), config_file)
+            shutil.copyfile(source, part / TOKEN_MODEL)
+            config["bpemodel"] = str(out / TOKEN_MODEL)
+            options["bpemodel"] = str((out / TOKEN_MODEL).absolute())
+    if can_fold(config, state):
+        config, state = fold(config, state)
+    torch.save(state, part / MODEL)
+    _dump(part / CONFIG, config)
+    _dump(part / DECODE, options)
+    rate = sampling_rate(argparse.Namespace(**unfold_config(config, CONFIG)))
+    (part / README).write_text(_readme(rate, "bpemodel" in options, _needs_statistics(config)), encoding="utf-8")
+
+
+def _dump(path: Path, content: Dict[str, Any]) -> None:
+    path.write_text(yaml.safe_dump(content, sort_keys=False, allow_unicode=True), encoding="utf-8")
+
+
+def _needs_statistics(config: Dict[str, Any]) -> bool:
+    return PORTABLE not in config and bool((config.get("normalize_conf") or {}).get("stats_file"))
+
+
+def _readme(rate: float, has_token_model: bool, needs_statistics: bool) -> str:
+    """How the student is used with ESPnet alone."""
+    more = '**{**options, "bpemodel": str(folder / "bpe.model")}' if has_token_model else "**options"
+    place = ""
+    if needs_statistics:
+        place = (
+            "\nESPnet looks for `feats_stats.npz` of this model where config.yaml says, seen from the working\n"
+            "directory: start in the recipe's directory, or use the zip.\n"
+        )
+    return f"""# Use the student
+
+```python
+import pathlib, soundfile, yaml
+from espnet2.bin.asr_inference import Speech2Text
+folder = pathlib.Path("export")  # where this file lies
+options = yaml.safe_load((folder / "{DECODE}").read_text())
+student = Speech2Text(folder / "{CONFIG}", folder / "{MODEL}", {more})
+text, *_ = student(soundfile.read("speech.wav")[0])[0]  # {rate:g} Hz, one channel
+```
+
+It needs ESPnet (`pip install espnet torchaudio`) and nothing else. `{DECODE}` says how a CTC model is decoded: ESPnet's
+defaults ask for an attention decoder too. Of the zip beside this folder:
+`Speech2Text(**espnet2.main_funcs.pack_funcs.unpack("export.zip", "student"), ctc_weight=1.0)`.
+{place}"""
+
+
+def _write_zip(f: Any, part: Path, out: Path) -> None:
+    """What ``espnet2.bin.pack`` makes of an export, with paths that are rewritten where it is unpacked."""
+    config = read_config(part / CONFIG)
+    if _needs_statistics(config):
+        config["normalize_conf"]["stats_file"] = STATISTICS
+    if config.get("bpemodel") == str(out / TOKEN_MODEL):
+        config["bpemodel"] = TOKEN_MODEL
+    meta = {"files": {"asr_model_file": MODEL}, "yaml_files": {"asr_train_config": CONFIG}}
+    options = {k: v for k, v in read_config(part / DECODE).items() if k != "bpemodel"}
+    text = {"meta.yaml": meta, CONFIG: config, DECODE: options}
+
+    def add(name: str, content: bytes) -> None:
+        info = zipfile.ZipInfo(name)  # without the time of writing: the same student gives the same bytes
+        info.external_attr = 0o644 << 16
+        packed.writestr(info, content)
+
+    with zipfile.ZipFile(f, "w", zipfile.ZIP_STORED) as packed:
+        for name, content in text.items():
+            buffer = io.StringIO()
+            yaml.safe_dump(content, buffer, sort_keys=False, allow_unicode=True)
+            add(name, buffer.getvalue().encode())
+        for path in sorted(part.iterdir()):
+            if path.name not in text:
+                add(path.name, path.read_bytes())
 
 
 def plain_student(config_file: Path, state: Dict[str, torch.Tensor]) -> Tuple[Dict[str, Any], Dict[str, torch.Tensor]]:
@@ -69,7 +171,10 @@ def plain_student(config_file: Path, state: Dict[str, torch.Tensor]) -> Tuple[Di
     Raises:
         UserError: a damaged record of the KD stage, or an objective of it that cannot be imported.
     """
-    config = {k: v for k, v in read_config(config_file).items() if k not in KD_OPTIONS}
+    config = read_config(config_file)
+    if PORTABLE in config:  # an export, exported again
+        config, state = unfold_config(config, str(config_file)), unfold_state(state)
+    config = {k: v for k, v in config.items() if k not in KD_OPTIONS}
     record = config_file.parent / RECORD
     if record.is_file():
         try:
@@ -91,14 +196,6 @@ def _check_place(out: Path) -> None:
     others = sorted(p.name for p in out.iterdir() if p.name not in FILES) if out.exists() else []
     if others:
         raise UserError(f"{out} holds {others[0]}, which is no part of an export; give another --output_dir")
-
-
-def _bring(source: str, part: Path, name: str, out: Path) -> str:
-    """Copy a file the config names into the export; return the path it will have."""
-    if not Path(source).is_file():
-        raise UserError(f"{source}, named in config.yaml, is missing; run from the directory that its paths start at")
-    shutil.copyfile(source, part / name)
-    return str(out / name)
 
 
 def _replace(part: Path, out: Path) -> None:

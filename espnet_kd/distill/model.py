@@ -1,4 +1,4 @@
-"""The KD model: an ESPnet ASR model whose forward adds the objectives of a KD stage."""
+"""The KD model: an ESPnet ASR model whose forward adds the objectives of the KD stage that training is in."""
 
 from __future__ import annotations
 
@@ -16,16 +16,20 @@ from espnet_kd import frames as fr
 from espnet_kd.cli import UserError
 from espnet_kd.distill.checks import check_objective, check_pair, check_rates
 from espnet_kd.distill.objectives import Batch, Objective, lay_on
-from espnet_kd.distill.page import KDStage, ObjectiveSpec, Page
-from espnet_kd.distill.schedule import Progress, weight_at
+from espnet_kd.distill.page import ObjectiveSpec
+from espnet_kd.distill.plan import Moment, Plan
+from espnet_kd.distill.schedule import Progress, Weight
 from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.encode import EncoderOutputs, encode, measure_frame_shift, recording_decoder
 from espnet_kd.targets.teacher import Teacher
 from espnet_kd.topk import NotKept
 
+#: An objective's entry in the page, the objective, its weight.
+Term = Tuple[ObjectiveSpec, Objective, Weight]
+
 
 class ESPnetASRKDModel(ESPnetASRModel):
-    """A student in one KD stage. Made with :meth:`adopt`, never constructed.
+    """A student in all KD stages of a plan. Made with :meth:`adopt`, never constructed.
 
     Its parameters have the plain student's names; what is trained beside it lies under ``kd_heads``; the teacher is not
     registered at all.
@@ -35,17 +39,18 @@ class ESPnetASRKDModel(ESPnetASRModel):
     def adopt(
         cls,
         student: ESPnetASRModel,
-        page: Page,
-        kd_stage: int,
+        plan: Plan,
         teacher: Optional[Teacher],
         progress: Progress,
         sampling_rate: float,
         nbest: Optional[Mapping[str, List[Tuple[float, Sequence[int]]]]] = None,
     ) -> ESPnetASRKDModel:
-        """Turn the student that ESPnet built into the KD model of one KD stage.
+        """Turn the student that ESPnet built into the KD model of a training.
 
-        ``sampling_rate`` (Hz) is what the student's frontend expects, ``nbest`` the teacher's N-best by utterance. All
-        KD stages of the page are checked, so that a mistake in the third shows before the first has trained.
+        Args:
+            progress: the point of the training, which chooses the KD stage of a step.
+            sampling_rate: of the audio that the student's frontend expects, Hz.
+            nbest: the teacher's N-best by utterance.
 
         Raises:
             UserError: student, teacher and page don't fit.
@@ -58,49 +63,51 @@ class ESPnetASRKDModel(ESPnetASRModel):
             raise UserError(f"ctc_conf: ctc_type {student.ctc.ctc_type} is not supported here; use ctc_type: builtin")
         if student.blank_id != 0:
             raise UserError(f"<blank> must be token 0, as ESPnet's CTC takes it; it is token {student.blank_id}")
-        if page.teacher == "required" and teacher is None:
+        page = plan.page
+        if page.teacher == "none":
+            teacher = None
+        elif teacher is None:
             raise UserError(f"{page.path} needs a teacher: give --teacher EXP")
         if teacher is not None:
             check_pair(student, teacher, sampling_rate)
 
-        for k, stage in enumerate(page.stages, 1):
-            for spec in stage.objectives:
-                objective = spec.make()
-                try:
-                    objective.place(student)
-                    check_objective(objective, student, teacher, nbest is not None)
-                except UserError as e:
-                    raise UserError(f"{page.path}: KD stage {k}: {spec.name}: {e}") from e
-
         model = cls.__new__(cls)
         model.__dict__ = student.__dict__  # parameters, buffers and modules, under their own names
-        stage = page.stages[kd_stage - 1]
-        model.kd_stage = stage
-        model.progress = progress
-        model.pool = page.pool
-        model.teacher = teacher
+        model.plan, model.progress, model.teacher, model.nbest = plan, progress, teacher, nbest
         model.frame_shift = measure_frame_shift(student, sampling_rate)
-        model.nbest = nbest
-        model.objectives = [(spec, spec.make()) for spec in stage.objectives]
         if teacher is not None:
             check_rates(student, model.frame_shift, teacher, sampling_rate)
-        for _, objective in model.objectives:
-            objective.place(student)
-            # A resume and the student of the KD stage before are loaded over it later.
-            objective.init_student(student, teacher)
-        heads = {spec.key: objective.build(student, teacher) for spec, objective in model.objectives}
-        heads = {k: h for k, h in heads.items() if h is not None}
+        made: Dict[Tuple[str, str], Objective] = {}  # one with the same options is one over all KD stages
+        heads: Dict[str, torch.nn.Module] = {}
+        model.terms = []
+        for phase in plan.phases:
+            terms = []
+            for spec, weight in phase.terms:
+                identity = (spec.name, repr(spec.conf))
+                if identity not in made:
+                    made[identity] = objective = spec.make()
+                    try:
+                        objective.place(student)
+                        check_objective(objective, student, teacher, nbest is not None)
+                    except UserError as e:
+                        raise UserError(f"{page.path}: KD stage {phase.stage.number}: {spec.name}: {e}") from e
+                    # A resume is loaded over it later.
+                    objective.init_student(student, teacher)
+                    head = objective.build(student, teacher)
+                    if head is not None:
+                        heads[spec.key] = head
+                terms.append((spec, made[identity], weight))
+            model.terms.append(terms)
         if heads:
             model.kd_heads = torch.nn.ModuleDict(heads)
         return model
 
     # Given in adopt; annotated here because no __init__ says so.
-    kd_stage: KDStage
+    plan: Plan
     progress: Progress
-    pool: str
     teacher: Optional[Teacher]
     frame_shift: float  #: seconds
-    objectives: List[Tuple[ObjectiveSpec, Objective]]
+    terms: List[List[Term]]  #: of each phase of the plan
     nbest: Optional[Mapping[str, List[Tuple[float, Sequence[int]]]]]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ESPnetASRKDModel:
@@ -128,40 +135,50 @@ class ESPnetASRKDModel(ESPnetASRModel):
             loss, statistics, batch size, as ESPnet's trainer wants them
 
         The loss is ctc_weight · (w_ctc · CTC + Σ weight · objective) + (1 − ctc_weight) · (w_att · attention + Σ weight
-        · objective of the decoder); without objectives and with weights 1 it is ESPnetASRModel's.
+        · objective of the decoder); without objectives and with weights 1 it is ESPnetASRModel's. In validation it is
+        what the training ends with, in every epoch.
         """
         batch_size = speech.size(0)
+        now = self.plan.at(self.progress) if self.training else self.plan.last
+        terms = self._active(now)
         if text is not None:
             text[text == -1] = self.ignore_id
             text = text[:, : text_lengths.max()]
-        # SpecAugment's masks are drawn anew for every row, so that rows said twice are two views. None in validation.
-        views = max((o.views for _, o in self.objectives), default=1) if self.training else 1
+        # SpecAugment's masks are drawn anew for every row, so that repeated rows are two views. None in validation.
+        views = max((o.views for _, o, _ in terms), default=1) if self.training else 1
         speech, speech_lengths, text, text_lengths, kwargs = _repeat(
             views, (speech, speech_lengths, text, text_lengths, kwargs)
         )
 
-        taps = [t for _, o in self.objectives for t in o.student_taps]
+        taps = [t for _, o, _ in terms for t in o.student_taps]
         out, lengths, intermediate, hidden = encode(self, speech, speech_lengths, taps)
         log_probs = self._log_probs(out)
         student = EncoderOutputs(log_probs, lengths, self.frame_shift, hidden)
         batch = Batch(
             kwargs.get("utt_id", ()), text, text_lengths, self._hypotheses(kwargs.get("utt_id", ())), views,
-            ctc=lambda *args: self._ctc(*args if len(args) > 2 else (*args, text, text_lengths)),
+            ctc=lambda *args: self._ctc(now, *args if len(args) > 2 else (*args, text, text_lengths)),
             ctc_head=self._log_probs,
         )  # fmt: skip
         stats: Dict[str, Optional[Tensor]] = {}
         loss = log_probs.new_zeros(())
         if text is not None:
             loss = loss + self.ctc_weight * self._ctc_branch(
-                log_probs, lengths, intermediate, text, text_lengths, stats, kwargs
+                now, log_probs, lengths, intermediate, text, text_lengths, stats, kwargs
             )
         if self.ctc_weight < 1.0:
-            loss = loss + (1 - self.ctc_weight) * self._attention_branch(out, student, text, text_lengths, taps, stats)
-        if self.objectives:
-            loss = loss + self._objectives(student, speech, speech_lengths, batch, stats)
+            loss = loss + (1 - self.ctc_weight) * self._attention_branch(
+                now, out, student, text, text_lengths, taps, stats
+            )
+        if terms:
+            loss = loss + self._objectives(now, terms, student, speech, speech_lengths, batch, stats)
 
         stats["loss"] = loss.detach()
         return force_gatherable((loss, stats, batch_size), loss.device)
+
+    def _active(self, now: Moment) -> List[Term]:
+        """The objectives that are computed: in training those whose weight is not 0, in validation all of the phase."""
+        terms = self.terms[now.phase.index]
+        return [term for term in terms if not self.training or now(term[2])]
 
     def _hypotheses(self, utt_ids: Sequence[str]) -> Optional[List[List[Tuple[float, Sequence[int]]]]]:
         """The N-best of a batch."""
@@ -174,6 +191,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
 
     def _attention_branch(
         self,
+        now: Moment,
         out: Tensor,
         student: EncoderOutputs,
         text: Optional[Tensor],
@@ -182,7 +200,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         stats: Dict[str, Optional[Tensor]],
     ) -> Tensor:
         """Weighted attention loss of the transcribed utterances; the decoder's outputs where a tap asks for them."""
-        weight = weight_at(self.kd_stage.attention_weight, self.progress)
+        weight = now(now.phase.stage.attention_weight)
         loss = out.new_zeros(())
         if not weight and "decoder" not in taps:
             return loss
@@ -209,32 +227,40 @@ class ESPnetASRKDModel(ESPnetASRModel):
         return full_precision(self.ctc.ctc_lo(F.dropout(out, p=self.ctc.dropout_rate))).log_softmax(-1)
 
     def _ctc(
-        self, log_probs: Tensor, lengths: Tensor, text: Tensor, text_lengths: Tensor, weights: Optional[Tensor] = None
+        self,
+        now: Moment,
+        log_probs: Tensor,
+        lengths: Tensor,
+        text: Tensor,
+        text_lengths: Tensor,
+        weights: Optional[Tensor] = None,
     ) -> Tensor:
-        """ESPnet's CTC (sum over the utterance, averaged over the batch), or that per label, as the page says.
+        """ESPnet's CTC (sum over the utterance, averaged over the batch), or that per label, as the page has it.
 
         ``weights`` (B,) of the utterances; by default 1, or 0 where there are no labels.
         """
-        per_label = self.kd_stage.ctc_per == "label"
-        if weights is None and not text_lengths.all():
-            weights = (text_lengths > 0).to(log_probs.dtype)
-        labels = torch.cat([t[:n] for t, n in zip(text, text_lengths)])
+        per_label = now.phase.stage.ctc_per == "label"
         by_time = log_probs.transpose(0, 1)
         if self.ctc.ctc_type != "builtin":
-            if per_label or weights is not None:
+            if per_label or weights is not None or not text_lengths.all():
                 raise UserError(
                     f"ctc_type {self.ctc.ctc_type} gives no loss of single utterances, which ctc: per: label, N-best "
                     "and untranscribed audio need; use ctc_type: builtin"
                 )
+            labels = torch.cat([t[:n] for t, n in zip(text, text_lengths)])
             return self.ctc.loss_fn(by_time, labels, lengths, text_lengths)
-        each = self.ctc.ctc_loss(by_time, labels, lengths, text_lengths)
+        # The labels as they lie, padded: to cut each utterance's out, or to see whether all have some, would be a wait.
+        each = self.ctc.ctc_loss(by_time, text, lengths, text_lengths)
+        if weights is None:
+            weights = (text_lengths > 0).to(log_probs.dtype)
         if per_label:
             each = each / text_lengths.clamp(min=1)
         # where, not a product: 0 · ∞ would be NaN
-        return each.mean() if weights is None else torch.where(weights > 0, each, 0.0).mul(weights).mean()
+        return torch.where(weights > 0, each, 0.0).mul(weights).mean()
 
     def _ctc_branch(
         self,
+        now: Moment,
         log_probs: Tensor,
         lengths: Tensor,
         intermediate: List[Tuple[int, Tensor]],
@@ -244,9 +270,9 @@ class ESPnetASRKDModel(ESPnetASRModel):
         batch: Dict[str, Any],
     ) -> Tensor:
         """Weighted CTC and InterCTC; with weight 0 CTC is computed for the statistics alone."""
-        weight = weight_at(self.kd_stage.ctc_weight, self.progress)
+        weight = now(now.phase.stage.ctc_weight)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
-            loss = self._ctc(log_probs, lengths, text, text_lengths)
+            loss = self._ctc(now, log_probs, lengths, text, text_lengths)
             stats["loss_ctc"] = loss.detach()
             stats["cer_ctc"] = None
             if not self.training and self.error_calculator is not None:
@@ -259,7 +285,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
                 inner = []
                 for layer, x in intermediate:
                     aux, aux_lengths = self._aux_labels(layer, batch, text, text_lengths)
-                    inner.append(self._ctc(self._log_probs(x), lengths, aux, aux_lengths))
+                    inner.append(self._ctc(now, self._log_probs(x), lengths, aux, aux_lengths))
                     stats[f"loss_interctc_layer{layer}"] = inner[-1].detach()
                 loss = (1 - self.interctc_weight) * loss + self.interctc_weight * sum(inner) / len(inner)
         return weight * loss if weight else torch.zeros_like(loss)  # 0 · ∞ would be NaN
@@ -277,6 +303,8 @@ class ESPnetASRKDModel(ESPnetASRModel):
 
     def _objectives(
         self,
+        now: Moment,
+        terms: Sequence[Term],
         student: EncoderOutputs,
         speech: Tensor,
         speech_lengths: Tensor,
@@ -284,22 +312,22 @@ class ESPnetASRKDModel(ESPnetASRModel):
         stats: Dict[str, Optional[Tensor]],
     ) -> Tensor:
         target = None
-        if self.teacher is not None and any(o.hears_teacher for _, o in self.objectives):
-            taps = [t for _, o in self.objectives for t in o.teacher_taps]
+        if self.teacher is not None and any(o.hears_teacher for _, o, _ in terms):
+            taps = [t for _, o, _ in terms for t in o.teacher_taps]
             target = self.teacher.targets(batch.utt_ids, speech, speech_lengths, taps, batch.text, batch.text_lengths)
             try:
-                target = lay_on(student, target, self.pool)
+                target = lay_on(student, target, self.plan.page.pool, batch.utt_ids)
             except ValueError as e:
-                raise UserError(f"{e}, in the batch of {', '.join(batch.utt_ids)}") from e
+                raise UserError(str(e)) from e
             stats.update(_agreement(student, target))
         total = pulled = student.logits.new_zeros(())
         branches = {"ctc": self.ctc_weight, "attention": 1 - self.ctc_weight}
-        for spec, objective in self.objectives:
+        for spec, objective, weight in terms:
             try:
-                value, extra = objective(student, target, batch, self.progress)
-            except NotKept as e:  # of an objective that does not say all it reads
+                value, extra = objective(student, target, batch, now.position)
+            except NotKept as e:  # of an objective whose `needs` lacks something that it reads
                 raise UserError(f"{spec.name}: {e}") from e
-            weighted = weight_at(spec.weight, self.progress) * value
+            weighted = now(weight) * value
             total = total + branches[objective.branch] * weighted
             pulled = pulled + weighted.detach()
             stats[f"loss_{spec.key}"] = value.detach()

@@ -1,25 +1,23 @@
-"""Method pages: one YAML that says which objectives pull, how hard, in which KD stages. Read strictly."""
+"""Method pages: one YAML that names the objectives of each KD stage and their weights. Read strictly."""
 
 from __future__ import annotations
 
 import importlib
 import inspect
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Sequence
-
-import yaml
+from typing import Any, Callable, Dict, List, Mapping, Sequence, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives import OBJECTIVES, Objective
-from espnet_kd.distill.schedule import Ramp, Weight
+from espnet_kd.distill.schedule import Ramp, Weight, end_of
+from espnet_kd.distill.train_options import check_train_options
+from espnet_kd.safe_yaml import parse_yaml
 from espnet_kd.strict import check_mapping, check_type, fits, nearest, parameters
 from espnet_kd.targets.teacher import Needs
 
 METHODS_DIR = Path(__file__).resolve().parent.parent / "conf" / "methods"
-#: Options that training itself sets or reads beforehand: in a ``train:`` block they would be passed over in silence.
-RESERVED = ("config", "kd_config", "kd_stage", "kd_stages", "max_epoch", "output_dir", "resume")
 
 
 @dataclass
@@ -36,6 +34,11 @@ class ObjectiveSpec:
         """Name in statistics and under ``kd_heads``: a dotted path's last part."""
         return self.name.rsplit(".", 1)[-1]
 
+    @property
+    def has_head(self) -> bool:
+        """Whether something is trained beside the student for it."""
+        return type(self.make()).build is not Objective.build
+
 
 @dataclass
 class KDStage:
@@ -43,12 +46,13 @@ class KDStage:
 
     number: int  #: from 1
     name: str
-    share: float  #: of the student's max_epoch
+    share: float  #: of the student's training
+    keep: Union[str, List[str]]  #: objectives of the KD stage before that go on, with their last weights: names, or all
+    restart: bool  #: whether optimizer and learning-rate schedule begin anew
     ctc_weight: Weight
     ctc_per: str
     attention_weight: Weight
     objectives: List[ObjectiveSpec]
-    train: Dict[str, Any] = field(default_factory=dict)
 
     @property
     def needs_text(self) -> bool:
@@ -70,23 +74,9 @@ class Page:
     method: str
     teacher: str  #: required | none
     pool: str
-    init_from: str  #: last | best epoch of the KD stage before
     teacher_weights: List[float]  #: of several teachers; empty: equal
     stages: List[KDStage]
-
-    def epochs(self, max_epoch: int, chosen: Sequence[int]) -> Dict[int, int]:
-        """Epochs of each chosen KD stage: ``share`` of ``max_epoch``, at least 1; the last one gets the rest.
-
-        Stages left out thus give their epochs to the last one, and every student trains ``max_epoch`` epochs.
-
-        Raises:
-            UserError: too few epochs.
-        """
-        counts = {k: max(1, round(self.stages[k - 1].share * max_epoch)) for k in chosen[:-1]}
-        rest = max_epoch - sum(counts.values())
-        if rest < 1:
-            raise UserError(f"max_epoch {max_epoch} is too few for {len(chosen)} KD stages of {self.path}")
-        return {**counts, chosen[-1]: rest}
+    train: Dict[str, Any]  #: options of ESPnet that hold for the whole training
 
 
 def list_pages() -> List[str]:
@@ -106,10 +96,10 @@ def load_page(name: str) -> Page:
         if not path.is_file():
             raise UserError(f"unknown method {name!r}{nearest(name, list_pages())}")
     try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except Exception as e:  # beside its own errors, PyYAML lets out those of a value that it cannot make (2026-13-01)
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as e:
         raise UserError(f"cannot read the method page {path}: {e}") from e
-    return _page(path, content)
+    return _page(path, parse_yaml(text, str(path)))
 
 
 def check_cacheable(page: Page) -> None:
@@ -142,7 +132,7 @@ def needed_targets(pages: Sequence[str]) -> Needs:
 
 def _page(path: Path, content: Any) -> Page:
     where = str(path)
-    keys = ["teacher", "teacher_weights", "pool", "init_from", "ctc", "attention", "stages"]
+    keys = ["teacher", "teacher_weights", "pool", "ctc", "attention", "stages", "train"]
     top = check_mapping(content, where, keys)
     if not isinstance(top.get("stages"), list) or not 1 <= len(top["stages"]) <= 3:
         raise UserError(f"{where}: stages must be a list of one to three KD stages")
@@ -151,10 +141,12 @@ def _page(path: Path, content: Any) -> Page:
         method=path.stem,
         teacher=_choice(top, "teacher", ["required", "none"], "required", where),
         pool=_choice(top, "pool", ["least_blank", "mean"], "least_blank", where),
-        init_from=_choice(top, "init_from", ["last", "best"], "last", where),
         teacher_weights=_typed(top, "teacher_weights", List[float], [], where),
         stages=[_stage(n, stage, top, f"{where}: stages[{n - 1}]") for n, stage in enumerate(top["stages"], 1)],
+        train=check_train_options(top.get("train", {}), f"{where}: train"),
     )
+    _check_kept(page)
+    page.train = {**_implied_options(page.stages), **page.train}
     for weight in page.teacher_weights:
         if not 0 < weight < math.inf:
             raise UserError(f"{where}: teacher_weights must be numbers above 0, not {page.teacher_weights}")
@@ -166,39 +158,70 @@ def _page(path: Path, content: Any) -> Page:
     return page
 
 
+def _check_kept(page: Page) -> None:
+    """Refuse ``keep`` of what the KD stage before lacks, and one objective with two sets of options for its head."""
+    options: Dict[str, ObjectiveSpec] = {}
+    before: List[str] = []
+    for stage in page.stages:
+        where = f"{page.path}: stages[{stage.number - 1}]"
+        for key in () if stage.keep == "all" else stage.keep:
+            if key not in before:
+                raise UserError(f"{where}.keep: the KD stage before this one has no {key!r}{nearest(key, before)}")
+        kept = before if stage.keep == "all" else stage.keep
+        before = [*kept, *(spec.key for spec in stage.objectives)]
+        for spec in stage.objectives:
+            other = options.setdefault(spec.key, spec)
+            if spec.has_head and spec.conf != other.conf:
+                raise UserError(f"{where}: {spec.key} has a head, which all KD stages share: give it the same options")
+
+
+def _implied_options(stages: Sequence[KDStage]) -> Dict[str, Any]:
+    """ESPnet's options that follow from the KD stages."""
+    implied: Dict[str, Any] = {}
+    weights = [w for s in stages for w in (s.ctc_weight, s.attention_weight)]
+    heads = [o for s in stages for o in s.objectives if o.has_head]
+    if any(map(_may_be_0, weights)) or (heads and (len(stages) > 1 or any(_may_be_0(o.weight) for o in heads))):
+        # At some step the CTC head, a hybrid's decoder or an objective's head may get no gradient: DDP has to know.
+        implied["unused_parameters"] = True
+    if end_of(stages[-1].ctc_weight) == 0.0:
+        # No CTC loss can choose the model.
+        implied["best_model_criterion"] = [["valid", "loss_kd", "min"]]
+    return implied
+
+
 def _stage(number: int, content: Any, top: Mapping[str, Any], where: str) -> KDStage:
-    stage = check_mapping(content, where, ["name", "share", "ctc", "attention", "objectives", "train"])
+    keys = ["name", "share", "keep", "restart", "ctc", "attention", "objectives"]
+    if isinstance(content, Mapping) and "train" in content:
+        raise UserError(f"{where}: train holds for the whole training, so that it belongs beside `stages`")
+    stage = check_mapping(content, where, keys)
     ctc = check_mapping(stage.get("ctc", top.get("ctc", {})), f"{where}.ctc", ["weight", "per"])
     attention = check_mapping(stage.get("attention", top.get("attention", {})), f"{where}.attention", ["weight"])
     objectives = stage.get("objectives", [])
     if not isinstance(objectives, list):
         raise UserError(f"{where}.objectives must be a list")
+    keep = stage.get("keep", [])
+    if keep != "all":
+        check_type(keep, List[str], f"{where}.keep")
     ctc_weight = _weight(ctc.get("weight", 1.0), f"{where}.ctc.weight")
     result = KDStage(
         number=number,
         name=_typed(stage, "name", str, f"stage{number}", where),
         share=_typed(stage, "share", float, 1.0, where),
+        keep=keep,
+        restart=_typed(stage, "restart", bool, False, where),
         ctc_weight=ctc_weight,
         ctc_per=_choice(ctc, "per", ["utterance", "label"], "utterance", f"{where}.ctc"),
-        # A hybrid student's attention branch uses labels too: off where CTC is off, unless said otherwise.
+        # A hybrid student's attention branch uses labels too: off where CTC is off, unless set otherwise.
         attention_weight=_weight(attention.get("weight", float(ctc_weight != 0.0)), f"{where}.attention.weight"),
         objectives=[_objective(o, f"{where}.objectives[{i}]") for i, o in enumerate(objectives)],
-        train=check_mapping(stage.get("train", {}), f"{where}.train"),
     )
-    for key in RESERVED:
-        if key in result.train:
-            raise UserError(f"{where}.train: {key} is not a page's to set; give it on the command line")
-    if any(_may_be_0(w) for w in (ctc_weight, result.attention_weight)):
-        # The CTC head, or a hybrid's decoder, may get no gradient, which DDP has to be told.
-        result.train = {"unused_parameters": True, **result.train}
-    if ctc_weight == 0.0:
-        # No CTC loss can choose the model.
-        result.train = {"best_model_criterion": [["valid", "loss_kd", "min"]], **result.train}
     if not 0 < result.share <= 1:
         raise UserError(f"{where}.share must be above 0 and at most 1, not {result.share}")
-    keys = [o.key for o in result.objectives]
-    if len(set(keys)) < len(keys):
-        raise UserError(f"{where}.objectives: each objective may stand once, got {', '.join(keys)}")
+    if number == 1 and (result.restart or result.keep):
+        raise UserError(f"{where}: restart and keep refer to the KD stage before, and this is the first")
+    names = [o.key for o in result.objectives]
+    if len(set(names)) < len(names):
+        raise UserError(f"{where}.objectives: each objective may stand once, got {', '.join(names)}")
     for o in result.objectives:
         if number > 1 and type(o.make()).init_student is not Objective.init_student:
             raise UserError(f"{where}: {o.name} sets where training begins, so that it belongs in the first KD stage")

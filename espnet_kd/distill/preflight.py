@@ -9,15 +9,27 @@ import argparse
 import logging
 import shutil
 from pathlib import Path
-from typing import Dict, List, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Dict, List, Optional, Set, Tuple
 
 import numpy as np
 import torch
-from espnet2.asr.espnet_model import ESPnetASRModel
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.audio import is_pipe, read_audio_info
 from espnet_kd.data.datadir import read_map, read_pairs
+from espnet_kd.distill.requirements import check_requirements
+from espnet_kd.targets.audio_options import (
+    check_channels,
+    check_iterator,
+    check_teacher_audio,
+    sampling_rate,
+    takes_audio,
+)
+from espnet_kd.targets.encode import input_width
+from espnet_kd.targets.experiment import find_experiment, read_config
+
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
 GIB = 2**30
 #: Types of data whose files have a line per utterance, its id first.
@@ -27,7 +39,8 @@ SAMPLED = 100  # audio files of a wav.scp that are looked for
 
 
 def check_files(args: argparse.Namespace) -> None:
-    """Refuse data that training would stumble over: missing files, ids that only some of them have, missing audio.
+    """Refuse data that training would stumble over: missing files, ids that only some of them have, missing audio or
+    audio of another rate; and options that lack what they need.
 
     What is trained on are the utterances of the shape files; the data files may hold more.
 
@@ -54,7 +67,19 @@ def check_files(args: argparse.Namespace) -> None:
             if kind in LISTS and ids:
                 _refuse_lack(path, _ids(path), shapes[0], ids[0])
             if kind == "sound":
-                _look_for_audio(path)
+                _look_at_audio(path, args)
+    check_teachers(args)
+    check_requirements(args)
+
+
+def check_teachers(args: argparse.Namespace) -> None:
+    """Refuse teachers that would get other audio than they know (:class:`UserError`); see ``audio_options``."""
+    if not getattr(args, "kd_config", None):
+        return
+    check_iterator(args, [args.target_cache])
+    for path in [] if args.target_cache else args.teacher:
+        config, _ = find_experiment(path)
+        check_teacher_audio(args, argparse.Namespace(**read_config(config)), path)
 
 
 def _ids(path: str) -> Set[str]:
@@ -70,33 +95,48 @@ def _refuse_lack(path: str, mine: Set[str], other: str, needed: Set[str]) -> Non
         )
 
 
-def _look_for_audio(path: str) -> None:
+def _look_at_audio(path: str, args: argparse.Namespace) -> None:
+    """Refuse audio that is missing, of another rate than the student's frontend, or of several channels for KD."""
     pairs = list(read_pairs(path))
+    wanted = sampling_rate(args) if takes_audio(args) else None
     for utt_id, audio in pairs[:: max(1, len(pairs) // SAMPLED)]:
         if is_pipe(audio):
             continue
         try:
-            read_audio_info(audio)
+            _, rate, channels = read_audio_info(audio)
         except UserError as e:
             raise UserError(f"{path}, utterance {utt_id}: {e}") from e
+        if wanted is not None and rate != wanted:
+            raise UserError(
+                f"{path}: utterance {utt_id} has {rate} Hz, and the student's frontend is made for {wanted:g} Hz; "
+                "resample the data (stage 2 of run.sh), or set frontend_conf: fs"
+            )
+        if getattr(args, "kd_config", None):
+            check_channels(channels, args, f"{path}: utterance {utt_id}")
 
 
-def check_disk(args: argparse.Namespace, model: torch.nn.Module, stages: int = 1) -> None:
-    """Refuse a disk without room for what ``stages`` trainings of ``model`` write (:class:`UserError`)."""
+def check_disk(args: argparse.Namespace, model: torch.nn.Module, kept: int = 0) -> None:
+    """Refuse a disk without room for what a training of ``model`` writes (:class:`UserError`).
+
+    Args:
+        kept: students that are kept beside the checkpoints and models of ESPnet, one for each KD stage.
+    """
     weights = sum(x.nbytes for x in model.state_dict().values())
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     # The checkpoint holds Adam's two moments beside the model; the one before stays, and both are there twice while
-    # they are replaced. Models: the n best by each criterion, the newest, an average each, and what goes on.
+    # they are replaced. Models: the n best by each criterion, the newest, an average each.
     criteria = len(args.best_model_criterion)
-    kept = args.keep_nbest_models if isinstance(args.keep_nbest_models, list) else [args.keep_nbest_models]
-    needed = stages * (3 * (weights + 2 * trained) + (criteria * (max(kept, default=1) + len(kept)) + 2) * weights)
+    best = args.keep_nbest_models if isinstance(args.keep_nbest_models, list) else [args.keep_nbest_models]
+    models = criteria * (max(best, default=1) + len(best)) + 1 + kept
+    needed = 3 * (weights + 2 * trained) + models * weights
     out = Path(args.output_dir)
-    there = sum(p.stat().st_size for p in out.glob("*.pth") if not p.is_symlink())  # of this run: to be replaced
+    files = [*out.glob("*.pth"), *out.glob("kd_stage*/*.pth")]
+    there = sum(p.stat().st_size for p in files if not p.is_symlink())  # of this run: to be replaced
     free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
     if needed - there > free:
         raise UserError(
-            f"{args.output_dir}: checkpoints and models of {stages} training{'s' * (stages > 1)} take about "
-            f"{needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB are free; make room, or lower keep_nbest_models"
+            f"{args.output_dir}: checkpoints and models take about {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB "
+            "are free; make room, or lower keep_nbest_models"
         )
 
 
@@ -111,7 +151,7 @@ def log_memory(args: argparse.Namespace, model: ESPnetASRModel, rate: float, bes
         beside: bytes of other models, the teacher's.
     """
     largest = _largest_batch(args)
-    if model.frontend is None or largest is None:
+    if input_width(model) or largest is None:
         return
     states = sum(p.nbytes * (4 if p.requires_grad else 1) for p in model.parameters()) + beside
     count, seconds = largest[0], largest[1] / rate

@@ -3,23 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Callable, Iterator, Optional, Union
+from typing import Any, Callable, Iterator, Optional, Union
 
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 
 
+@dataclass(frozen=True)
+class Position:
+    """A point of a KD stage: 0 at its beginning, 1 at its end."""
+
+    fraction: float
+    epoch_fraction: float  #: the same, moving once an epoch
+
+
 @dataclass
 class Progress:
-    """Position in a KD stage. Epochs count from 1; nothing of it is in a checkpoint, a resume sets it anew."""
+    """A point of a training. Epochs count from 1; nothing of it is in a checkpoint, a resume sets it anew."""
 
     epoch: int = 1
     max_epoch: int = 1
     step: int = 0  #: of this epoch, from 0
-    steps_per_epoch: Optional[int] = None  #: where the iterator factory tells; else known after the first epoch
+    steps_per_epoch: Optional[int] = None  #: where the iterator factory has it; else known after the first epoch
+    updates: Optional[int] = None  #: of the parameters by the optimizer in this epoch; None: no epoch has begun
 
     @property
     def fraction(self) -> float:
-        """Share of the KD stage that is done, 0…1."""
+        """Share of the training that is done, 0…1."""
         within = min(self.step / self.steps_per_epoch, 1.0) if self.steps_per_epoch else 0.0
         return min((self.epoch - 1 + within) / max(self.max_epoch, 1), 1.0)
 
@@ -27,6 +36,15 @@ class Progress:
     def epoch_fraction(self) -> float:
         """The same, moving once an epoch."""
         return min((self.epoch - 1) / max(self.max_epoch, 1), 1.0)
+
+    def within(self, begin: float, end: float) -> Position:
+        """The position in a part of the training from the share ``begin`` to the share ``end``."""
+        shares = ((x - begin) / (end - begin) for x in (self.fraction, self.epoch_fraction))
+        return Position(*(min(max(x, 0.0), 1.0) for x in shares))
+
+    def count_update(self, *_: Any) -> None:
+        """A hook for an optimizer's ``register_step_post_hook``."""
+        self.updates = (self.updates or 0) + 1
 
 
 @dataclass
@@ -39,9 +57,9 @@ class Ramp:
     until: float = 1.0
     by: str = "step"
 
-    def __call__(self, progress: Progress) -> float:
-        """The weight at ``progress``."""
-        fraction = progress.fraction if self.by == "step" else progress.epoch_fraction
+    def __call__(self, position: Union[Position, Progress]) -> float:
+        """The weight at ``position``."""
+        fraction = position.fraction if self.by == "step" else position.epoch_fraction
         if fraction >= self.until:
             return self.end
         done = max(fraction - self.begin, 0.0) / (self.until - self.begin)
@@ -51,9 +69,14 @@ class Ramp:
 Weight = Union[float, Ramp]
 
 
-def weight_at(weight: Weight, progress: Progress) -> float:
-    """A constant weight, or where a ramp stands."""
-    return weight(progress) if isinstance(weight, Ramp) else weight
+def weight_at(weight: Weight, position: Union[Position, Progress]) -> float:
+    """A constant weight, or the value of a ramp."""
+    return weight(position) if isinstance(weight, Ramp) else weight
+
+
+def end_of(weight: Weight) -> float:
+    """A constant weight, or the value that a ramp ends with."""
+    return weight.end if isinstance(weight, Ramp) else weight
 
 
 class EpochHooks(AbsIterFactory):
@@ -71,7 +94,7 @@ class EpochHooks(AbsIterFactory):
     def build_iter(self, epoch: int, shuffle: Optional[bool] = None) -> Iterator:
         """The wrapped factory's batches, counted."""
         self.at_epoch(epoch)
-        self.progress.epoch, self.progress.step = epoch, 0
+        self.progress.epoch, self.progress.step, self.progress.updates = epoch, 0, 0
         # Known beforehand, a ramp goes on after a resume as if it had not been interrupted.
         steps = getattr(self.factory, "num_iters_per_epoch", None) or len(getattr(self.factory, "sampler", ()))
         self.progress.steps_per_epoch = steps or self.progress.steps_per_epoch

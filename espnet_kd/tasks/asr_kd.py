@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any, Container, Dict, List, Optional, Sequence, Tuple
 
+import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.train.distributed_utils import DistributedOption
@@ -17,15 +18,18 @@ from torch import Tensor
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import read_pairs
 from espnet_kd.data.parallel import leave_with_parent
-from espnet_kd.distill.checkpoints import keep_previous
+from espnet_kd.distill.checkpoints import check_updated, hand_over, keep_previous
+from espnet_kd.distill.foresight import check_criteria, check_text_lengths
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.nonfinite import NonFiniteLosses
 from espnet_kd.distill.page import KDStage, Page, check_cacheable, load_page
+from espnet_kd.distill.plan import Plan, make_plan
 from espnet_kd.distill.preflight import check_disk, log_memory
 from espnet_kd.distill.schedule import EpochHooks, Progress
 from espnet_kd.offline import ASRTask
 from espnet_kd.targets.cache import hash_file
 from espnet_kd.targets.cached import CachedTeacher
+from espnet_kd.targets.encode import input_width, measure_frame_shift
 from espnet_kd.targets.experiment import find_experiment
 from espnet_kd.targets.nbest import read_nbest
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate
@@ -39,6 +43,7 @@ class ASRKDTask(ASRTask):
 
     #: Of the run in this process: ESPnet builds model and iterators by separate class methods, in one process.
     progress: Progress = Progress()
+    plan: Optional[Plan] = None
 
     @classmethod
     def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -60,12 +65,12 @@ class ASRKDTask(ASRTask):
             help="What the teacher said (asr_kd_cache), instead of running it; with --teacher it must be that one's",
         )
         group.add_argument("--kd_config", type=str_or_none, help="Method page: a name in conf/methods, or a path")
-        group.add_argument("--kd_stage", type=int, help="Train this KD stage only, into --output_dir")
+        group.add_argument("--kd_stage", type=int, help="Train up to the end of this KD stage, and stop")
         group.add_argument(
             "--kd_stages",
             type=int,
             nargs="+",
-            help="Use only these KD stages of the page; the epochs of those left out go to the last one",
+            help="Use only these KD stages of the page; the share of those left out goes to the last one",
         )
         group.add_argument(
             "--teacher_memory",
@@ -103,7 +108,7 @@ class ASRKDTask(ASRTask):
 
     @classmethod
     def build_model(cls, args: argparse.Namespace) -> ESPnetASRModel:
-        """Build the student as ESPnet does, and make the KD model of ``--kd_stage`` of it.
+        """Build the student as ESPnet does, and make the KD model of ``--kd_config`` of it.
 
         Without ``--kd_config``, and for statistics, the student stays as it is and no teacher is loaded.
 
@@ -117,20 +122,20 @@ class ASRKDTask(ASRTask):
         if getattr(args, "collect_stats", False):
             student.__class__ = StatisticsModel
             return student
-        cls.progress = Progress(max_epoch=args.max_epoch or 1)
-        model, teacher, stages = student, None, [1]
+        cls.progress, cls.plan = Progress(max_epoch=args.max_epoch or 1), None
+        model, teacher = student, None
         if getattr(args, "kd_config", None) is not None:
-            page = load_page(args.kd_config)
-            stage = 1 if args.kd_stage is None else args.kd_stage
-            if not 1 <= stage <= len(page.stages):
-                raise UserError(f"--kd_stage {stage}: {page.path} has KD stages 1 to {len(page.stages)}")
-            stages = [k for k in args.kd_stages or range(1, len(page.stages) + 1) if k >= stage]
-            check_data(args, [page.stages[k - 1] for k in stages])
-            nbest = cls._nbest(args) if any(s.nbest for s in page.stages) else None
-            teacher = cls._teacher(args, page) if page.teacher == "required" else None
-            rate = sampling_rate(args)
-            model = ESPnetASRKDModel.adopt(student, page, stage, teacher, cls.progress, rate, nbest)
-        check_disk(args, model, len(stages))
+            cls.plan = plan = make_plan(load_page(args.kd_config), args.max_epoch or 1, args.kd_stages)
+            if args.kd_stage not in (None, *plan.numbers):
+                raise UserError(f"--kd_stage {args.kd_stage}: {plan.page.path} is trained with {plan.numbers} here")
+            check_data(args, [phase.stage for phase in plan.phases])
+            nbest = cls._nbest(args) if any(phase.stage.nbest for phase in plan.phases) else None
+            teacher = cls._teacher(args, plan.page) if plan.page.teacher == "required" else None
+            model = ESPnetASRKDModel.adopt(student, plan, teacher, cls.progress, sampling_rate(args), nbest)
+        check_criteria(args, model, cls.plan)
+        if not input_width(student):
+            check_text_lengths(args, measure_frame_shift(student, sampling_rate(args)), sampling_rate(args))
+        check_disk(args, model, 0 if cls.plan is None else len(cls.plan.phases))
         runs = teacher is not None and not args.target_cache
         beside = sum(x.nbytes for x in teacher.state_dict().values()) if runs else 0
         log_memory(args, model, sampling_rate(args), beside)
@@ -139,15 +144,40 @@ class ASRKDTask(ASRTask):
 
     @classmethod
     def main_worker(cls, args: argparse.Namespace) -> None:
-        """ESPnet's; a process of its own, one per GPU, tells a mistake in one line too, and ends with its parent."""
+        """ESPnet's; a process of its own, one per GPU, reports a mistake in one line too, and ends with its parent."""
         leave_with_parent()
         try:
             super().main_worker(args)
+            if args.output_dir and not args.collect_stats and not args.dry_run:
+                cls._look_at_last_epoch(args)
         except UserError as e:
             if multiprocessing.parent_process() is None:
                 raise
             print(f"error: {e}", file=sys.stderr)
             sys.exit(1)
+
+    @classmethod
+    def build_optimizers(cls, args: argparse.Namespace, model: torch.nn.Module) -> List[torch.optim.Optimizer]:
+        """ASRTask's, with their updates counted. From here on ``max_epoch`` is where ``--kd_stage`` ends."""
+        optimizers = super().build_optimizers(args, model)
+        for optimizer in optimizers:
+            optimizer.register_step_post_hook(cls.progress.count_update)
+        if cls.plan is not None:
+            args.max_epoch = cls.plan.end_epoch(args.kd_stage)
+        return optimizers
+
+    @classmethod
+    def _look_at_last_epoch(cls, args: argparse.Namespace) -> None:
+        """Refuse an epoch in which nothing was learnt; keep the student that a KD stage ends with."""
+        # Launched by torchrun or slurm, ``args`` has no rank.
+        parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
+        first_rank = not parallel or torch.distributed.get_rank() == 0
+        check_updated(Path(args.output_dir), cls.progress, first_rank)
+        if first_rank and cls.plan is not None:
+            trained = cls.progress.updates is not None  # else it was resumed after its last epoch
+            epoch = cls.progress.epoch if trained else args.max_epoch
+            ended = args.kd_stage in (None, cls.plan.numbers[-1])
+            hand_over(Path(args.output_dir), cls.plan, epoch, stopped=ended and args.patience is not None)
 
     @staticmethod
     def _nbest(args: argparse.Namespace) -> Optional[Dict[str, List[Tuple[float, Sequence[int]]]]]:
@@ -173,8 +203,9 @@ class ASRKDTask(ASRTask):
                     f"{', '.join(found)} act before the model, so that an online teacher would hear augmented audio; "
                     "take them out, or say --augmented_teacher true"
                 )
-        # Augmented in the data loader, an utterance sounds different in every epoch.
-        memory = 0.0 if args.augmented_teacher else args.teacher_memory * 1e6
+        # Augmented in the data loader, an utterance differs from epoch to epoch; cut into chunks, all have its id.
+        changing = args.augmented_teacher or args.iterator_type != "sequence"
+        memory = 0.0 if changing else args.teacher_memory * 1e6
         teachers = [OnlineTeacher(path, memory / len(args.teacher)) for path in args.teacher]
         if len(teachers) == 1 and not page.teacher_weights:
             return teachers[0]
@@ -184,7 +215,7 @@ class ASRKDTask(ASRTask):
     def build_iter_factory(
         cls, args: argparse.Namespace, distributed_option: DistributedOption, mode: str, kwargs: Optional[dict] = None
     ) -> AbsIterFactory:
-        """ASRTask's; in training it also tells the epoch, and keeps the last finished checkpoint."""
+        """ASRTask's; in training it also reports the epoch, and keeps the last finished checkpoint."""
         factory = super().build_iter_factory(args, distributed_option, mode, kwargs)
         if mode != "train":
             return factory
@@ -193,6 +224,8 @@ class ASRKDTask(ASRTask):
         def at_epoch(epoch: int) -> None:
             if first_rank and epoch > 1:
                 keep_previous(Path(args.output_dir))
+                if cls.plan is not None:
+                    hand_over(Path(args.output_dir), cls.plan, epoch - 1)
 
         return EpochHooks(factory, cls.progress, at_epoch)
 

@@ -10,6 +10,7 @@ from test_model import PLAIN, adopt, one_stage
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.model import ESPnetASRKDModel
+from espnet_kd.distill.plan import make_plan
 from espnet_kd.distill.schedule import Progress
 from espnet_kd.targets.online import OnlineTeacher
 from espnet_kd.targets.teacher import SeveralTeachers
@@ -85,7 +86,7 @@ def adopt_with_ctc_weight_0(fkl, teacher):
     from espnet_kd.offline import ASRTask
 
     student = ASRTask.build_model(argparse.Namespace(**tiny_kd.student_config(ctc_weight=0.0)))
-    return ESPnetASRKDModel.adopt(student, fkl, 1, teacher, Progress(), 16000.0)
+    return ESPnetASRKDModel.adopt(student, make_plan(fkl, 1), teacher, Progress(), 16000.0)
 
 
 def test_a_kind_of_ctc_that_takes_other_arguments(fkl, teacher):
@@ -93,7 +94,7 @@ def test_a_kind_of_ctc_that_takes_other_arguments(fkl, teacher):
     student = tiny_asr.build(tiny_kd.student_config())
     student.ctc.ctc_type = "brctc"  # its library is not here
     with pytest.raises(UserError, match="ctc_type brctc is not supported here; use ctc_type: builtin"):
-        ESPnetASRKDModel.adopt(student, fkl, 1, teacher, Progress(), 16000.0)
+        ESPnetASRKDModel.adopt(student, make_plan(fkl, 1), teacher, Progress(), 16000.0)
 
 
 def test_blank_must_be_token_0(write_page):
@@ -109,7 +110,7 @@ def test_taps_of_a_later_stage_are_checked_up_front(write_page, teacher, taps, w
     page["stages"][0]["share"] = 0.5
     page["stages"].append({"share": 0.5, "objectives": [{"objective": "factorized_representation", "taps": [taps]}]})
     with pytest.raises(UserError, match=f"the {who} .* has no tap 'encoder.7'; it has: encoder, encoder.1"):
-        adopt(tiny_kd.student_config(), write_page(page), 1, teacher)
+        adopt(tiny_kd.student_config(), write_page(page), teacher=teacher)
 
 
 def test_an_objective_that_needs_a_teacher_on_a_page_without_one(write_page):
@@ -122,4 +123,4 @@ def test_frames_that_cannot_be_aligned_are_refused_before_training(fkl, teacher_
     teacher = OnlineTeacher(teacher_dir)
     monkeypatch.setattr(teacher, "frame_shift", 3 * teacher.frame_shift)  # claims lengths that it does not give
     with pytest.raises(UserError, match="differ by more than two frames"):
-        adopt(tiny_kd.student_config(), fkl, 1, teacher)
+        adopt(tiny_kd.student_config(), fkl, teacher=teacher)

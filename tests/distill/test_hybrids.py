@@ -4,13 +4,12 @@ import pytest
 import tiny_asr
 import tiny_kd
 import torch
+from test_model import in_stage
 from tiny_student import HYBRID, adopt, deeper, page_of, run
 
 from espnet_kd import losses
 from espnet_kd.cli import UserError
-from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.page import list_pages, load_page
-from espnet_kd.distill.schedule import Progress
 from espnet_kd.targets.online import OnlineTeacher
 
 
@@ -77,9 +76,7 @@ def test_every_method_works_on_the_ctc_branch_of_a_hybrid(method, tmp_path):
     nbest = {u: [(-1.0, [3, 4])] for u in batch["utt_id"]}
     teacher = hybrid_teacher(tmp_path / "teacher") if page.teacher == "required" else None
     for stage in page.stages:
-        student = tiny_asr.build(deeper(**HYBRID), sharpen=1.0)
-        model = ESPnetASRKDModel.adopt(student, page, stage.number, teacher, Progress(), 16000.0, nbest)
-        model.train()
+        model = in_stage(page, stage.number, teacher, deeper(**HYBRID), nbest=nbest)
         loss = run(model, batch)[0]
         loss.backward()
         assert torch.isfinite(loss)

@@ -47,40 +47,45 @@ def env(tmp_path):
 
 
 def check(out: Path, log: str) -> None:
-    """All KD stages were trained, in a group of processes of which one spoke."""
+    """All KD stages were trained, in two groups of processes one after the other, of which one process logged."""
+    record = json.loads((out / "kd_stage.json").read_text())
+    assert record["finished"] and record["finished_kd_stage"] == 3
     for sub in ("kd_stage1", "kd_stage2", ""):
-        assert json.loads((out / sub / "kd_stage.json").read_text())["finished"]
         assert (out / sub / "student.pth").is_file()
         assert yaml.safe_load((out / sub / "config.yaml").read_text())["distributed"]
-    assert log.count("1epoch results") == 3
+    assert [log.count(f" {epoch}epoch results") for epoch in (1, 2, 3, 4)] == [1, 1, 1, 0]
     assert json.loads((out / "experiment.json").read_text())["kd_stages"] == [1, 2, 3]
     assert all(torch.isfinite(x).all() for x in torch.load(out / "student.pth", weights_only=True).values())
 
 
-def command(corpus, out: Path, teacher_dir: Path) -> list:
-    options = corpus.options(out, "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")
+def command(corpus, out: Path, teacher_dir: Path, page: Path) -> list:
+    options = corpus.options(out, "--teacher", str(teacher_dir), "--kd_config", str(page))
     return ["espnet_kd.bin.asr_kd_train", *options, "--use_tensorboard", "false"]
 
 
-def test_two_machines_of_slurm(tmp_path, corpus, teacher_dir, env):
+def test_two_machines_of_slurm(tmp_path, corpus, teacher_dir, restarting, env):
     out, log = tmp_path / "student", tmp_path / "train.log"
     launch = [sys.executable, "-m", "espnet2.bin.launch", "--cmd", "slurm.pl --name student", "--log", str(log)]
     launch += ["--ngpu", "0", "--num_nodes", "2", "--init_file_prefix", f"{tmp_path}/.dist_init_"]
     launch += ["--multiprocessing_distributed", "true", "--", sys.executable, "-m"]
     done = subprocess.run(
-        [*launch, *command(corpus, out, teacher_dir)], env=env, capture_output=True, text=True, timeout=900
+        [*launch, *command(corpus, out, teacher_dir, restarting)], env=env, capture_output=True, text=True, timeout=900
     )
     said = log.read_text() if log.is_file() else ""
     assert done.returncode == 0, done.stderr[-2000:] + said[-6000:]
     check(out, said)
 
 
-def test_torchrun(tmp_path, corpus, teacher_dir, env):
+def test_torchrun(tmp_path, corpus, teacher_dir, restarting, env):
     out = tmp_path / "student"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
     own = ["--ngpu", "0", "--dist_backend", "gloo", "--multiprocessing_distributed", "false"]
     done = subprocess.run(
-        [*torchrun, *command(corpus, out, teacher_dir), *own], env=env, capture_output=True, text=True, timeout=900
+        [*torchrun, *command(corpus, out, teacher_dir, restarting), *own],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr[-8000:]
     check(out, done.stderr)
@@ -88,10 +93,11 @@ def test_torchrun(tmp_path, corpus, teacher_dir, env):
 
 def test_another_machine_waits_for_the_first(tmp_path):
     record = tmp_path / "kd_stage.json"
-    record.write_text('{"finished": false}')
+    record.write_text('{"finished_kd_stage": 1}')
+    await_finish(tmp_path, 1, 0.5)
     with pytest.raises(UserError, match="do both see this directory"):
-        await_finish(tmp_path, 0.5)
-    timer = threading.Timer(0.3, record.write_text, ['{"finished": true}'])
+        await_finish(tmp_path, 2, 0.5)
+    timer = threading.Timer(0.3, record.write_text, ['{"finished_kd_stage": 2}'])
     timer.start()
-    await_finish(tmp_path, 60)
+    await_finish(tmp_path, 2, 60)
     timer.join()

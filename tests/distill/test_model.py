@@ -11,6 +11,7 @@ from espnet_kd import losses
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.objectives import Batch, Objective, lay_on
 from espnet_kd.distill.page import METHODS_DIR, load_page
+from espnet_kd.distill.plan import make_plan
 from espnet_kd.distill.schedule import Progress, Ramp
 from espnet_kd.targets.encode import EncoderOutputs
 from espnet_kd.targets.online import OnlineTeacher
@@ -22,14 +23,25 @@ def one_stage(*objectives, **stage):
     return {"stages": [{"share": 1.0, "objectives": list(objectives), **stage}]}
 
 
-def adopt(conf, page, stage=1, teacher=None, progress=None, seed=0, sharpen=1.0, nbest=None):
-    """The plain student, and the same adopted."""
+def adopt(conf, page, stage=None, teacher=None, progress=None, seed=0, sharpen=1.0, nbest=None):
+    """The plain student, and the same adopted; ``stage``: for this KD stage alone."""
     plain = tiny_asr.build(conf, seed=seed, sharpen=sharpen)
     with torch.no_grad():
         plain.ctc.ctc_lo.bias[-1] = 0.0  # tiny_asr's ban of <sos/eos> is for decoding
     page = page if hasattr(page, "stages") else load_page(str(page))
     progress = progress or Progress()
-    return plain, ESPnetASRKDModel.adopt(copy.deepcopy(plain), page, stage, teacher, progress, 16000.0, nbest)
+    plan = make_plan(page, progress.max_epoch, stage and [stage])
+    return plain, ESPnetASRKDModel.adopt(copy.deepcopy(plain), plan, teacher, progress, 16000.0, nbest)
+
+
+def in_stage(page, number, teacher, conf=None, **more):
+    """A student in training by a page, in the middle of a KD stage."""
+    progress = Progress(steps_per_epoch=10_000)
+    model = adopt(conf or tiny_kd.student_config(), page, teacher=teacher, progress=progress, **more)[1]
+    phase = model.plan.phase(number)
+    progress.step = round(10_000 * (phase.begin + phase.end) / 2)
+    assert model.plan.at(progress).phase is phase
+    return model.train()
 
 
 HYBRID = dict(ctc_weight=0.3)
@@ -81,14 +93,14 @@ def test_names_of_parameters_are_the_plain_students(write_page, teacher):
 
 def test_the_teacher_is_out_of_sight(fkl, teacher_dir):
     teacher = OnlineTeacher(teacher_dir)
-    plain, model = adopt(tiny_kd.student_config(), fkl, 2, teacher)
+    plain = tiny_asr.build(tiny_kd.student_config())
+    model = in_stage(fkl, 2, teacher)
     before = {k: v.clone() for k, v in teacher._model.state_dict().items()}
     expected = set(plain.state_dict()) | {f"kd_heads.factorized_representation.0.{n}" for n in ("weight", "bias")}
     assert set(model.state_dict()) == expected
     own = {id(p) for p in model.parameters()}
     assert not own & {id(p) for p in teacher._model.parameters()}
     assert len(own) == len(list(plain.parameters())) + 2
-    model.train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     loss, _, _ = model(**tiny_kd.batch())
     loss.backward()
@@ -101,8 +113,7 @@ def test_the_teacher_is_out_of_sight(fkl, teacher_dir):
 
 
 def test_the_optimiser_sees_the_heads(fkl, teacher):
-    _, model = adopt(tiny_kd.student_config(), fkl, 2, teacher)
-    model.train()
+    model = in_stage(fkl, 2, teacher)
     head = model.kd_heads["factorized_representation"][0]
     assert (head.in_features, head.out_features) == (16, teacher.hidden_size)
     assert any(p is head.weight for p in model.parameters())
@@ -112,7 +123,8 @@ def test_the_optimiser_sees_the_heads(fkl, teacher):
     optimizer.step()
     assert not torch.equal(head.weight, before)
     # What is stepped is what the objective uses.
-    assert model.objectives[1][1].heads[0].weight is head.weight
+    (objective,) = {id(o): o for terms in model.terms for spec, o, _ in terms if spec.has_head}.values()
+    assert objective.heads[0].weight is head.weight
 
 
 def spied(teacher, monkeypatch):
@@ -132,9 +144,8 @@ def test_the_teacher_hears_unaugmented_audio(fkl, teacher_dir, monkeypatch):
     """SpecAugment changes what the student says from call to call, and never what the teacher does."""
     teacher = OnlineTeacher(teacher_dir)
     alone = teacher.targets((), *(tiny_kd.batch()[k] for k in ("speech", "speech_lengths"))).logits
-    _, model = adopt(tiny_kd.student_config(), fkl, 3, teacher)
+    model = in_stage(fkl, 3, teacher)
     heard = spied(teacher, monkeypatch)
-    model.train()
     batch = tiny_kd.batch()
     student = []
     model.ctc.ctc_lo.register_forward_hook(lambda m, i, o: student.append(o.detach()))
@@ -148,7 +159,7 @@ def test_the_teacher_hears_unaugmented_audio(fkl, teacher_dir, monkeypatch):
 
 def test_the_teacher_moves_with_the_student(fkl, teacher_dir):
     teacher = OnlineTeacher(teacher_dir)
-    _, model = adopt(tiny_kd.student_config(), fkl, 2, teacher)
+    _, model = adopt(tiny_kd.student_config(), fkl, teacher=teacher)
     moved = model.to(torch.float64)
     assert moved is model
     floats = [p for p in teacher._model.state_dict().values() if p.is_floating_point()]
@@ -160,12 +171,20 @@ def test_the_teacher_moves_with_the_student(fkl, teacher_dir):
     loss.backward()
 
 
+WEIGHTS = [
+    {"blank_kl": 0.3},
+    {"blank_kl": 0.3, "factorized_representation": 7.5},
+    {"factorized_representation": 15.0, "factorized_kl": 0.3},
+]
+
+
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_statistics(fkl, teacher, stage):
-    _, model = adopt(tiny_kd.student_config(), fkl, stage, teacher)
+    model = in_stage(fkl, stage, teacher)
+    model.specaug = None
     batch = tiny_kd.batch()
     with torch.no_grad():
-        loss, stats, _ = model(**batch)
+        loss, stats, _ = model(**copy.deepcopy(batch))
         out, lengths = model.encode(batch["speech"], batch["speech_lengths"])
         student = model.ctc.ctc_lo(out).argmax(-1)
         best = teacher.targets((), batch["speech"], batch["speech_lengths"]).logits.argmax(-1)
@@ -174,11 +193,11 @@ def test_statistics(fkl, teacher, stage):
     assert 0.1 < nonblank < 0.9
     assert stats["nonblank_share"].item() == pytest.approx(nonblank)
     assert stats["agreement"].item() == pytest.approx(sum((best[f] == student[f]).item() for f in frames) / len(frames))
-    named = [{"blank_kl"}, {"blank_kl", "factorized_representation"}, {"factorized_kl"}][stage - 1]
+    named = WEIGHTS[stage - 1]
     assert {k for k in stats if k.startswith("loss")} == {f"loss_{n}" for n in named} | {"loss", "loss_ctc", "loss_kd"}
-    assert stats["loss_kd"].item() == pytest.approx(sum(stats[f"loss_{n}"].item() for n in named), rel=1e-5)
-    expected = stats["loss_kd"] + (stats["loss_ctc"] if stage == 3 else 0)
-    assert loss.item() == stats["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
+    expected = sum(w * stats[f"loss_{n}"].item() for n, w in named.items())
+    assert stats["loss_kd"].item() == pytest.approx(expected, rel=1e-5)
+    assert loss.item() == stats["loss"].item() == pytest.approx(expected + stats["loss_ctc"].item(), rel=1e-5)
 
 
 def test_an_objective_is_its_loss_on_the_scale_of_per(write_page, teacher):
@@ -217,7 +236,9 @@ def test_kd_and_ctc_are_on_one_scale(page, stage, teacher):
     seconds = (5.0, 3.0, 4.0)  # of real utterances' length: per frame, KD would be far too weak
     batch = tiny_kd.batch(tuple(int(s * 16000) for s in seconds))
     nbest = {u: [(-1.0, [3, 4, 5, 6]), (-2.0, [3, 4, 5])] for u in batch["utt_id"]}
-    model = adopt(tiny_kd.student_config(), page, stage.number, teacher, nbest=nbest)[1].train()
+    # In the middle of the KD stage: ramps have left their beginning, and what it keeps counts.
+    model = in_stage(page, stage.number, teacher, nbest=nbest)
+    phase = model.plan.phase(stage.number)
     heads = [m for m in (model.ctc, *getattr(model, "kd_heads", {}).values()) for m in m.modules()]
     heads = [m for m in heads if isinstance(m, torch.nn.Linear) and m.out_features == len(tiny_kd.TOKENS)]
     norms = {}
@@ -225,19 +246,17 @@ def test_kd_and_ctc_are_on_one_scale(page, stage, teacher):
         logits = []
         handles = [head.register_forward_hook(keep_gradient(logits)) for head in heads]
         torch.manual_seed(0)
-        objectives = model.objectives
-        model.kd_stage = copy.copy(stage)
-        own = model._ctc
+        terms, own = model.terms, model._ctc
+        phase.stage = copy.copy(stage)
         if which == "kd":
-            model.kd_stage.ctc_weight = 0.0
+            phase.stage.ctc_weight = 0.0
             if stage.objectives[0].name in ("inter_kd", "self_kd"):  # their value holds CTC of other heads
-                model._ctc = lambda log_probs, *_: log_probs[..., :0].sum()
+                model._ctc = lambda now, log_probs, *_: log_probs[..., :0].sum()
         else:
-            model.objectives = []
-        model.progress.epoch = model.progress.max_epoch = 2  # half way: ramps have left their beginning
+            model.terms = [[] for _ in terms]
         model(**copy.deepcopy(batch))[0].backward()
         norms[which] = torch.stack([x.grad.norm() for x in logits if x.grad is not None]).norm().item()
-        model.objectives, model._ctc = objectives, own
+        model.terms, model._ctc = terms, own
         for handle in handles:
             handle.remove()
     assert 0.1 < norms["kd"] / norms["ctc"] < 10, norms
@@ -327,12 +346,16 @@ def test_ramped_weights_follow_progress(write_page, teacher):
     progress = Progress(max_epoch=4)
     page = write_page(one_stage(entry, ctc={"weight": 0.0}))
     _, model = adopt(tiny_kd.student_config(), page, teacher=teacher, progress=progress)
-    assert isinstance(model.objectives[0][0].weight, Ramp)
+    assert isinstance(model.terms[0][0][2], Ramp)
     ratios = []
-    for progress.epoch in (1, 2, 4, 5):
-        stats = model(**tiny_kd.batch())[1]
+    for progress.epoch in (2, 4, 5):
+        stats = model.train()(**tiny_kd.batch())[1]
         ratios.append((stats["loss_kd"] / stats["loss_blank_kl"]).item())
-    assert ratios == pytest.approx([0, 1, 3, 4])
+        stats = model.eval()(**tiny_kd.batch())[1]  # validation: what the training ends with
+        assert stats["loss_kd"].item() == pytest.approx(4 * stats["loss_blank_kl"].item())
+    assert ratios == pytest.approx([1, 3, 4])
+    progress.epoch = 1  # 0 at first: it is not computed
+    assert "loss_blank_kl" not in model.train()(**tiny_kd.batch())[1]
 
 
 def test_a_slower_student(write_page, teacher):

@@ -8,16 +8,15 @@ import pytest
 import tiny_asr
 import tiny_kd
 import torch
+from test_model import in_stage
 from tiny_student import HYBRID, adopt, deeper, page_of, run
 
 from espnet_kd import frames as fr
 from espnet_kd import losses
 from espnet_kd.cli import UserError
-from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.objectives import OBJECTIVES
 from espnet_kd.distill.objectives.base import taps_at
 from espnet_kd.distill.page import list_pages, load_page
-from espnet_kd.distill.schedule import Progress
 from espnet_kd.targets.encode import encode
 from espnet_kd.targets.nbest import weights
 
@@ -163,7 +162,7 @@ def test_self_kd(write_page, frames):
     assert stats["loss_ctc_student"].item() == pytest.approx(ctc(plain, q, lengths, batch).item(), rel=1e-5)
     # The self-teacher is not pulled: its head learns from its own CTC alone.
     model.zero_grad()
-    model.kd_stage.ctc_weight = 0.0
+    model.plan.phases[0].stage.ctc_weight = 0.0
     run(model, batch)[0].backward()
     assert model.ctc.ctc_lo.weight.grad is None or not model.ctc.ctc_lo.weight.grad.any()
 
@@ -326,8 +325,7 @@ def test_tutornet_across_topologies_widths_and_frame_rates(teacher, encoder, con
     student = tiny_kd.student_config(encoder)
     student["encoder_conf"] = conf if "rnn" in encoder else {**student["encoder_conf"], **conf}
     for stage in page.stages:
-        plain = tiny_asr.build(student, sharpen=1.0)
-        model = ESPnetASRKDModel.adopt(plain, page, stage.number, teacher, Progress(), 16000.0).train()
+        model = in_stage(page, stage.number, teacher, student)
         assert model.frame_shift / teacher.frame_shift == pytest.approx(ratio)
         loss = run(model, tiny_kd.batch((32000, 24000, 16000)))[0]
         loss.backward()

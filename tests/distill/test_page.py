@@ -44,18 +44,18 @@ def test_the_main_page():
     assert "progressive_fkl" in list_pages()
     page = load_page("progressive_fkl")
     assert (page.method, page.teacher) == ("progressive_fkl", "required")
-    assert (page.pool, page.init_from) == ("least_blank", "last")
-    assert [s.share for s in page.stages] == [0.1, 0.1, 0.8]
+    assert page.pool == "least_blank"
+    assert [s.share for s in page.stages] == [0.02, 0.03, 0.95]
     assert [[o.key for o in s.objectives] for s in page.stages] == [
         ["blank_kl"],
-        ["blank_kl", "factorized_representation"],
-        ["factorized_kl"],
+        ["factorized_representation"],
+        ["blank_kl", "factorized_kl"],
     ]
-    assert [s.ctc_weight for s in page.stages] == [0.0, 0.0, 1.0]
-    # Without CTC a student parameter has no gradient, and the model is chosen by what is trained.
-    for stage in page.stages[:2]:
-        assert stage.train["unused_parameters"] is True
-        assert stage.train["best_model_criterion"] == [["valid", "loss_kd", "min"]]
+    assert [s.keep for s in page.stages] == [[], ["blank_kl"], ["factorized_representation"]]
+    assert [(s.ctc_weight, s.restart) for s in page.stages] == [(1.0, False)] * 3
+    # The projection of the representation has a gradient in part of the training; CTC chooses the model, as in the
+    # student's own configuration.
+    assert page.train == {"unused_parameters": True}
 
 
 def test_what_a_page_says(write_page):
@@ -122,16 +122,59 @@ REFUSED = {
     "share not a number": (edited("stages", 0, "share", float("nan")), "share"),
     "choice": (edited("teacher", "maybe"), "teacher must be one of required, none, not 'maybe'"),
     "pool": (edited("pool", "max"), "pool must be one of least_blank, mean"),
-    "init_from": (edited("init_from", "first"), "init_from must be one of last, best"),
+    "init_from": (edited("init_from", "best"), "page.yaml: unknown key 'init_from'"),
+    "keep before there is any": (
+        edited("stages", 0, "keep", ["kl"]),
+        r"stages\[0\]: .*keep refer to the KD stage before",
+    ),
+    "keep everything of nothing": (
+        edited("stages", 0, "keep", "all"),
+        r"stages\[0\]: .*keep refer to the KD stage before",
+    ),
+    "restart at the beginning": (edited("stages", 0, "restart", True), r"stages\[0\]: restart .* this is the first"),
+    "restart a word": (
+        edited("stages", 1, "restart", "yes"),
+        r"stages\[1\].restart: expected true or false, found 'yes'",
+    ),
+    "keep what is not there": (
+        edited("stages", 1, "keep", ["blank_lk"]),
+        r"stages\[1\].keep: the KD stage before this one has no 'blank_lk'; did you mean 'blank_kl'",
+    ),
+    "keep what was dropped": (
+        edited(
+            "stages",
+            [
+                {"share": 0.3, "objectives": [{"objective": "kl"}]},
+                {"share": 0.3},
+                {"share": 0.4, "keep": ["kl"]},
+            ],
+        ),
+        r"stages\[2\].keep: the KD stage before this one has no 'kl'",
+    ),
+    "keep a word": (edited("stages", 1, "keep", "blank_kl"), r"stages\[1\].keep: expected a list, .*found 'blank_kl'"),
+    "two heads of one name": (
+        edited(
+            "stages",
+            [
+                {"share": 0.5, "objectives": [{"objective": "inter_kd", "layers": [1]}]},
+                {"share": 0.5, "objectives": [{"objective": "inter_kd", "layers": [2]}]},
+            ],
+        ),
+        r"stages\[1\]: inter_kd has a head, which all KD stages share: give it the same options",
+    ),
     "no stages": (edited("stages", []), "stages must be a list of one to three"),
     "stages a mapping": (edited("stages", {"share": 1}), "stages must be a list"),
     "stage a word": (edited("stages", 0, "binary"), r"stages\[0\]: expected a mapping, found 'binary'"),
     "objectives a word": (edited("stages", 0, "objectives", "kl"), r"stages\[0\].objectives must be a list"),
     "train sets the epochs": (
-        edited("stages", 0, "train", {"max_epoch": 20}),
-        r"stages\[0\].train: max_epoch is not a page's to set; give it on the command line",
+        edited("train", {"max_epoch": 20}),
+        r"page.yaml: train: max_epoch cannot be set by a page; give it on the command line",
     ),
-    "train a list": (edited("stages", 0, "train", ["--max_epoch"]), r"stages\[0\].train: expected a mapping"),
+    "train a list": (edited("train", ["--max_epoch"]), "page.yaml: train: expected a mapping"),
+    "train of a KD stage": (
+        edited("stages", 0, "train", {"accum_grad": 2}),
+        r"stages\[0\]: train holds for the whole training, so that it belongs beside `stages`",
+    ),
     "not a page": (["teacher"], r"page.yaml: expected a mapping, found \['teacher'\]"),
     "distance": (
         edited("stages", 0, "objectives", 0, {"objective": "factorized_representation", "distance": "l1"}),
@@ -155,21 +198,50 @@ def test_the_good_page_is_good(write_page):
     load_page(str(write_page(GOOD)))  # else the refusals above mean nothing
 
 
+HEAD = {"objective": "factorized_representation"}
+
+
 @pytest.mark.parametrize(
-    "stage, unused",
+    "stages, train, unused",
     [
-        ({}, None),
-        ({"ctc": {"weight": 0.0}}, True),
-        ({"attention": {"weight": 0}}, True),
-        ({"attention": {"weight": {"start": 0, "end": 1}}}, True),
-        ({"ctc": {"weight": {"start": 0.7, "end": 0.3}}}, None),
-        ({"attention": {"weight": 0}, "train": {"unused_parameters": False}}, False),
+        ([{}], {}, None),
+        ([{"ctc": {"weight": 0.0}}], {}, True),
+        ([{"attention": {"weight": 0}}], {}, True),
+        ([{"attention": {"weight": {"start": 0, "end": 1}}}], {}, True),
+        ([{"ctc": {"weight": {"start": 0.7, "end": 0.3}}}], {}, None),
+        ([{"attention": {"weight": 0}}], {"unused_parameters": False}, False),
+        ([{}, {}], {}, None),
+        ([{}, {"ctc": {"weight": 0.0}}, {}], {}, True),
+        ([{"objectives": [HEAD]}], {}, None),
+        ([{"objectives": [{**HEAD, "weight": {"start": 0, "end": 1}}]}], {}, True),
+        ([{"objectives": [HEAD]}, {}], {}, True),
     ],
 )
-def test_parameters_without_gradient_are_announced(write_page, stage, unused):
-    """A hybrid's decoder gets none where its branch is off: DDP would wait for it."""
-    page = {"stages": [{"share": 1.0, "objectives": [{"objective": "kl"}], **stage}]}
-    assert load_page(str(write_page(page))).stages[0].train.get("unused_parameters") == unused
+def test_parameters_without_gradient_are_announced(write_page, stages, train, unused):
+    """A hybrid's decoder gets none where its branch is off, a head where its objective is: DDP would wait for it."""
+    stages = [{"share": 1 / len(stages), "objectives": [{"objective": "kl"}], **stage} for stage in stages]
+    assert load_page(str(write_page({"stages": stages, "train": train}))).train.get("unused_parameters") == unused
+
+
+@pytest.mark.parametrize(
+    "weights, criterion",
+    [
+        ([0.0], [["valid", "loss_kd", "min"]]),
+        ([0.0, 1.0], None),
+        ([1.0, 0.0], [["valid", "loss_kd", "min"]]),
+        ([{"start": 1.0, "end": 0.0}], [["valid", "loss_kd", "min"]]),
+        ([{"start": 0.0, "end": 1.0}], None),
+    ],
+)
+def test_a_training_that_ends_without_ctc_is_judged_by_kd(write_page, weights, criterion):
+    stages = [{"share": 1 / len(weights), "ctc": {"weight": w}, "objectives": [{"objective": "kl"}]} for w in weights]
+    page = {"stages": stages}
+    assert load_page(str(write_page(page))).train.get("best_model_criterion") == criterion
+    own = [["valid", "acc", "max"]]
+    assert (
+        load_page(str(write_page({**page, "train": {"best_model_criterion": own}}))).train["best_model_criterion"]
+        == own
+    )
 
 
 def test_unknown_method_names_the_nearest():
@@ -181,36 +253,11 @@ def test_unreadable_pages(tmp_path):
     with pytest.raises(UserError, match="cannot read the method page .*absent.yaml"):
         load_page(str(tmp_path / "absent.yaml"))
     (tmp_path / "broken.yaml").write_text("stages: [")
-    with pytest.raises(UserError, match="cannot read the method page .*broken.yaml"):
+    with pytest.raises(UserError, match="broken.yaml: this is no YAML"):
         load_page(str(tmp_path / "broken.yaml"))
     (tmp_path / "code.yaml").write_text("stages: !!python/object/apply:os.getcwd []")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="code.yaml: this is no YAML"):
         load_page(str(tmp_path / "code.yaml"))
-
-
-@pytest.mark.parametrize(
-    "max_epoch, chosen, epochs",
-    [
-        (100, [1, 2, 3], {1: 10, 2: 10, 3: 80}),
-        (40, [1, 2, 3], {1: 4, 2: 4, 3: 32}),
-        (40, [1, 3], {1: 4, 3: 36}),
-        (40, [2, 3], {2: 4, 3: 36}),
-        (40, [3], {3: 40}),
-        (40, [1, 2], {1: 4, 2: 36}),
-        (3, [1, 2, 3], {1: 1, 2: 1, 3: 1}),
-        (7, [1, 2, 3], {1: 1, 2: 1, 3: 5}),
-        (1, [3], {3: 1}),
-    ],
-)
-def test_epochs(max_epoch, chosen, epochs):
-    got = load_page("progressive_fkl").epochs(max_epoch, chosen)
-    assert got == epochs
-    assert sum(got.values()) == max_epoch
-
-
-def test_too_few_epochs():
-    with pytest.raises(UserError, match="max_epoch 2 is too few for 3 KD stages"):
-        load_page("progressive_fkl").epochs(2, [1, 2, 3])
 
 
 def test_ramp(write_page):

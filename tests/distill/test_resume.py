@@ -5,11 +5,11 @@ import shutil
 
 import pytest
 import torch
+from tiny_phases import MID, RESTART, Killed, assert_same, train, write_page
 
 from espnet_kd.bin import asr_kd_train
 from espnet_kd.cli import UserError
 from espnet_kd.distill.checkpoints import keep_previous, mend, read_checkpoint
-from espnet_kd.distill.schedule import EpochHooks
 
 
 def checkpoint(path, epoch):
@@ -128,15 +128,21 @@ def test_a_damaged_name_is_no_code(two):
 
 
 @pytest.mark.faults("half-written and foreign checkpoints")
-@pytest.mark.parametrize("more", [[], ["--kd_config", "kl", "--teacher", "{teacher}"]])
-def test_espnet_is_not_let_at_a_checkpoint_with_code(corpus, teacher_dir, tmp_path, more):
+@pytest.mark.parametrize("method", [None, "kl"])
+def test_espnet_is_not_let_at_a_checkpoint_with_code(corpus, teacher_dir, tmp_path, method):
     """Its own resume would run it."""
     out = tmp_path / "out"
     out.mkdir()
+    more = ["--use_tensorboard", "false", "--resume", "true"]
+    if method:
+        with pytest.raises(Killed):  # there is a record, and nothing trained yet
+            train(corpus, out, method, "--teacher", teacher_dir, *more, kill_at=("step", 1, 0))
     torch.save({"model": {}, "reporter": {"epoch": 1}, "x": Malicious(tmp_path / "ran")}, out / "checkpoint.pth")
-    more = [str(teacher_dir) if m == "{teacher}" else m for m in more]
     with pytest.raises(UserError, match="could run code"):
-        asr_kd_train.main(corpus.options(out, "--resume", "true", *more))
+        if method:
+            train(corpus, out, method, "--teacher", teacher_dir, *more)
+        else:
+            asr_kd_train.main(corpus.options(out, *more))
     assert not (tmp_path / "ran").exists()
 
 
@@ -156,65 +162,51 @@ def test_something_else_is_no_checkpoint(tmp_path):
     assert read_checkpoint(tmp_path / "absent.pth") is None
 
 
-class Killed(BaseException):
-    """Nobody catches it, as nobody catches kill -9."""
-
-
-ORIGINAL = EpochHooks.build_iter
-
-
-def train(corpus, teacher_dir, out, kill_at=None):
-    """KD stages 1 and 3, one epoch and four; killed after the first batch of an epoch of stage 3."""
-
-    def build_iter(self, epoch, shuffle=None):
-        batches = ORIGINAL(self, epoch, shuffle)
-        if epoch == kill_at:
-            next(batches)
-            raise Killed
-        return batches
-
-    more = ["--teacher", str(teacher_dir), "--kd_config", "progressive_fkl", "--kd_stages", "1", "3"]
-    more += ["--max_epoch", "5", "--use_tensorboard", "false", "--keep_nbest_models", "5"]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EpochHooks, "build_iter", build_iter)
-        asr_kd_train.main(corpus.options(out, *more))
-
-
 @pytest.fixture(scope="module")
-def whole(corpus, teacher_dir, tmp_path_factory):
+def unbroken(corpus, teacher_dir, tmp_path_factory):
     """A run that nobody killed."""
-    out = tmp_path_factory.mktemp("runs") / "whole"
-    train(corpus, teacher_dir, out)
-    return out
+    directory = tmp_path_factory.mktemp("runs")
+    page = write_page(directory, **MID)
+    train(corpus, directory / "whole", page, "--teacher", teacher_dir)
+    return page, directory / "whole"
 
 
 @pytest.fixture(scope="module")
-def killed(corpus, teacher_dir, whole):
-    """The same, killed in the third epoch of the last KD stage."""
+def killed(corpus, teacher_dir, unbroken):
+    """The same, killed in its third epoch."""
+    page, whole = unbroken
     out = whole.with_name("killed")
     with pytest.raises(Killed):
-        train(corpus, teacher_dir, out, kill_at=3)
+        train(corpus, out, page, "--teacher", teacher_dir, kill_at=("step", 3, 1))
     return out
 
 
 @pytest.mark.faults("a training that ends in the middle of an epoch")
 @pytest.mark.parametrize("damage", ["none", "checkpoint", "model"])
-def test_training_resumes_to_the_same_student(corpus, teacher_dir, whole, killed, tmp_path, caplog, damage):
+def test_training_resumes_to_the_same_student(corpus, teacher_dir, unbroken, killed, tmp_path, caplog, damage):
     """The same command again ends as if nothing had happened."""
+    page, whole = unbroken
     out = tmp_path / "student"
     shutil.copytree(killed, out, symlinks=True)
     assert read_checkpoint(out / "checkpoint.pth")["reporter"]["epoch"] == 2
-    assert not (out / "student.pth").exists()
+    assert not (out / "student.pth").exists() and (out / "kd_stage1/student.pth").exists()
     if damage == "checkpoint":  # as if the kill had come while it was written
         truncate(out / "checkpoint.pth")
     if damage == "model":
         (out / "2epoch.pth").unlink()
     with caplog.at_level("INFO"):
-        train(corpus, teacher_dir, out)
-    assert "KD stage 1 (binary) is finished" in caplog.text and "from epoch 3" in caplog.text
+        train(corpus, out, page, "--teacher", teacher_dir)
+    assert "from epoch 3" in caplog.text
     assert ("going back to" in caplog.text) == (damage == "checkpoint")
     assert ("2epoch.pth again" in caplog.text) == (damage == "model")
-    for name in ("student.pth", "4epoch.pth", "2epoch.pth"):
-        one, other = torch.load(whole / name), torch.load(out / name)
-        assert one.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in one.items()), name
-    assert sorted(read_checkpoint(out / "checkpoint.pth")["reporter"]["stats"]) == [1, 2, 3, 4]
+    assert_same(whole, out)
+
+
+@pytest.mark.faults("half-written and foreign checkpoints")
+def test_nothing_readable_is_left_of_the_kd_stages_before(corpus, teacher_dir, tmp_path):
+    """Trained on from nothing, the last KD stage would count as one that begins where the record has it."""
+    page, out = write_page(tmp_path, **RESTART), tmp_path / "student"
+    train(corpus, out, page, "--teacher", teacher_dir, "--kd_stage", 1)
+    truncate(out / "checkpoint.pth")
+    with pytest.raises(UserError, match="student has finished KD stage 1 by its record .*of epoch 0.*remove .*student"):
+        train(corpus, out, page, "--teacher", teacher_dir)

@@ -8,6 +8,7 @@ import torch
 
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.page import load_page
+from espnet_kd.distill.plan import make_plan
 from espnet_kd.distill.schedule import Progress
 
 #: model_conf of a student with an attention decoder.
@@ -25,7 +26,8 @@ def adopt(page, teacher=None, conf=None, progress=None, **more):
     plain = tiny_asr.build(conf or tiny_kd.student_config(), sharpen=1.0)
     with torch.no_grad():
         plain.ctc.ctc_lo.bias[-1] = 0.0
-    model = ESPnetASRKDModel.adopt(copy.deepcopy(plain), page, 1, teacher, progress or Progress(), 16000.0, **more)
+    plan = make_plan(page, 1, [1])
+    model = ESPnetASRKDModel.adopt(copy.deepcopy(plain), plan, teacher, progress or Progress(), 16000.0, **more)
     return plain, model.eval()
 
 

@@ -53,6 +53,8 @@ class Objective:
     needs_text: bool = False
     #: Hypotheses per utterance that it reads of the teacher's N-best.
     nbest: int = 0
+    #: Names of what it logs beside its loss.
+    statistics: Tuple[str, ...] = ()
     #: How many differently augmented views of each utterance the student is to hear.
     views: int = 1
     #: ``ctc`` or ``attention``: the branch of a hybrid student whose weight it takes.
@@ -160,7 +162,9 @@ def check_temperature(temperature: float) -> Tuple[float, ...]:
     return () if temperature == 1 else (float(temperature),)
 
 
-def lay_on(student: EncoderOutputs, target: EncoderOutputs, pool: str) -> EncoderOutputs:
+def lay_on(
+    student: EncoderOutputs, target: EncoderOutputs, pool: str, utt_ids: Sequence[str] = ()
+) -> EncoderOutputs:
     """The teacher's outputs on the student's frames (see :func:`espnet_kd.frames.align`)."""
     logits, hidden, lengths = fr.align(
         target.logits,
@@ -171,5 +175,6 @@ def lay_on(student: EncoderOutputs, target: EncoderOutputs, pool: str) -> Encode
         student.lengths,
         student.frame_shift,
         pool=pool,
+        utt_ids=utt_ids,
     )
     return replace(target, logits=logits, hidden=hidden, lengths=lengths, frame_shift=student.frame_shift)

@@ -6,6 +6,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from espnet_kd import losses
 from espnet_kd.cli import UserError
@@ -67,6 +68,7 @@ class InterKD(Objective):
     """
 
     needs_text = True
+    statistics = ("loss_ctc_inner", "loss_l2")
 
     def __init__(
         self,
@@ -123,6 +125,7 @@ class SelfKD(Objective):
 
     needs_teacher = False
     needs_text = True
+    statistics = ("loss_ctc_student", "loss_kl_student")
 
     def __init__(
         self,
@@ -149,8 +152,13 @@ class SelfKD(Objective):
         self.selection.check(student)
 
     def build(self, student: torch.nn.Module, teacher: Optional[Teacher]) -> torch.nn.Linear:
-        """The self-student's head: all that is added to plain training."""
+        """The self-student's head: all that is added to plain training.
+
+        On a page with a teacher, whose layers the student begins with, it begins as a copy of the student's [ours].
+        """
         self.head = new_head(student)
+        if teacher is not None:
+            self.head.load_state_dict(student.ctc.ctc_lo.state_dict())
         return self.head
 
     def __call__(
@@ -218,11 +226,16 @@ class SequenceKD(Objective):
         for rank in range(max(map(len, lists))):
             labels: List[Sequence[int]] = [h[rank][1] if rank < len(h) else () for h in lists]
             weight = [w[rank] if rank < len(w) else 0.0 for w in shares]
-            lengths = torch.tensor([len(x) for x in labels], device=student.lengths.device)
-            text = torch.zeros(len(labels), max(int(lengths.max()), 1), dtype=torch.long, device=lengths.device)
-            for row, x in zip(text, labels):
-                row[: len(x)] = torch.tensor(x, dtype=torch.long, device=lengths.device)
-            total = total + batch.ctc(student.logits, student.lengths, text, lengths, student.logits.new_tensor(weight))
+            # Made on the CPU and moved in one piece each, for which the host does not wait.
+            text, lengths, weight = (
+                x.to(student.logits.device, non_blocking=True)
+                for x in (
+                    _padded(labels),
+                    torch.tensor([len(x) for x in labels], device="cpu"),
+                    torch.tensor(weight, dtype=student.logits.dtype, device="cpu"),
+                )
+            )
+            total = total + batch.ctc(student.logits, student.lengths, text, lengths, weight)
         return total, {}
 
 
@@ -261,6 +274,13 @@ class LayerPruning(Objective):
     ) -> Tuple[Tensor, Tensor]:
         """Nothing: what is trained on is the page's CTC."""
         return student.logits[..., :0].sum(), student.lengths.sum()
+
+
+def _padded(labels: Sequence[Sequence[int]]) -> Tensor:
+    """(B, L) of B sequences, on the CPU; L is 1 at least."""
+    rows = [torch.tensor(x, dtype=torch.long, device="cpu") for x in labels]
+    text = pad_sequence(rows, batch_first=True)
+    return text if text.size(1) else text.new_zeros(len(rows), 1)
 
 
 def new_head(student: torch.nn.Module) -> torch.nn.Linear:

@@ -58,8 +58,9 @@ class Selection:
 
     def __call__(self, logits: Tensor, lengths: Tensor) -> Tensor:
         """(B, T) bool of the frames that the teacher's logits (B, T, V) select."""
-        options = {k: v.to(logits.device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
-        return fr.select(logits, lengths, self.rule, **options)
+        # Moved once: from a CPU's memory it would be a wait in every step.
+        self.options = {k: v.to(logits.device) if isinstance(v, Tensor) else v for k, v in self.options.items()}
+        return fr.select(logits, lengths, self.rule, **self.options)
 
 
 class PosteriorObjective(Objective):
@@ -263,7 +264,9 @@ class AttentionKL(Objective):
         """See :class:`Objective`."""
         if student.decoder is None:  # nothing in this batch is transcribed
             return student.logits[..., :0].sum(), student.lengths.new_zeros(())
-        rows = batch.text_lengths > 0  # the student's decoder ran for these alone
+        # The student's decoder ran for the transcribed rows alone; sorted to the front rather than chosen by a mask,
+        # which would be a wait on a GPU.
+        rows = (batch.text_lengths == 0).to(torch.uint8).argsort(stable=True)[: student.decoder.size(0)]
         lengths = batch.text_lengths[rows] + 1  # <sos/eos> too
         value = losses.kl(student.decoder, target.decoder[rows], lengths, temperature=self.temperature)
         return self.factor * value, lengths.sum()

@@ -1,0 +1,137 @@
+"""The KD stages of a page as parts of one training: which objectives count at which step, and how much."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
+
+from espnet_kd.cli import UserError
+from espnet_kd.distill.schedule import Position, Progress, Ramp, Weight, end_of, weight_at
+
+if TYPE_CHECKING:
+    from espnet_kd.distill.page import KDStage, ObjectiveSpec, Page
+
+#: Shares of a training are sums of decimal fractions; differences below this are rounding.
+TINY = 1e-9
+
+
+@dataclass
+class Phase:
+    """A KD stage with its place in the training, both ends as shares of it."""
+
+    index: int  #: in the plan, from 0
+    stage: KDStage
+    begin: float
+    end: float
+    terms: List[Tuple[ObjectiveSpec, Weight]]  #: its own objectives, and those it keeps of the KD stage before
+
+    def epochs(self, max_epoch: int) -> Tuple[int, int]:
+        """The epochs in which it begins and ends, from 1."""
+        return math.floor(self.begin * max_epoch + TINY) + 1, math.ceil(self.end * max_epoch - TINY)
+
+
+@dataclass
+class Moment:
+    """What counts at one step: a phase, and the position in it."""
+
+    phase: Phase
+    position: Position
+
+    def __call__(self, weight: Weight) -> float:
+        """The value of a weight."""
+        return weight_at(weight, self.position)
+
+
+@dataclass
+class Plan:
+    """All KD stages that a student is trained with."""
+
+    page: Page
+    max_epoch: int
+    phases: List[Phase]
+
+    @property
+    def numbers(self) -> List[int]:
+        """The KD stages' numbers in the page."""
+        return [phase.stage.number for phase in self.phases]
+
+    def at(self, progress: Progress) -> Moment:
+        """What a training step counts with."""
+        phase = next((p for p in self.phases if progress.fraction < p.end - TINY), self.phases[-1])
+        return Moment(phase, progress.within(phase.begin, phase.end))
+
+    @property
+    def last(self) -> Moment:
+        """What the training ends with. Validation counts with this in every epoch, so that epochs can be compared."""
+        return Moment(self.phases[-1], Position(1.0, 1.0))
+
+    def phase(self, number: Optional[int]) -> Phase:
+        """The phase of a KD stage; None: of the last."""
+        return self.phases[-1] if number is None else self.phases[self.numbers.index(number)]
+
+    def end_epoch(self, number: Optional[int]) -> int:
+        """The epoch in which a KD stage ends; None: the last one does."""
+        return self.phase(number).epochs(self.max_epoch)[1]
+
+    def parts(self) -> List[List[Phase]]:
+        """Phases that share optimizer and schedule: a new part begins where a page says ``restart``."""
+        parts: List[List[Phase]] = []
+        for phase in self.phases:
+            if not parts or phase.stage.restart:
+                parts.append([])
+            parts[-1].append(phase)
+        return parts
+
+    def as_record(self) -> List[Dict[str, Any]]:
+        """The phases as JSON has them."""
+        return [
+            {
+                "kd_stage": p.stage.number,
+                "name": p.stage.name,
+                "share": p.stage.share,
+                "epochs": list(p.epochs(self.max_epoch)),
+                "restart": p.stage.restart,
+                "ctc": {"weight": weight_record(p.stage.ctc_weight), "per": p.stage.ctc_per},
+                "attention": weight_record(p.stage.attention_weight),
+                "objectives": [{"objective": o.name, "weight": weight_record(w), **o.conf} for o, w in p.terms],
+            }
+            for p in self.phases
+        ]
+
+
+def make_plan(page: Page, max_epoch: int, wanted: Optional[Sequence[int]] = None) -> Plan:
+    """Lay KD stages out over ``max_epoch`` epochs: each takes its share, and the last one the rest.
+
+    KD stages that are left out thus give their share to the last one, and every student trains ``max_epoch`` epochs. A
+    KD stage may begin at any step, but for one with ``restart``, which begins with an epoch.
+
+    Args:
+        wanted: numbers of the KD stages to use; default: all.
+
+    Raises:
+        UserError: the page has no such KD stage, or there are too few epochs.
+    """
+    chosen = sorted(set(wanted or range(1, len(page.stages) + 1)))
+    if chosen[0] < 1 or chosen[-1] > len(page.stages):
+        raise UserError(f"--kd_stages {chosen}: {page.path} has KD stages 1 to {len(page.stages)}")
+    stages = [page.stages[k - 1] for k in chosen]
+    phases: List[Phase] = []
+    begin = 0.0
+    for stage, following in zip(stages, [*stages[1:], None]):
+        end = begin + stage.share if following else 1.0
+        if following and following.restart:
+            end = max(round(end * max_epoch), math.floor(begin * max_epoch + TINY) + 1) / max_epoch
+            if end > 1 - TINY:
+                raise UserError(f"max_epoch {max_epoch} is too few for {len(chosen)} KD stages of {page.path}")
+        before = phases[-1].terms if phases else []
+        own = {o.key for o in stage.objectives}
+        kept = [(o, end_of(w)) for o, w in before if o.key not in own and (stage.keep == "all" or o.key in stage.keep)]
+        phases.append(Phase(len(phases), stage, begin, end, [*kept, *((o, o.weight) for o in stage.objectives)]))
+        begin = end
+    return Plan(page, max_epoch, phases)
+
+
+def weight_record(weight: Weight) -> Union[float, Dict[str, Any]]:
+    """A weight as JSON has it."""
+    return asdict(weight) if isinstance(weight, Ramp) else weight

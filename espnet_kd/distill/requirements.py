@@ -1,0 +1,154 @@
+"""What options of training need beside them: packages, token models, parameters that fit. Seen before the first step.
+
+ESPnet finds out when it makes its data loader, its logger or its last plot.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Tuple
+
+import torch
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import read_pairs
+from espnet_kd.data.tokenizing import check_model
+from espnet_kd.targets.experiment import load_state
+
+#: (option, value that needs it; None: true) → (module, what to install).
+PACKAGES: Tuple[Tuple[str, Optional[str], str, str], ...] = (
+    ("use_wandb", None, "wandb", "wandb"),
+    ("use_tensorboard", None, "tensorboard", "tensorboard"),
+    ("use_matplotlib", None, "matplotlib", "matplotlib"),
+    ("use_deepspeed", None, "deepspeed", "deepspeed"),
+    ("sharded_ddp", None, "fairscale", "fairscale"),
+    ("token_type", "hugging_face", "transformers", "transformers"),
+    ("token_type", "whisper_en", "whisper", "openai-whisper"),
+    ("token_type", "whisper_multilingual", "whisper", "openai-whisper"),
+    ("cleaner", "whisper_en", "whisper", "openai-whisper"),
+    ("cleaner", "whisper_basic", "whisper", "openai-whisper"),
+)
+#: Of --adapter, with --use_adapter true.
+ADAPTERS = {"lora": ("loralib", "loralib"), "houlsby": ("s3prl", "s3prl")}
+
+
+def check_requirements(args: argparse.Namespace) -> None:
+    """Refuse options whose packages or files are missing, and ``--init_param`` of another model.
+
+    Raises:
+        UserError: naming the option and what it needs.
+    """
+    check_packages(args)
+    check_tokens(args)
+    check_init_param(args)
+
+
+def check_packages(args: argparse.Namespace) -> None:
+    """Refuse options that need a package which is not installed (:class:`UserError`)."""
+    needed = [p for p in PACKAGES if getattr(args, p[0], None) == (True if p[1] is None else p[1])]
+    if getattr(args, "use_adapter", False):
+        module, package = ADAPTERS.get(args.adapter, (None, None))
+        if module is None:
+            raise UserError(f"--adapter {args.adapter}: known are {', '.join(ADAPTERS)}")
+        needed.append(("adapter", args.adapter, module, package))
+    for option, value, module, package in needed:
+        if importlib.util.find_spec(module) is None:
+            raise UserError(
+                f"--{option} {'true' if value is None else value} needs {package}, which is not installed: "
+                f"pip install {package}"
+            )
+
+
+def check_tokens(args: argparse.Namespace) -> None:
+    """Refuse a text that cannot be made tokens of, tried on the first transcript (:class:`UserError`)."""
+    if not getattr(args, "use_preprocessor", False):
+        return
+    data = args.train_data_path_and_name_and_type or []
+    texts = [path for path, name, kind in data if (name, kind) == ("text", "text")]
+    if args.token_type == "bpe" and texts:
+        if not args.bpemodel:
+            raise UserError("--token_type bpe needs --bpemodel, the SentencePiece model (stage 3 of run.sh makes one)")
+        if not Path(args.bpemodel).is_file():
+            raise UserError(f"--bpemodel {args.bpemodel}: no such file")
+        owner = "the token list" if isinstance(args.token_list, list) else str(args.token_list)
+        check_model(_tokens(args.token_list), Path(args.bpemodel).read_bytes(), f"--bpemodel {args.bpemodel}", owner)
+    from espnet_kd.offline import ASRTask
+
+    try:
+        prepare = ASRTask.build_preprocess_fn(copy.deepcopy(args), train=True)
+        for path in texts[:1]:
+            for utt_id, text in read_pairs(path):
+                prepare(utt_id, {"text": text})
+                break
+    except UserError:
+        raise
+    except (Exception, SystemExit) as e:  # whatever tokenizers, cleaners and their packages say of what they lack
+        reason = " ".join(str(e).split())[:200] or type(e).__name__
+        given = [o for o in ("token_type", "g2p", "cleaner") if getattr(args, o, None)]
+        options = ", ".join(f"--{o} {getattr(args, o)}" for o in given)
+        raise UserError(f"{options}: no tokens can be made of the transcripts: {type(e).__name__}: {reason}") from e
+
+
+def _tokens(token_list: Any) -> List[str]:
+    if isinstance(token_list, (list, tuple)):
+        return list(token_list)
+    try:
+        return [line.rstrip() for line in Path(token_list).read_text(encoding="utf-8").splitlines()]
+    except (OSError, UnicodeDecodeError, TypeError) as e:
+        raise UserError(f"cannot read --token_list {token_list}: {e}") from e
+
+
+def check_init_param(args: argparse.Namespace) -> None:
+    """Refuse ``--init_param`` with parameters that the student lacks or has in other sizes (:class:`UserError`)."""
+    if not getattr(args, "init_param", None):
+        return
+    from espnet_kd.offline import ASRTask
+
+    states = [(given, selected(given)) for given in args.init_param]
+    if getattr(args, "ignore_init_mismatch", False):
+        return  # ESPnet leaves them out, and logs each
+    try:
+        model = ASRTask.build_model(copy.deepcopy(args))
+    except Exception as e:  # said of the same options when they are trained with
+        raise UserError(f"cannot build the model of {args.config}: {type(e).__name__}: {e}") from e
+    own = model.state_dict()
+    for given, state in states:
+        _refuse_misfit(given, state, own)
+
+
+def selected(given: str) -> Dict[str, torch.Tensor]:
+    """What ESPnet takes of ``FILE[:src_key[:dst_key[:exclude,…]]]``, under the student's names.
+
+    Raises:
+        UserError: unreadable, more than tensors, or nothing is left.
+    """
+    path, source, target, excluded = (given.split(":", 3) + ["", "", ""])[:4]
+    state = load_state(path)
+    if excluded:
+        state = {k: v for k, v in state.items() if not k.startswith(tuple(excluded.split(",")))}
+    if source:
+        state = {k[len(source) + 1 :]: v for k, v in state.items() if k.startswith(source)}
+    if not state:
+        raise UserError(f"--init_param {given}: nothing of the file is left by these keys")
+    return {f"{target}.{k}" if target else k: v for k, v in state.items()}
+
+
+def _refuse_misfit(given: str, state: Dict[str, torch.Tensor], own: Dict[str, torch.Tensor]) -> None:
+    strange = [k for k in state if k not in own]
+    sizes = [k for k in state if k in own and state[k].shape != own[k].shape]
+    if strange:
+        components = sorted({k.split(".")[0] for k in strange})
+        raise UserError(
+            f"--init_param {given}: the student has no {', '.join(strange[:3])}{' …' * (len(strange) > 3)}; leave that "
+            f"out with {given.split(':')[0]}:::{','.join(components)}, or give --ignore_init_mismatch true"
+        )
+    if sizes:
+        k = sizes[0]
+        raise UserError(
+            f"--init_param {given}: {len(sizes)} of its parameters have another size than the student's ({k}: "
+            f"{list(state[k].shape)} there, {list(own[k].shape)} in the student); give a model of the student's sizes, "
+            "or --ignore_init_mismatch true, which leaves those out"
+        )

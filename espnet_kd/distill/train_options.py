@@ -1,0 +1,72 @@
+"""What a page's ``train:`` block may hold: options of ESPnet that say how a student is trained, none that name a file.
+
+Pages are passed on. Everything else of ESPnet's, the paths of data and models above all, is left to the command line.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Dict, Mapping
+
+from espnet_kd.cli import UserError
+from espnet_kd.strict import check_mapping, nearest
+
+OPTIMIZATION = (
+    *("optim", "optim_conf", "scheduler", "scheduler_conf", "exclude_weight_decay", "exclude_weight_decay_conf"),
+)
+STEPS = (
+    *("accum_grad", "grad_clip", "grad_clip_type", "grad_noise", "use_amp", "train_dtype", "num_iters_per_epoch"),
+    *("unused_parameters", "freeze_param", "max_nonfinite"),
+)
+BATCHES = (
+    *("batch_type", "batch_size", "batch_bins", "valid_batch_type", "valid_batch_size", "valid_batch_bins"),
+    *("fold_length", "sort_in_batch", "sort_batch", "shuffle_within_batch", "drop_last_iter"),
+    *("chunk_length", "chunk_shift_ratio", "num_cache_chunks", "chunk_excluded_key_prefixes", "iterator_type"),
+)
+MODELS = (
+    *("best_model_criterion", "val_scheduler_criterion", "early_stopping_criterion", "patience"),
+    *("keep_nbest_models", "nbest_averaging_interval"),
+)
+AUGMENTATION = ("specaug", "specaug_conf")
+LOGGING = ("log_interval", "num_att_plot", "use_matplotlib", "use_tensorboard")
+ALLOWED = (*OPTIMIZATION, *STEPS, *BATCHES, *MODELS, *AUGMENTATION, *LOGGING)
+#: Options that training itself sets or reads beforehand: in a ``train:`` block they would be passed over in silence.
+RESERVED = ("config", "kd_config", "kd_stage", "kd_stages", "max_epoch", "output_dir", "resume")
+
+
+def check_train_options(content: Any, where: str) -> Dict[str, Any]:
+    """The ``train:`` block of a page, with options of :data:`ALLOWED` alone.
+
+    What their values must be, ESPnet's own parser says (:func:`espnet_kd.distill.configuration.check_options`).
+
+    Args:
+        where: the block's place in messages, ``page.yaml: train``.
+
+    Raises:
+        UserError: no mapping, an option that a page cannot set, or a value that no option has.
+    """
+    options = check_mapping(content, where)
+    for key, value in options.items():
+        if key not in ALLOWED:
+            if key in RESERVED:
+                raise UserError(f"{where}: {key} cannot be set by a page; give it on the command line")
+            close = nearest(str(key), ALLOWED).split(" (known:")[0]
+            raise UserError(
+                f"{where}: {key} cannot be set by a page{close}; give it on the command line, where it is an option of "
+                "training"
+            )
+        _check_plain(value, f"{where}.{key}")
+    return options
+
+
+def _check_plain(value: Any, where: str, depth: int = 0) -> None:
+    """Refuse what is no word, number, list of them or mapping to them (:class:`UserError`)."""
+    if isinstance(value, Mapping) and depth < 2:
+        for key, inner in value.items():
+            _check_plain(inner, f"{where}.{key}", depth + 1)
+    elif isinstance(value, list) and depth < 3:
+        for i, inner in enumerate(value):
+            _check_plain(inner, f"{where}[{i}]", depth + 1)
+    elif not isinstance(value, (str, int, float, bool, type(None))):
+        raise UserError(f"{where}: expected a word, a number or a list of them, found {value!r}")
+    elif isinstance(value, str) and (value.startswith("-") or any(c in value for c in "/\\\n\0")):
+        raise UserError(f"{where}: {value!r} looks like a path or an option, which a page may not hold")

@@ -1,0 +1,197 @@
+"""KD stages as parts of one training: where each begins and ends, and what counts at a step."""
+
+import math
+
+import pytest
+
+from espnet_kd.cli import UserError
+from espnet_kd.distill.page import load_page
+from espnet_kd.distill.plan import make_plan
+from espnet_kd.distill.schedule import Progress, Ramp
+
+KL = {"objective": "kl", "weight": 2.0}
+
+
+@pytest.fixture
+def page(write_page):
+    """A page of KD stages with these shares and, of each, what else it says."""
+
+    def make(shares, *more):
+        stages = [{"share": share, **extra} for share, extra in zip(shares, [*more, *[{}] * len(shares)])]
+        return load_page(str(write_page({"stages": stages})))
+
+    return make
+
+
+def restarts(number):
+    return [{}, *[{"restart": True}] * (number - 1)]
+
+
+@pytest.mark.parametrize("shares", [(1.0,), (0.02, 0.03, 0.95), (0.1, 0.2, 0.7), (1 / 3, 1 / 3, 1 / 3), (0.5, 0.5)])
+@pytest.mark.parametrize("restart", [False, True])
+def test_they_follow_each_other_from_0_to_1(page, shares, restart):
+    """Also where decimal fractions do not add up: 0.1 + 0.2 + 0.7 is below 1, 0.1 + 0.2 above 0.3."""
+    plan = make_plan(page(shares, *(restarts(len(shares)) if restart else [])), 100)
+    ends = [phase.end for phase in plan.phases]
+    assert [phase.begin for phase in plan.phases] == [0.0, *ends[:-1]]
+    assert ends[-1] == 1.0 and ends[:-1] == pytest.approx(
+        [sum(shares[: n + 1]) for n in range(len(shares) - 1)], abs=0.01 if restart else 1e-9
+    )
+
+
+@pytest.mark.parametrize(
+    "max_epoch, chosen, epochs",
+    [
+        (100, [1, 2, 3], {1: 10, 2: 10, 3: 80}),
+        (40, [1, 2, 3], {1: 4, 2: 4, 3: 32}),
+        (40, [1, 3], {1: 4, 3: 36}),
+        (40, [2, 3], {2: 4, 3: 36}),
+        (40, [3], {3: 40}),
+        (40, [1, 2], {1: 4, 2: 36}),
+        (40, [2, 1, 2], {1: 4, 2: 36}),
+        (3, [1, 2, 3], {1: 1, 2: 1, 3: 1}),
+        (7, [1, 2, 3], {1: 1, 2: 1, 3: 5}),
+        (1, [3], {3: 1}),
+        (40, None, {1: 4, 2: 4, 3: 32}),
+    ],
+)
+def test_whole_epochs_where_each_begins_with_a_restart(page, max_epoch, chosen, epochs):
+    """Those that are left out give their share to the last one: every student trains ``max_epoch`` epochs."""
+    plan = make_plan(page((0.1, 0.1, 0.8), *restarts(3)), max_epoch, chosen)
+    assert plan.numbers == sorted(epochs)
+    first, expected = 1, []
+    for number, count in epochs.items():
+        expected.append((first, first + count - 1))
+        assert plan.end_epoch(number) == first + count - 1
+        first += count
+    assert [phase.epochs(max_epoch) for phase in plan.phases] == expected
+    assert plan.end_epoch(None) == expected[-1][1] == max_epoch
+    assert [[p.stage.number for p in part] for part in plan.parts()] == [[number] for number in plan.numbers]
+
+
+def test_too_few_epochs(page):
+    with pytest.raises(UserError, match="max_epoch 2 is too few for 3 KD stages of .*page.yaml"):
+        make_plan(page((0.1, 0.1, 0.8), *restarts(3)), 2)
+    assert len(make_plan(page((0.1, 0.1, 0.8)), 1).phases) == 3  # without restarts each begins at any step
+
+
+@pytest.mark.parametrize("wanted", [[1, 4], [0], [-1, 2]])
+def test_kd_stages_that_the_page_has_not(page, wanted):
+    with pytest.raises(UserError, match=r"--kd_stages \[.*page.yaml has KD stages 1 to 3"):
+        make_plan(page((0.1, 0.1, 0.8)), 10, wanted)
+
+
+@pytest.mark.parametrize(
+    "shares, max_epoch, epochs",
+    [
+        ((0.02, 0.03, 0.95), 25, [(1, 1), (1, 2), (2, 25)]),  # in the middle of epochs 1 and 2
+        ((0.02, 0.03, 0.95), 100, [(1, 2), (3, 5), (6, 100)]),
+        ((0.1, 0.2, 0.7), 10, [(1, 1), (2, 3), (4, 10)]),  # 0.1 + 0.2 = 0.30000000000000004
+        ((0.1, 0.2, 0.7), 1, [(1, 1), (1, 1), (1, 1)]),
+        ((1 / 3, 1 / 3, 1 / 3), 3, [(1, 1), (2, 2), (3, 3)]),
+        ((0.7, 0.1, 0.2), 10, [(1, 7), (8, 8), (9, 10)]),  # 0.7 + 0.1 = 0.7999999999999999
+    ],
+)
+def test_epochs_in_which_they_begin_and_end(page, shares, max_epoch, epochs):
+    plan = make_plan(page(shares), max_epoch)
+    assert [phase.epochs(max_epoch) for phase in plan.phases] == epochs
+    assert [record["epochs"] for record in plan.as_record()] == [list(e) for e in epochs]
+
+
+@pytest.mark.parametrize("max_epoch", [1, 3, 10, 30, 100])
+@pytest.mark.parametrize("steps", [1, 7, 10])
+@pytest.mark.parametrize("shares", [(0.1, 0.2, 0.7), (0.7, 0.1, 0.2), (1 / 3, 1 / 3, 1 / 3), (0.02, 0.03, 0.95)])
+def test_each_step_is_in_one_of_them(page, shares, steps, max_epoch):
+    """That of the share of steps before it, computed in whole numbers; and its epoch is one of the phase's."""
+    plan = make_plan(page(shares), max_epoch)
+    seen = []
+    for done in range(max_epoch * steps):
+        epoch, step = divmod(done, steps)
+        moment = plan.at(Progress(epoch + 1, max_epoch, step, steps))
+        exact = sum(done >= round(sum(shares[:n]) * max_epoch * steps, 6) for n in (1, 2))
+        assert moment.phase.index == exact
+        first, last = moment.phase.epochs(max_epoch)
+        assert first <= epoch + 1 <= last
+        assert 0.0 <= moment.position.fraction < 1.0
+        seen.append((exact, moment.position.fraction))
+    assert seen == sorted(seen)
+
+
+def test_a_restart_and_a_boundary_in_the_middle_of_an_epoch(page):
+    """The KD stage before one with ``restart`` ends with an epoch, other boundaries lie where the shares are."""
+    plan = make_plan(page((0.13, 0.2, 0.67), {}, {}, {"restart": True}), 10)
+    assert [p.end for p in plan.phases] == [0.13, 0.3, 1.0]
+    assert [[p.stage.number for p in part] for part in plan.parts()] == [[1, 2], [3]]
+    plan = make_plan(page((0.13, 0.2, 0.67), {}, {"restart": True}), 10)
+    assert [p.end for p in plan.phases] == pytest.approx([0.1, 0.3, 1.0])
+    assert [[p.stage.number for p in part] for part in plan.parts()] == [[1], [2, 3]]
+    # Left out, the first gives the second no KD stage to begin anew after, but it is the first part all the same.
+    assert [[p.stage.number for p in part] for part in make_plan(plan.page, 10, [2, 3]).parts()] == [[2, 3]]
+
+
+def weights(plan, index):
+    terms = [(spec.key, weight) for spec, weight in plan.phases[index].terms]
+    assert len(dict(terms)) == len(terms)  # each objective once
+    return dict(terms)
+
+
+def test_keep(page):
+    ramp = {"objective": "blank_kl", "weight": {"start": 0.5, "end": 3.0}}
+    stages = [{"objectives": [KL, ramp]}, {"keep": ["blank_kl"], "objectives": [{"objective": "softmax_l2"}]}]
+    plan = make_plan(page((0.3, 0.3, 0.4), *stages, {"keep": "all", "objectives": [{**ramp, "weight": 0.25}]}), 10)
+    assert weights(plan, 0) == {"kl": 2.0, "blank_kl": Ramp(0.5, 3.0)}
+    assert weights(plan, 1) == {"blank_kl": 3.0, "softmax_l2": 1.0}  # at its last weight
+    assert weights(plan, 2) == {"softmax_l2": 1.0, "blank_kl": 0.25}  # its own entry counts, once
+    # Without the second what it would keep for the third does not exist; nor does anything before a single one.
+    assert weights(make_plan(plan.page, 10, [1, 3]), 1) == {"kl": 2.0, "blank_kl": 0.25}
+    assert weights(make_plan(plan.page, 10, [3]), 0) == {"blank_kl": 0.25}
+
+
+def test_nothing_is_kept_unless_a_page_says_so(page):
+    plan = make_plan(page((0.5, 0.5), {"objectives": [KL]}), 10)
+    assert weights(plan, 0) == {"kl": 2.0} and weights(plan, 1) == {}
+
+
+def test_weights_at_a_step(page):
+    """A ramp counts in shares of its KD stage."""
+    ramp = {"objective": "kl", "weight": {"start": 0.0, "end": 4.0, "begin": 0.5}}
+    plan = make_plan(page((0.25, 0.5, 0.25), {}, {"objectives": [ramp], "ctc": {"weight": {"start": 1, "end": 0}}}), 4)
+    found = []
+    for epoch, step in ((1, 9), (2, 0), (2, 5), (3, 0), (3, 5), (3, 9), (4, 0)):
+        now = plan.at(Progress(epoch, 4, step, 10))
+        found.append((now.phase.stage.number, now(now.phase.stage.ctc_weight), *(now(w) for _, w in now.phase.terms)))
+    expected = [(1, 1), (2, 1, 0), (2, 0.75, 0), (2, 0.5, 0), (2, 0.25, 2), (2, 0.05, 3.6), (3, 1)]
+    assert [pytest.approx(e) for e in expected] == found
+
+
+def test_by_epoch_a_ramp_moves_once_an_epoch(page):
+    ramp = {"objective": "kl", "weight": {"start": 0.0, "end": 4.0, "by": "epoch"}}
+    plan = make_plan(page((0.5, 0.5), {}, {"objectives": [ramp]}), 4)
+    (weight,) = weights(plan, 1).values()
+    at = {(e, s): plan.at(Progress(e, 4, s, 10))(weight) for e in (3, 4) for s in (0, 9)}
+    assert at == {(3, 0): 0.0, (3, 9): 0.0, (4, 0): 2.0, (4, 9): 2.0}
+
+
+def test_last_is_the_end_of_the_training(page):
+    ramp = {"objective": "kl", "weight": {"start": 0.0, "end": 4.0}}
+    plan = make_plan(page((0.5, 0.5), {"objectives": [KL]}, {"objectives": [ramp]}), 4)
+    now = plan.last
+    assert now.phase is plan.phases[1] and [now(w) for _, w in now.phase.terms] == [4.0]
+    assert plan.at(Progress(5, 4, 0, 10)).phase is plan.phases[1]  # a step past the end counts as it does
+
+
+def test_before_the_length_of_an_epoch_is_known(page):
+    """The whole first epoch counts with what it begins with."""
+    plan = make_plan(page((0.02, 0.98)), 10)
+    assert [plan.at(Progress(e, 10, s, None)).phase.index for e, s in ((1, 0), (1, 99), (2, 0))] == [0, 0, 1]
+
+
+def test_the_record_is_json(page):
+    import json
+
+    ramp = {"objective": "kl", "weight": {"start": 0.0, "end": 4.0}, "temperature": 2.0}
+    record = make_plan(page((0.5, 0.5), {"objectives": [KL]}, {"objectives": [ramp], "restart": True}), 4).as_record()
+    assert json.loads(json.dumps(record)) == record
+    assert [r["restart"] for r in record] == [False, True] and math.isclose(sum(r["share"] for r in record), 1)
+    assert record[1]["objectives"] == [{"objective": "kl", "weight": {"start": 0.0, "end": 4.0, "begin": 0.0,
+                                        "until": 1.0, "by": "step"}, "temperature": 2.0}]  # fmt: skip

@@ -1,0 +1,331 @@
+"""The record of a distillation: what a directory holds, and what may be trained into it."""
+
+import copy
+import json
+import shutil
+from types import SimpleNamespace
+
+import pytest
+import tiny_kd
+import torch
+from tiny_phases import MID, Killed, assert_same, train, write_page
+
+from espnet_kd.bin import asr_kd_train
+from espnet_kd.cli import UserError
+from espnet_kd.distill.checkpoints import read_checkpoint
+from espnet_kd.distill.page import load_page
+from espnet_kd.distill.plan import make_plan
+from espnet_kd.distill.record import HARMLESS, claim, differences, make_record, write_record
+from espnet_kd.targets.experiment import load_state
+from espnet_kd.targets.online import OnlineTeacher
+
+PARSER = asr_kd_train.get_parser()
+OPTIONS = sorted({a.dest for a in PARSER._actions} - {"help"})
+#: Of the harmless options, those of which the record has the essence under a name of its own.
+BY_CONTENT = {"seed", "max_epoch", "teacher", "target_cache", "kd_config", "kd_stages", "nbest"}
+
+
+@pytest.fixture
+def recorded(corpus, teacher_dir, tmp_path):
+    """A directory in which something was trained, its options, its plan."""
+    command = corpus.options(tmp_path / "out", "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")
+    args = PARSER.parse_args(command)
+    plan = make_plan(load_page("progressive_fkl"), args.max_epoch)
+    write_record(tmp_path / "out", make_record(args, PARSER, plan), 1, False)
+    (tmp_path / "out/checkpoint.pth").touch()
+    return tmp_path / "out", args, plan
+
+
+def other(value):
+    """Another value of the same kind."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, (int, float)):
+        return value + 1
+    if isinstance(value, dict):
+        return {**value, "another": 1}
+    if isinstance(value, (list, tuple)):
+        return [*value, ("another", "speech", "sound")]
+    return "another"
+
+
+@pytest.mark.parametrize("option", sorted({*OPTIONS, "seed", "teacher"} - BY_CONTENT) + ["seed", "teacher"])
+def test_every_option_is_harmless_or_refused(recorded, option):
+    out, args, plan = recorded
+    changed = copy.copy(args)
+    setattr(changed, option, other(getattr(args, option)))
+    record = make_record(changed, PARSER, plan)
+    if option in HARMLESS - BY_CONTENT:
+        assert claim(out, record, plan) == 1
+        return
+    name = option if option in BY_CONTENT else f"options.{option}"
+    with pytest.raises(UserError, match=rf"out holds a student with other settings \({name}.* there, .* now") as e:
+        claim(out, record, plan)
+    assert "choose another --output_dir" in str(e.value)
+
+
+def test_an_n_best_of_other_content(recorded, tmp_path):
+    out, args, _ = recorded
+    plan = make_plan(load_page("sequence_kd"), 3)
+    args.nbest = str(tmp_path / "nbest")
+    (tmp_path / "nbest").write_text("one\n")
+    write_record(out, make_record(args, PARSER, plan), 1, False)
+    assert claim(out, make_record(args, PARSER, plan), plan) == 1
+    (tmp_path / "nbest").write_text("other\n")
+    with pytest.raises(UserError, match="nbest./.*nbest: .* there, .* now"):
+        claim(out, make_record(args, PARSER, plan), plan)
+
+
+def test_a_cache_of_another_teacher(recorded, monkeypatch):
+    """With one, --teacher is only compared with it, and may be spelled in any way."""
+    from espnet_kd.distill import record as module
+    from espnet_kd.targets.cache import Policy
+
+    out, args, plan = recorded
+    manifest = SimpleNamespace(teacher_sha256="a", config_sha256="b", policy=Policy(5))
+    monkeypatch.setattr(module, "read_manifest", lambda cache: manifest)
+    args.target_cache = "targets"
+    write_record(out, make_record(args, PARSER, plan), 1, False)
+    args.teacher, args.target_cache = [], "elsewhere/targets"
+    assert claim(out, make_record(args, PARSER, plan), plan) == 1
+    manifest.teacher_sha256 = "c"
+    with pytest.raises(UserError, match="target_cache.teacher: a there, c now"):
+        claim(out, make_record(args, PARSER, plan), plan)
+
+
+def test_what_is_harmless_exists():
+    """A name that ESPnet gave up would hide a new option of that name."""
+    assert set(HARMLESS) - set(OPTIONS) == set() and set(HARMLESS) >= BY_CONTENT
+
+
+def test_what_decides_is_not_called_harmless():
+    decides = "optim optim_conf scheduler scheduler_conf batch_type batch_size batch_bins accum_grad grad_clip use_amp"
+    decides += " encoder encoder_conf model_conf ctc_conf specaug_conf normalize_conf init_param freeze_param patience"
+    decides += " best_model_criterion keep_nbest_models num_iters_per_epoch sort_in_batch augmented_teacher train_dtype"
+    decides += " train_shape_file train_data_path_and_name_and_type token_list bpemodel preprocessor_conf"
+    assert set(decides.split()) <= set(OPTIONS) - HARMLESS
+
+
+@pytest.mark.parametrize(
+    "max_epoch, page, wanted, key",
+    [
+        (3, "progressive_fkl", None, None),
+        (2, "progressive_fkl", None, "epochs: 3 there, 2 now"),
+        (4, "progressive_fkl", None, "epochs: 3 there, 4 now"),  # it has not ended
+        (3, "progressive_fkl", [1, 3], r"kd_stages: \[1, 2, 3\] there, \[1, 3\] now"),
+        (3, "kl", None, "method: progressive_fkl there, kl now"),
+    ],
+)
+def test_pages_kd_stages_and_epochs(recorded, max_epoch, page, wanted, key):
+    out, args, _ = recorded
+    plan = make_plan(load_page(page), max_epoch, wanted)
+    record = make_record(args, PARSER, plan)
+    if key is None:
+        assert claim(out, record, plan) == 1
+        return
+    with pytest.raises(UserError, match=key):
+        claim(out, record, plan)
+
+
+@pytest.mark.parametrize(
+    "edit, key",
+    [
+        (lambda s: s[2].update(share=0.94) or s[1].update(share=0.04), r"stages\[1\].share: 0.03 there, 0.04 now"),
+        (lambda s: s[1].update(keep=[]), r"stages\[1\].objectives"),
+        (lambda s: s[2].update(restart=True), r"stages\[2\].restart: False there, True now"),
+        (lambda s: s[0].update(ctc={"weight": 0.5}), r"stages\[0\].ctc.weight: 1.0 there, 0.5 now"),
+        (lambda s: s[1].update(attention={"weight": 0.5}), r"stages\[1\].attention: 1.0 there, 0.5 now"),
+        (
+            lambda s: s[1]["objectives"][0].update(distance="l2"),
+            r"stages\[1\].objectives\[1\].distance: cosine there, l2",
+        ),
+        (lambda s: s[1]["objectives"][0]["weight"].update(end=4.0), r"objectives\[1\].weight.end: 5.0 there, 4.0 now"),
+    ],
+)
+def test_a_page_that_was_edited(recorded, write_page, edit, key):
+    """Under the same name."""
+    import yaml
+
+    out, args, plan = recorded
+    content = yaml.safe_load(plan.page.path.read_text())
+    same = load_page(str(write_page(content, "progressive_fkl.yaml")))
+    assert claim(out, make_record(args, PARSER, make_plan(same, 3)), plan) == 1
+    edit(content["stages"])
+    plan = make_plan(load_page(str(write_page(content, "progressive_fkl.yaml"))), 3)
+    with pytest.raises(UserError, match=key):
+        claim(out, make_record(args, PARSER, plan), plan)
+
+
+@pytest.mark.parametrize("file", ["tokens.txt", "train/wav.scp", "train/text", "train/speech_shape"])
+def test_data_that_changed(recorded, tmp_path, corpus, file):
+    """The same path, other content: tokens, audio, transcripts, and which utterances are trained on."""
+    out, args, plan = recorded
+    own = tmp_path / "corpus"
+    shutil.copytree(corpus.dir, own)
+    args.token_list = str(own / "tokens.txt")
+    kinds = (("wav.scp", "speech", "sound"), ("text", "text", "text"))
+    args.train_data_path_and_name_and_type = [(str(own / "train" / f), *kind) for f, *kind in kinds]
+    args.train_shape_file = [str(own / "train/speech_shape")]
+    write_record(out, make_record(args, PARSER, plan), 1, False)
+    assert claim(out, make_record(args, PARSER, plan), plan) == 1
+    with open(own / file, "a") as f:
+        f.write("more 1\n")
+    with pytest.raises(UserError, match=f"settings .data.{own / file}: .* there, .* now"):
+        claim(out, make_record(args, PARSER, plan), plan)
+
+
+def test_a_token_list_in_the_yaml(recorded):
+    _, args, plan = recorded
+    args.token_list = list(tiny_kd.TOKENS)
+    assert make_record(args, PARSER, plan)["options"]["token_list"] == tiny_kd.TOKENS
+
+
+@pytest.mark.parametrize("content", ["[", "[]", "3", "null"])
+def test_a_damaged_record(recorded, content):
+    out, args, plan = recorded
+    (out / "kd_stage.json").write_text(content)
+    with pytest.raises(UserError, match="out/kd_stage.json is damaged .*remove .*out to train anew"):
+        claim(out, make_record(args, PARSER, plan), plan)
+
+
+@pytest.mark.parametrize("trace", ["checkpoint.pth", "config.yaml", "7epoch.pth"])
+def test_a_foreign_training(recorded, trace):
+    out, args, plan = recorded
+    for file in out.iterdir():
+        file.unlink()
+    (out / "train.log").touch()
+    assert claim(out, make_record(args, PARSER, plan), plan) == 0
+    (out / trace).touch()
+    with pytest.raises(
+        UserError, match=f"out holds a training that is not a distillation .{trace} without kd_stage.json"
+    ):
+        claim(out, make_record(args, PARSER, plan), plan)
+
+
+def test_nothing_was_trained_yet(recorded):
+    """A mended command goes on."""
+    out, args, plan = recorded
+    (out / "checkpoint.pth").unlink()
+    args.optim_conf = {"lr": 0.5}
+    assert claim(out, make_record(args, PARSER, plan), plan) == 0
+
+
+def test_differences():
+    old = {"a": 1, "b": {"c": [1, {"d": 2}]}, "e": [1]}
+    assert list(differences(old, copy.deepcopy(old))) == []
+    new = {"a": 2, "b": {"c": [1, {"d": 3, "x": 4}]}, "e": [1, 2]}
+    assert list(differences(old, new)) == [("a", 1, 2), ("b.c[1].d", 2, 3), ("b.c[1].x", None, 4), ("e", [1], [1, 2])]
+
+
+@pytest.mark.parametrize("foreign", ["espnet", "ours"])
+def test_a_plain_training_lies_there(corpus, teacher_dir, tmp_path, foreign):
+    """Of asr.sh with the same tag, or of a student that was distilled, when the method is left out later."""
+    from espnet_kd.offline import ASRTask
+
+    out, page = tmp_path / "student", write_page(tmp_path, **MID)
+    plain = corpus.options(out, "--use_tensorboard", "false", "--resume", "true", max_epoch=1)
+    asr_kd_train.main(plain) if foreign == "ours" else ASRTask.main(cmd=plain)
+    before = {p: p.read_bytes() for p in out.glob("*.pth")}
+    with pytest.raises(
+        UserError, match="student holds a training that is not a distillation .*choose another --output_dir"
+    ):
+        train(corpus, out, page, "--teacher", teacher_dir)
+    assert {p: p.read_bytes() for p in out.glob("*.pth")} == before and not (out / "kd_stage.json").exists()
+
+
+def test_a_plain_training_into_a_distilled_student(corpus, teacher_dir, tmp_path):
+    out = tmp_path / "student"
+    train(corpus, out, "kl", "--teacher", teacher_dir, max_epoch=1)
+    before = {p: p.read_bytes() for p in out.glob("*.pth")}
+    with pytest.raises(
+        UserError, match="student holds a distilled student .*no --kd_config is given; choose another --out"
+    ):
+        asr_kd_train.main(corpus.options(out, "--resume", "true", max_epoch=2))
+    assert {p: p.read_bytes() for p in out.glob("*.pth")} == before
+
+
+def test_a_finished_training_goes_on(corpus, teacher_dir, tmp_path, caplog):
+    """With more epochs, in its last KD stage; killed on the way, it ends with the same bits."""
+    page, outs = write_page(tmp_path, **MID), [tmp_path / "one", tmp_path / "other"]
+    for out in outs:
+        train(corpus, out, page, "--teacher", teacher_dir)
+    early = load_state(outs[0] / "kd_stage1/student.pth")
+    train(corpus, outs[0], page, "--teacher", teacher_dir, max_epoch=6)
+    with pytest.raises(Killed):
+        train(corpus, outs[1], page, "--teacher", teacher_dir, max_epoch=6, kill_at=("step", 6, 1))
+    record = json.loads((outs[1] / "kd_stage.json").read_text())
+    assert (record["finished"], record["finished_kd_stage"], record["epochs"]) == (False, 2, 6)
+    # Not to be mistaken for one of four epochs any more.
+    with pytest.raises(UserError, match="epochs: 6 there, 4 now"):
+        train(corpus, outs[1], page, "--teacher", teacher_dir)
+    train(corpus, outs[1], page, "--teacher", teacher_dir, max_epoch=6)
+    assert_same(*outs)
+    record = json.loads((outs[0] / "kd_stage.json").read_text())
+    assert sorted(read_checkpoint(outs[0] / "checkpoint.pth")["reporter"]["stats"]) == [1, 2, 3, 4, 5, 6]
+    # Where KD stages were trained stays as it was.
+    assert [s["epochs"] for s in record["stages"]] == [[1, 2], [2, 3], [3, 6]]
+    assert all(torch.equal(v, early[k]) for k, v in load_state(outs[0] / "kd_stage1/student.pth").items())
+    with caplog.at_level("INFO"):
+        train(corpus, outs[0], page, "--teacher", teacher_dir, max_epoch=6)
+    assert "KD stage 1 and 2 and 3 is finished" in caplog.text
+    # The last KD stage would begin after what is trained.
+    with pytest.raises(UserError, match="epochs: 6 there, 40 now"):
+        train(corpus, outs[0], page, "--teacher", teacher_dir, max_epoch=40)
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """A teacher whose outputs are no numbers from an epoch on, until it is mended."""
+    from espnet_kd.tasks.asr_kd import ASRKDTask
+
+    since, targets = [1], OnlineTeacher.targets
+
+    def poisoned(self, *args, **kwargs):
+        result = targets(self, *args, **kwargs)
+        if ASRKDTask.progress.epoch >= since[0]:
+            result.logits.fill_(float("nan"))
+        return result
+
+    monkeypatch.setattr(OnlineTeacher, "targets", poisoned)
+    return since
+
+
+@pytest.mark.faults("losses that are no numbers")
+@pytest.mark.parametrize("patience", [[], ["--patience", "3"]])
+def test_an_epoch_without_an_update(corpus, teacher_dir, tmp_path, broken, patience):
+    """It is not finished, not on the second call either; a mended command begins anew."""
+    out, page = tmp_path / "student", "kl"
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match="student: no step of epoch 1 had finite gradients.* lower the learning rate"
+        ):
+            train(corpus, out, page, "--teacher", teacher_dir, *patience, "--teacher_memory", 0, max_epoch=2)
+        assert not json.loads((out / "kd_stage.json").read_text())["finished"]
+        assert not (out / "student.pth").exists() and not (out / "1epoch.pth").exists()
+    broken[0] = 99
+    more = ["--teacher_memory", 0, "--optim_conf", "lr=0.001"]
+    train(corpus, out, page, "--teacher", teacher_dir, *patience, *more, max_epoch=2)
+    assert json.loads((out / "kd_stage.json").read_text())["finished"]
+
+
+@pytest.mark.faults("losses that are no numbers")
+def test_a_later_epoch_without_an_update(corpus, teacher_dir, tmp_path, broken):
+    """What was trained before stays, and goes on as if that epoch had not been."""
+    out, page = tmp_path / "student", write_page(tmp_path, **MID)
+    broken[0] = 3
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match="no step of epoch 3 had finite gradients.*into another directory: lower the"
+        ):
+            train(corpus, out, page, "--teacher", teacher_dir, "--teacher_memory", 0)
+        assert read_checkpoint(out / "checkpoint.pth")["reporter"]["epoch"] == 2
+        assert not (out / "kd_stage2").exists() and not (out / "3epoch.pth").exists()
+    broken[0] = 99
+    train(corpus, out, page, "--teacher", teacher_dir, "--teacher_memory", 0)
+    train(corpus, tmp_path / "whole", page, "--teacher", teacher_dir, "--teacher_memory", 0)
+    assert_same(tmp_path / "whole", out)
+
+
+def test_fewer_batches_than_accum_grad(corpus, teacher_dir, tmp_path):
+    with pytest.raises(UserError, match="epoch 1 .*fewer batches than accum_grad"):
+        train(corpus, tmp_path / "out", "kl", "--teacher", teacher_dir, "--accum_grad", 9, max_epoch=1)

@@ -1,0 +1,151 @@
+"""A training of three KD stages on the tiny corpus that can be killed at any moment, and what two must share."""
+
+import json
+from pathlib import Path
+
+import pytest
+import tiny_kd
+import torch
+import yaml
+
+from espnet_kd.bin import asr_kd_train
+from espnet_kd.distill import checkpoints
+from espnet_kd.distill.checkpoints import read_checkpoint
+from espnet_kd.distill.page import METHODS_DIR
+from espnet_kd.distill.schedule import EpochHooks
+from espnet_kd.tasks import asr_kd
+
+#: Twelve steps, three an epoch.
+EPOCHS = 4
+#: KD stages end with the first step of epoch 2 and of epoch 3.
+MID = dict(shares=(0.3, 0.25, 0.45))
+#: The second begins anew with epoch 2, and ends with the second step of epoch 3.
+RESTART = dict(shares=(0.3, 0.38, 0.32), restart=2)
+
+
+class Killed(BaseException):
+    """Nobody catches it, as nobody catches kill -9."""
+
+
+def write_page(directory: Path, shares, restart=None, **more) -> Path:
+    """The main method with other shares, and perhaps a KD stage that begins anew."""
+    page = yaml.safe_load((METHODS_DIR / "progressive_fkl.yaml").read_text(encoding="utf-8"))
+    for number, (stage, share) in enumerate(zip(page["stages"], shares), 1):
+        stage["share"] = share
+        if number == restart:
+            stage["restart"] = True
+    return tiny_kd.write_yaml(directory / f"progressive_fkl{restart or ''}.yaml", {**page, **more})
+
+
+def train(corpus, out, page, *more, kill_at=None, text=True, **changes):
+    """Train by a page, with a warm-up of the learning rate; all epochs' models are kept.
+
+    ``kill_at``: the end comes at a moment of those that :class:`Moments` knows.
+    """
+    own = ["--kd_config", str(page), "--use_tensorboard", "false", "--keep_nbest_models", "9"]
+    own += ["--scheduler", "warmuplr", "--scheduler_conf", "warmup_steps=8"]
+    changes = {"max_epoch": EPOCHS, **changes}
+    with pytest.MonkeyPatch.context() as patch:
+        if kill_at is not None:
+            Moments(kill_at).watch(patch)
+        asr_kd_train.main(corpus.options(out, *own, *map(str, more), text=text, **changes))
+
+
+class Moments:
+    """Kills a training at one moment, given as a tuple.
+
+    ("step", epoch, step): before this step · (when, file, epoch), when ``before``, ``while`` or ``after`` a file
+    (``checkpoint``, ``model``) of this epoch is written · ("after", "hand-over", epoch) · (when, "record", KD stage) ·
+    (when, "restart")
+    """
+
+    def __init__(self, at):
+        self.at = at
+
+    def pass_by(self, *moment):
+        if moment == self.at:
+            raise Killed
+
+    def around(self, function, *name):
+        """``function``, with a moment before and one after it."""
+
+        def wrapped(*args, **kwargs):
+            moment = [n(*args) if callable(n) else n for n in name]
+            self.pass_by("before", *moment)
+            result = function(*args, **kwargs)
+            self.pass_by("after", *moment)
+            return result
+
+        return wrapped
+
+    def watch(self, patch):
+        """Put the moments into the code."""
+        count, save, at = EpochHooks._count, torch.save, self.at
+
+        def stepping(hooks, batches):
+            for step, batch in enumerate(count(hooks, batches)):
+                self.pass_by("step", hooks.progress.epoch, step)
+                yield batch
+
+        def saving(states, place, *args, **kwargs):
+            if not isinstance(place, Path):  # a file that will be renamed: atomic
+                return save(states, place, *args, **kwargs)
+            if place.name == checkpoints.CHECKPOINT:
+                moment = ("checkpoint", states["reporter"]["epoch"])
+            elif place.name.endswith("epoch.pth"):
+                moment = ("model", int(place.name[: -len("epoch.pth")]))
+            else:
+                return save(states, place, *args, **kwargs)
+            self.pass_by("before", *moment)
+            save(states, place, *args, **kwargs)
+            if at == ("while", *moment):
+                content = place.read_bytes()
+                place.write_bytes(content[: len(content) // 2])
+                raise Killed
+            self.pass_by("after", *moment)
+
+        patch.setattr(EpochHooks, "_count", stepping)
+        patch.setattr(torch, "save", saving)
+        patch.setattr(asr_kd, "hand_over", self.around(asr_kd.hand_over, "hand-over", lambda o, p, epoch, **_: epoch))
+        finish = self.around(asr_kd_train._finish, "record", lambda a, r, number, *_: number)
+        patch.setattr(asr_kd_train, "_finish", finish)
+        patch.setattr(asr_kd_train, "forget_optimizer", self.around(asr_kd_train.forget_optimizer, "restart"))
+        if at == ("while", "restart"):
+            patch.setattr(checkpoints.os, "replace", lambda *a: self.pass_by("while", "restart"))
+
+
+def assert_same(one, other, ends=("kd_stage1", "kd_stage2", ".")):
+    """Two trainings that ended alike, bit for bit: models of all epochs, optimizer, statistics, what is handed over."""
+    first, second = (read_checkpoint(x / "checkpoint.pth") for x in (one, other))
+    for part in ("model", "optimizers", "schedulers"):
+        assert equal(first[part], second[part]), part
+    assert losses(first) == losses(second)
+    models = [f"{epoch}epoch.pth" for epoch in first["reporter"]["stats"]] + ["valid.loss_ctc.ave.pth"]
+    for name in (*models, *(f"{end}/student.pth" for end in ends)):
+        assert equal(torch.load(one / name), torch.load(other / name)), name
+    records = [json.loads((x / "kd_stage.json").read_text()) for x in (one, other)]
+    assert records[0] == records[1] and records[0]["finished"]
+    assert not list(other.rglob("*.part")) and (other / "experiment.json").is_file()
+    assert sorted(p.name for p in other.glob("kd_stage*")) == sorted(p.name for p in one.glob("kd_stage*"))
+
+
+def equal(one, other):
+    """Whether two states, of tensors and whatever holds them, are the same."""
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(equal(v, other[k]) for k, v in one.items())
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(equal, one, other))
+    return one == other
+
+
+def losses(states):
+    """Every loss of every epoch, and the learning rate."""
+    return {
+        (epoch, phase, key): str(value)
+        for epoch, phases in states["reporter"]["stats"].items()
+        for phase, values in phases.items()
+        for key, value in values.items()
+        if key.startswith(("loss", "optim0_lr"))
+    }

@@ -1,0 +1,175 @@
+"""Trainings that seem to end well: into a place that holds another one, without a step, by a criterion that is none."""
+
+import json
+import shutil
+
+import pytest
+import tiny_kd
+import torch
+
+from espnet_kd.bin import asr_kd_train
+from espnet_kd.cli import UserError
+
+
+def contents(directory):
+    """Every file but locks and logs, by name."""
+    files = (p for p in directory.rglob("*") if p.is_file() and not p.is_symlink() and not p.name.startswith(".lock"))
+    return {str(p.relative_to(directory)): p.read_bytes() for p in files if p.suffix != ".log"}
+
+
+def plain(corpus, out, teacher):
+    asr_kd_train.main(corpus.options(out, "--max_epoch", "1"))
+
+
+def stock(corpus, out, teacher):
+    from espnet_kd.offline import ASRTask
+
+    cmd = [o for o in corpus.options(out, "--max_epoch", "1", "--use_tensorboard", "false")]
+    ASRTask.main(cmd=cmd)
+
+
+def other_page(corpus, out, teacher):
+    asr_kd_train.main(corpus.options(out, "--teacher", teacher, "--kd_config", "softmax_l2", "--max_epoch", "1"))
+
+
+def without_record(corpus, out, teacher):
+    """What is left where somebody removed the record."""
+    other_page(corpus, out, teacher)
+    (out / "kd_stage.json").unlink()
+
+
+def downloaded(corpus, out, teacher):
+    """A finished experiment without checkpoint."""
+    shutil.copytree(teacher, out)
+
+
+THERE = {
+    "a plain training": plain,
+    "a training of stock ESPnet": stock,
+    "one by another page": other_page,
+    "one without its record": without_record,
+    "a downloaded experiment": downloaded,
+}
+
+
+@pytest.mark.parametrize("make", THERE.values(), ids=THERE)
+@pytest.mark.parametrize("page", ["kl", "progressive_fkl"])
+def test_a_directory_that_holds_something_else_is_refused_and_kept(corpus, teacher_dir, tmp_path, make, page):
+    """Without a record of ours it is not free: it is neither taken as finished nor continued."""
+    out = tmp_path / "out"
+    make(corpus, out, str(teacher_dir))
+    before = contents(out)
+    with pytest.raises(UserError, match=str(out)):
+        asr_kd_train.main(corpus.options(out, "--teacher", str(teacher_dir), "--kd_config", page, "--max_epoch", "3"))
+    assert contents(out) == before
+
+
+def test_a_plain_training_is_not_put_over_a_distilled_one(corpus, teacher_dir, tmp_path):
+    out = tmp_path / "out"
+    other_page(corpus, out, str(teacher_dir))
+    before = contents(out)
+    with pytest.raises(UserError, match=str(out)):
+        asr_kd_train.main(corpus.options(out, "--max_epoch", "2"))
+    assert contents(out) == before
+
+
+@pytest.fixture
+def nan_teacher(teacher_dir, tmp_path):
+    """Whose posteriors are no numbers; their argmax is blank everywhere."""
+    broken = shutil.copytree(teacher_dir, tmp_path / "broken")
+    for path in broken.glob("*.pth"):
+        state = torch.load(path, weights_only=True)
+        state["encoder.after_norm.weight"] = state["encoder.after_norm.weight"] * float("nan")
+        torch.save(state, path)
+    return broken
+
+
+STOPS = {"one epoch": {"max_epoch": 1}, "patience": {"max_epoch": 5, "patience": 2}, "several": {"max_epoch": 2}}
+
+
+@pytest.mark.faults("losses that are no numbers")
+@pytest.mark.parametrize("changes", STOPS.values(), ids=STOPS)
+def test_a_stage_without_a_single_step_is_not_finished(corpus, nan_teacher, tmp_path, changes):
+    out = tmp_path / "out"
+    with pytest.raises(UserError, match="no step|not finite|NaN"):
+        asr_kd_train.main(corpus.options(out, "--teacher", str(nan_teacher), "--kd_config", "kl", **changes))
+    record = out / "kd_stage.json"
+    assert not (record.is_file() and json.loads(record.read_text()).get("finished"))
+    assert not (out / "student.pth").exists()
+
+
+@pytest.mark.faults("losses that are no numbers")
+def test_a_plain_training_without_a_single_step_is_not_finished(corpus, tmp_path, monkeypatch):
+    from espnet_kd.tasks.asr_kd import ASRKDTask
+
+    build = ASRKDTask.build_model.__func__
+
+    def build_broken(cls, args):
+        model = build(cls, args)
+        torch.nn.init.constant_(model.ctc.ctc_lo.bias, float("nan"))
+        return model
+
+    monkeypatch.setattr(ASRKDTask, "build_model", classmethod(build_broken))
+    out = tmp_path / "out"
+    for _ in range(2):  # nor on the second call, which finds what the first one left
+        with pytest.raises(UserError, match="out: no step of epoch 1 had finite gradients"):
+            asr_kd_train.main(corpus.options(out, "--max_nonfinite", "999", max_epoch=1))
+        assert not (out / "checkpoint.pth").exists() and not (out / "1epoch.pth").exists()
+
+
+#: Statistics that a pure CTC student's epochs do not have.
+CRITERIA = {
+    "acc": ["valid", "acc", "max"],
+    "of training": ["train", "acc", "max"],
+    "cer": ["valid", "cer", "min"],
+    "loss_att": ["valid", "loss_att", "min"],
+    "a typing error": ["valid", "los_ctc", "min"],
+    "another page's": ["valid", "loss_ctc_student", "min"],
+}
+
+
+@pytest.mark.parametrize("criterion", CRITERIA.values(), ids=CRITERIA)
+def test_a_criterion_that_no_epoch_has(corpus, teacher_dir, tmp_path, criterion):
+    """By it no model would be chosen, and every epoch's but the last deleted."""
+    options = ["--teacher", str(teacher_dir), "--kd_config", "kl", "--keep_nbest_models", "2"]
+    with pytest.raises(UserError, match=rf"best_model_criterion.*{criterion[1]}"):
+        asr_kd_train.main(corpus.options(tmp_path / "out", *options, max_epoch=2, best_model_criterion=[criterion]))
+    assert not list((tmp_path / "out").glob("*epoch.pth"))
+
+
+@pytest.fixture
+def long_texts(corpus, tmp_path):
+    """Make so many transcripts of a part longer than their frames; return the options of a training with them."""
+
+    def make(part, count):
+        copy = tmp_path / "corpus"
+        shutil.copytree(corpus.dir, copy)
+        lines = (copy / part / "text").read_text().splitlines()
+        pairs = [line.split(" ", 1) for line in lines]
+        texts = {u: "abcdefghij" * 12 if i < count else t for i, (u, t) in enumerate(pairs)}
+        (copy / part / "text").write_text("".join(f"{u} {t}\n" for u, t in texts.items()))
+        shapes = "".join(f"{u} {len(t)},{len(tiny_kd.TOKENS)}\n" for u, t in texts.items())
+        (copy / part / "text_shape.char").write_text(shapes)
+        options = corpus.options(tmp_path / "out", "--max_epoch", "1")
+        return [o.replace(f"{corpus.dir}/{part}", f"{copy}/{part}") for o in options]
+
+    return make
+
+
+@pytest.mark.parametrize("part", ["train", "valid"])
+@pytest.mark.parametrize("count", [1, 3])
+def test_transcripts_longer_than_their_frames_are_counted_and_named(long_texts, caplog, part, count):
+    """CTC gives them 0, in training and in what chooses the model."""
+    options = long_texts(part, count)
+    with caplog.at_level("WARNING"):
+        try:
+            asr_kd_train.main(options)
+            said = caplog.text
+        except UserError as e:
+            said = str(e)
+    assert f"{part}0" in said and str(count) in said and "frames" in said
+
+
+def test_all_transcripts_longer_than_their_frames_are_refused(long_texts):
+    with pytest.raises(UserError, match="frames"):
+        asr_kd_train.main(long_texts("train", 9))
