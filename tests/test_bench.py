@@ -11,7 +11,8 @@ import torch
 from espnet_kd.bench import decoding, loss, steps, timing
 from espnet_kd.bin import asr_kd_bench, asr_kd_inference
 from espnet_kd.cli import UserError
-from espnet_kd.decode.recognise import BeamRecogniser, Utterance
+from espnet_kd.decode.beam_recognise import BeamRecogniser
+from espnet_kd.decode.recognise import Utterance
 from espnet_kd.losses import factorized_kl
 from espnet_kd.targets.experiment import find_experiment, load_model
 

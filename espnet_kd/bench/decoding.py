@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping, Sequence
@@ -64,13 +65,15 @@ def measure(
     import torch
 
     from espnet_kd.data.datadir import read_map
-    from espnet_kd.decode.recognise import BeamRecogniser, Recogniser, make_batches, read_audio, read_utterances
+    from espnet_kd.decode.beam_recognise import BeamRecogniser
+    from espnet_kd.decode.recognise import Recogniser, make_batches, read_audio, read_utterances, recognise_batches
     from espnet_kd.decode.score import count_errors, name_some, paired_bootstrap
     from espnet_kd.decode.stock import StockRecogniser
     from espnet_kd.targets.experiment import find_experiment, load_model
 
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    search_jobs = len(os.sched_getaffinity(0)) if device == "cuda" else 0  # all cores beside a GPU
     config, model_file = find_experiment(experiment)
     start = time.perf_counter()
     stock = functools.partial(StockRecogniser, config, model_file, device, ctc_weight=1.0, nbest=1)
@@ -78,7 +81,7 @@ def measure(
         "greedy": Recogniser(*load_model(config, model_file, device), config.parent),
         "stock_greedy": stock(beam_size=1),
         "beam": BeamRecogniser(
-            *load_model(config, model_file, device), config.parent, search_on_gpu=device == "cuda",
+            *load_model(config, model_file, device), config.parent, search_jobs=search_jobs,
             nbest=1, beam_size=beam_size, beam_size_token=beam_size_token,
         ),
         "stock_beam": stock(beam_size=beam_size),
@@ -98,8 +101,9 @@ def measure(
     best: Dict[str, Dict[str, Any]] = {name: {} for name in recognisers}  # {utt_id: Hypothesis}
 
     def decode(name: str, chunks) -> None:
-        for batch in next(chunks):
-            found = recognisers[name]([audio[u.utt_id] for u in batch])
+        chunk = next(chunks)
+        every = ([audio[u.utt_id] for u in batch] for batch in chunk)
+        for batch, found in zip(chunk, recognise_batches(recognisers[name], every)):
             best[name].update((u.utt_id, h[0]) for u, h in zip(batch, found))
 
     for recogniser in recognisers.values():

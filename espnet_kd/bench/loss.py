@@ -1,14 +1,19 @@
-"""Factorized KL beside CTC: what it adds in time and memory, ours and written plainly."""
+"""Factorized KL beside CTC: what it adds in time and memory, ours and written plainly.
+
+On a GPU also by the backend of devices without Triton (``masked``), where ours is by another.
+"""
 
 from __future__ import annotations
 
+import contextlib
 from functools import partial
-from typing import Any, Dict, Optional
+from typing import Any, Dict, Optional, Union
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from espnet_kd.backend import backend_of, using
 from espnet_kd.bench.timing import interleaved, median, peak_memory
 from espnet_kd.losses import factorized_kl
 
@@ -35,7 +40,7 @@ class Step:
     """Forward and backward of CTC, alone or with a factorized KL, from the student's logits on.
 
     Args:
-        kind: ``ctc``, ``ours``, ``plain``.
+        kind: ``ctc``, ``ours``, ``masked``, ``plain``.
         nonblank: share of the frames on which the teacher hears a token.
     """
 
@@ -57,8 +62,9 @@ class Step:
         self.logits.grad = None
         log_probs = self.logits.log_softmax(-1)
         loss = F.ctc_loss(log_probs.transpose(0, 1), self.labels, self.lengths, self.label_lengths)
-        if self.kind == "ours":
-            loss = loss + factorized_kl(log_probs, self.teacher, self.lengths)
+        if self.kind in ("ours", "masked"):
+            with using("masked") if self.kind == "masked" else contextlib.nullcontext():
+                loss = loss + factorized_kl(log_probs, self.teacher, self.lengths)
         elif self.kind == "plain":
             loss = loss + plain_factorized_kl(self.logits, self.teacher, self.lengths)
         loss.backward()
@@ -69,44 +75,52 @@ def bandwidth_share(step: Step, rounds: int) -> float:
     """Share of the memory's bandwidth that our loss alone uses, forward and backward.
 
     Bytes that must move at least (student and teacher read, the student's gradient written) / time, as a share of what
-    copying the logits moves in a second, read and written; median over ``rounds`` in which the two take turns.
+    copying the logits moves in a second, read and written; median over ``rounds`` in which the two take turns. On a GPU
+    a turn is many in a row, as in training, where the next is launched while one runs.
     """
     student = step.logits.detach().log_softmax(-1).requires_grad_()
     copy = torch.empty_like(step.teacher)
+    many = range(20 if student.is_cuda else 1)
 
     def loss_alone() -> None:
-        student.grad = None
-        factorized_kl(student, step.teacher, step.lengths).backward()
+        for _ in many:
+            student.grad = None
+            factorized_kl(student, step.teacher, step.lengths).backward()
 
-    seconds = interleaved({"loss": loss_alone, "copy": lambda: copy.copy_(step.teacher)}, rounds)
-    return median([3 / 2 * copying / losing for copying, losing in zip(seconds["copy"], seconds["loss"])])
+    def copying() -> None:
+        for _ in many:
+            copy.copy_(step.teacher)
+
+    seconds = interleaved({"loss": loss_alone, "copy": copying}, rounds)
+    return median([3 / 2 * copied / lost for copied, lost in zip(seconds["copy"], seconds["loss"])])
 
 
 def _one_step(kind: str, nonblank: float, shape: Any) -> None:
     Step(kind, nonblank, shape)()
 
 
-def measure(nonblank: float, rounds: int, shape: Any = SHAPE) -> Dict[str, Optional[float]]:
+def measure(nonblank: float, rounds: int, shape: Any = SHAPE) -> Dict[str, Union[str, Optional[float]]]:
     """How many times less ours adds to CTC than the plain one: ``fkl_time``, ``fkl_memory``; and what they add.
 
-    ``fkl_bandwidth``: see `bandwidth_share`.
+    ``fkl_bandwidth``: see `bandwidth_share`. ``backend``: how ours is computed.
 
     Seconds are medians over ``rounds``; where noise hides what one of them adds, ``fkl_time`` is None. Bytes are peaks
     above a process with CTC and the same inputs alone, 1 MiB at least.
     """
-    kinds = ("ctc", "ours", "plain")
-    seconds = interleaved({kind: Step(kind, nonblank, shape) for kind in kinds}, rounds)
-    extra = {kind: median([a - b for a, b in zip(seconds[kind], seconds["ctc"])]) for kind in ("ours", "plain")}
-    peaks = {kind: peak_memory(partial(_one_step, kind, nonblank, shape)) for kind in kinds}
+    alone = Step("ours", nonblank, shape)
+    backend = backend_of(alone.logits, alone.teacher)
+    others = ["ours", "plain", *(["masked"] if backend == "fused" else [])]
+    seconds = interleaved({kind: Step(kind, nonblank, shape) for kind in ("ctc", *others)}, rounds)
+    extra = {kind: median([a - b for a, b in zip(seconds[kind], seconds["ctc"])]) for kind in others}
+    peaks = {kind: peak_memory(partial(_one_step, kind, nonblank, shape)) for kind in ("ctc", *others)}
     # Below a megabyte, or 0 where the peak lies elsewhere in the step, there is nothing to divide by.
-    more = {kind: max(peaks[kind] - peaks["ctc"], 2**20) for kind in ("ours", "plain")}
+    more = {kind: max(peaks[kind] - peaks["ctc"], 2**20) for kind in others}
     return {
+        "backend": backend,
         "ctc_seconds": median(seconds["ctc"]),
-        "ours_seconds": extra["ours"],
-        "plain_seconds": extra["plain"],
-        "ours_bytes": more["ours"],
-        "plain_bytes": more["plain"],
-        "fkl_time": extra["plain"] / extra["ours"] if min(extra.values()) > 0 else None,
+        **{f"{kind}_seconds": extra[kind] for kind in others},
+        **{f"{kind}_bytes": more[kind] for kind in others},
+        "fkl_time": extra["plain"] / extra["ours"] if min(extra["ours"], extra["plain"]) > 0 else None,
         "fkl_memory": more["plain"] / more["ours"],
-        "fkl_bandwidth": bandwidth_share(Step("ours", nonblank, shape), rounds),
+        "fkl_bandwidth": bandwidth_share(alone, rounds),
     }

@@ -40,6 +40,7 @@ def measure(
     from espnet_kd.bin import asr_kd_cache
     from espnet_kd.distill.model import ESPnetASRKDModel
     from espnet_kd.distill.page import load_page
+    from espnet_kd.distill.plan import make_plan
     from espnet_kd.distill.schedule import Progress
     from espnet_kd.targets.cached import CachedTeacher
     from espnet_kd.targets.online import OnlineTeacher
@@ -60,9 +61,9 @@ def measure(
         teachers = {"online": OnlineTeacher(experiment), "cached": CachedTeacher(root / "targets")}
         kd = {
             name: ESPnetASRKDModel.adopt(
-                copy.deepcopy(plain), page, len(page.stages), said, Progress(epoch=5, max_epoch=10), models.RATE
+                copy.deepcopy(plain), make_plan(page, 10), targets, Progress(epoch=9, max_epoch=10), models.RATE
             )
-            for name, said in teachers.items()
+            for name, targets in teachers.items()
         }
         plain.to(device)
         for model in kd.values():

@@ -12,9 +12,15 @@ from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping
 
 import torch
-from tqdm import tqdm
 
 from espnet_kd.cli import UserError
+
+try:
+    from tqdm import tqdm
+except ImportError:  # on a machine that has torch alone the loss can be measured all the same, without a bar
+    def tqdm(items: Any, **_: Any) -> Any:
+        """The items as they are."""
+        return items
 
 
 def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> Dict[str, List[float]]:
@@ -45,11 +51,17 @@ def median(values: List[float]) -> float:
 
 
 def peak_memory(run: Callable[..., Any], *args: Any) -> int:
-    """Most memory in bytes that ``run(*args)`` held, in a fresh process of its own (GPU: ``max_memory_allocated``).
+    """Most memory in bytes that ``run(*args)`` held, in a fresh process of its own; on a GPU, what it allocated there.
 
     Raises:
         UserError: the process died, for want of memory most likely.
     """
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        run(*args)
+        return torch.cuda.max_memory_allocated() - before
     context = get_context("spawn")
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(sender, run, args))
@@ -70,7 +82,7 @@ def peak_memory(run: Callable[..., Any], *args: Any) -> int:
 def _measure(sender: Any, run: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
     run(*args)
-    sender.send(torch.cuda.max_memory_allocated() if torch.cuda.is_available() else _peak_rss())
+    sender.send(_peak_rss())
 
 
 def _peak_rss() -> int:

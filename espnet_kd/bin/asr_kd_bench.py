@@ -65,6 +65,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         UserError: anything that the user can mend.
     """
     args = get_parser().parse_args(argv)
+    cli.refuse_empty(args)
     if args.rounds < 1:
         raise cli.UserError(f"--rounds is {args.rounds}; it must be 1 or more")
     for name in ("beam_size", "beam_size_token"):
@@ -162,9 +163,14 @@ def shown(value: Optional[float]) -> str:
 def machine() -> Dict[str, str]:
     """Processor and versions."""
     import platform
-    from importlib.metadata import version
+    from importlib.metadata import PackageNotFoundError, version
 
     import torch
+
+    try:
+        espnet = version("espnet")
+    except PackageNotFoundError:  # which the loss alone does not need
+        espnet = "not installed"
 
     names = [line for line in _cpuinfo() if line.startswith("model name")]
     processor = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
@@ -172,7 +178,7 @@ def machine() -> Dict[str, str]:
         "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor}, one thread",
         "Python": platform.python_version(),
         "torch": torch.__version__,
-        "ESPnet": version("espnet"),
+        "ESPnet": espnet,
     }
 
 

@@ -30,7 +30,7 @@ from espnet_kd import cli
 from espnet_kd.files import check_writable, replacing
 
 #: The models that `espnet_kd.targets.experiment.find_experiment` chooses from.
-MODELS = ("model.pth", "*.ave.pth", "*.ave_*best.pth", "*.best.pth", "latest.pth")
+MODELS = ("model.pth", "*.ave.pth", "*.ave_*best.pth", "*.best.pth", "latest.pth", "student.pth")
 #: Endings of a file that stands for an experiment: a model beside its config.yaml, or one that ESPnet packed.
 FILES = (".pth", ".zip")
 #: The numbers that a search is made with.
@@ -56,7 +56,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--nj",
         type=int,
         default=1,
-        help="batches decoded at the same time, but for their beam searches; 1 on a GPU and with --ctc_weight below 1",
+        help="batches decoded at the same time, but for their beam searches; on a GPU processes that search beams; "
+        "1 with --ctc_weight below 1",
     )
     parser.add_argument("--force", action="store_true", help="decode again even if it is done")
     parser.add_argument("--beam_size", type=int, default=1, help="hypotheses kept per frame; 1: greedy")
@@ -90,6 +91,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         UserError: anything that the user can mend.
     """
     args = get_parser().parse_args(argv)
+    cli.refuse_empty(args)
     check_options(args)
     if not 0 <= args.ctc_weight <= 1:
         raise cli.UserError(f"--ctc_weight is {args.ctc_weight}; it must be between 0 and 1")
@@ -179,7 +181,7 @@ def decode_dir(expdir: Union[str, Path], data_dir: Union[str, Path]) -> Path:
 
 def _load(config: Path, model_file: Path, args: argparse.Namespace, device: str):
     """Load an experiment as what decodes it with the options given: batches of samples to the N-best of each."""
-    from espnet_kd.decode.recognise import BeamRecogniser, Recogniser
+    from espnet_kd.decode.recognise import Recogniser
     from espnet_kd.targets.experiment import load_model
 
     options = {name: getattr(args, name) for name in ("beam_size", "nbest", "ngram_file", "ngram_weight")}
@@ -190,8 +192,10 @@ def _load(config: Path, model_file: Path, args: argparse.Namespace, device: str)
     model, train_args = load_model(config, model_file, device)
     if args.beam_size == 1:
         return Recogniser(model, train_args, config.parent)
+    from espnet_kd.decode.beam_recognise import BeamRecogniser  # greedy decoding does without its libraries
+
     options["beam_size_token"] = args.beam_size_token
-    return BeamRecogniser(model, train_args, config.parent, search_on_gpu=bool(args.ngpu), **options)
+    return BeamRecogniser(model, train_args, config.parent, search_jobs=args.search_jobs, **options)
 
 
 def _decode(recogniser, utterances: List, output_dir: Path, facts: Dict, args: argparse.Namespace) -> None:
@@ -213,6 +217,7 @@ def _decode(recogniser, utterances: List, output_dir: Path, facts: Dict, args: a
         "rtf": rtf,
         "read_seconds": round(timing.read_seconds, 4),
         "threads": args.nj * torch.get_num_threads(),
+        "search_processes": args.search_jobs if args.beam_size > 1 and args.ctc_weight == 1 else 0,
         "device": torch.cuda.get_device_name() if args.ngpu else "cpu",
         "batch_seconds": args.batch_seconds,
         **_versions(),

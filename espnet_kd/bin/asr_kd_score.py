@@ -45,6 +45,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     parser = get_parser()
     args = parser.parse_args(argv)
+    cli.refuse_empty(args)
     many, one = (args.expdir, args.data_dir), (args.hyp, args.ref, args.output_dir)
     if not (all(many) and not any([*one, args.testset]) or all(one) and not any(many)):
         parser.error("give either --expdir and --data_dir, or --hyp, --ref and --output_dir")

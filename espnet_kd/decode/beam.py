@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import threading
 from pathlib import Path
@@ -18,6 +17,11 @@ from espnet_kd.decode.greedy import ctc_collapse
 
 #: Nats below the best that are kept however far: the beam alone prunes. Finite, so that -inf never passes.
 _NO_THRESHOLD = 1e30
+SPACE = "<space>"
+#: Tokens that no text of tokens has.
+NO_TEXT = ("<blank>", "<unk>", "<sos/eos>", "<mask>", "")
+#: Share of the tokens that an n-gram model must know.
+LEAST_KNOWN = 0.5
 #: Token ids and score of each hypothesis, best first.
 Hypotheses = List[Tuple[List[int], float]]
 
@@ -27,7 +31,8 @@ class BeamSearch:
 
     Exact where the beam holds every sequence and ``beam_size_token`` every token; otherwise a score is a lower bound.
     With an n-gram model a score is log P(tokens | audio) in nats + ``ngram_weight`` · log10 P_ngram(<s> tokens </s>),
-    the units of ESPnet's own n-gram scorer. Safe for several threads, which take turns: the search holds Python's lock.
+    the units of ESPnet's own n-gram scorer. Safe for several threads, which take turns: the search holds Python's lock
+    (`espnet_kd.decode.beside` has processes).
     """
 
     def __init__(
@@ -65,7 +70,7 @@ class BeamSearch:
         # Dropped labels leave the matrix: a low score instead could still fill a beam that has room.
         self._kept = [v for v in range(len(tokens)) if v == blank_id or v not in set(drop)]
         self._blank = self._kept.index(blank_id)
-        self._vocabulary, self._nbest = len(tokens), nbest
+        self.vocabulary, self._nbest = len(tokens), nbest
         # The decoder doesn't keep the model alive.
         self._lm = load_ngram(ngram_file, [tokens[v] for v in self._kept], self._blank) if ngram_file else ZeroLM()
         options = LexiconFreeDecoderOptions(
@@ -95,7 +100,7 @@ class BeamSearch:
             ValueError: shapes that don't fit.
             FloatingPointError: NaN inside the lengths.
         """
-        check_batch(log_probs, lengths, self._vocabulary)
+        check_batch(log_probs, lengths, self.vocabulary)
         emissions = log_probs[..., self._kept].to("cpu", torch.float32).contiguous()
         return [self._search(rows[:n]) for rows, n in zip(emissions, lengths.tolist())]
 
@@ -110,65 +115,6 @@ class BeamSearch:
             merged[ids] = float(np.logaddexp(merged.get(ids, -math.inf), score))
         ranked = sorted(merged.items(), key=lambda item: -item[1])
         return [(list(ids), score) for ids, score in ranked[: self._nbest] if score > -math.inf]
-
-
-class CudaBeamSearch:
-    """`BeamSearch` without an n-gram model by torchaudio's CUDA decoder, on the GPU that holds the log-probabilities.
-
-    Its beam is no larger than the vocabulary, and it tries every token. Not yet run: no GPU was at hand.
-    """
-
-    def __init__(self, tokens: Sequence[str], *, nbest: int, beam_size: int, drop: Sequence[int] = ()):
-        """Build the search; blank is label 0.
-
-        Raises:
-            RuntimeError, AttributeError, OSError: this torchaudio has no CUDA decoder.
-        """
-        from torchaudio.models.decoder import cuda_ctc_decoder
-
-        # All of the beam comes back: hypotheses with dropped labels are taken out here. No blank frame is skipped.
-        beam_size = min(beam_size, len(tokens))
-        self._decoder = cuda_ctc_decoder(list(tokens), nbest=beam_size, beam_size=beam_size, blank_skip_threshold=1.0)
-        self._vocabulary, self._nbest, self._drop = len(tokens), nbest, list(drop)
-
-    def __call__(self, log_probs: torch.Tensor, lengths: torch.Tensor) -> List[Hypotheses]:
-        """Search a batch (see `BeamSearch`)."""
-        check_batch(log_probs, lengths, self._vocabulary)
-        nothing: Hypotheses = [([], 0.0)]
-        if not log_probs.size(1):
-            return [nothing] * len(lengths)
-        emissions = log_probs.to(torch.float32, copy=True, memory_format=torch.contiguous_format)
-        emissions[..., self._drop] = -_NO_THRESHOLD
-        counts = lengths.clamp(min=1).to(log_probs.device, torch.int32)
-        result = []
-        for hypotheses, n in zip(self._decoder(emissions, counts), lengths.tolist()):
-            found = [(list(map(int, h.tokens)), float(h.score)) for h in hypotheses if h.score > -_NO_THRESHOLD]
-            result.append([h for h in found if not set(h[0]) & set(self._drop)][: self._nbest] if n else nothing)
-        return result
-
-
-def build_search(
-    tokens: Sequence[str],
-    on_gpu: bool,
-    *,
-    beam_size_token: Optional[int] = None,
-    ngram_file: Union[str, Path, None] = None,
-    ngram_weight: float = 0.9,
-    **options,
-) -> Union[BeamSearch, CudaBeamSearch]:
-    """`CudaBeamSearch` if asked for, present and without an n-gram model, else `BeamSearch`; blank is label 0.
-
-    Raises:
-        ValueError, UserError: see `BeamSearch`.
-    """
-    if on_gpu and ngram_file is None:
-        try:
-            return CudaBeamSearch(tokens, **options)
-        except (RuntimeError, AttributeError, OSError) as e:
-            logging.warning("torchaudio's CUDA beam search is not usable (%s); searching on the CPU", e)
-    return BeamSearch(
-        tokens, beam_size_token=beam_size_token, ngram_file=ngram_file, ngram_weight=ngram_weight, **options
-    )
 
 
 def load_ngram(ngram_file: Union[str, Path], tokens: Sequence[str], unknown: int):
@@ -191,10 +137,14 @@ def load_ngram(ngram_file: Union[str, Path], tokens: Sequence[str], unknown: int
         reason = str(e).strip().splitlines()[-1:] or [type(e).__name__]
         raise UserError(f"cannot read the n-gram model {ngram_file}: {reason[0]}; give ARPA or KenLM's format") from e
     scores = [lm.score(lm.start(False), i)[1] for i in range(len(tokens))]
-    if all(score == scores[unknown] for score in scores):
+    strange = [t for t, score in zip(tokens, scores) if score == scores[unknown] and t not in NO_TEXT]
+    known = sum(t not in NO_TEXT for t in tokens) - len(strange)
+    # A model of words has "a" and "i", too, or some characters that are words: what counts is most of them, and the
+    # blank between words, which no word is.
+    if known < LEAST_KNOWN * (known + len(strange)) or SPACE in strange:
         raise UserError(
-            f"the n-gram model {ngram_file} knows none of the model's tokens ({', '.join(tokens[2:6])}, …); "
-            "is it a model of words? Train it on text split into tokens"
+            f"the n-gram model {ngram_file} knows {known} of the model's {known + len(strange)} tokens (not "
+            f"{', '.join(strange[:4])}, …); is it a model of words? Train it on text split into tokens"
         )
     return lm
 

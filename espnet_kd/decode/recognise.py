@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import argparse
 import copy
+import functools
+import itertools
 import logging
 import math
 import threading
 import time
-from array import array
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
 import soundfile
@@ -28,8 +30,9 @@ from espnet_kd.data.audio import read_audio_info
 from espnet_kd.data.datadir import read_map
 from espnet_kd.decode.greedy import ctc_greedy
 from espnet_kd.decode.padding import make_batch_exact
-from espnet_kd.frames import valid
-from espnet_kd.targets.online import sampling_rate
+from espnet_kd.targets.audio_options import sampling_rate, takes_audio, volume
+from espnet_kd.targets.encode import ctc_tokens, input_width
+from espnet_kd.targets.named_files import find_token_model
 
 BLANK_ID = 0  # ESPnet's CTC: the first token of every token list
 Found = TypeVar("Found")
@@ -80,12 +83,12 @@ class Recogniser:
         """
         if getattr(model, "ctc", None) is None:
             raise UserError(f"the model of {config_dir} has no CTC head; decode it with espnet2.bin.asr_inference")
-        if model.frontend is None:
+        if input_width(model):
             raise UserError(f"the model of {config_dir} takes features (input_size is set), not audio")
         self.rate = audio_rate(args)
-        self.volume = getattr(args, "speech_volume_normalize", None)
+        self.volume = volume(args)
         self._where = config_dir
-        self.token_list: List[str] = list(model.token_list)
+        self.token_list: List[str] = ctc_tokens(model)
         self.to_text = build_detokeniser(args, config_dir)
         self.device = next(model.parameters()).device
         self.num_parameters = sum(p.numel() for p in model.parameters())
@@ -145,6 +148,14 @@ class Recogniser:
             raise self.diverged()
         return [[self.hypothesis(ids, score)] for ids, score in found]
 
+    #: Batches that may be on their way between ``begin`` and its end.
+    ahead = 0
+
+    def begin(self, speech: Sequence[np.ndarray]) -> Callable[[], List[Any]]:
+        """Start on a batch; what is returned gives the result when it is called. Here all is done at once."""
+        found = self(speech)
+        return lambda: found
+
     def diverged(self) -> UserError:
         """What to say of a model whose output is no number."""
         return UserError(f"the model of {self._where} gives NaN; it has diverged, or its file is damaged")
@@ -155,93 +166,17 @@ class Recogniser:
         return Hypothesis(token_ids, tokens, self.to_text(tokens), score)
 
 
-class BeamRecogniser(Recogniser):
-    """A recogniser that searches a beam, with or without an n-gram model."""
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        args: argparse.Namespace,
-        config_dir: Union[str, Path] = ".",
-        *,
-        search_on_gpu: bool = False,
-        **options: Any,
-    ):
-        """Take what `Recogniser` takes, and the options of `espnet_kd.decode.beam.BeamSearch` from ``nbest`` on.
-
-        ``search_on_gpu``: where torchaudio's CUDA decoder is there and no n-gram model is given.
-
-        Raises:
-            UserError: as in `Recogniser`, or the n-gram model is no good.
-        """
-        from espnet_kd.decode.beam import build_search  # only here: greedy decoding does without its libraries
-
-        super().__init__(model, args, config_dir)
-        self._search = build_search(self.token_list, search_on_gpu, drop=self._no_text, **options)
-
-    def search(self, log_probs: torch.Tensor, frames: torch.Tensor) -> List[List[Tuple[List[int], float]]]:
-        """The N-best of log-probabilities (B, T, V), (token ids, score) each.
-
-        Raises:
-            UserError: the model gives NaN.
-        """
-        try:
-            return self._search(log_probs, frames)
-        except FloatingPointError as e:
-            raise self.diverged() from e
-
-    def __call__(self, speech: Sequence[np.ndarray]) -> List[List[Hypothesis]]:
-        """Recognise utterances, each (N_i,) float samples at ``rate`` Hz, as one batch; best hypotheses first.
-
-        Raises:
-            UserError: the model gives NaN.
-        """
-        logits, frames = self.logits(speech)
-        found = self.search(logits.float().log_softmax(dim=-1), frames)
-        return [[self.hypothesis(ids, score) for ids, score in hypotheses] for hypotheses in found]
-
-
-class NbestRecogniser(BeamRecogniser):
-    """A recogniser that gives each utterance its N-best as `espnet_kd.targets.nbest` writes them, and the prior."""
-
-    def __init__(
-        self, model: torch.nn.Module, args: argparse.Namespace, config_dir: Union[str, Path] = ".", **options: Any
-    ):
-        super().__init__(model, args, config_dir, **options)
-        self._mass: List[Tuple[torch.Tensor, int]] = []  # of each batch; appending is safe in threads
-
-    def log_prior(self) -> np.ndarray:
-        """Log of the tokens' mean posterior (V,) over all frames searched so far; finite."""
-        total = torch.stack([mass for mass, _ in self._mass]).sum(0) / max(sum(n for _, n in self._mass), 1)
-        return total.clamp(min=1e-10).log().numpy()
-
-    def __call__(self, speech: Sequence[np.ndarray]) -> List[List[Tuple[float, array]]]:
-        """Search utterances, each (N_i,) float samples at ``rate`` Hz, as one batch.
-
-        Returns:
-            For each utterance (log-probability in nats, token ids) of up to ``nbest`` hypotheses, best first.
-
-        Raises:
-            UserError: the model gives NaN.
-        """
-        logits, frames = self.logits(speech)
-        log_probs = logits.float().log_softmax(dim=-1)
-        counted = valid(frames, log_probs.size(1)).to(log_probs.device)
-        self._mass.append((log_probs[counted].double().exp().sum(0).cpu(), int(frames.sum())))
-        # Arrays, since the hypotheses of the whole corpus are held at once.
-        return [
-            [(score, array("i", ids)) for ids, score in hypotheses] for hypotheses in self.search(log_probs, frames)
-        ]
-
-
 def choose_device(args: argparse.Namespace) -> str:
     """The device for ``args.ngpu``; ``args.nj`` and torch's threads are made to fit.
+
+    ``args.search_jobs``: processes for a beam search beside the model (see `BeamRecogniser`).
 
     Raises:
         UserError: there is no GPU.
     """
     if args.ngpu and not torch.cuda.is_available():
         raise UserError("--ngpu 1, but torch sees no GPU; use --ngpu 0")
+    args.search_jobs = args.nj if args.ngpu else 0
     if args.ngpu:
         args.nj = 1  # a GPU gains nothing from batches side by side; recipes pass both options
     if args.nj > 1:
@@ -253,7 +188,7 @@ def build_detokeniser(args: argparse.Namespace, config_dir: Union[str, Path]) ->
     """Function from tokens to text for the token type of a configuration.
 
     Raises:
-        UserError: the SentencePiece model is missing or unreadable.
+        UserError: the SentencePiece model is missing, or is none, or that of other tokens.
     """
     kind = getattr(args, "token_type", None)
     if kind == "char":
@@ -264,16 +199,8 @@ def build_detokeniser(args: argparse.Namespace, config_dir: Union[str, Path]) ->
     if kind == "bpe":
         import sentencepiece
 
-        # As config.yaml names it, from here or from the recipe that it was trained in; or beside config.yaml.
-        given, home = Path(args.bpemodel), Path(config_dir).resolve()
-        places = (given, home / given.name, *(parent / given for parent in home.parents))
-        path = next((p for p in places if p.is_file()), None)
-        if path is None:
-            raise UserError(f"the token model {given} of {config_dir}/config.yaml does not exist; run from the recipe")
-        try:
-            return sentencepiece.SentencePieceProcessor(model_file=str(path)).DecodePieces
-        except (RuntimeError, OSError) as e:
-            raise UserError(f"cannot read the token model {path}: {e}") from e
+        path = find_token_model(args, Path(config_dir) / "config.yaml")
+        return sentencepiece.SentencePieceProcessor(model_file=str(path)).DecodePieces
     from espnet2.text.build_tokenizer import build_tokenizer  # the rarer types
 
     return build_tokenizer(kind, bpemodel=getattr(args, "bpemodel", None)).tokens2text
@@ -337,7 +264,8 @@ def recognise(
 
     Args:
         recogniser: maps a batch of samples to what is found in each, usually a `Recogniser` of some kind;
-            called from ``nj`` threads.
+            called from ``nj`` threads. With ``nj`` 1 the next batches are begun (``begin``) before the first is ended,
+            as many as its ``ahead`` says.
         utterances: in the order wanted in the result.
         batch_seconds: audio in a batch, padding included; a longer utterance is a batch of its own.
         nj: batches decoded at the same time (threads: torch releases Python's lock).
@@ -347,24 +275,43 @@ def recognise(
         What was found by utterance id, and the times: decoding and reading are measured apart.
     """
     batches, timing = make_batches(utterances, batch_seconds), Timing()
+
+    def read() -> Iterator[List[np.ndarray]]:
+        for batch in batches:
+            start = time.perf_counter()
+            samples = [read_audio(u) for u in batch]
+            timing.read_seconds += time.perf_counter() - start
+            timing.audio_seconds += sum(len(x) / u.rate for x, u in zip(samples, batch))
+            yield samples
+
     found: Dict[str, Found] = {}
-    with (
-        tqdm(total=len(utterances), unit="utt", desc="decoding", disable=not progress) as bar,
-        ThreadPoolExecutor(nj) as pool,
-    ):
-        for start in range(0, len(batches), nj):
-            group = batches[start : start + nj]
-            t0 = time.perf_counter()
-            audio = [[read_audio(u) for u in batch] for batch in group]
-            t1 = time.perf_counter()
-            results = list(pool.map(recogniser, audio)) if nj > 1 else [recogniser(a) for a in audio]
-            timing.decode_seconds += time.perf_counter() - t1
-            timing.read_seconds += t1 - t0
-            for batch, samples, hypotheses in zip(group, audio, results):
-                found.update((u.utt_id, h) for u, h in zip(batch, hypotheses))
-                timing.audio_seconds += sum(len(x) / u.rate for x, u in zip(samples, batch))
-            bar.update(sum(map(len, group)))
+    start = time.perf_counter()
+    with tqdm(total=len(utterances), unit="utt", desc="decoding", disable=not progress) as bar:
+        for results, batch in zip(recognise_batches(recogniser, read(), nj), batches):
+            found.update((u.utt_id, result) for u, result in zip(batch, results))
+            bar.update(len(batch))
+    timing.decode_seconds = time.perf_counter() - start - timing.read_seconds
     return {u.utt_id: found[u.utt_id] for u in utterances}, timing
+
+
+def recognise_batches(
+    recogniser: Callable[[Sequence[np.ndarray]], List[Found]], audio: Iterable[Sequence[np.ndarray]], nj: int = 1
+) -> Iterator[List[Found]]:
+    """What `recognise` does with the samples of its batches: the results of each in turn."""
+    if nj > 1:
+        source = iter(audio)
+        with ThreadPoolExecutor(nj) as pool:
+            while group := list(itertools.islice(source, nj)):
+                yield from pool.map(recogniser, group)
+        return
+    begin = getattr(recogniser, "begin", None) or functools.partial(functools.partial, recogniser)
+    waiting: Deque[Callable[[], List[Found]]] = deque()
+    for samples in audio:
+        waiting.append(begin(samples))
+        while len(waiting) > getattr(recogniser, "ahead", 0):
+            yield waiting.popleft()()
+    while waiting:
+        yield waiting.popleft()()
 
 
 def normalise(samples: np.ndarray, volume: Optional[float]) -> np.ndarray:
@@ -381,5 +328,5 @@ def least_samples(model: torch.nn.Module) -> int:
 
 
 def audio_rate(args: argparse.Namespace) -> Optional[int]:
-    """Sampling rate in Hz of the model's own frontend, or None where it doesn't say."""
-    return int(sampling_rate(args)) if getattr(args, "frontend", None) == "default" else None
+    """Sampling rate in Hz of the audio that a model takes; None for one that takes features."""
+    return int(sampling_rate(args)) if takes_audio(args) else None

@@ -82,7 +82,7 @@ def bootstrap_interval(
     Returns:
         (low, high); NaN where the references hold nothing.
     """
-    sums = _resample(np.stack([errors, lengths], axis=1), resamples, seed)
+    sums = resample_sums(np.stack([errors, lengths], axis=1), resamples, seed)
     sums = sums[sums[:, 1] > 0]  # nothing but empty references was drawn
     if not len(sums):
         return float("nan"), float("nan")
@@ -112,7 +112,7 @@ def paired_bootstrap(
         raise ValueError(f"want three arrays (U,), got {errors_a.shape}, {errors_b.shape}, {words.shape}")
     if words.sum() <= 0:
         raise ValueError("the references hold nothing")
-    sums = _resample(np.stack([errors_a - errors_b, words], axis=1), resamples, seed)
+    sums = resample_sums(np.stack([errors_a - errors_b, words], axis=1), resamples, seed)
     sums = sums[sums[:, 1] > 0]
     draws = 100.0 * sums[:, 0] / sums[:, 1]
     low, high = np.quantile(draws, [0.025, 0.975])
@@ -155,7 +155,7 @@ def format_table(dataset: str, utterances: int, rows: Sequence[Tuple[str, Dict]]
     return "\n".join(lines)
 
 
-def _resample(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
+def resample_sums(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
     """Sums (resamples, C) of the rows of (U, C), drawn U at a time with replacement."""
     rng = np.random.default_rng(seed)
     u = len(rows)

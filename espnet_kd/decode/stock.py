@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import logging
+import tempfile
 from pathlib import Path
-from typing import Any, List, Sequence, Union
+from typing import Any, Iterator, List, Sequence, Union
 
 import numpy as np
+import torch
+import yaml
 
 from espnet_kd.cli import UserError
 from espnet_kd.decode.recognise import Hypothesis, audio_rate, least_samples, normalise
-from espnet_kd.targets.experiment import load_model
+from espnet_kd.targets.audio_options import volume
+from espnet_kd.targets.encode import input_width
+from espnet_kd.targets.experiment import load_model, read_config, write_statistics
+from espnet_kd.targets.named_files import find_token_model
+from espnet_kd.targets.trust import guarded
 
 
 class StockRecogniser:
@@ -28,7 +37,7 @@ class StockRecogniser:
         """Load an experiment.
 
         Args:
-            config: config.yaml; its paths are looked up in the working directory, as ESPnet does.
+            config: config.yaml; the files that it names are looked for as for any other decoding.
             model_file: the model.
             device: where the model runs.
             ctc_weight: below 1 the attention decoder has the rest.
@@ -46,20 +55,21 @@ class StockRecogniser:
                 f"the model of {config} has no attention decoder (its ctc_weight is 1), so --ctc_weight {ctc_weight} "
                 "cannot be; leave it at 1"
             )
-        if model.frontend is None:
+        if input_width(model):
             raise UserError(f"the model of {config} takes features (input_size is set), not audio")
         if ctc_weight > 0 and model.ctc is None:
             raise UserError(f"the model of {config} has no CTC head; give --ctc_weight 0")
         self.rate = audio_rate(args)
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        self._volume = getattr(args, "speech_volume_normalize", None)
+        self._volume = volume(args)
         self._least_samples = least_samples(model)
         for name in ("espnet", "espnet2.bin.asr_inference"):
             logging.getLogger(name).setLevel(logging.WARNING)  # else a dozen lines for each utterance
         try:
-            self._speech2text = asr_inference.Speech2Text(
-                str(config), str(model_file), device=device, ctc_weight=ctc_weight, **options
-            )
+            with _for_espnet(Path(config), model) as here, guarded():
+                self._speech2text = asr_inference.Speech2Text(
+                    str(here), str(model_file), device=device, ctc_weight=ctc_weight, **options
+                )
         except ModuleNotFoundError as e:
             raise UserError(f"ESPnet's decoding needs {e.name}, which is not installed: pip install {e.name}") from e
         except OSError as e:
@@ -82,3 +92,19 @@ class StockRecogniser:
         if isinstance(found, tuple):  # (hypotheses, what InterCTC layers say)
             found = found[0]
         return [Hypothesis(ids, tokens, text or "", float(h.score)) for text, tokens, ids, h in found]
+
+
+@contextlib.contextmanager
+def _for_espnet(config: Path, model: torch.nn.Module) -> Iterator[Path]:
+    """A config.yaml whose files ESPnet finds from any working directory, while it builds the model."""
+    content = read_config(config)
+    with tempfile.TemporaryDirectory() as scratch:
+        if str(content.get("normalize")).lower() == "global_mvn":
+            stats = Path(scratch) / "feats_stats.npz"
+            write_statistics(stats, model.normalize.mean, model.normalize.std)
+            content["normalize_conf"] = {**(content.get("normalize_conf") or {}), "stats_file": str(stats)}
+        if content.get("token_type") == "bpe" and content.get("bpemodel"):
+            content["bpemodel"] = str(find_token_model(argparse.Namespace(**content), config).absolute())
+        here = Path(scratch) / "config.yaml"
+        here.write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+        yield here

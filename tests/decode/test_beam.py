@@ -3,7 +3,7 @@
 import itertools
 import json
 import math
-from collections import defaultdict, namedtuple
+from collections import defaultdict
 
 import numpy as np
 import pytest
@@ -12,9 +12,10 @@ import torch
 
 from espnet_kd.bin import asr_kd_nbest
 from espnet_kd.cli import UserError
-from espnet_kd.decode.beam import BeamSearch, build_search
+from espnet_kd.decode.beam import BeamSearch
+from espnet_kd.decode.beam_recognise import NbestRecogniser
 from espnet_kd.decode.greedy import ctc_greedy
-from espnet_kd.decode.recognise import NbestRecogniser, Recogniser
+from espnet_kd.decode.recognise import Recogniser
 from espnet_kd.targets.experiment import find_experiment, load_model
 from espnet_kd.targets.nbest import read_nbest
 
@@ -284,7 +285,10 @@ def test_ngram_scores_are_added_to_those_of_ctc(tmp_path, weight):
     [
         (None, "cannot read the n-gram model .*No such file"),
         ("hello\n", "cannot read the n-gram model"),
-        (["the", "cat"], "knows none of the model's tokens"),
+        (["the", "cat"], "knows 0 of the model's 11 tokens"),
+        (["the", "cat", "a", "i"], r"knows 2 of the model's 11 tokens \(not <space>, b, c, d, …\); is it a model of w"),
+        (["the", "cat", *"abcdefghi"], r"knows 9 of the model's 11 tokens \(not <space>, j"),
+        (["<space>", "the", "cat", *"abc"], r"knows 4 of the model's 11 tokens \(not d, e"),
     ],
 )
 def test_ngram_model_that_is_no_good(tmp_path, content, message):
@@ -297,37 +301,7 @@ def test_ngram_model_that_is_no_good(tmp_path, content, message):
         BeamSearch(tiny_asr.TOKENS, nbest=1, beam_size=2, ngram_file=path)
 
 
-def test_without_a_gpu_the_search_is_on_the_cpu(monkeypatch, caplog):
-    def lacking(*_, **__):
-        raise RuntimeError("no such build")
-
-    monkeypatch.setattr("torchaudio.models.decoder.cuda_ctc_decoder", lacking, raising=False)
-    search = build_search(["<blank>", "a", "b"], True, nbest=1, beam_size=4)
-    assert isinstance(search, BeamSearch) and "not usable (no such build)" in caplog.text
-
-
-def test_gpu_search_takes_out_dropped_labels_and_padding(monkeypatch, tmp_path):
-    class StandIn:
-        """Answers as torchaudio's CUDA decoder does: always the whole beam, best first."""
-
-        def __init__(self, tokens, *, nbest, beam_size, blank_skip_threshold):
-            assert nbest == beam_size == 4 and blank_skip_threshold == 1.0
-
-        def __call__(self, log_probs, lengths):
-            assert lengths.dtype == torch.int32 and lengths.tolist() == [2, 1]
-            assert log_probs[..., 3].max() < -1e29 and log_probs.dtype == torch.float32
-            hypothesis = namedtuple("hypothesis", "tokens score")
-            beam = [([1, 2], -0.5), ([3], -0.7), ([2], -2.0), ([1], -math.inf)]
-            return [[hypothesis(*h) for h in beam]] * 2
-
-    monkeypatch.setattr("torchaudio.models.decoder.cuda_ctc_decoder", StandIn, raising=False)
-    search = build_search(["<blank>", "a", "b", "<sos/eos>"], True, nbest=3, beam_size=10, drop=[3])
-    log_probs = posteriors(2, 2, 4)
-    before = log_probs.clone()
-    assert search(log_probs, torch.tensor([2, 0])) == [[([1, 2], -0.5), ([2], -2.0)], [([], 0.0)]]
-    assert search(log_probs[:, :0], torch.tensor([0, 0])) == [[([], 0.0)]] * 2
-    torch.testing.assert_close(log_probs, before)
-    # An n-gram model is for the CPU's search.
-    arpa = tiny_asr.write_arpa(tmp_path / "lm", {"a": -1.0, "b": -1.0}, {("a", "b"): -0.1})
-    search = build_search(["<blank>", "a", "b", "c"], True, nbest=1, beam_size=4, ngram_file=arpa)
-    assert isinstance(search, BeamSearch)
+def test_a_model_that_has_not_seen_every_token_is_taken(tmp_path):
+    seen = dict.fromkeys(["<space>", *"abcde"], -1.0)
+    arpa = tiny_asr.write_arpa(tmp_path / "lm", seen, {("a", "b"): -0.1})
+    BeamSearch(tiny_asr.TOKENS, nbest=1, beam_size=2, ngram_file=arpa)

@@ -270,3 +270,18 @@ def test_an_experiment_that_is_not_there_is_refused_before_any_is_decoded(tmp_pa
     with pytest.raises(UserError, match="no experiment at .*nowhere"):
         asr_kd_inference.main(["--expdir", str(tmp_path / "a"), str(tmp_path / "nowhere"), "--data_dir", str(data)])
     assert not (tmp_path / "a/decode_test").exists()
+
+
+def test_what_a_kd_stage_ended_with_is_decoded_again_when_it_changes(tmp_path, expdir):
+    """Beside it lies no other model that a decoding could be known by."""
+    config, model = find_experiment(expdir)
+    stage = tmp_path / "kd_stage1"
+    stage.mkdir()
+    shutil.copy(config, stage / "config.yaml")
+    shutil.copy(model, stage / "student.pth")
+    assert find_experiment(stage) == (stage / "config.yaml", stage / "student.pth")
+    (tmp_path / "wav.scp").write_text("a a.wav\n")
+    before = asr_kd_inference.describe_inputs(stage, tmp_path)
+    assert asr_kd_inference.describe_inputs(stage, tmp_path) == before
+    (stage / "student.pth").write_bytes(b"another")
+    assert asr_kd_inference.describe_inputs(stage, tmp_path) != before

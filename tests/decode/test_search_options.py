@@ -8,7 +8,8 @@ import tiny_asr
 
 from espnet_kd.bin import asr_kd_inference
 from espnet_kd.cli import UserError
-from espnet_kd.decode.recognise import BeamRecogniser, Recogniser
+from espnet_kd.decode.beam_recognise import BeamRecogniser
+from espnet_kd.decode.recognise import Recogniser
 from espnet_kd.targets.experiment import find_experiment, load_model
 
 FILES = ("text", "token", "token_int", "score")

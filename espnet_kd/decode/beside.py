@@ -1,0 +1,98 @@
+"""Beam search in processes beside the one that runs the model, so that a GPU does not wait for it.
+
+The search holds Python's lock, so that threads would take turns. Only the likeliest labels of a frame go to the
+processes, which are all that it tries.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any, Callable, Dict, List, Optional, Sequence
+
+import numpy as np
+import torch
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.parallel import start_worker
+from espnet_kd.decode.beam import BeamSearch, Hypotheses, check_batch
+
+_search: BeamSearch  #: of a worker process
+
+
+class BesideSearch:
+    """`BeamSearch` in ``jobs`` processes; log-probabilities may lie on any device."""
+
+    ahead = 4  #: batches that may be searched while the next one is computed
+
+    def __init__(
+        self,
+        tokens: Sequence[str],
+        jobs: int,
+        *,
+        beam_size_token: Optional[int] = None,
+        drop: Sequence[int] = (),
+        **options: Any,
+    ):
+        """Take the number of processes, 1 or more, and what `BeamSearch` takes.
+
+        Raises:
+            ValueError, UserError: see `BeamSearch`.
+        """
+        options = {**options, "beam_size_token": beam_size_token, "drop": tuple(drop)}
+        BeamSearch(tokens, **options)  # refuses here what a process could not tell
+        self._jobs, self._tokens, self._drop = jobs, list(tokens), list(drop)
+        self._tried = min(beam_size_token or len(self._tokens), len(self._tokens))
+        # spawn: a fork would inherit the GPU's driver, whose threads it lacks.
+        context = multiprocessing.get_context("spawn")
+        self._pool = ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(self._tokens, options))
+
+    def begin(self, log_probs: torch.Tensor, lengths: torch.Tensor) -> Callable[[], List[Hypotheses]]:
+        """Start to search a batch, (B, T, V) and (B,) as in `BeamSearch`; what is returned waits for the result.
+
+        Raises:
+            ValueError, FloatingPointError: see `BeamSearch`.
+            UserError: (when waiting) a process died.
+        """
+        check_batch(log_probs, lengths, len(self._tokens))
+        likely = log_probs.float().index_fill(2, torch.tensor(self._drop, device=log_probs.device), -torch.inf)
+        values, labels = (x.cpu().numpy() for x in likely.topk(self._tried, dim=2))
+        labels = labels.astype(np.int32)
+        utterances = [(values[i, :n], labels[i, :n]) for i, n in enumerate(lengths.tolist())]
+        # Utterances lie by length in a batch: each process gets long and short ones.
+        shares = [slice(job, None, self._jobs) for job in range(min(self._jobs, len(utterances)))]
+        futures = [self._pool.submit(_search_all, utterances[share]) for share in shares]
+
+        def finish() -> List[Hypotheses]:
+            found: List[Hypotheses] = [[] for _ in utterances]
+            for share, future in zip(shares, futures):
+                try:
+                    found[share] = future.result()
+                except BrokenProcessPool as e:
+                    raise UserError("a process of the beam search died, of memory perhaps; try a smaller --nj") from e
+            return found
+
+        return finish
+
+    def __call__(self, log_probs: torch.Tensor, lengths: torch.Tensor) -> List[Hypotheses]:
+        """Search a batch, and wait for it."""
+        return self.begin(log_probs, lengths)()
+
+
+def _start(tokens: Sequence[str], options: Dict[str, Any]) -> None:
+    """Begin a worker process."""
+    global _search
+    start_worker()
+    torch.set_num_threads(1)
+    _search = BeamSearch(tokens, **options)
+
+
+def _search_all(utterances: Sequence[tuple]) -> List[Hypotheses]:
+    """Search utterances in a worker: of each the values (T, K) and labels (T, K) of the likeliest labels."""
+    found = []
+    for values, labels in utterances:
+        log_probs = torch.full((1, len(values), _search.vocabulary), -torch.inf)
+        log_probs[0].scatter_(1, torch.from_numpy(labels.astype(np.int64)), torch.from_numpy(values))
+        found += _search(log_probs, torch.tensor([len(values)]))
+    return found
