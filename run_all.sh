@@ -16,19 +16,22 @@ On a fresh machine it makes .venv, installs, and runs a recipe. The default is t
 speech synthesised on the spot, no download of data, no GPU.
 
 Without --methods: a teacher, a plain student, the same student distilled by progressive factorized KD in three KD
-stages, decoding and a table with pictures in egs2/mini/asr_kd1/exp.
+stages, decoding, a verdict, and a report with tables and pictures in egs2/mini/asr_kd1/exp.
 
 With --methods: data and teacher once, then for each seed the plain student and a student of each method, all from the
-same teacher, with the same seed and epochs; at the end decoding and one table that compares them (exp/RESULTS.md).
+same teacher, with the same seed and epochs; at the end decoding, a verdict for each, and one report that compares them.
   --methods  pages of conf/methods by name, paths of pages, or all: every page that the recipe can run
   --seeds    default 0
-  --jobs     runs side by side; default 2 where there are two CPU cores and --ngpu is 0, else 1
+  --jobs     runs side by side; default 2 where there are two CPU cores and --ngpu is 0, else 1. Small models may
+             share a GPU: --ngpu 1 --jobs 3
   --recipe   a directory of egs2, default mini
 A method whose student has to be another one has conf/train_student_METHOD.yaml in the recipe, and a plain student of
-that file to be compared with. A failed run is named at the end; the others go on. Logs: exp/run_all.
+that file to be compared with. A failed run is named at the end; the others go on.
+
+The console gets a line for each step, one line of progress, and the verdict; all else is in exp/run_all/*.log.
 
 Exit codes: 0 done; 1 a mistake or a failure, said in one line; 2 wrong options; 130 stopped with Ctrl-C, 143 with kill.
-Run it again and it continues where it stopped, or shows the table. Further options go to every stage of the recipe's
+Run it again and it continues where it stopped, or shows the verdict. Further options go to every stage of the recipe's
 run.sh, whose --help lists them.
 EOF_USAGE
 }
@@ -104,40 +107,51 @@ if [ -z "${methods}" ] && [[ " ${options[*]} " == *" --method "* ]]; then # a mi
     (cd "${recipe}" && python -m espnet_kd.bin.asr_kd_page "$(value method)" >/dev/null)
 fi
 
-# Runs in the background, each in a process group of its own, so that all of it ends when this script does.
-pids=() names=() starts=()
-end_runs() {
-    local pid
-    for pid in "${pids[@]}"; do
-        kill -- "-${pid}" 2>/dev/null || true
-    done
-    wait
-}
+logs=$(cd "${recipe}" && realpath -m -- "$(value expdir)/run_all")
+# shellcheck source=egs2/TEMPLATE/queue.sh
+. "${ROOT}/egs2/TEMPLATE/queue.sh"
 trap end_runs EXIT
 trap 'echo "error: stopped; the same command continues where it stopped" >&2; exit 130' INT
 trap 'exit 143' TERM
-# start COMMAND …: in the background
-start() {
-    set -m
-    "$@" &
-    set +m
-    pids+=($!)
+
+# show_verdict: the last words of the report
+show_verdict() { [ ! -e "${logs%/*}/report/verdict.txt" ] || cat <(echo) "${logs%/*}/report/verdict.txt"; }
+# epochs_in CONFIG OPTIONS: those that a training has, 0 if that is not known
+epochs_in() {
+    local number=''
+    [ ! -f "${recipe}/$1" ] || number=$(sed -n 's/^max_epoch: *\([0-9][0-9]*\) *$/\1/p' "${recipe}/$1")
+    [[ ! " $2" =~ .*\ --max_epoch[\ =]+([0-9]+) ]] || number=${BASH_REMATCH[1]}
+    echo "${number:-0}"
 }
+teacher_epochs=$([ -n "$(value teacher)" ] || epochs_in "$(value teacher_config)" "$(value teacher_args)")
+student_epochs=$(epochs_in "$(value student_config)" "$(value train_args)")
+exp=${logs%/*}
 
 if [ -z "${methods}" ]; then
+    if [ "$(value dry_run)" = true ]; then
+        for stages in "1 4" "5 5" "6 6" "7 13"; do
+            "${run}" --stage "${stages% *}" --stop_stage "${stages#* }" "${options[@]}"
+        done
+        exit
+    fi
+    mkdir -p "${logs}"
+    method=$(basename "$(value method)" .yaml) tag=$(value tag) kd_stages=$(value kd_stages) more=$(value untranscribed)
+    tag=${tag:-$([ "$(value seed)" = 0 ] || echo "seed$(value seed)")}
+    student=${exp}/student_${method}${kd_stages:+_${kd_stages// /}}${more:+_untranscribed}${tag:+_${tag}}
     # Teacher and plain student need nothing of each other.
-    for stages in "1 4" "5 5" "6 6" "7 13"; do
-        start "${run}" --stage "${stages% *}" --stop_stage "${stages#* }" "${options[@]}"
-        [ "${stages} ${at_once}" != "5 5 2" ] || continue
-        for pid in "${pids[@]}"; do wait "${pid}"; done
-        pids=()
-    done
+    enqueue data '' '' 0 --stage 1 --stop_stage 4
+    enqueue teacher data "${exp}/teacher" "${teacher_epochs}" --stage 5 --stop_stage 5
+    enqueue "plain student" data "${exp}/student_plain${tag:+_${tag}}" "${student_epochs}" --stage 6 --stop_stage 6
+    enqueue "${method} student, decoding, results" $'teacher\nplain student' "${student}" "${student_epochs}" \
+        --stage 7 --stop_stage 13
+    log "${#queue[@]} steps in ${recipe}; logs in ${logs}"
+    stop_at_failure=true
+    run_queue "${at_once}"
+    show_verdict
     exit
 fi
 
 # ---- many methods ----
-log() { echo "$(date '+%H:%M:%S') $*" >&2; }
-
 # A student that the method's export makes as small as the plain one is compared with that one.
 shrinks='self_kd'
 pages=$(python -c 'import os, espnet_kd; print(os.path.join(os.path.dirname(espnet_kd.__file__), "conf/methods"))')
@@ -182,21 +196,14 @@ EOF_PAGES
 # fact METHOD NAME
 fact() { sed -n "\|^method=$1\$|,/^method=/s/^$2=//p" <<<"${facts}"; }
 
-start "${run}" "${options[@]}" --stage 1 --stop_stage 4
-wait "${pids[0]}"
-pids=()
-
+mkdir -p "${logs}"
+log "methods: ${list[*]##*/}; seeds: ${seeds}; logs in ${logs}"
+step data --stage 1 --stop_stage 4
 cd "${recipe}"
 expdir=$(value expdir)
 raw=$(value dumpdir)/raw
 train_set=$(value train_set)
-logs=${expdir}/run_all
-mkdir -p "${logs}"
-failed=() finished=0
 
-# All that is to be run, as "NAME|options": what needs no teacher beside its training, what students share of it, the
-# students.
-first=("teacher|--stage 5 --stop_stage 5") lists=() second=()
 experiments=() # that there will be to decode, as "NAME|EXP"
 without_text=${train_set}_without_text
 # Distilled without labels: to show that none is used, the training data have none. Everything but text is copied, files
@@ -211,115 +218,83 @@ make_without_text() {
     done
 }
 tag_of() { [ "$1" = 0 ] || echo "seed$1"; }
-for seed in ${seeds}; do
-    tag=$(tag_of "${seed}")
-    first+=("plain, seed ${seed}|--stage 6 --stop_stage 6 --seed ${seed}")
-    experiments+=("plain, seed ${seed}|${expdir}/student_plain${tag:+_${tag}}")
-done
+
+# First the teacher and what students share; then by seed, so that a distilled student starts as soon as its teacher is
+# there. Until then plain students do.
+enqueue teacher '' "${exp}/teacher" "${teacher_epochs}" --stage 5 --stop_stage 5
+declare -A data_of=() needs_of=() own_of=()
+last_list=
 for method in "${list[@]}"; do
     name=$(basename "${method}" .yaml)
-    own=''
-    [ ! -e "conf/train_student_${name}.yaml" ] || own="--student_config conf/train_student_${name}.yaml"
-    data=''
+    own_of["${name}"]=$([ ! -e "conf/train_student_${name}.yaml" ] || echo "conf/train_student_${name}.yaml")
+    data=()
     if [ "$(fact "${method}" labels)" = 0 ]; then
-        if [[ "${first[*]}" != *"${without_text}"* ]]; then # once for all such methods
+        if [ -z "${state["statistics without text"]:-}" ]; then # once for all such methods
             make_without_text
-            first+=("statistics without text|--stage 4 --stop_stage 4 --train_set ${without_text}")
+            enqueue "statistics without text" '' '' 0 --stage 4 --stop_stage 4 --train_set "${without_text}"
         fi
-        data="--train_set ${without_text}"
+        data=(--train_set "${without_text}")
+        data_of["${name}"]="${data[*]}" needs_of["${name}"]+=$'statistics without text\n'
     fi
-    for seed in ${seeds}; do
-        tag=$(tag_of "${seed}")
-        if [ -n "${own}" ] && [[ " ${shrinks} " != *" ${name} "* ]]; then
-            first+=("plain like ${name}, seed ${seed}|--stage 6 --stop_stage 6 --seed ${seed} ${own} --tag ${name}${tag:+_${tag}}")
-            experiments+=("plain like ${name}, seed ${seed}|${expdir}/student_plain_${name}${tag:+_${tag}}")
+    if [ "$(fact "${method}" teacher)" != none ] || [ "$(fact "${method}" nbest)" != 0 ]; then
+        needs_of["${name}"]+=$'teacher\n'
+    fi
+    if [ "$(fact "${method}" nbest)" != 0 ] || [ "$(value target_cache)$(fact "${method}" teacher)" = truerequired ]; then
+        # Once, before the seeds that share it run side by side; two methods may share an N-best, so one after the other.
+        enqueue "stage 7 for ${name}" "${needs_of["${name}"]}${last_list:+${last_list}?}" '' 0 \
+            --stage 7 --stop_stage 7 --method "${method}" "${data[@]}"
+        last_list="stage 7 for ${name}"
+        needs_of["${name}"]+="${last_list}"
+    fi
+done
+for seed in ${seeds}; do
+    tag=$(tag_of "${seed}")
+    enqueue "plain, seed ${seed}" '' "${exp}/student_plain${tag:+_${tag}}" "${student_epochs}" \
+        --stage 6 --stop_stage 6 --seed "${seed}"
+    experiments+=("plain, seed ${seed}|${expdir}/student_plain${tag:+_${tag}}")
+    for method in "${list[@]}"; do
+        name=$(basename "${method}" .yaml)
+        read -r -a data <<<"${data_of["${name}"]:-}"
+        own=() number=${student_epochs}
+        if [ -n "${own_of["${name}"]}" ]; then
+            own=(--student_config "${own_of["${name}"]}") number=$(epochs_in "${own_of["${name}"]}" "$(value train_args)")
         fi
-        entry="${name}, seed ${seed}|--stage 8 --stop_stage 11 --method ${method} --seed ${seed} ${own} ${data}"
-        if [ "$(fact "${method}" teacher)" = none ] && [ "$(fact "${method}" nbest)" = 0 ]; then
-            first+=("${entry}")
-        else
-            second+=("${entry}")
+        if [ ${#own[@]} -gt 0 ] && [[ " ${shrinks} " != *" ${name} "* ]]; then
+            like=${name}${tag:+_${tag}}
+            enqueue "plain like ${name}, seed ${seed}" '' "${exp}/student_plain_${like}" "${number}" \
+                --stage 6 --stop_stage 6 --seed "${seed}" "${own[@]}" --tag "${like}"
+            experiments+=("plain like ${name}, seed ${seed}|${expdir}/student_plain_${like}")
         fi
+        enqueue "${name}, seed ${seed}" "${needs_of["${name}"]:-}" "${exp}/student_${name}${tag:+_${tag}}" "${number}" \
+            --stage 8 --stop_stage 11 --method "${method}" --seed "${seed}" "${own[@]}" "${data[@]}"
         experiments+=("${name}, seed ${seed}|${expdir}/student_${name}${tag:+_${tag}}/export")
     done
-    if [ "$(fact "${method}" nbest)" != 0 ] || [ "$(value target_cache)$(fact "${method}" teacher)" = truerequired ]; then
-        # Once, before the seeds that share it run side by side.
-        lists+=("stage 7 for ${name}|--stage 7 --stop_stage 7 --method ${method} ${data}")
+done
+
+log "${#queue[@]} runs, ${jobs} side by side"
+run_queue "${jobs}"
+failed=()
+for name in "${queue[@]}"; do
+    if [ "${state["${name}"]}" = failed ]; then
+        failed+=("${name}")
+    elif [ "${state["${name}"]}" = lost ] && [ "${state[teacher]}" != failed ]; then
+        failed+=("${name}") # it would train from what an earlier run left
     fi
 done
-total=$((${#first[@]} + ${#lists[@]} + ${#second[@]}))
-
-# collect LIMIT: wait until fewer than LIMIT runs are going on; say how each ended
-collect() {
-    local i rc
-    while [ "${#pids[@]}" -ge "$1" ]; do
-        for i in "${!pids[@]}"; do
-            if kill -0 "${pids[i]}" 2>/dev/null; then
-                continue
-            fi
-            rc=0
-            wait "${pids[i]}" || rc=$?
-            finished=$((finished + 1))
-            local took=$((SECONDS - starts[i])) file="${logs}/${names[i]//[, ]/_}.log"
-            if [ "${rc}" = 0 ]; then
-                log "${finished} of ${total}: ${names[i]}, ${took} s"
-            else
-                failed+=("${names[i]}")
-                log "${finished} of ${total}: ${names[i]} FAILED; the end of ${recipe}/${file}:"
-                tail -n 5 "${file}" >&2
-            fi
-            unset "pids[i]" "names[i]" "starts[i]"
-        done
-        [ "${#pids[@]}" -lt "$1" ] || sleep 0.5
-    done
-}
-# run_pool LIMIT ENTRY…: so many side by side
-run_pool() {
-    local limit=$1 entry name
-    local -a arguments
-    shift
-    for entry in "$@"; do
-        collect "${limit}"
-        name=${entry%%|*}
-        read -r -a arguments <<<"${entry#*|}"
-        start "${run}" "${options[@]}" "${arguments[@]}" >"${logs}/${name//[, ]/_}.log" 2>&1 </dev/null
-        names+=("${name}") starts+=("${SECONDS}")
-    done
-    collect 1
-}
-has_failed() { printf '%s\n' "${failed[@]}" | grep -qxF -- "$1"; }
-
-log "${total} runs, ${jobs} side by side; logs in ${recipe}/${logs}"
-run_pool "${jobs}" "${first[@]}"
-if has_failed teacher; then
-    log "no teacher: $((${#lists[@]} + ${#second[@]})) runs that need it are left out"
-    failed+=("all methods that need the teacher")
-    lists=() second=()
-fi
-run_pool 1 "${lists[@]}"
-ready=()
-for entry in "${second[@]}"; do
-    if has_failed "stage 7 for ${entry%%, seed *}"; then
-        failed+=("${entry%%|*}") # it would train from what an earlier run left
-    else
-        ready+=("${entry}")
-    fi
-done
-run_pool "${jobs}" "${ready[@]}"
+[ "${state[teacher]}" != failed ] || failed+=("all methods that need the teacher")
 
 decoded=()
 for entry in "${experiments[@]}"; do
-    if ! has_failed "${entry%%|*}" && [ -e "${entry#*|}/config.yaml" ]; then
+    if [ "${state["${entry%%|*}"]}" = 'done' ] && [ -e "${entry#*|}/config.yaml" ]; then
         decoded+=("${entry#*|}")
     fi
 done
 if [ "${#decoded[@]}" -gt 0 ]; then
-    log "decoding, scoring and results"
-    start "${run}" "${options[@]}" --stage 12 --experiments "${decoded[*]}"
-    wait "${pids[@]}" || failed+=("decoding, scoring and results")
-    pids=()
+    step "decoding, scoring and results" --stage 12 --experiments "${decoded[*]}" ||
+        failed+=("decoding, scoring and results")
 fi
 if [ "${#failed[@]}" -gt 0 ]; then
-    echo "error: failed: $(printf '%s; ' "${failed[@]}")logs in ${recipe}/${logs}" >&2
+    echo "error: failed: $(printf '%s; ' "${failed[@]}")logs in ${logs}" >&2
     exit 1
 fi
+show_verdict

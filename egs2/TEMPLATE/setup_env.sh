@@ -36,11 +36,17 @@ for _extra in ${EXTRAS:?}; do
     [ -n "${ESPNET_KD_INSTALLED:-}" ] || [ -f "${_stamp}.${_extra}" ] || _missing=1
 done
 if [ -n "${_missing}" ]; then
-    echo "installing espnet_kd[${EXTRAS// /,}] and what it needs: about 5 GB and a few minutes the first time" >&2
-    python -m pip install --disable-pip-version-check -e "${ROOT}[${EXTRAS// /,}]" >&2
+    _log="$(python -c 'import sys; print(sys.prefix)')/espnet_kd_install.log"
+    echo "installing espnet_kd[${EXTRAS// /,}] and what it needs, about 5 GB and a few minutes the first time; log: ${_log}" >&2
+    if ! python -m pip install --disable-pip-version-check -q -e "${ROOT}[${EXTRAS// /,}]" >"${_log}" 2>&1; then
+        tail -n 5 "${_log}" >&2
+        echo "error: pip cannot install espnet_kd; its messages are in ${_log}" >&2
+        return 1
+    fi
+    echo "installed" >&2
     for _extra in ${EXTRAS}; do
         touch "${_stamp}.${_extra}"
     done
 fi
-unset _stamp _missing _extra
+unset _stamp _missing _extra _log
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -5,7 +5,8 @@
     python -m espnet_kd.bin.asr_kd_report --watch exp
 
 Writes report.html (opens anywhere, without network), RESULTS.md (the same), results.json and report/*.png into the
-first EXPDIR, and prints the summary. What is missing is named, the rest is shown.
+first EXPDIR, and prints the verdict: a paragraph for each distilled student (also in report/verdict.txt). What is
+missing is named, the rest is shown.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     parser = get_parser()
     args = parser.parse_args(argv)
+    cli.refuse_empty(args)
     if args.once and not args.watch:
         parser.error("--once goes with --watch")
     for name, least in (("frame_utts", 1), ("examples", 0)):
@@ -64,21 +66,28 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     everything = [gather(e, teachers if i == 0 else ()) for i, e in enumerate(expdirs)]
     output_dir = Path(args.output_dir) if args.output_dir else expdirs[0]
     parts, pictures = show.make_parts(everything), show.Pictures(output_dir / "report")
-    sections = [show.summarise(parts), show.draw_costs(parts, pictures), show.draw_training(parts, pictures)]
+    verdict = show.tell_verdict(parts)
+    sections = [verdict, show.summarise(parts), show.draw_progress(parts, pictures), show.draw_costs(parts, pictures)]
+    sections.append(show.draw_training(parts, pictures))
     if not args.no_frames:
         sections.append(show_frames(parts, pictures, args.frame_utts, args.examples))
     sections += [show.show_worst(parts), show.tell_environment()]
     missing = show.list_missing(parts)
     sections += [missing] if missing else []
     write_json([row for gathered in everything for row in gathered.rows], output_dir / "results.json")
-    for name, text in (("RESULTS.md", to_markdown(sections, output_dir)), ("report.html", to_html(sections))):
-        with replacing(output_dir / name) as f:
+    title, page = show.title_of(parts), output_dir / "report.html"
+    short = "\n\n".join([*verdict.blocks[0].texts, f"The whole report: {page.resolve()}"])
+    for path, text in (
+        (output_dir / "RESULTS.md", to_markdown(sections, output_dir, title)),
+        (page, to_html(sections, title)),
+        (pictures.directory / "verdict.txt", f"{short}\n"),
+    ):
+        with replacing(path) as f:
             f.write(text)
     pictures.remove_others(sections)
     for note in (note for gathered in everything for note in gathered.notes):
         logging.warning("missing: %s", note)
-    print(to_markdown(sections[:1], output_dir))
-    logging.info("the whole report: %s (the same: RESULTS.md beside it)", (output_dir / "report.html").resolve())
+    print(f"\n{short}")
 
 
 if __name__ == "__main__":

@@ -19,9 +19,9 @@ from espnet_kd.frames import align, nearest_multiple, valid
 from espnet_kd.report.labels import Row
 from espnet_kd.report.matching import match
 from espnet_kd.report.results import Gathered, find_data, find_recipe, read_json
+from espnet_kd.targets.audio_options import sampling_rate
 from espnet_kd.targets.encode import measure_frame_shift
 from espnet_kd.targets.experiment import find_experiment, load_model
-from espnet_kd.targets.online import sampling_rate
 from espnet_kd.topk import TopK, compress
 
 

@@ -8,7 +8,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
-from espnet_kd.decode.score import bootstrap_interval, paired_bootstrap
+from espnet_kd.decode.score import COUNTS, Counts
+from espnet_kd.report.bootstrap import bootstrap_seeds
 from espnet_kd.report.labels import Row, label_rows
 from espnet_kd.report.results import Gathered
 
@@ -31,6 +32,9 @@ class Difference:
 
     seeds: List[Any]
     rates: Dict[str, Rate]
+    plain: Dict[str, float]  #: the plain students' error rates over these seeds, in percent
+    utterances: int
+    unit: str = "wer"  #: the one of `UNITS` that counts: CER where no reference has a second word
     other_epochs: bool = False  #: whether one of them was trained for more epochs than its plain student, or fewer
 
 
@@ -43,6 +47,10 @@ class Kind:
     rates: Dict[str, Rate]
     against: Union[Difference, str, None] = None  #: None: nothing to be compared with (a teacher, a plain student)
     cost: Optional[float] = None  #: training time as a multiple of the plain students', where nothing ran beside
+    #: Deleted, inserted, substituted words in percent of the reference, where they were counted
+    split: Optional[Dict[str, float]] = None
+    alone: bool = True  #: whether nothing else was trained while any of these was whose time is known
+    rtf: Optional[float] = None  #: real-time factor, a mean over all models of this size on the test set
 
     def mean(self, key: str) -> Optional[float]:
         """Mean of one number over the rows that have it."""
@@ -68,8 +76,8 @@ def find_plain(row: Row, rows: Sequence[Row]) -> Union[Row, str]:
 def compare(gathered: Gathered) -> List[Kind]:
     """One entry for each kind of scored experiment, by test set: teachers, plain students, then what helped most.
 
-    The intervals are bootstraps over utterances; the errors of an utterance are summed over the seeds first, so that
-    it stays one observation. They say nothing of other seeds.
+    The intervals are bootstraps over seeds and utterances (`bootstrap_seeds`); over utterances alone, and so silent on
+    other seeds, where a kind has a single one.
     """
     rows, label = gathered.rows, label_rows(gathered.rows)
     groups: Dict[Tuple, List[Row]] = {}
@@ -84,6 +92,9 @@ def compare(gathered: Gathered) -> List[Kind]:
             parts = [(name, members)]
         for title, part in parts:
             kind = Kind(title, part, {unit: _mean(part, gathered, unit) for unit in UNITS})
+            kind.split = _split(part, gathered)
+            kind.alone = all(gathered.ran_alone(row) for row in part if row["train_seconds"])
+            kind.rtf = _speed(part[0], rows)
             if part[0]["role"] == "student":
                 found = [(row, find_plain(row, rows)) for row in part]
                 pairs = [(row, plain) for row, plain in found if not isinstance(plain, str)]
@@ -105,11 +116,30 @@ def _mean(rows: Sequence[Row], gathered: Gathered, unit: str) -> Rate:
     mean = sum(r[unit] for r in rows) / len(rows)
     if len(rows) == 1:
         return Rate(mean, rows[0][f"{unit}_low"], rows[0][f"{unit}_high"])
-    tables = [count_table(gathered, r, unit) for r in rows]
-    if None in tables or any(t.keys() != tables[0].keys() for t in tables):
+    tables = [read_counts(gathered, r, unit) for r in rows]
+    if None in tables or any(t.utt_ids != tables[0].utt_ids for t in tables) or not tables[0].lengths.sum():
         return Rate(mean)
-    errors, lengths = sum(_column(t, 0) for t in tables), sum(_column(t, 1) for t in tables)
-    return Rate(mean, *bootstrap_interval(errors, lengths))
+    _, low, high, _ = bootstrap_seeds(np.stack([t.errors for t in tables]), tables[0].lengths)
+    return Rate(mean, low, high)
+
+
+def _split(rows: Sequence[Row], gathered: Gathered) -> Optional[Dict[str, float]]:
+    """Kinds of word errors, over all seeds."""
+    tables = [read_counts(gathered, row, "wer") for row in rows]
+    words = sum(int(t.lengths.sum()) for t in tables if t)
+    if not words:
+        return None
+    total = sum(t.table.sum(axis=0) for t in tables if t)
+    return {name: 100.0 * int(n) / words for name, n in zip(COUNTS, total) if name != "corr"}
+
+
+def _speed(row: Row, rows: Sequence[Row]) -> Optional[float]:
+    """Mean real-time factor of the models of one architecture: they do the same work, what differs is noise."""
+    like = [r for r in rows if r["testset"] == row["testset"] and r["params"] == row["params"]]
+    if row["params"] is None:
+        like = [row]
+    values = [r["rtf"] for r in like if r["rtf"] is not None]
+    return sum(values) / len(values) if values else None
 
 
 def _cost(pairs: Sequence[Tuple[Row, Row]]) -> Optional[float]:
@@ -119,41 +149,34 @@ def _cost(pairs: Sequence[Tuple[Row, Row]]) -> Optional[float]:
 
 
 def _against(pairs: Sequence[Tuple[Row, Row]], gathered: Gathered) -> Union[Difference, str]:
-    rates = {}
+    rates: Dict[str, Rate] = {}
+    plain: Dict[str, float] = {}
     for unit in UNITS:
-        a, b, lengths = 0, 0, 0
-        ids = None
-        for pair in pairs:
-            ours, theirs = (count_table(gathered, row, unit) for row in pair)
-            if ours is None or theirs is None:
-                return "no per_utt.tsv: score again"
-            ids = ours.keys() if ids is None else ids
-            if not ours.keys() == theirs.keys() == ids:
-                return "scored on other utterances"
-            a, b, lengths = a + _column(ours, 0), b + _column(theirs, 0), lengths + _column(ours, 1)
-        if not np.sum(lengths):
+        ours, theirs = ([read_counts(gathered, pair[i], unit) for pair in pairs] for i in (0, 1))
+        if None in ours or None in theirs:
+            return "no per_utt.tsv: score again"
+        ids = ours[0].utt_ids
+        if any(table.utt_ids != ids for table in (*ours, *theirs)):
+            return "scored on other utterances"
+        lengths = ours[0].lengths
+        if not lengths.sum():
             return "the references are empty"
-        rates[unit] = Rate(*paired_bootstrap(a, b, lengths))
-    other_epochs = any(row["epochs"] != plain["epochs"] for row, plain in pairs)
-    return Difference([row["seed"] for row, _ in pairs], rates, other_epochs)
+        rates[unit] = Rate(*bootstrap_seeds(np.stack([a.errors - b.errors for a, b in zip(ours, theirs)]), lengths))
+        main = "cer" if unit == "wer" and lengths.max() < 2 else "wer"  # as in languages that do not part words
+        plain[unit] = 100.0 * sum(int(b.errors.sum()) for b in theirs) / (len(theirs) * int(lengths.sum()))
+    other_epochs = any(row["epochs"] != other["epochs"] for row, other in pairs)
+    return Difference([row["seed"] for row, _ in pairs], rates, plain, len(ids), main, other_epochs)
 
 
-def count_table(gathered: Gathered, row: Row, unit: str) -> Optional[Dict[str, Tuple[int, int]]]:
-    """{utterance: (errors, reference length)}, None where the file is missing or damaged."""
+def read_counts(gathered: Gathered, row: Row, unit: str) -> Optional[Counts]:
+    """What was counted in each utterance of a scored row, by utterance id; None where per_utt.tsv can't be read."""
     path = gathered.decoding(row) / "per_utt.tsv"
     try:
         with path.open(encoding="utf-8", newline="") as f:
-            return {
-                r["utt_id"]: (
-                    sum(int(r[f"{unit}_{k}"]) for k in ("sub", "del", "ins")),
-                    sum(int(r[f"{unit}_{k}"]) for k in ("corr", "sub", "del")),
-                )
-                for r in csv.DictReader(f, delimiter="\t")
+            lines = {
+                r["utt_id"]: [int(r[f"{unit}_{k}"]) for k in COUNTS] for r in csv.DictReader(f, delimiter="\t")
             }
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def _column(table: Dict[str, Tuple[int, int]], index: int) -> np.ndarray:
-    """(U,) errors (0) or lengths (1), by utterance id."""
-    return np.array([table[u][index] for u in sorted(table)])
+    ids = sorted(lines)
+    return Counts(ids, np.array([lines[u] for u in ids], dtype=np.int64).reshape(len(ids), len(COUNTS)))

@@ -13,11 +13,15 @@ from espnet_kd.report.plotting import add_legend, look, picture, scale_log
 
 @dataclass
 class Curve:
-    """Training of one experiment: ``label`` groups (seeds share colour and legend entry), ``stages`` in order."""
+    """Training of one experiment: ``label`` groups (seeds share colour and legend entry), ``stages`` in order.
+
+    ``changes``: after, or within, which epochs of the first of them another KD stage begins.
+    """
 
     label: str
     stages: List[History] = field(default_factory=list)
     experiment: str = ""
+    changes: List[float] = field(default_factory=list)
 
 
 def draw_curves(curves: Sequence[Curve], labels: Sequence[str], path: Path) -> List[str]:
@@ -27,12 +31,12 @@ def draw_curves(curves: Sequence[Curve], labels: Sequence[str], path: Path) -> L
     a solid line, training a dashed one. The place of a curve's label in ``labels`` gives its colour.
 
     Returns:
-        The statistics drawn, one panel each; [] where there is nothing to draw, and then no file is written.
+        The statistics drawn, one panel each; [] where none has two epochs, and then no file is written.
     """
     every = [stats for c in curves for history in c.stages for phases in history.values() for stats in phases.values()]
     names = sorted({name for stats in every for name in stats if name == "loss" or name.startswith("loss_")})
     names = [n for n in names if n != "loss_scale"]  # of mixed precision: no loss
-    names = [n for n in names if any(_points(c, phase, n)[0] for c in curves for phase in ("train", "valid"))]
+    names = [n for n in names if any(_drawable(c, phase, n) for c in curves for phase in ("train", "valid"))]
     if not names:
         return []
     from matplotlib.lines import Line2D
@@ -74,6 +78,11 @@ def _points(curve: Curve, phase: str, name: str) -> Tuple[List[float], List[floa
     return (epochs, values) if any(map(math.isfinite, values)) else ([], [])
 
 
+def _drawable(curve: Curve, phase: str, name: str) -> bool:
+    """Whether there are two points, which make a line."""
+    return sum(map(math.isfinite, _points(curve, phase, name)[1])) > 1
+
+
 def _draw_panel(axis, name: str, curves: Sequence[Curve], labels: Sequence[str]) -> None:
     drawn: List[float] = []
     for curve in (c for c in curves if c.stages):
@@ -87,6 +96,8 @@ def _draw_panel(axis, name: str, curves: Sequence[Curve], labels: Sequence[str])
         for history in curve.stages[:-1]:
             done += max(history)
             axis.axvline(done + 0.5, color=colour, linestyle=":", linewidth=0.8, alpha=0.7)
+        for change in curve.changes:
+            axis.axvline(change, color=colour, linestyle=":", linewidth=0.8, alpha=0.7)
     if drawn and min(drawn) > 0 and max(drawn) > 20 * min(drawn):
         scale_log(axis, "y")
     axis.set_title(name)

@@ -7,11 +7,48 @@ import json
 import logging
 import math
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Optional
 
 #: {epoch: {"train" | "valid": {statistic: value}}}; "time" is in seconds.
 History = Dict[int, Dict[str, Dict[str, float]]]
+
+
+@dataclass
+class Part:
+    """A KD stage of a training: its number in the page, its first and last epoch, and their statistics.
+
+    A KD stage may begin within an epoch, which then is the last one of the KD stage before, too.
+    """
+
+    number: int
+    first: int
+    last: int
+    history: History
+
+    @property
+    def epochs(self) -> str:
+        """Those that are trained, for people."""
+        last = max(self.history, default=self.last)
+        return str(self.first) if self.first == last else f"{self.first}–{last}"
+
+
+def read_parts(expdir: Path) -> List[Part]:
+    """The KD stages of an experiment that is one training, as far as it is trained.
+
+    [] where there is no such record, and where each KD stage was a training of its own (:func:`read_stages`).
+    """
+    try:
+        record = json.loads((expdir / "kd_stage.json").read_text(encoding="utf-8"))
+        places = [(int(s["kd_stage"]), *map(int, s["epochs"])) for s in record["stages"]]
+        parts = [Part(number, first, last, {}) for number, first, last in places]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    history = read_history(expdir) or {}
+    for part in parts:
+        part.history = {epoch: history[epoch] for epoch in history if part.first <= epoch <= part.last}
+    return [part for part in parts if part.history]
 
 
 def read_history(run_dir: Path) -> Optional[History]:
@@ -24,10 +61,16 @@ def read_history(run_dir: Path) -> Optional[History]:
     return _from_logs(run_dir) or None
 
 
-def read_stages(expdir: Path) -> List[History]:
-    """Histories of an experiment's KD stages in order: kd_stage1, kd_stage2, …, then the directory itself.
+def read_progress(run_dir: Path) -> Optional[History]:
+    """As :func:`read_history` for a run that goes on: its logs first, which can be read without torch."""
+    return _from_logs(run_dir) or read_history(run_dir)
 
-    A run without statistics is left out, so that an experiment which was never trained here gives [].
+
+def read_stages(expdir: Path) -> List[History]:
+    """Histories of an experiment's trainings: that of all KD stages together, in the directory itself.
+
+    Where each KD stage was a training of its own, in order: kd_stage1, kd_stage2, …, then the directory itself. A run
+    without statistics is left out, so that an experiment which was never trained here gives [].
     """
     earlier = [p for p in expdir.glob("kd_stage*") if re.fullmatch(r"kd_stage\d+", p.name) and p.is_dir()]
     runs = sorted(earlier, key=lambda p: int(p.name[len("kd_stage") :])) + [expdir]
@@ -65,7 +108,7 @@ def _numbers(stats: Dict) -> Dict[str, float]:
 def _from_logs(run_dir: Path) -> History:
     """Parse the lines ``<n>epoch results: [train] a=1.0, …, [valid] …`` of its logs, older files first.
 
-    Those of all KD stages lie in the student's directory, which is also that of the last one.
+    An epoch that was trained again after a kill has several, of which the last one counts.
     """
     history: History = {}
     for log in sorted(_logs(run_dir), key=lambda p: p.stat().st_mtime):
@@ -78,6 +121,7 @@ def _from_logs(run_dir: Path) -> History:
 
 
 def _logs(run_dir: Path) -> List[Path]:
+    """Its logs. Where each KD stage was a training of its own, all their logs lie in the last one's directory."""
     try:
         stage = json.loads((run_dir / "kd_stage.json").read_text(encoding="utf-8"))["kd_stage"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -15,11 +15,12 @@ from espnet_kd.report.worst import Example
 
 @dataclass
 class Table:
-    """Cells are text; the first row of ``body`` follows the head."""
+    """Cells are text; the first row of ``body`` follows the head. A folded one is shown on demand."""
 
     head: Sequence[str]
     body: Sequence[Sequence[str]]
     title: str = ""
+    folded: bool = False
     kind: str = "table"
 
 
@@ -85,6 +86,7 @@ def to_html(sections: Sequence[Section], title: str = "Results") -> str:
     )  # fmt: skip
     # Lines break before an interval, never in it nor before a unit.
     env.filters["unbroken"] = lambda text: re.sub(r"(?<=[\d,]) (?=[-+]?\d|%|×|min|h |s$)", "\u00a0", text)
+    env.filters["count_lines"] = count_lines
     env.filters["data"] = lambda path: base64.b64encode(Path(path).read_bytes()).decode("ascii")
     return env.get_template("report.html.jinja").render(sections=sections, title=title)
 
@@ -96,7 +98,15 @@ def _escape(text: str) -> str:
 
 def _table(table: Table, home: Path) -> List[str]:
     rows = [table.head, ["---"] * len(table.head), *table.body]
-    return [f"|{'|'.join(_escape(cell) for cell in cells)}|" for cells in rows]
+    lines = [f"|{'|'.join(_escape(cell) for cell in cells)}|" for cells in rows]
+    if not table.folded:
+        return lines
+    return [f"<details><summary>{count_lines(table)}</summary>", "", *lines, "", "</details>"]
+
+
+def count_lines(table: Table) -> str:
+    """What stands for a folded table."""
+    return f"{len(table.body)} line{'' if len(table.body) == 1 else 's'}"
 
 
 def _picture(picture: Picture, home: Path) -> List[str]:

@@ -12,7 +12,7 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple
 from espnet_kd.cli import UserError
 from espnet_kd.files import replacing
 from espnet_kd.report.curves import Curve
-from espnet_kd.report.history import read_stages, seconds
+from espnet_kd.report.history import read_parts, read_stages, seconds
 from espnet_kd.report.labels import Row, describe, label_rows
 
 ROLES = ("teacher", "plain", "student")
@@ -176,7 +176,9 @@ def _add(result: Gathered, path: Path, forced: Dict[str, Any]) -> None:
     if stages and times:
         result.spans[name] = min(times), max(times)
     result.rows += rows
-    result.curves.append(Curve(name, stages, name))  # `gather` makes the label
+    parts = read_parts(path)
+    changes = [part.last + 0.5 * (following.first > part.last) for part, following in zip(parts, parts[1:])]
+    result.curves.append(Curve(name, stages, name, changes))  # `gather` makes the label
 
 
 def _score(score: Dict[str, Any], score_file: Path, result: Gathered) -> Dict[str, Any]:

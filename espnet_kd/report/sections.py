@@ -9,14 +9,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, List, Optional, Sequence
 
+from espnet_kd.report.audio import Audio
 from espnet_kd.report.compare import UNITS, Difference, Kind, Rate, compare, find_plain
 from espnet_kd.report.curves import draw_curves
 from espnet_kd.report.environment import environment
-from espnet_kd.report.history import History, seconds
+from espnet_kd.report.history import History, read_parts, seconds
 from espnet_kd.report.labels import Row, label_rows
+from espnet_kd.report.learning import best_teacher_cer, collect_learning, draw_learning, rank_by_epoch, rank_by_time
 from espnet_kd.report.page import Block, Examples, Items, Picture, Section, Table
 from espnet_kd.report.results import Gathered, read_scores
 from espnet_kd.report.tradeoff import AXES, draw_tradeoff
+from espnet_kd.report.verdict import make_verdicts
 from espnet_kd.report.worst import choose_student, collect_worst
 
 
@@ -50,6 +53,11 @@ def make_parts(everything: Sequence[Gathered]) -> List[Part]:
     return [Part(g, compare(g), str(g.expdir) if several else "") for g in everything]
 
 
+def title_of(parts: Sequence[Part]) -> str:
+    """What a report is called: the ends of the directories that it is of."""
+    return f"Knowledge distillation: {', '.join('/'.join(p.gathered.expdir.resolve().parts[-3:]) for p in parts)}"
+
+
 class Pictures:
     """Names for the pictures of one report in its directory."""
 
@@ -65,44 +73,75 @@ class Pictures:
         """Remove those of an earlier report, which would show other experiments."""
         shown = {block.path for section in sections for block in section.blocks if isinstance(block, Picture)}
         for path in self.directory.glob("*_*.png"):
-            if re.fullmatch(r"(size|speed|curves|offsets|spikes)_\d+\.png", path.name) and path not in shown:
+            if re.fullmatch(r"(size|speed|learning|curves|offsets|spikes)_\d+\.png", path.name) and path not in shown:
                 path.unlink()
 
 
+def tell_verdict(parts: Sequence[Part]) -> Section:
+    """In plain words what distillation brought; its first block holds a paragraph for each distilled kind."""
+    told = [text for part in parts for text in make_verdicts(part.kinds, part.where)]
+    how = (
+        "Each distilled student against the plain student, which has the same size and was trained on the "
+        "transcripts alone, and against its teacher."
+    )
+    return Section("Verdict", how, [Items(told or ["No distilled student is scored yet."])])
+
+
 def summarise(parts: Sequence[Part]) -> Section:
-    """Who is how good, at what cost."""
+    """Who is how good, at what cost; the runs behind it are folded."""
     blocks: List[Block] = []
     for part in parts:
         gathered = part.gathered
-        if told := [_verdict(kind) for kind in part.kinds if isinstance(kind.against, Difference)]:
-            blocks.append(Items(told, part.where))
         if part.kinds:
             head = ("method", "test set", "seeds", "parameters", "epochs", "CER", "WER", "WER to plain", "p",
-                    "CER to plain", "p")  # fmt: skip
-            blocks.append(Table(head, [_compared(kind) for kind in part.kinds], "" if told else part.where))
-            head = ("method", "test set", "parameters", "MB on disk", "real-time factor", "training", "cost of KD")
-            blocks.append(Table(head, [_cost(kind) for kind in part.kinds], part.name("Size, speed and cost")))
+                    "CER to plain", "Sub/Del/Ins", "real-time factor", "training")  # fmt: skip
+            blocks.append(Table(head, [_compared(kind) for kind in part.kinds], part.where))
         stages = [line for curve in gathered.curves for line in _stages(curve.experiment, curve.stages, gathered)]
         if stages:
             head = ("experiment", "KD stage", "epochs", "training", "validation loss, first → last", "test set",
                     "CER", "WER")  # fmt: skip
-            blocks.append(Table(head, stages, part.name("KD stages")))
+            blocks.append(Table(head, stages, part.name("KD stages"), folded=True))
         head = ("experiment", "kind", "seed", "test set", "CER", "WER", "CER to plain", "WER to plain",
                 "real-time factor", "epochs", "training")  # fmt: skip
         label = label_rows(gathered.rows)
-        body = [_run(row, label(row), gathered.rows) for row in gathered.rows]
-        blocks.append(Table(head, body, part.name("Every run")))
+        body = [_run(row, label(row), gathered) for row in gathered.rows]
+        blocks.append(Table(head, body, part.name("Every run"), folded=True))
     return Section("Comparison of methods", _COMPARISON, blocks)
 
 
 _COMPARISON = (
     "Means over seeds, in percent. To plain: difference in points to the plain student of the same seeds and size; "
-    "below 0 is better. In brackets 95 % bootstrap intervals over utterances, paired for the differences; errors are "
-    "summed over the seeds, so they say nothing of other seeds. p is that of one method alone: of twenty that do "
-    "nothing, one has p < 0.05. Cost of KD: training time as a multiple of the plain student's; – where another "
-    "experiment here was trained at the same time, as run_all.sh does on two cores. "
-    "A KD stage without CTC teaches no text: its error rates say what the next one starts from."
+    "below 0 is better. In brackets 95 % bootstrap intervals, for differences paired by seed and utterance: over seeds "
+    "and utterances where a line has several seeds, so that they speak for other seeds and utterances of the kind; "
+    "over utterances alone where it has one seed, and then another seed may well lie outside. With two or three seeds "
+    "an interval is rough. p belongs to the difference in WER, of one method alone: of twenty that do nothing, one has "
+    "p < 0.05. Sub/Del/Ins: words substituted, deleted, inserted. Real-time factor: the mean over all models of "
+    "one size, which do the same work. Training: the time, and in brackets its multiple of the plain student's; left "
+    "out (–) where another experiment here was trained at the same time, as run_all.sh does on two cores. "
+    "A KD stage without CTC teaches no text: its error rates only show what the next one starts from."
 )
+
+
+def draw_progress(parts: Sequence[Part], pictures: Pictures) -> Section:
+    """Learning curves of all methods in one picture, and who is ahead when."""
+    section = Section(
+        "Learning curves",
+        "Validation, greedy: CTC loss and CER by epoch, and by the time that training has taken. Lines are means over "
+        "seeds, bands go from the lowest seed to the highest. The tables show the CER in percent, after equal epochs "
+        "and, where no two of these runs shared cores (as far as their files' times tell), after equal times, counted "
+        "by the plain student's training.",
+    )
+    for part in parts:
+        learned, teacher = collect_learning(part.gathered), best_teacher_cer(part.gathered)
+        path = pictures.name("learning")
+        if not draw_learning(learned, part.labels, path, teacher):
+            section.blocks.append(Items([part.name("No student has validation statistics of two epochs")]))
+            continue
+        section.blocks.append(Picture(path, part.name("Validation CTC loss and CER of all methods"), part.where))
+        for what, (head, body) in (("epochs", rank_by_epoch(learned)), ("training time", rank_by_time(learned))):
+            if body:
+                section.blocks.append(Table(head, body, part.name(f"Who is ahead when, by {what}")))
+    return section
 
 
 def draw_costs(parts: Sequence[Part], pictures: Pictures) -> Section:
@@ -111,7 +150,7 @@ def draw_costs(parts: Sequence[Part], pictures: Pictures) -> Section:
         "Accuracy against size and speed",
         "Down is more accurate, left is smaller or faster: the lower left corner is the best. Bars are 95 % intervals; "
         "points of equal size are moved apart a little. "
-        "Speed is as decoding measured it; it can be compared within one machine.",
+        "Speed is as decoding measured it, a mean over models of one size; it can be compared within one machine.",
     )
     for part in parts:
         for key, what in AXES.items():
@@ -119,7 +158,7 @@ def draw_costs(parts: Sequence[Part], pictures: Pictures) -> Section:
             if draw_tradeoff(part.kinds, key, part.labels, path):
                 section.blocks.append(Picture(path, part.name(f"Error rates against {what}"), part.where))
             else:
-                section.blocks.append(Items([part.name(f"Nothing is known of {what}")]))
+                section.blocks.append(Items([part.name(f"No two models are known to differ in {what}")]))
     return section
 
 
@@ -127,15 +166,16 @@ def draw_training(parts: Sequence[Part], pictures: Pictures) -> Section:
     """Curves of every loss."""
     section = Section(
         "Training curves",
-        "Every loss by epoch; solid lines are validation, dashed ones training. Epochs count on over KD stages, dotted "
-        "lines part them: a loss that jumps there means something else in the next stage.",
+        "Every loss by epoch; solid lines are validation, dashed ones training. Dotted lines part KD stages: a loss of "
+        "training that jumps there means something else in the next KD stage. Validation counts with what the training "
+        "ends with, in every epoch.",
     )
     for part in parts:
         path = pictures.name("curves")
         if draw_curves(part.gathered.curves, part.labels, path):
             section.blocks.append(Picture(path, part.name("Training curves"), part.where))
         else:
-            section.blocks.append(Items([part.name("No training statistics")]))
+            section.blocks.append(Items([part.name("No training statistics of two epochs")]))
     return section
 
 
@@ -146,6 +186,7 @@ def show_worst(parts: Sequence[Part]) -> Section:
         "Those with the most errors of the distilled student that stands first in the table, then those that changed "
         "most against the plain student. What a model has too much is underlined, what it lacks is struck out.",
     )
+    audio = Audio()
     for part in parts:
         for testset in part.test_sets:
             where, notes = part.name(testset), []
@@ -153,7 +194,7 @@ def show_worst(parts: Sequence[Part]) -> Section:
             if chosen is None:
                 notes.append(f"{where}: no distilled student is scored")
             else:
-                found = collect_worst(part.gathered, chosen, notes)
+                found = collect_worst(part.gathered, chosen, notes, audio)
                 for what, examples in found.items():
                     title = f"{where}: {what} in {chosen.student['experiment']}"
                     section.blocks.append(Examples(examples, title))
@@ -176,20 +217,6 @@ def list_missing(parts: Sequence[Part]) -> Optional[Section]:
     return Section("Missing", "What this report lacks, and why.", [Items(notes)]) if notes else None
 
 
-def _verdict(kind: Kind) -> str:
-    """In a sentence whether a kind of student is better than the plain one."""
-    told = []
-    for unit in reversed(UNITS):
-        rate = kind.against.rates[unit]
-        says = "better" if rate.high < 0 else "worse" if rate.low > 0 else "no different beyond noise"
-        told.append(
-            f"{unit.upper()} {says}, {kind.rates[unit].value:.2f} "
-            f"({rate.value:+.2f} points [{rate.low:+.2f}, {rate.high:+.2f}])"
-        )
-    epochs = ", for other numbers of epochs" if kind.against.other_epochs else ""
-    return f"{kind.label}, {_or_dash(kind.rows[0]['testset'])}, against the plain student{epochs}: {'; '.join(told)}"
-
-
 def _compared(kind: Kind) -> List[str]:
     rows, against = kind.rows, kind.against
     params = rows[0]["params"]
@@ -197,59 +224,55 @@ def _compared(kind: Kind) -> List[str]:
     if isinstance(against, Difference):
         seeds = [r["seed"] for r in rows]
         only = "" if against.seeds == seeds else f" (seeds {' '.join(map(_or_dash, against.seeds))})"
-        differences = []
-        for unit in reversed(UNITS):
-            rate = against.rates[unit]
-            differences += [f"{rate.value:+.2f} [{rate.low:+.2f}, {rate.high:+.2f}]{only}", f"{rate.p:.3f}"]
+        cer, wer = (
+            f"{rate.value:+.2f} [{rate.low:+.2f}, {rate.high:+.2f}]{only}" for rate in map(against.rates.get, UNITS)
+        )
+        differences = [wer, f"{against.rates['wer'].p:.3f}", cer]
     else:
-        differences = [against or "–", "–", "–", "–"]
+        differences = [against or "–", "–", "–"]
+    size, took = kind.mean("model_bytes"), duration(kind.mean("train_seconds")) if kind.alone else "–"
+    disk = "" if size is None else f" ({size / 1e6:.2f} MB)"
     return [
         kind.label,
         _or_dash(rows[0]["testset"]),
         " ".join(_or_dash(r["seed"]) for r in rows),
-        "–" if params is None else f"{params:,}",
+        ("–" if params is None else f"{params:,}") + disk,
         "/".join(map(str, epochs)) or "–",
         *(_show(kind.rates[unit]) for unit in UNITS),
         *differences,
-    ]
-
-
-def _cost(kind: Kind) -> List[str]:
-    params, size, rtf = kind.rows[0]["params"], kind.mean("model_bytes"), kind.mean("rtf")
-    return [
-        kind.label,
-        _or_dash(kind.rows[0]["testset"]),
-        "–" if params is None else f"{params:,}",
-        "–" if size is None else f"{size / 1e6:.2f}",
-        "–" if rtf is None else f"{rtf:.4f}",
-        duration(kind.mean("train_seconds")),
-        "–" if kind.cost is None else f"{kind.cost:.2f} ×",
+        "/".join(f"{kind.split[k]:.1f}" for k in ("sub", "del", "ins")) if kind.split else "–",
+        "–" if kind.rtf is None else f"{kind.rtf:.4f}",
+        took if kind.cost is None else f"{took} ({kind.cost:.2f} ×)",
     ]
 
 
 def _stages(experiment: str, stages: Sequence[History], gathered: Gathered) -> List[List[str]]:
     """Lines for each KD stage of an experiment that has several: one, or one for each test set it is scored on."""
     rows = [row for row in gathered.rows if row["experiment"] == experiment]
-    numbers = rows[0]["kd_stages"]
-    if numbers is None or len(numbers) != len(stages):  # one has left no statistics
-        numbers = list(range(1, len(stages) + 1))
+    parts = [(part.number, part.epochs, part.history) for part in read_parts(gathered.paths[experiment])]
+    if not parts:  # each KD stage a training of its own
+        numbers = rows[0]["kd_stages"]
+        if numbers is None or len(numbers) != len(stages):  # one has left no statistics
+            numbers = list(range(1, len(stages) + 1))
+        parts = [(number, str(len(history)), history) for number, history in zip(numbers, stages)]
     lines = []
-    for number, history in zip(numbers, stages):
+    for number, epochs, history in parts:
         losses = [history[e].get("valid", {}).get("loss") for e in sorted(history)]
         losses = [f"{loss:.2f}" for loss in losses if loss is not None]
         change = f"{losses[0]} → {losses[-1]}" if losses else "–"
-        scored = rows if number == numbers[-1] else read_scores(gathered.paths[experiment] / f"kd_stage{number}")
+        scored = rows if number == parts[-1][0] else read_scores(gathered.paths[experiment] / f"kd_stage{number}")
         for row in scored or [dict.fromkeys(("testset", *UNITS))]:
             rates = ("–" if row[unit] is None else f"{row[unit]:.2f}" for unit in UNITS)
             lines.append(
-                [experiment, str(number), str(len(history)), duration(seconds(history)), change]
+                [experiment, str(number), epochs, duration(seconds(history)), change]
                 + [_or_dash(row["testset"]), *rates]
             )
-    return lines if len(stages) > 1 else []
+    return lines if len(parts) > 1 else []
 
 
-def _run(row: Row, label: str, rows: Sequence[Row]) -> List[str]:
-    plain = find_plain(row, rows) if row["role"] == "student" and row["wer"] is not None else ""
+def _run(row: Row, label: str, gathered: Gathered) -> List[str]:
+    plain = find_plain(row, gathered.rows) if row["role"] == "student" and row["wer"] is not None else ""
+    shared = ", cores shared" if row["experiment"] in gathered.spans and not gathered.ran_alone(row) else ""
     to_plain = ["–", "–"]
     if not isinstance(plain, str):
         to_plain = ["–" if None in (row[u], plain[u]) else f"{row[u] - plain[u]:+.2f}" for u in UNITS]
@@ -262,7 +285,7 @@ def _run(row: Row, label: str, rows: Sequence[Row]) -> List[str]:
         *to_plain,
         "–" if row["rtf"] is None else f"{row['rtf']:.4f}",
         _or_dash(row["epochs"]),
-        duration(row["train_seconds"]),
+        f"{duration(row['train_seconds'])}{shared}",
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Dict, List, Sequence
+from typing import Dict, List, Optional, Sequence
 
 from espnet_kd.report.compare import UNITS, Kind
 from espnet_kd.report.plotting import add_legend, look, picture, scale_log
@@ -15,15 +15,17 @@ AXES = {"params": "parameters", "rtf": "real-time factor (smaller is faster)"}
 def draw_tradeoff(kinds: Sequence[Kind], key: str, labels: Sequence[str], path: Path) -> Dict[str, List[str]]:
     """Draw CER and WER, with their intervals, over one of `AXES` (logarithmic); a row of panels for each test set.
 
-    The place of a kind's label in ``labels`` gives its colour. Points of equal x are moved apart a little.
+    The place of a kind's label in ``labels`` gives its colour. Points of equal x are moved apart a little. A test set
+    whose models are all of one size, or speed, has nothing to show, and is left out.
 
     Returns:
         {test set: labels drawn}; {} where there is nothing to draw, and then no file is written.
     """
     points: Dict[str, List[Kind]] = {}
     for kind in kinds:
-        if kind.mean(key):
+        if _place(kind, key):
             points.setdefault(kind.rows[0]["testset"], []).append(kind)
+    points = {testset: members for testset, members in points.items() if len({_place(k, key) for k in members}) > 1}
     if not points:
         return {}
     from matplotlib.lines import Line2D
@@ -33,7 +35,7 @@ def draw_tradeoff(kinds: Sequence[Kind], key: str, labels: Sequence[str], path: 
     with picture(path, height, len(points), len(UNITS)) as (figure, axes):
         for row, (testset, members) in zip(axes, points.items()):
             for axis, unit in zip(row, UNITS):
-                places = [kind.mean(key) for kind in members]
+                places = [_place(kind, key) for kind in members]
                 for i, (kind, x) in enumerate(zip(members, places)):
                     colour, marker = look(labels.index(kind.label))
                     x *= 1.07 ** (places[:i].count(x) - (places.count(x) - 1) / 2)
@@ -54,3 +56,7 @@ def draw_tradeoff(kinds: Sequence[Kind], key: str, labels: Sequence[str], path: 
             handles.append(Line2D([], [], color=colour, marker=marker, linestyle="", markersize=6, label=label))
         add_legend(figure, handles)
     return {testset: [kind.label for kind in members] for testset, members in points.items()}
+
+
+def _place(kind: Kind, key: str) -> Optional[float]:
+    return kind.rtf if key == "rtf" else kind.mean(key)

@@ -9,11 +9,12 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterator, List, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from espnet_kd.cli import UserError
-from espnet_kd.report.history import read_history, seconds
+from espnet_kd.report.history import read_progress, seconds
 from espnet_kd.report.sections import duration
+from espnet_kd.safe_yaml import parse_yaml
 
 REFRESH = 5.0  #: seconds
 #: A run that has written nothing for so many epochs' time is called silent.
@@ -22,7 +23,7 @@ SILENT = 2.0
 
 @dataclass
 class Status:
-    """One run: a teacher, a plain student, or a KD stage of a distilled one."""
+    """One run: a teacher, a plain student or a distilled one (once each of its KD stages was a run)."""
 
     name: str
     what: str
@@ -35,7 +36,8 @@ class Status:
     pace: float  #: seconds of an epoch; 0 while the first one runs
 
     def __str__(self) -> str:
-        parts = [f"{self.name}: {self.what}", f"epoch {self.epoch} of {self.epochs or '?'}"]
+        known = self.epoch or not self.finished  # of a finished one without checkpoint and log nobody knows
+        parts = [f"{self.name}: {self.what}", *([f"epoch {self.epoch} of {self.epochs or '?'}"] if known else [])]
         if self.loss is not None:
             parts.append(f"validation loss {self.loss:.3f}")
         if self.finished:
@@ -73,10 +75,12 @@ def watch(expdirs: Sequence[Path], once: bool = False) -> None:
 
 
 def find_runs(expdir: Path) -> Iterator[Tuple[Path, str]]:
-    """(directory, name) of every run: an experiment, its KD stages before it."""
+    """(directory, name) of every run: an experiment, and before it its KD stages where each was a run of its own."""
     experiments = [expdir] if (expdir / "config.yaml").is_file() else sorted(p for p in expdir.iterdir() if p.is_dir())
     for experiment in experiments:
-        stages = [p for p in experiment.glob("kd_stage*") if re.fullmatch(r"kd_stage\d+", p.name)]
+        stages = [p for p in experiment.glob("kd_stage*/") if re.fullmatch(r"kd_stage\d+", p.name)]
+        # One training of all KD stages leaves no more in these directories than the student that each ended with.
+        stages = [p for p in stages if (p / "kd_stage.json").is_file() or (p / "checkpoint.pth").is_file()]
         for run in (*sorted(stages, key=lambda p: int(p.name[len("kd_stage") :])), experiment):
             # Training writes config.yaml first; statistics have one, too, further down.
             if (run / "config.yaml").is_file():
@@ -87,21 +91,38 @@ def read_status(run: Path, name: str) -> Status:
     """What a run has left on disk so far; whatever is missing or half written counts as not there."""
     record = _read(run / "kd_stage.json")
     facts = _read(run / "experiment.json")
+    history = read_progress(run) or {}
+    epoch = max(history, default=0)
     what = (
-        f"{record['method']}, KD stage {record.get('kd_stage')}"
+        f"{record['method']}, KD stage {_kd_stage(record, epoch)}"
         if "method" in record
         else facts.get("role", "training")
     )
-    history = read_history(run) or {}
-    epoch = max(history, default=0)
     epochs = record.get("epochs") or _max_epoch(run / "config.yaml")
     valid = history[epoch].get("valid", {}) if history else {}
-    pace = seconds(history) / epoch if epoch else 0.0
+    pace = seconds(history) / len(history) if history else 0.0
     silent = time.time() - max(_written(run), default=run.stat().st_mtime)
     since = time.time() - (run / "checkpoint.pth").stat().st_mtime if (run / "checkpoint.pth").exists() else 0.0
-    finished = bool(record.get("finished") or facts or (epochs and epoch >= epochs))
+    left_alone = not history and _has_result(run) and not (run / "checkpoint.pth").exists()
+    finished = bool(record.get("finished") or facts or (epochs and epoch >= epochs) or left_alone)
     left = max(0.0, (epochs - epoch) * pace - since) if epochs and pace else None
     return Status(name, str(what), epoch, epochs, valid.get("loss"), left, silent, finished, pace)
+
+
+def _has_result(run: Path) -> bool:
+    """Whether there is what only a finished training leaves: an average of its epochs, or an exported model."""
+    return any(next(run.glob(pattern), None) for pattern in ("*.ave.pth", "*.ave_*best.pth", "model.pth"))
+
+
+def _kd_stage(record: Dict[str, Any], epoch: int) -> Any:
+    """The KD stage that training is in after ``epoch`` epochs: the one that the next epoch begins in."""
+    stages = record.get("stages")
+    if not isinstance(stages, list):
+        return record.get("kd_stage")  # each was a training of its own
+    try:
+        return next((s["kd_stage"] for s in stages if s["epochs"][1] > epoch), stages[-1]["kd_stage"])
+    except (KeyError, TypeError, IndexError):
+        return None
 
 
 def _written(run: Path) -> List[float]:
@@ -111,12 +132,11 @@ def _written(run: Path) -> List[float]:
 
 
 def _max_epoch(config: Path) -> Optional[int]:
-    from espnet_kd.targets.experiment import read_config
-
     try:
-        value = read_config(config).get("max_epoch")
-    except UserError:
+        content = parse_yaml(config.read_text(encoding="utf-8"), str(config))
+    except (OSError, UnicodeDecodeError, UserError):
         return None
+    value = content.get("max_epoch") if isinstance(content, dict) else None
     return value if isinstance(value, int) else None
 
 

@@ -8,7 +8,8 @@ from typing import Dict, List, Optional, Sequence, Tuple
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import read_map
-from espnet_kd.report.compare import Kind, count_table, find_plain
+from espnet_kd.report.audio import Audio
+from espnet_kd.report.compare import Kind, find_plain, read_counts
 from espnet_kd.report.labels import Row
 from espnet_kd.report.matching import Piece, mark
 from espnet_kd.report.results import Gathered, find_data
@@ -30,12 +31,13 @@ class Chosen:
 
 @dataclass
 class Example:
-    """One utterance: what each model made of the reference, by the model's label."""
+    """One utterance: what each model made of the reference, by the model's label; its audio as a data URI, if any."""
 
     utt_id: str
     why: str
     reference: str
     texts: List[Tuple[str, List[Piece]]]
+    audio: Optional[str] = None
 
 
 def choose_student(gathered: Gathered, kinds: Sequence[Kind], testset: str) -> Optional[Chosen]:
@@ -48,11 +50,16 @@ def choose_student(gathered: Gathered, kinds: Sequence[Kind], testset: str) -> O
     plain = find_plain(student, gathered.rows)
     teacher = next((k.rows[0] for k in mine if k.rows[0]["role"] == "teacher"), None)
     chosen = Chosen(student, kind.label, None if isinstance(plain, str) else plain, teacher)
-    counts = count_table(gathered, student, "wer") or {}
-    chosen.errors = {u: errors for u, (errors, _) in counts.items()}
-    before = (count_table(gathered, chosen.plain, "wer") if chosen.plain else None) or {}
-    chosen.change = {u: e - before[u][0] for u, e in chosen.errors.items() if u in before}
+    chosen.errors = _errors(gathered, student)
+    before = _errors(gathered, chosen.plain) if chosen.plain else {}
+    chosen.change = {u: e - before[u] for u, e in chosen.errors.items() if u in before}
     return chosen
+
+
+def _errors(gathered: Gathered, row: Row) -> Dict[str, int]:
+    """{utterance: words wrong}; {} where they cannot be read."""
+    counts = read_counts(gathered, row, "wer")
+    return dict(zip(counts.utt_ids, map(int, counts.errors))) if counts else {}
 
 
 def choose_examples(chosen: Chosen, num: int) -> List[Tuple[str, str]]:
@@ -70,15 +77,22 @@ def choose_examples(chosen: Chosen, num: int) -> List[Tuple[str, str]]:
     return list(picked.items())[:num]
 
 
-def collect_worst(gathered: Gathered, chosen: Chosen, notes: List[str]) -> Dict[str, List[Example]]:
-    """{what they have in common: examples with their texts}; what cannot be read is named in ``notes``."""
+def collect_worst(gathered: Gathered, chosen: Chosen, notes: List[str], audio: Audio) -> Dict[str, List[Example]]:
+    """{what they have in common: examples with their texts}; what cannot be read is named in ``notes``.
+
+    ``audio`` embeds that of the first ones.
+    """
     errors, change = chosen.errors, chosen.change
     worst = sorted((u for u in errors if errors[u]), key=lambda u: (-errors[u], u))
     better = sorted((u for u in change if change[u] < 0), key=lambda u: (change[u], u))
     worse = sorted((u for u in change if change[u] > 0), key=lambda u: (-change[u], u))
     if not worst:
         return {}
-    reference = _find_reference(gathered, chosen.student, notes)
+    place = find_data(gathered.decoding(chosen.student))
+    if place is None:
+        notes.append(f"{chosen.student['testset']}: its data dir is not there, and so no references")
+        return {}
+    reference = _read(place[0] / place[1] / "text", notes)
     if reference is None:
         return {}
     texts = {}
@@ -92,16 +106,8 @@ def collect_worst(gathered: Gathered, chosen: Chosen, notes: List[str]) -> Dict[
         for u in [u for u in ids if u in reference][:SHOWN]:
             said = [(name, mark(reference[u], text[u], unit)) for name, text in texts.items() if u in text]
             why = f"errors: {errors[u]}" + (f", against the plain student {change[u]:+d}" if u in change else "")
-            groups.setdefault(what, []).append(Example(u, why, reference[u], said))
+            groups.setdefault(what, []).append(Example(u, why, reference[u], said, audio.embed(*place, u)))
     return groups
-
-
-def _find_reference(gathered: Gathered, row: Row, notes: List[str]) -> Optional[Dict[str, str]]:
-    place = find_data(gathered.decoding(row))
-    if place is None:
-        notes.append(f"{row['testset']}: its data dir is not there, and so no references")
-        return None
-    return _read(place[0] / place[1] / "text", notes)
 
 
 def _read(path: Path, notes: List[str]) -> Optional[Dict[str, str]]:

@@ -42,7 +42,8 @@ def test_stages_and_commands(cluster):
     modules = [words[words.index("-m") + 1].rpartition(".")[2] for words in said if "-m" in words]
     data = ["asr_kd_data"] * 6
     end = ["asr_kd_export", "asr_kd_inference", "asr_kd_score", "asr_kd_report"]
-    assert modules == [*data, "asr_kd_train", "aggregate_stats_dirs", *["launch"] * 5, *end]
+    stats = ["asr_kd_train", "aggregate_stats_dirs", *["asr_kd_data"] * 2]
+    assert modules == [*data, *stats, *["launch"] * 3, *end]
     assert said[0] == ["env", "nj=2", "python=python3", "local/data.sh"]
     assert said[-3][3:] == [
         *("--expdir", "exp/teacher", "exp/student_plain", "exp/student_progressive_fkl/export"),
@@ -53,7 +54,7 @@ def test_stages_and_commands(cluster):
 def test_training_goes_through_the_launcher_with_options_that_espnet_takes(cluster, monkeypatch):
     text, recipe, scale, own = cluster
     launches = [words for words in commands(text) if "espnet2.bin.launch" in words]
-    dirs = ["exp/teacher", "exp/student_plain", *["exp/student_progressive_fkl"] * 3]
+    dirs = ["exp/teacher", "exp/student_plain", "exp/student_progressive_fkl"]
     monkeypatch.chdir(recipe.dir)
     parser = get_parser()
     for words, directory in zip(launches, dirs):
@@ -67,7 +68,7 @@ def test_training_goes_through_the_launcher_with_options_that_espnet_takes(clust
         # The scale is that of teacher and students alike; what is given to one of them comes after it.
         assert (args.use_amp, args.batch_bins, args.accum_grad) == (True, 8000000, 2)
         assert (args.max_epoch == 7) == (directory != "exp/teacher")
-    assert [parser.parse_args(w[w.index("--") + 4 :]).kd_stage for w in launches] == [None, None, 1, 2, 3]
+    assert [parser.parse_args(w[w.index("--") + 4 :]).kd_stage for w in launches] == [None, None, 3]
 
 
 def test_one_machine_and_an_espnet_recipe(egs2):
@@ -122,6 +123,11 @@ def test_the_corpus_is_where_the_caller_says(egs2, tmp_path, name, options, give
     )
 
 
+NEVER_EMPTY = ["expdir", "dumpdir", "train_set", "valid_set", "method", "teacher_config", "student_config"]
+NEVER_EMPTY += ["token_type", "feats_normalize", "min_seconds", "max_seconds", "python"]
+NAMES = ["tag", "train_set", "valid_set", "test_sets"]
+
+
 @pytest.mark.parametrize(
     "name, options, message",
     [
@@ -131,7 +137,7 @@ def test_the_corpus_is_where_the_caller_says(egs2, tmp_path, name, options, give
         ("librispeech", ["--split_by_speaker"], "option --split_by_speaker needs a value"),
         ("mini", ["--an4", "x"], "unknown option --an4"),
         ("an4", ["--corpus_dirs", "x"], "unknown option --corpus_dirs"),
-        ("librispeech", ["--valid_set", "test_clean"], "--valid_set test_clean is one of --test_sets"),
+        ("mini", ["--valid_set", "train"], "--valid_set train is the --train_set"),
         ("mini", ["--train_set", "test"], "--train_set test is one of --test_sets"),
         ("mini", ["--expdir", "my exp"], "--expdir must be without blanks, not 'my exp'"),
         ("mini", ["--dumpdir", "my dump"], "--dumpdir must be without blanks"),
@@ -139,6 +145,15 @@ def test_the_corpus_is_where_the_caller_says(egs2, tmp_path, name, options, give
         ("mini", ["--stage", "14"], "--stage 14 lies after --stop_stage 13"),
         ("mini", ["--nj", "0"], "--nj must be a whole number above 0, not '0'"),
         ("mini", ["--ngpu", "08"], "--ngpu must be a whole number, not '08'"),
+        *(("mini", [f"--{name}", ""], f"--{name} is empty") for name in NEVER_EMPTY),
+        ("mini", ["--dumpdir", " "], "--dumpdir is empty"),
+        *(("mini", [f"--{name}", value], f"--{name} must be a name, not '{value}'")
+          for name in NAMES for value in ("../../evil", "..", ".x", "-x")[: 4 if name == "train_set" else 1]),
+        ("mini", ["--test_sets", "test ../x"], "--test_sets must be a name, not '../x'"),
+        ("mini", ["--token_type", "phn"], "--token_type must be char, word or bpe, not 'phn'"),
+        ("mini", ["--feats_normalize", "x"], "--feats_normalize must be global_mvn, utterance_mvn or none"),
+        ("mini", ["--nlsyms", "gone.txt"], "--nlsyms: there is no file gone.txt"),
+        ("mini", ["--nlsyms", "run.sh", "--teacher", "exp/x"], "--nlsyms: the symbols that stay whole are those of"),
         ("mini", ["--seed", "00"], "--seed must be a whole number, not '00'"),
     ],
 )
@@ -164,6 +179,64 @@ def test_a_given_teacher_is_decoded_where_the_results_lie(egs2, given, decoded):
     said = commands(Recipe(egs2, "mini").run("--stage", "12", "--teacher", f"exp/{given}", "--dry_run").stdout)
     words = said[0][said[0].index("--expdir") + 1 :]
     assert words[0] == f"exp/teacher_given/{decoded}"
+
+
+def words_after(option: str, said: list, verb: str) -> list:
+    """What follows an option in each command of asr_kd_data with this verb."""
+    found = [words for words in said if verb in words]
+    return [words[words.index(option) + 1] for words in found]
+
+
+@pytest.mark.parametrize("test_sets", ["valid test", "test valid", "valid"])
+def test_the_validation_set_as_a_test_set(egs2, test_sets):
+    """It is formatted a second time, with all its utterances, and decoded from there."""
+    said = commands(Recipe(egs2, "mini").run("--test_sets", test_sets, "--dry_run").stdout)
+    formats = [words for words in said if "format" in words]
+    whole = [words for words in formats if "dump/raw/whole/valid" in words]
+    assert len(whole) == 1 and "--drop_out_of_range" not in whole[0] and "data/valid" in whole[0]
+    assert len(formats) == 3 + ("test" in test_sets)
+    places = {"valid": "dump/raw/whole/valid", "test": "dump/raw/test"}
+    for verb in ("inference", "score"):
+        words = next(words for words in said if f"espnet_kd.bin.asr_kd_{verb}" in words)
+        at = words.index("--data_dir") + 1
+        assert words[at : at + len(test_sets.split())] == [places[name] for name in test_sets.split()]
+    given = ["--espnet_data", "/e", "--test_sets", test_sets, "--stop_stage", "1", "--dry_run"]
+    (taken,) = commands(Recipe(egs2, "mini").run(*given).stdout)
+    assert sorted(taken[taken.index("--sets") + 1 :]) == sorted({"train", "valid", *test_sets.split()})
+
+
+def test_a_token_list_belongs_to_what_it_was_made_of(egs2):
+    """Another training set, or another formatting, gets its own: that of finished experiments is not written again."""
+    recipe, places = Recipe(egs2, "an4"), []
+    own = ("", "--train_set tr", "--dumpdir d2", "--dumpdir d2 --train_set tr", "--token_type bpe")
+    for options in (*own, "--teacher exp/t", "--teacher exp/t --dumpdir d2"):
+        done = recipe.run(*options.split(), "--stage", "3", "--stop_stage", "6", "--dry_run")
+        said = commands(done.stdout)
+        (place,) = words_after("--out", said, "tokens")
+        assert set(words_after("--token_list", said, "--token_list")) == {f"{place}/tokens.txt"}
+        places.append(place)
+    assert places[0] == "data/token_list/char" and len(set(places)) == len(places)
+
+
+@pytest.mark.parametrize("escaped", [False, True])
+def test_paths_with_blanks(egs2, tmp_path, escaped):
+    """One that exists is taken as it is; among several, a backslash stands before a blank."""
+    places = {}
+    for name in ("my exp", "my data"):
+        path = tmp_path / name
+        path.mkdir(exist_ok=True)
+        places[name] = str(path).replace(" ", r"\ ") + f" {tmp_path}" if escaped else str(path)
+    options = ["--teacher", places["my exp"], "--untranscribed", places["my data"], "--method", "kl"]
+    done = Recipe(egs2, "mini").run(*options, "--stop_stage", "8", "--dry_run")
+    said = commands(done.stdout)
+    assert words_after("--teacher", said, "tokens") == [f"{tmp_path}/my exp"]
+    train = next(words for words in said if "--kd_config" in words and "--teacher" in words)
+    at = train.index("--teacher")
+    assert train[at + 1 : at + 2 + escaped] == [f"{tmp_path}/my exp", *[str(tmp_path)] * escaped]
+    sources = next(words[words.index("--src") + 1 :] for words in said if f"{tmp_path}/my data" in words)
+    assert sources[: 1 + escaped] == [f"{tmp_path}/my data", *[str(tmp_path)] * escaped]
+    others = [word for words in said for word in words if str(tmp_path) not in word]
+    assert not [word for word in others if " " in word and "=" not in word]
 
 
 def test_without_test_sets_nothing_can_be_decoded(egs2):
@@ -227,11 +300,11 @@ def test_a_machine_without_espnet_is_told_what_to_do(egs2, tmp_path):
 def prepared(egs2):
     """The embedded recipe as if its stages 1 to 4 were done."""
     recipe = Recipe(egs2, "mini")
-    for name in ("dump/raw/train/wav.scp", "dump/raw/train/text", "dump/raw/valid/text", "exp/stats_train_char/.done"):
+    for name in ("dump/raw/train/wav.scp", "dump/raw/train/text", "dump/raw/valid/text", "exp/stats_train_word/.done"):
         path = recipe.dir / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("x y\n")
-    tokens = recipe.dir / "data/token_list/char/tokens.txt"
+    tokens = recipe.dir / "data/token_list/word/tokens.txt"
     tokens.parent.mkdir(parents=True)
     tokens.write_text("x\n")
     return recipe

@@ -40,7 +40,9 @@ def test_one_table_compares_methods(egs2):
     assert all(r["wer"] is not None and r["epochs"] == 1 for r in rows)
     assert len({r["params"] for r in rows if r["role"] != "teacher"}) == 1
     table = (exp / "RESULTS.md").read_text().split("## Comparison of methods")[1].split("##")[0]
-    assert table in done.stdout
+    *lines, where = [line for line in done.stdout.splitlines() if line]  # a verdict for each, then the report
+    assert where == f"The whole report: {exp.resolve() / 'report.html'}"
+    assert {line.split(":")[0] for line in lines[-2:]} == {"kl", "cr_ctc"}
     for method in ("kl", "cr_ctc"):
         cells = next(line.split("|") for line in table.splitlines() if line.startswith(f"|{method}|"))
         assert cells[3] == "1" and cells[8][0] in "+-" and 0 < float(cells[9]) <= 1
@@ -109,19 +111,21 @@ def test_every_method_runs_for_every_seed_beside_a_plain_student_like_it(egs2, s
     said = [c.removeprefix("--nj 3 ") for c in calls(stub)]
     own, without = "--student_config conf/train_student_", "--train_set train_without_text"
     assert said[0] == "--stage 1 --stop_stage 4"
-    first = {"--stage 5 --stop_stage 5", f"--stage 4 --stop_stage 4 {without}"}
-    second = set()
+    expected = {"--stage 5 --stop_stage 5", f"--stage 4 --stop_stage 4 {without}"}
+    expected |= {"--stage 7 --stop_stage 7 --method sequence_kd"}
     for seed in ("0", "1"):
         plain, kd = f"--stage 6 --stop_stage 6 --seed {seed}", "--stage 8 --stop_stage 11 --method"
         tag = "layer_pruning" + ("" if seed == "0" else "_seed1")
-        first |= {plain, f"{plain} {own}layer_pruning.yaml --tag {tag}"}
-        first |= {f"{kd} self_kd --seed {seed} {own}self_kd.yaml"}
-        second |= {f"{kd} {m} --seed {seed}" for m in ("kl", "sequence_kd")}
-        second |= {f"{kd} layer_pruning --seed {seed} {own}layer_pruning.yaml"}
-        second |= {f"{kd} label_free --seed {seed} {without}"}
-    assert set(said[1:9]) == first
-    assert said[9] == "--stage 7 --stop_stage 7 --method sequence_kd"
-    assert set(said[10:18]) == second and len(said) == 19
+        expected |= {plain, f"{plain} {own}layer_pruning.yaml --tag {tag}"}
+        expected |= {f"{kd} self_kd --seed {seed} {own}self_kd.yaml"}
+        expected |= {f"{kd} {m} --seed {seed}" for m in ("kl", "sequence_kd")}
+        expected |= {f"{kd} layer_pruning --seed {seed} {own}layer_pruning.yaml"}
+        expected |= {f"{kd} label_free --seed {seed} {without}"}
+    assert set(said[1:-1]) == expected and len(said) == len(expected) + 2
+    order = [said.index(f"--stage {k} --stop_stage {k}") for k in (5,)]
+    order += [said.index("--stage 7 --stop_stage 7 --method sequence_kd")]
+    order += [said.index(f"--stage 8 --stop_stage 11 --method sequence_kd --seed {seed}") for seed in (0, 1)]
+    assert order == sorted(order)
     # The data without labels: all but text, and the audio once.
     assert {p.name for p in (stub / "dump/raw/train_without_text").iterdir()} == {"wav.scp", "utt2spk"}
     # In the end everything at once, beside the teacher.
@@ -159,7 +163,7 @@ def test_failed_runs_are_named_and_the_others_go_on(egs2, stub):
     (stub / "broken").write_text("--method kl --seed 0\n--stage 6 --stop_stage 6 --seed 1\n")
     done = run_all(egs2, "--recipe", "stub", "--methods", "kl cr_ctc", "--seeds", "0 1")
     assert done.returncode == 1
-    assert "error: failed: plain, seed 1; kl, seed 0; logs in" in done.stdout
+    assert "error: failed: kl, seed 0; plain, seed 1; logs in" in done.stdout
     assert "it is broken" in done.stdout and "7 of 7: " in done.stdout
     expected = ["exp/student_plain", "exp/student_cr_ctc/export"]
     assert sorted(decoded(stub)) == sorted(
@@ -191,8 +195,48 @@ def test_a_given_teacher_is_decoded_beside_the_students(egs2, stub):
 def test_a_gpu_is_for_one_training(egs2, stub):
     done = run_all(egs2, "--recipe", "stub", "--ngpu", "1")
     assert done.returncode == 0, done.stdout
-    assert [c.split()[1] for c in calls(stub)] == ["1", "5", "6", "7"]
+    assert [c.split("--stage ")[1].split()[0] for c in calls(stub)] == ["1", "5", "6", "7"]
     assert not (stub / "beside_the_teacher").exists()
+
+
+def test_runs_may_share_a_gpu_where_that_is_asked_for(egs2, stub):
+    (stub / "seconds").write_text("3")
+    options = ["--methods", "cr_ctc", "--seeds", "0 1", "--ngpu", "1", "--jobs", "2"]
+    done = run_all(egs2, "--recipe", "stub", *options)
+    assert done.returncode == 0, done.stdout
+    assert (stub / "beside_the_teacher").exists()
+
+
+def test_a_distilled_student_starts_as_soon_as_its_teacher_is_there(egs2, stub):
+    """Plain students fill the other place while the teacher trains; they are not waited for."""
+    (stub / "seconds").write_text("2")  # a plain student takes four times as long as the teacher
+    done = run_all(egs2, "--recipe", "stub", "--methods", "kl", "--seeds", "0 1 2", "--jobs", "2")
+    assert done.returncode == 0, done.stdout
+    said = [c for c in calls(stub) if "--stage 6" in c or "--stage 8" in c]
+    assert ["--stage 8" in c for c in said] == [False, True, False, True, False, True]
+
+
+def test_the_console_is_short_and_names_the_logs(egs2, stub):
+    (stub / "broken").write_text("--method kl\n")
+    done = run_all(egs2, "--recipe", "stub", "--methods", "cr_ctc kl")
+    logs = stub / "exp/run_all"
+    assert f"logs in {logs}" in done.stdout
+    assert f"kl, seed 0 FAILED; the end of {logs / 'kl_seed_0.log'}:" in done.stdout
+    assert (logs / "kl_seed_0.log").read_text() == "it is broken\n"
+    # What is to do, data, the number of runs, four runs and the end of a log, decoding, the error.
+    assert done.stdout.split("methods: cr_ctc kl; seeds: 0")[1].count("\n") == 10
+    (stub / "broken").write_text("--stage 5\n")
+    done = run_all(egs2, "--recipe", "stub")
+    assert done.returncode == 1 and "of 4: teacher FAILED; the end of" in done.stdout
+    assert "--stage 7" not in (stub / "calls").read_text().splitlines()[-1]
+
+
+def test_the_verdict_of_the_report_comes_last(egs2, stub):
+    (stub / "exp/report").mkdir(parents=True)
+    (stub / "exp/report/verdict.txt").write_text("kl: fewer errors\n\nThe whole report: there\n")
+    for options in ([], ["--methods", "cr_ctc"]):
+        done = run_all(egs2, "--recipe", "stub", *options)
+        assert done.returncode == 0 and done.stdout.endswith("\n\nkl: fewer errors\n\nThe whole report: there\n")
 
 
 def test_all_is_every_page_that_the_recipe_has_a_student_for(egs2, stub):

@@ -17,7 +17,7 @@ def recipe(egs2):
     """Data as stages 1 to 4 leave them, and a Python that sleeps, as does a child of its own."""
     recipe = Recipe(egs2, "mini")
     files = {f"dump/raw/{s}/{f}": "u1 x\nu2 x\n" for s in ("train", "valid", "test") for f in ("wav.scp", "text")}
-    files |= {"data/train/wav.scp": "u1 x\n", "data/token_list/char/tokens.txt": "x\n"}
+    files |= {"data/train/wav.scp": "u1 x\n", "data/token_list/word/tokens.txt": "x\n"}
     for name, content in {**files, "fake_python": f"#!/usr/bin/env bash\nsleep {SECONDS} &\nsleep {SECONDS}\n"}.items():
         path = recipe.dir / name
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -46,8 +46,8 @@ def sleepers(directory: Path) -> list:
 @pytest.mark.parametrize("how, code", [("Ctrl-C", 130), ("kill", 143)])
 def test_nothing_is_left_behind(recipe, stage, asleep, how, code):
     if stage == 6:
-        (recipe.dir / "exp/stats_train_char").mkdir(parents=True, exist_ok=True)
-        (recipe.dir / "exp/stats_train_char/.done").touch()
+        (recipe.dir / "exp/stats_train_word").mkdir(parents=True, exist_ok=True)
+        (recipe.dir / "exp/stats_train_word/.done").touch()
     command = recipe.command("--stage", str(stage), "--stop_stage", str(stage), "--python", "./fake_python")
     run = subprocess.Popen(
         [*command, "--expdir", "exp" if stage == 6 else f"exp_{how}"], cwd=recipe.dir, env=recipe.env,

@@ -2,14 +2,15 @@
 
 import json
 import math
+import os
 from datetime import timedelta
 
 import numpy as np
 import pytest
 import torch
-from tiny_results import train
+from tiny_results import record, train
 
-from espnet_kd.report.history import read_history, read_stages, seconds
+from espnet_kd.report.history import read_history, read_parts, read_stages, seconds
 
 
 def test_log_stands_in_for_a_missing_or_damaged_checkpoint(tmp_path):
@@ -71,3 +72,45 @@ def test_the_last_stage_is_not_given_the_log_of_another(tmp_path):
         (tmp_path / f"kd_stage{k}/kd_stage.json").write_text(json.dumps({"kd_stage": k}))
     (tmp_path / "kd_stage.json").write_text(json.dumps({"kd_stage": 3}))
     assert [max(h) for h in read_stages(tmp_path)] == [5, 6]
+
+
+def test_the_parts_of_one_training(tmp_path):
+    """A KD stage may begin within an epoch; what a KD stage ended with is no training of its own."""
+    assert read_parts(tmp_path) == []
+    train(tmp_path, 5, ["loss"])
+    assert read_parts(tmp_path) == []
+    record(tmp_path, (1, 1), (1, 2), (3, 9))
+    (tmp_path / "kd_stage1").mkdir()
+    (tmp_path / "kd_stage1/config.yaml").write_text("{}")
+    parts = read_parts(tmp_path)
+    assert [(p.number, p.epochs, sorted(p.history)) for p in parts] == [
+        (1, "1", [1]),
+        (2, "1–2", [1, 2]),
+        (3, "3–5", [3, 4, 5]),
+    ]
+    assert [sorted(h) for h in read_stages(tmp_path)] == [[1, 2, 3, 4, 5]]
+    record(tmp_path, (1, 5), (6, 9))  # the second has not begun
+    assert [p.number for p in read_parts(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize(
+    "content", ["[", "[]", "{}", '{"stages": 3}', '{"stages": [{}]}', '{"stages": [{"kd_stage": 1, "epochs": [1]}]}']
+)
+def test_a_record_that_says_nothing_of_parts(tmp_path, content):
+    train(tmp_path, 2, ["loss"])
+    (tmp_path / "kd_stage.json").write_text(content)
+    assert read_parts(tmp_path) == []
+
+
+def test_logs_of_all_kd_stages_are_of_one_training(tmp_path):
+    """An epoch that was trained again after a kill counts as it was trained last."""
+    record(tmp_path, (1, 1), (1, 2), (3, 4), finished=False)
+    lines = {1: ["1epoch results: [train] loss=1.0"], 2: ["2epoch results: [train] loss=9.0"],
+             3: ["2epoch results: [train] loss=2.0", "3epoch results: [train] loss=9.0",
+                 "3epoch results: [train] loss=3.0"]}  # fmt: skip
+    for k, content in lines.items():
+        path = tmp_path / f"train.kd_stage{k}.log"
+        path.write_text("".join(f"[host] {line}\n" for line in content))
+        os.utime(path, (k, k))
+    history = read_history(tmp_path)
+    assert {epoch: phases["train"]["loss"] for epoch, phases in history.items()} == {1: 1.0, 2: 2.0, 3: 3.0}

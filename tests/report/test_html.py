@@ -1,5 +1,6 @@
 """report.html: whole by itself, every picture with something in it, foreign texts shown as they are."""
 
+import base64
 import re
 import shutil
 
@@ -7,6 +8,7 @@ import pytest
 from tiny_results import experiment, report, texts, train
 from webpage import Page, check_in_browser, check_static, needs_browser
 
+from espnet_kd.report.audio import Audio
 from espnet_kd.report.matching import mark
 
 EVIL = '<script src="//evil.example/x.js"></script>'
@@ -36,12 +38,17 @@ def test_page_is_whole_and_shows_everything(exp):
     assert (exp / "report/my_thesis.png").exists()
     source = (exp / "report.html").read_text()
     page = check_static(source)
-    titles = ["Comparison of methods", "Accuracy against size and speed", "Training curves", "Worst utterances"]
+    titles = ["Verdict", "Comparison of methods", "Learning curves", "Accuracy against size and speed"]
+    titles += ["Training curves", "Worst utterances"]
     assert re.findall("<h2>(.*?)</h2>", source) == [*titles, "Environments"]
     assert re.findall("^## (.*)", markdown, re.MULTILINE) == [*titles, "Environments"]
-    assert len(page.all("img")) == 3 == markdown.count("](report/")
-    assert len(page.all("table")) == 3  # comparison, costs, runs
-    assert "@media print" in source and "text-decoration: line-through" in source
+    assert len(page.all("img")) == 2 == markdown.count("](report/")  # all are of one size: no picture of that
+    assert len(page.all("table")) == 2  # comparison, and runs, which are folded
+    assert len(page.all("details")) == 1 and "<details><summary>3 lines</summary>" in markdown
+    assert re.findall("<h1>(.*?)</h1>", source) == re.findall("<title>(.*?)</title>", source)
+    assert re.findall("^# Knowledge distillation: .*/exp$", markdown, re.MULTILINE)
+    for words in ("@media print", "text-decoration: line-through", "prefers-color-scheme: dark", "max-width: 640px"):
+        assert words in source
 
 
 def test_foreign_texts_are_shown_as_they_are(exp):
@@ -93,6 +100,29 @@ def test_missing_texts_and_references_are_said(exp):
 )
 def test_mark(reference, hypothesis, unit, pieces):
     assert mark(reference, hypothesis, unit) == pieces
+
+
+def test_audio_of_small_files_is_in_the_page_once(exp):
+    data = exp.parent / "dump/raw/test"
+    contents = {"u0.flac": b"fLaC" + b"0" * 40, "u1.wav": b"RIFF" + b"1" * 40, "u2.wav": b"secret"}
+    for name, content in contents.items():
+        (data / name).write_bytes(content)
+    (data / "wav.scp").write_text("".join(f"{name[:2]} dump/raw/test/{name}\n" for name in contents))
+    report(exp)
+    shown = check_static((exp / "report.html").read_text()).all("audio")
+    assert [base64.b64decode(a["src"].split(",")[1]) for a in shown] == [contents["u0.flac"], contents["u1.wav"]]
+    assert [a["src"].split(";")[0] for a in shown] == ["data:audio/flac", "data:audio/wav"]
+
+
+def test_audio_that_is_large_or_a_part_of_a_recording_is_left_out(tmp_path):
+    for name in "abcd":
+        (tmp_path / f"{name}.wav").write_bytes(b"RIFF" + b"0" * (90_000 if name != "d" else 200_000))
+    lines = "".join(f"{name} {tmp_path / name}.wav\n" for name in "abcd")
+    (tmp_path / "wav.scp").write_text(f"{lines}e cat {tmp_path / 'a.wav'} |\nf {tmp_path / 'nowhere.wav'}\n")
+    audio = Audio(200_000)
+    assert [bool(audio.embed(tmp_path, ".", u)) for u in "abcdefga"] == [True, True, *[False] * 6]
+    (tmp_path / "segments").write_text("a a 0 1\n")
+    assert Audio().embed(tmp_path, ".", "a") is None
 
 
 @needs_browser

@@ -2,11 +2,13 @@
 
 import json
 import os
+import subprocess
+import sys
 import time
 
 import pytest
 import yaml
-from tiny_results import describe, train
+from tiny_results import describe, record, train
 
 from espnet_kd.bin import asr_kd_report
 from espnet_kd.cli import UserError
@@ -59,6 +61,29 @@ def test_lines(exp, capsys):
     assert once(exp / "plain", capsys)[0].startswith("plain: training, epoch 4 of 10")
 
 
+def test_one_training_of_several_kd_stages(tmp_path, capsys):
+    """One line, with the KD stage that it is in; the directories of what KD stages ended with are no runs."""
+    student = tmp_path / "exp/student"
+    begin(student, 25)
+    (student / "kd_stage1").mkdir()
+    (student / "kd_stage1/config.yaml").write_text("max_epoch: 25")
+    found = {}
+    for done in (0, 1, 2, 5, 25):
+        record(student, (1, 2), (2, 5), (6, 25), finished=done == 25)
+        if done:
+            train(student, done, ["loss"])
+        (line,) = once(tmp_path / "exp", capsys)
+        found[done] = line.split(", validation")[0]
+    assert found == {
+        0: "student: progressive_fkl, KD stage 1, epoch 0 of 25, first epoch",
+        1: "student: progressive_fkl, KD stage 1, epoch 1 of 25",
+        2: "student: progressive_fkl, KD stage 2, epoch 2 of 25",
+        5: "student: progressive_fkl, KD stage 3, epoch 5 of 25",
+        25: "student: progressive_fkl, KD stage 3, epoch 25 of 25",
+    }
+    assert line.endswith("finished")
+
+
 def test_a_run_that_writes_nothing_is_called_silent(exp, capsys):
     age(exp / "plain", 600)
     assert "nothing written for 10 min 00 s: has it stopped?" in once(exp, capsys)[0]
@@ -70,6 +95,17 @@ def test_half_written_files_are_as_if_not_there(exp, capsys):
     (exp / "student/kd_stage1/kd_stage.json").write_text("[")
     lines = once(exp, capsys)
     assert lines[0].startswith("plain: training, epoch 4 of ?")  # from the log
+
+
+@pytest.mark.parametrize("model", ["valid.loss.ave.pth", "valid.acc.ave_10best.pth", "model.pth"])
+def test_a_finished_experiment_without_checkpoint_and_log_is_finished(tmp_path, capsys, model):
+    """As one that was downloaded, or whose checkpoint was removed to save room."""
+    begin(tmp_path / "teacher", 30)
+    assert once(tmp_path, capsys) == ["teacher: training, epoch 0 of 30, first epoch"]
+    (tmp_path / "teacher" / model).touch()
+    assert once(tmp_path, capsys) == ["teacher: training, finished"]
+    (tmp_path / "teacher/checkpoint.pth").touch()  # it goes on
+    assert "finished" not in once(tmp_path, capsys)[0]
 
 
 def test_it_refreshes_until_interrupted(exp, capsys, monkeypatch):
@@ -90,3 +126,16 @@ def test_nothing_to_watch(tmp_path):
         asr_kd_report.main(["--watch", str(tmp_path), "--once"])
     with pytest.raises(UserError, match="not a directory"):
         asr_kd_report.main(["--watch", str(tmp_path / "x")])
+
+
+def test_a_run_with_a_log_is_watched_without_torch(tmp_path):
+    begin(tmp_path / "exp" / "run", 4)
+    lines = [f"{n}epoch results: [train] loss=2.0, time=3 seconds, [valid] loss={5 - n}.0" for n in (1, 2)]
+    (tmp_path / "exp" / "run" / "train.log").write_text("\n".join(lines) + "\n")
+    (tmp_path / "exp" / "run" / "checkpoint.pth").write_bytes(b"as torch writes it")
+    script = (
+        "import sys; from espnet_kd.bin import asr_kd_report; "
+        f"asr_kd_report.main(['--watch', '--once', {str(tmp_path / 'exp')!r}]); print('torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)
+    assert "epoch 2 of 4, validation loss 3.000" in done.stdout and done.stdout.endswith("False\n"), done

@@ -26,6 +26,14 @@ def train(run_dir, epochs, names, log_only=False):
         torch.save({"model": {"w": torch.zeros(9)}, "reporter": reporter.state_dict()}, run_dir / "checkpoint.pth")
 
 
+def record(expdir, *epochs, finished=True, method="progressive_fkl", **more):
+    """The record of a distillation, one training with KD stages in these epochs."""
+    expdir.mkdir(parents=True, exist_ok=True)
+    stages = [{"kd_stage": k, "name": f"s{k}", "epochs": list(e)} for k, e in enumerate(epochs, 1)]
+    facts = {"method": method, "epochs": epochs[-1][1], "stages": stages, "finished": finished, **more}
+    (expdir / "kd_stage.json").write_text(json.dumps(facts))
+
+
 def describe(expdir, role, method=None, kd_stages=None, seed=0):
     expdir.mkdir(parents=True, exist_ok=True)
     facts = {"role": role, "method": method, "kd_stages": kd_stages, "seed": seed}

@@ -6,7 +6,7 @@ set -euo pipefail
 stage=1              # first stage to run
 stop_stage=13        # last stage to run
 method=progressive_fkl # method page: a name in conf/methods, or a path
-kd_stages=           # use only these KD stages of the page, e.g. "1 3" (the last one gets the others' epochs)
+kd_stages=           # use only these KD stages of the page, e.g. "1 3" (the last one gets the others' share)
 teacher=             # existing experiments EXP[/FILE.pth] or packed .zip, several in quotes; tokens and N-best are the first one's
 target_cache=false   # true: stage 7 keeps what the teacher says on disk, and the KD stages run without it
 cache_args=          # further options of asr_kd_cache, e.g. "--top_k 32"
@@ -23,13 +23,14 @@ nj=2                 # jobs side by side in data preparation, statistics and dec
 seed=0               # of training
 train_set=train      # names of data dirs
 valid_set=valid
-test_sets='test'      # several in quotes
+test_sets='test'      # several in quotes; the validation set may be one, e.g. "valid test"
 untranscribed=       # more audio for the KD stages: data dirs, several in quotes; a text in them is not read
 local_data_opts=     # options of local/data.sh
 espnet_data=         # an ESPnet recipe's directory: stage 1 takes train_set, valid_set, test_sets from its dump/raw
 fs=16000             # sampling rate, Hz
-token_type=char      # char | bpe
+token_type=char      # char | word | bpe
 nbpe=500             # length of the token list, with bpe
+nlsyms=              # file of symbols that stay whole, one a line, such as [NOISE]; a given teacher's are its own
 speed_perturb_factors= # e.g. "0.9 1.0 1.1"
 min_seconds=0.1      # training utterances outside these limits are left out, and counted
 max_seconds=30
@@ -64,7 +65,8 @@ trap 'stopped 143' TERM
 raw=${dumpdir}/raw
 kd_set=${train_set}${untranscribed:+_and_untranscribed} # what the KD stages train on
 
-read -r -a teachers <<<"${teacher}"
+paths "${teacher}"
+teachers=("${list[@]}")
 own_teacher=${expdir}/teacher
 if [ ${#teachers[@]} -gt 0 ]; then
     teacher_name=$(name_of_teacher "${teachers[0]%/*.pth}")
@@ -73,23 +75,35 @@ else
 fi
 tokens_name=${token_type}
 [ "${token_type}" != bpe ] || tokens_name=bpe_unigram${nbpe}
+# A token list belongs to what it was made of: another training set, or another formatting of it, gets a list of its own.
+token_lists=$([ "${dumpdir}" = dump ] && echo data || echo "${dumpdir}")/token_list
+token_dir=${token_lists}/${tokens_name}$([ "${train_set}" = train ] || echo "_${train_set}")
 # Without stage 3 a given teacher may as well have been trained with the recipe's tokens; training compares the lists.
-if [ -n "${teacher}" ] && { running 3 || [ -e "data/token_list/teacher_${teacher_name}/tokens.txt" ]; }; then
+if [ -n "${teacher}" ] && { running 3 || [ -e "${token_lists}/teacher_${teacher_name}/tokens.txt" ]; }; then
     tokens_name=teacher_${teacher_name}
+    token_dir=${token_lists}/${tokens_name}
 fi
-token_dir=data/token_list/${tokens_name}
 tokens=${token_dir}/tokens.txt
 tag=${tag:-$([ "${seed}" = 0 ] || echo "seed${seed}")}
 plain_exp=${expdir}/student_plain${tag:+_${tag}}
 student_exp=${expdir}/student_$(basename "${method}" .yaml)${kd_stages:+_${kd_stages// /}}${untranscribed:+_untranscribed}${tag:+_${tag}}
 cache=${expdir}/targets_${teacher_name}_${kd_set}_$(basename "${method}" .yaml)
-read -r -a untranscribed_list <<<"${untranscribed}"
+paths "${untranscribed}"
+untranscribed_list=("${list[@]}")
 read -r -a kd_stages_list <<<"${kd_stages}"
 read -r -a cache_args_list <<<"${cache_args}"
 read -r -a teacher_args_list <<<"${teacher_args}"
 read -r -a train_args_list <<<"${train_args}"
 read -r -a test_list <<<"${test_sets}"
 read -r -a experiments_list <<<"${experiments}"
+only_test=() test_dirs=() # the validation set may be decoded too, all of it, from a place of its own
+for dset in "${test_list[@]}"; do
+    if [ "${dset}" = "${valid_set}" ]; then
+        test_dirs+=("${raw}/whole/${dset}")
+    else
+        only_test+=("${dset}") test_dirs+=("${raw}/${dset}")
+    fi
+done
 [ ${#test_list[@]} -gt 0 ] || [ "${stop_stage}" -lt 12 ] ||
     refuse "no --test_sets: there is nothing to decode in stage 12; name a data dir, or give --stop_stage 11"
 check_inputs
@@ -112,7 +126,7 @@ if running 1; then
     if [ -n "${espnet_data}" ]; then
         log "stage 1: data of ${espnet_data}"
         kd data espnet --espnet_data "${espnet_data}" --nj "${nj}" \
-            --sets "${train_set}" "${valid_set}" "${test_list[@]}"
+            --sets "${train_set}" "${valid_set}" "${only_test[@]}"
     else
         log "stage 1: data preparation"
         # shellcheck disable=SC2086
@@ -126,7 +140,7 @@ if running 2; then
     format() { kd data format --nj "${nj}" --fs "${fs}" "$@"; }
     read -r -a factors <<<"${speed_perturb_factors}"
     speed=(${speed_perturb_factors:+--speed_factors "${factors[@]}"})
-    for dset in "${train_set}" "${valid_set}" "${test_list[@]}"; do
+    for dset in "${train_set}" "${valid_set}" "${only_test[@]}"; do
         needs "data/${dset}/wav.scp" 1
         case "${dset}" in
         "${train_set}") opts=(--text optional --drop_out_of_range "${limits[@]}" "${speed[@]}") ;;
@@ -135,6 +149,9 @@ if running 2; then
         esac
         format --src "data/${dset}" --dst "${raw}/${dset}" "${opts[@]}"
     done
+    if [ ${#only_test[@]} -lt ${#test_list[@]} ]; then
+        format --src "data/${valid_set}" --dst "${raw}/whole/${valid_set}"
+    fi
     if [ -n "${untranscribed}" ]; then
         format --src "${untranscribed_list[@]}" --dst "${raw}/${train_set}_untranscribed" --text none \
             --drop_out_of_range "${limits[@]}" "${speed[@]}"
@@ -149,17 +166,17 @@ if running 3; then
     if [ -n "${teacher}" ]; then
         source=(--teacher "${teachers[0]}")
     elif has_text "${train_set}"; then
-        source=(--text "${raw}/${train_set}/text")
+        source=(--text "${raw}/${train_set}/text" ${nlsyms:+--nlsyms "${nlsyms}"})
     else
         fail "data/${train_set} has no text to make a token list from; give --teacher, whose tokens the student takes"
     fi
     kd data tokens "${source[@]}" --out "${token_dir}" --token_type "${token_type}" --nbpe "${nbpe}"
     # Before any training: files sorted, unique and complete, audio readable, training text covered by the tokens (in
-    # validation an unseen character is <unk>, and no fault).
-    checks=("${limits[@]}" --fs "${fs}" --nj "${nj}" --no_text)
-    kd data validate "${raw}/${kd_set}" "${checks[@]}" ${untranscribed:+--allow_empty} --token_type "${token_type}" \
-        --token_list "${tokens}"
-    kd data validate "${raw}/${valid_set}" "${checks[@]}"
+    # validation an unseen character is <unk>, which is counted, and no fault).
+    checks=("${limits[@]}" --fs "${fs}" --nj "${nj}" --no_text --headers_only) # stage 2 has decoded them
+    checks+=(--token_type "${token_type}" --token_list "${tokens}")
+    kd data validate "${raw}/${kd_set}" "${checks[@]}" ${untranscribed:+--allow_empty}
+    kd data validate "${raw}/${valid_set}" "${checks[@]}" --allow_unknown
 fi
 
 if running 4; then
@@ -175,6 +192,7 @@ if running 4; then
     else
         collect "${kd_set}" 1
     fi
+    check_lengths
 fi
 
 if running 5; then
@@ -218,19 +236,26 @@ if running 7; then
     fi
 fi
 
+# The KD stages are phases of one training: those that are to run need one process.
+kd_stage=0
 for k in 1 2 3; do
     running $((7 + k)) || continue
     page_of "${method}"
     if [ "${k}" -gt "${page[stages]}" ]; then
         log "stage $((7 + k)): nothing to do, the KD stages of ${method} are ${page[stages]}"
-        continue
+    else
+        log "stage $((7 + k)): KD stage ${k} of ${method}"
+        kd_stage=${k}
     fi
-    log "stage $((7 + k)): KD stage ${k} of ${method}, log in ${student_exp}/train.kd_stage${k}.log"
+done
+if [ "${kd_stage}" -gt 0 ]; then
+    kd_log=train.kd_stage${kd_stage}.log
+    log "training up to the end of KD stage ${kd_stage}, log in ${student_exp}/${kd_log}"
     [ "${page[labels]}" = 0 ] || needs_text "${method}" "${kd_set}" "${valid_set}"
     needs "$(stats_of "${kd_set}")/.done" 4
     options_for "${kd_set}" "${page[labels]}"
     needs_teacher
-    opts=(--kd_config "${method}" --kd_stage "${k}" ${kd_stages:+--kd_stages "${kd_stages_list[@]}"})
+    opts=(--kd_config "${method}" --kd_stage "${kd_stage}" ${kd_stages:+--kd_stages "${kd_stages_list[@]}"})
     [ "${page[teacher]}" = none ] || opts+=(--teacher "${teachers[@]}")
     if cached; then
         needs "${cache}/manifest.json" 7
@@ -240,9 +265,8 @@ for k in 1 2 3; do
         needs "$(nbest_of_teacher)" 7
         opts+=(--nbest "$(nbest_of_teacher)")
     fi
-    train "${student_exp}" "${student_config}" "train.kd_stage${k}.log" --seed "${seed}" "${scale[@]}" \
-        "${train_args_list[@]}" "${opts[@]}"
-done
+    train "${student_exp}" "${student_config}" "${kd_log}" --seed "${seed}" "${scale[@]}" "${train_args_list[@]}" "${opts[@]}"
+fi
 
 if running 11; then
     log "stage 11: export to ${student_exp}/export"
@@ -278,14 +302,14 @@ if running 12 || running 13; then
         done
         decoded+=("${dir}")
     done
-    decode=(--expdir "${decoded[@]}" --data_dir "${test_list[@]/#/${raw}/}")
+    decode=(--expdir "${decoded[@]}" --data_dir "${test_dirs[@]}")
 fi
 
 if running 12; then
     log "stage 12: decoding"
     [ -n "${experiments}" ] || needs "${student_exp}/export/model.pth" 11
-    for dset in "${test_list[@]}"; do
-        needs "${raw}/${dset}/wav.scp" 2
+    for dset in "${test_dirs[@]}"; do
+        needs "${dset}/wav.scp" 2
     done
     kd_decode "${expdir}/decode.log" inference "${decode[@]}" --ngpu "${gpu}" --nj "${nj}"
 fi

@@ -1,115 +1,8 @@
 # What the stages of asr_kd.sh are made of; sourced by it, and of no use alone. Its options and variables are seen here.
 # shellcheck shell=bash disable=SC2154,SC2034
 
-usage() {
-    local name value comment
-    # shellcheck disable=SC1091
-    [ ! -e "$(dirname "${stages}")/local/options.sh" ] || . "$(dirname "${stages}")/local/options.sh"
-    cat <<EOF
-Usage: ./run.sh [--stage N] [--stop_stage N] [--option value …]
-Example: ./run.sh --stage 8 --method progressive_fkl --teacher exp/teacher --ngpu 1
-         ./run.sh --ngpu 4 --num_nodes 2 --dry_run
-
-$(sed -n '2,/^[^#]/s/^# //p' "$(dirname "${stages}")/run.sh")
-
-Stages, the same in every recipe:
-   1 data preparation          5 teacher training         8-10 KD stages 1-3
-   2 formatting, speed         6 student without KD       11 export
-   3 token list                7 N-best or targets of     12 decoding
-   4 statistics                  the teacher              13 scoring and results
-
-Where the training set has no text: the tokens are those of --teacher, stage 6 is skipped, and the method has to be one
-without labels.
-
-Batches: --batch_bins is what all GPUs of all machines take together in a step, and the optimizer moves after
---accum_grad such steps. On N times the GPUs, N times the --batch_bins fills the same memory of each; with an N-th of the
---accum_grad beside it the optimizer does the same as before. Teacher and students get the same.
-
-Exit codes: 0 done; 1 a mistake or a failure, said in one line; 2 wrong options; 130 stopped with Ctrl-C, 143 with kill.
-Whatever stopped it, the same command continues where it stopped.
-
-Options (and this recipe's defaults):
-EOF
-    options | sed -nE 's/^([a-z_]+)=[^#]*(# ?(.*))?$/\1 \3/p' | while read -r name comment; do
-        value=${!name}
-        [[ "${value}" != *" "* ]] || value="\"${value}\""
-        printf '  %-33s  %s\n' "--${name} ${value}" "${comment}"
-    done
-}
-
-# The lines of asr_kd.sh that name options and defaults
-options() { sed -n '/^# ---- options/,/^# ---- end/p' "${stages}"; }
-
-# Options of local/data.sh that a recipe names in corpus_dirs (directories) and corpus_options, as given to run.sh
-corpus=()
-declare -A given=() # options of the command line, and their values
-
-# Set the options from the command line; wrong ones end in exit code 2.
-parse_options() {
-    local name
-    while [ $# -gt 0 ]; do
-        case "$1" in
-        -h | --help)
-            usage
-            exit 0
-            ;;
-        --*)
-            name=${1#--}
-            [[ "${name}" =~ ^[a-z0-9_]+$ ]] || refuse "unknown option $1; ./run.sh --help lists them"
-            if [[ "${name}" =~ ^(dry_run|show_options)$ ]] && [[ "${2:---}" == --* ]]; then
-                set -- "$1" true "${@:2}" # these may stand alone
-            fi
-            if [[ " ${corpus_dirs:-} " == *" ${name} "* ]]; then
-                [[ "${2:---}" != --* ]] || refuse "option $1 needs a value, a directory"
-                set -- "$1" "$(realpath -m -- "$2")" "${@:3}"
-            fi
-            [ $# -ge 2 ] || refuse "option $1 needs a value"
-            set -- "$1" "${2//$'\n'/ }" "${@:3}" # a value may go over several lines
-            if [[ " ${corpus_dirs:-} ${corpus_options:-} " == *" ${name} "* ]]; then
-                corpus+=("$1" "$2")
-            elif grep -qE "^${name}=" <(options); then
-                printf -v "${name}" '%s' "$2"
-            else
-                refuse "unknown option $1; ./run.sh --help lists them"
-            fi
-            given[${name}]=$2
-            shift 2
-            ;;
-        *) refuse "unexpected argument $1; options are --name value" ;;
-        esac
-    done
-}
-
-# Refuse values that no stage could work with.
-check_options() {
-    local name
-    for name in stage stop_stage ngpu seed; do
-        [[ "${!name}" =~ ^(0|[1-9][0-9]*)$ ]] || refuse "--${name} must be a whole number, not '${!name}'"
-    done
-    for name in num_nodes nj nbpe fs batch_bins accum_grad; do
-        case "${name}" in batch_bins | accum_grad) [ -n "${!name}" ] || continue ;; esac
-        [[ "${!name}" =~ ^[1-9][0-9]*$ ]] || refuse "--${name} must be a whole number above 0, not '${!name}'"
-    done
-    [ "${stage}" -le "${stop_stage}" ] || refuse "--stage ${stage} lies after --stop_stage ${stop_stage}: nothing to run"
-    for name in dry_run show_options use_amp target_cache; do
-        [[ "${!name}" =~ ^(true|false)$ ]] || [ "${name}${!name}" = use_amp ] ||
-            refuse "--${name} must be true or false, not '${!name}'"
-    done
-    for name in expdir dumpdir train_set valid_set tag; do
-        [[ "${!name}" != *[[:space:]]* ]] || refuse "--${name} must be without blanks, not '${!name}'"
-    done
-    for name in train_set valid_set; do
-        [[ " ${test_sets} " != *" ${!name} "* ]] ||
-            refuse "--${name} ${!name} is one of --test_sets: formatting would leave out some of a test set; copy it"
-    done
-}
-
-# Every option as NAME=VALUE, for scripts
-show_options_and_exit() {
-    local name
-    for name in $(options | sed -nE 's/^([a-z_]+)=.*/\1/p'); do echo "${name}=${!name}"; done
-    exit 0
-}
+# shellcheck source=egs2/TEMPLATE/asr_kd1/kd_options.sh
+. "$(dirname "${BASH_SOURCE[0]}")/kd_options.sh"
 
 log() { if dry; then echo "# $*"; else echo "$(date '+%H:%M:%S') $*" >&2; fi; }
 refuse() {
@@ -133,10 +26,21 @@ check_inputs() {
     for name in teacher_config student_config; do
         [ -f "${!name}" ] || fail "--${name}: there is no file ${!name}"
     done
-    dry || for name in ${teacher}; do
+    dry || [ -z "${teacher}" ] || for name in "${teachers[@]}"; do
         [ -e "${name}" ] || fail "--teacher: there is no experiment ${name}"
     done
     [ -z "${given[method]:-}" ] || page_of "${method}"
+}
+# paths VALUE: set list to the paths in an option's value, which blanks part; a blank in a path has a backslash before it,
+# or the value is a single path that exists
+list=()
+paths() {
+    if [ -e "$1" ]; then
+        list=("$1")
+    else
+        # shellcheck disable=SC2162
+        read -a list <<<"$1"
+    fi
 }
 running() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
 dry() { [ "${dry_run}" = true ]; }
@@ -193,6 +97,8 @@ options_for() {
     stats=$(stats_of "$1")
     data_opts=(--token_type "${token_type}" --token_list "${tokens}")
     [ "${token_type}" != bpe ] || data_opts+=(--bpemodel "${token_dir}/bpe.model")
+    [ ! -s "${token_dir}/nlsyms.txt" ] || data_opts+=(--non_linguistic_symbols "${token_dir}/nlsyms.txt")
+    [ ! -s "${token_dir}/cleaner" ] || data_opts+=(--cleaner "$(<"${token_dir}/cleaner")")
     [ "${fs}" = 16000 ] || data_opts+=(--frontend_conf "fs=${fs}") # ESPnet's default is 16000
     for part in train valid; do
         dset=$([ "${part}" = train ] && echo "$1" || echo "${valid_set}")
@@ -235,7 +141,25 @@ collect() {
     # shellcheck disable=SC2086
     run ${train_cmd} "${stats}/log/aggregate.log" \
         ${python} -m espnet2.bin.aggregate_stats_dirs "${dirs[@]}" --output_dir "${stats}"
+    kd data statistics "${stats}"/{train,valid}/feats_stats.npz
     act finish_shapes "${stats}"
+}
+
+# check_lengths: whether all utterances have frames enough for the models that are trained here
+check_lengths() {
+    local stats settings fs_option='' models=()
+    stats=$(stats_of "${kd_set}")
+    [ "${fs}" = 16000 ] || fs_option="--frontend_conf fs=${fs} "
+    models=(--model "student=${fs_option}--config ${student_config} ${train_args}")
+    [ -n "${teacher}" ] || models+=(--model "teacher=${fs_option}--config ${teacher_config} ${teacher_args}")
+    if ! dry; then
+        settings=$(cat "${student_config}" "${teacher_config}" "${tokens}" "${stats}/.done" - <<<"${models[*]}" | cksum)
+        [ "$(cat "${stats}/.lengths" 2>/dev/null)" != "${settings}" ] || [ "${stats}/.lengths" -ot "${stats}/.done" ] ||
+            return 0
+    fi
+    kd data lengths "${models[@]}" --stats "${stats}" --data_dirs "${raw}/${kd_set}" "${raw}/${valid_set}" \
+        --token_list "${tokens}" --token_type "${token_type}"
+    dry || echo "${settings}" >"${stats}/.lengths"
 }
 
 # split_for_jobs SET STATS JOBS: the utterances of each job
@@ -348,9 +272,9 @@ name_of_teacher() {
     local dir
     dir=$(realpath -m -- "$1")
     if [ "$(dirname "${dir}")" = "$(realpath -m -- "${expdir}")" ]; then
-        basename "${dir}"
+        basename "${dir}" | tr '[:blank:]' _
     else
-        echo "$(basename "${dir}")_$(cksum <<<"${dir}" | cut -d ' ' -f 1)"
+        echo "$(basename "${dir}" | tr '[:blank:]' _)_$(cksum <<<"${dir}" | cut -d ' ' -f 1)"
     fi
 }
 
