@@ -20,6 +20,8 @@ setup(
         "torch>=2.4,<2.13",
         "torchaudio>=2.4,<2.12",  # espnet2.tasks.asr imports it, espnet does not ask for it
         "flashlight-text>=0.0.7,<0.1",  # CTC beam search; its wheel holds KenLM
+        "numpy",
+        "scipy",
         "kaldiio",
         "sentencepiece",
         "pyyaml",

@@ -21,6 +21,7 @@ from tqdm import tqdm
 from espnet_kd.bench import models
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.page import load_page
+from espnet_kd.distill.plan import make_plan
 from espnet_kd.distill.schedule import Progress
 
 
@@ -30,7 +31,7 @@ def measure(vocabulary: int, args: argparse.Namespace) -> None:
     plain = models.build(models.config(vocabulary, (args.blocks, args.width)))
     page = load_page("self_kd")
     progress = Progress(epoch=5, max_epoch=10)
-    student = ESPnetASRKDModel.adopt(copy.deepcopy(plain), page, 1, None, progress, models.RATE)
+    student = ESPnetASRKDModel.adopt(copy.deepcopy(plain), make_plan(page, 10), None, progress, models.RATE)
     batch = models.batch(args.batch, args.seconds, vocabulary)
     kinds = {"plain": plain.train(), "self_kd": student.train()}
     optimizers = {k: torch.optim.Adam(m.parameters(), lr=1e-4) for k, m in kinds.items()}
