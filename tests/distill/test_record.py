@@ -139,7 +139,7 @@ def test_pages_kd_stages_and_epochs(recorded, max_epoch, page, wanted, key):
             lambda s: s[1]["objectives"][0].update(distance="l2"),
             r"stages\[1\].objectives\[1\].distance: cosine there, l2",
         ),
-        (lambda s: s[1]["objectives"][0]["weight"].update(end=4.0), r"objectives\[1\].weight.end: 5.0 there, 4.0 now"),
+        (lambda s: s[1]["objectives"][0]["weight"].update(end=4.0), r"objectives\[1\].weight.end: 15.0 there, 4.0 now"),
     ],
 )
 def test_a_page_that_was_edited(recorded, write_page, edit, key):
