@@ -33,7 +33,7 @@ start() {
 end_runs() {
     local pid
     [ ! -t 2 ] || printf '\r\033[K' >&2
-    for pid in "${!pids[@]}"; do kill -- "-${pid}" 2>/dev/null || true; done
+    for pid in "${!pids[@]}"; do kill -- "-${pid}" 2>/dev/null || true; done # some have ended by now
     wait
 }
 
@@ -139,7 +139,7 @@ step() {
 epochs_of() {
     local done_epochs=${epochs["$1"]}
     if [ "${state["$1"]}" != 'done' ]; then
-        done_epochs=$(cat "${trains_in["$1"]:-/dev/null}"/train*.log 2>/dev/null | grep -c 'epoch results' || true)
+        done_epochs=$(cat "${trains_in["$1"]:-/dev/null}"/train*.log 2>/dev/null | grep -c 'epoch results' || true) # none yet: 0
     fi
     echo $((done_epochs < ${epochs["$1"]} ? done_epochs : ${epochs["$1"]}))
 }
@@ -163,7 +163,7 @@ is_time() {
 show() {
     local columns
     if [ -t 2 ]; then
-        columns=$(stty size <&2 2>/dev/null || true)
+        columns=$(stty size <&2 2>/dev/null || true) # a terminal without size: see below
         columns=${columns#* }
         [ "${columns:-0}" -gt 1 ] || columns=80 # a terminal that does not know its width
         printf '\r\033[K%s' "${1:0:$((columns - 1))}" >&2
