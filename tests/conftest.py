@@ -23,6 +23,17 @@ import yaml  # noqa: E402
 torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def log_state():
+    """No test, and no command called in one, changes what later tests of the same process log."""
+    before = logging.getLogger().level, logging.root.manager.disable
+    yield
+    after = logging.getLogger().level, logging.root.manager.disable
+    logging.getLogger().setLevel(before[0])
+    logging.disable(before[1])
+    assert after == before, "the level of the root logger, or logging.disable, was changed and not set back"
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory):
     """Nine training and three validation utterances as data dirs with shape files, a token list, statistics."""

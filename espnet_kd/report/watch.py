@@ -58,7 +58,9 @@ def watch(expdirs: Sequence[Path], once: bool = False) -> None:
     for expdir in expdirs:
         if not expdir.is_dir():
             raise UserError(f"{expdir} is not a directory; give one that holds experiments")
-    logging.getLogger().setLevel(logging.ERROR)  # a checkpoint that is being written cannot be read now
+    root = logging.getLogger()
+    before = root.level
+    root.setLevel(logging.ERROR)  # a checkpoint that is being written cannot be read now
     try:
         while True:
             lines = [str(read_status(*run)) for expdir in expdirs for run in find_runs(expdir)]
@@ -72,6 +74,8 @@ def watch(expdirs: Sequence[Path], once: bool = False) -> None:
             time.sleep(REFRESH)
     except KeyboardInterrupt:
         return  # its usual end
+    finally:
+        root.setLevel(before)
 
 
 def find_runs(expdir: Path) -> Iterator[Tuple[Path, str]]:
