@@ -32,6 +32,18 @@ def refuse_empty(args: argparse.Namespace, may_be: Collection[str] = ()) -> None
             raise UserError(f"--{name} is empty (an unset variable?); give a value, or leave the option out")
 
 
+def check_gpus(ngpu: int) -> None:
+    """Refuse more GPUs than this machine has for use (:class:`UserError`)."""
+    import torch
+
+    usable = torch.cuda.device_count() if ngpu else 0
+    if ngpu > usable:
+        raise UserError(
+            f"--ngpu {ngpu}: torch finds {usable} usable GPUs on this machine; give --ngpu {usable}, or see what "
+            "nvidia-smi says"
+        )
+
+
 def trusts_pickles() -> bool:
     """Whether checkpoints may hold more than tensors, which can run code: ``ESPNET_KD_TRUST_PICKLE=1``."""
     return os.environ.get("ESPNET_KD_TRUST_PICKLE") == "1"

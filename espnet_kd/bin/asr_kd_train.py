@@ -25,13 +25,13 @@ from typing import Any, Dict, List, Mapping, Optional, Sequence
 
 import torch
 
-from espnet_kd.cli import UserError, run
+from espnet_kd.cli import UserError, check_gpus, refuse_empty, run
 from espnet_kd.distill.checkpoints import check_ended, forget_optimizer, mend
 from espnet_kd.distill.configuration import check_configuration, check_options
 from espnet_kd.distill.page import list_pages, load_page
 from espnet_kd.distill.plan import Phase, Plan, make_plan
 from espnet_kd.distill.preflight import check_files
-from espnet_kd.distill.record import OUTPUT_OPTION, RECORD, claim, make_record, refuse_distillation, write_record
+from espnet_kd.distill.record import OUTPUT_OPTION, RECORD, claim, claim_plain, make_record, write_record
 from espnet_kd.files import locked, replacing
 from espnet_kd.strict import to_yaml
 from espnet_kd.targets.experiment import load_state
@@ -51,7 +51,9 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Train (see the module's docstring)."""
     cmd = list(sys.argv[1:] if cmd is None else cmd)
-    args = check_configuration(get_parser(), cmd)
+    parser = get_parser()
+    args = check_configuration(parser, cmd)
+    refuse_empty(args, may_be=[a.dest for a in parser._actions if a.default == ""])
     if args.kd_config is None and not (args.collect_stats or args.print_config):
         given = [o for o in ("teacher", "target_cache", "nbest", "kd_stage", "kd_stages") if getattr(args, o)]
         if given:
@@ -62,11 +64,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         if args.output_dir and not args.collect_stats and not args.print_config:
             if first_rank(args):
                 stack.enter_context(locked(Path(args.output_dir), OUTPUT_OPTION))
-            if args.ngpu > torch.cuda.device_count() and args.dist_launcher is None:
-                raise UserError(
-                    f"--ngpu {args.ngpu}: torch finds {torch.cuda.device_count()} usable GPUs on this machine; give "
-                    "--ngpu 0, or see what nvidia-smi says"
-                )
+            if args.dist_launcher is None:
+                check_gpus(args.ngpu)
             if args.max_epoch < 1:
                 raise UserError(f"--max_epoch is {args.max_epoch}; it must be 1 or more")
             check_files(args)
@@ -92,7 +91,7 @@ def _run(cmd: List[str], args: argparse.Namespace) -> None:
         # Statistics need no teacher, and without a page this is ESPnet's own training, made safe against kills.
         trains = args.output_dir and not (args.print_config or args.collect_stats or args.dry_run)
         if trains:
-            refuse_distillation(Path(args.output_dir))
+            claim_plain(args, get_parser())
         if args.resume and args.output_dir and first_rank(args):
             mend(Path(args.output_dir))
         train(cmd)

@@ -25,7 +25,7 @@ import soundfile
 import torch
 from tqdm import tqdm
 
-from espnet_kd.cli import UserError
+from espnet_kd.cli import UserError, check_gpus
 from espnet_kd.data.audio import read_audio_info
 from espnet_kd.data.datadir import read_map
 from espnet_kd.decode.greedy import ctc_greedy
@@ -174,8 +174,7 @@ def choose_device(args: argparse.Namespace) -> str:
     Raises:
         UserError: there is no GPU.
     """
-    if args.ngpu and not torch.cuda.is_available():
-        raise UserError("--ngpu 1, but torch sees no GPU; use --ngpu 0")
+    check_gpus(args.ngpu)
     args.search_jobs = args.nj if args.ngpu else 0
     if args.ngpu:
         args.nj = 1  # a GPU gains nothing from batches side by side; recipes pass both options

@@ -35,7 +35,7 @@ from espnet_kd.targets.portable import PORTABLE, can_fold, fold, unfold_config, 
 #: Options that the task adds to ESPnet's; an exported config.yaml has none of them.
 KD_OPTIONS = (
     *("teacher", "target_cache", "kd_config", "kd_stage", "kd_stages", "teacher_memory", "augmented_teacher", "nbest"),
-    "max_nonfinite",
+    *("max_nonfinite", "blank_teacher"),
 )
 MODEL, CONFIG, STATISTICS, TOKEN_MODEL = "model.pth", "config.yaml", "feats_stats.npz", "bpe.model"
 DECODE, README = "decode.yaml", "README.md"

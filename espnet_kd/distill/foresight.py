@@ -1,4 +1,6 @@
-"""What a training would pass over in silence: a criterion that no epoch has, transcripts that no alignment fits."""
+"""What a training would pass over in silence: a criterion that no epoch has, transcripts that no alignment fits, a
+teacher that recognises nothing.
+"""
 
 from __future__ import annotations
 
@@ -6,14 +8,23 @@ import argparse
 import logging
 from typing import TYPE_CHECKING, List, Optional, Set
 
+import torch
+
 from espnet_kd.cli import UserError
-from espnet_kd.data.datadir import read_map
+from espnet_kd.data.audio import is_in_ark, is_pipe, read_samples
+from espnet_kd.data.datadir import read_map, read_pairs
 from espnet_kd.distill.plan import Plan
+from espnet_kd.frames import best, valid
+from espnet_kd.targets.teacher import Teacher
 
 if TYPE_CHECKING:
     from espnet2.asr.espnet_model import ESPnetASRModel
 
 SHOWN = 5  # utterances in a message
+#: Utterances, and frames of them, on which a teacher is tried.
+TRIED, ENOUGH = 50, 1000
+#: Share of frames with a token up to which a teacher recognises nothing; of speech a token every few seconds has more.
+SILENT = 0.01
 
 
 def check_criteria(args: argparse.Namespace, model: ESPnetASRModel, plan: Optional[Plan]) -> None:
@@ -76,3 +87,40 @@ def check_text_lengths(args: argparse.Namespace, frame_shift: float, rate: float
         if len(long) == len(text):
             raise UserError(f"{message}; take longer tokens (bpe), or an input layer with less subsampling")
         logging.warning("%s", message)
+
+
+def check_teacher_speaks(args: argparse.Namespace, teacher: Teacher) -> None:
+    """Refuse a teacher that is blank on nearly all frames of training utterances: a student would learn to be.
+
+    Args:
+        args: options of training; with ``--target_cache`` the teacher is found by utterance id, and no audio is read.
+
+    Raises:
+        UserError: naming the teacher and the share; or it gives NaN; or some audio cannot be read.
+    """
+    frames = tokens = tried = 0
+    data = args.train_data_path_and_name_and_type or []
+    for path in [path for path, name, kind in data if (name, kind) == ("speech", "sound")]:
+        pairs = list(read_pairs(path))
+        for utt_id, audio in pairs[:: max(1, len(pairs) // TRIED)]:
+            speech = torch.zeros(1, 1)
+            if not args.target_cache:
+                if is_pipe(audio) or is_in_ark(audio):
+                    continue
+                samples, _ = read_samples(audio, f"{path}: utterance {utt_id}")
+                speech = torch.from_numpy(samples).float()[None]
+            # Without an id it is not remembered: in training the utterance may be normalised otherwise.
+            out = teacher.targets([utt_id] if args.target_cache else [], speech, torch.tensor([speech.size(1)]))
+            inside = valid(out.lengths, out.logits.size(1))
+            if isinstance(out.logits, torch.Tensor) and out.logits[inside].isnan().any():
+                raise UserError(f"the teacher {teacher.name} gives NaN for utterance {utt_id}; it has diverged")
+            frames, tried = frames + int(inside.sum()), tried + 1
+            tokens += int(((best(out.logits) != 0) & inside).sum())
+            if frames >= ENOUGH:
+                break
+    if frames and tokens <= SILENT * frames and not args.blank_teacher:
+        raise UserError(
+            f"the teacher {teacher.name} is blank on {100 - 100 * tokens / frames:.1f} % of the frames of {tried} "
+            "training utterances: it recognises nothing, and neither would its student. Decode this data with "
+            "asr_kd_inference to see, and give another --teacher; --blank_teacher true trains all the same"
+        )

@@ -7,13 +7,15 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Tuple
+from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.page import Page
 from espnet_kd.distill.plan import Plan
+from espnet_kd.distill.requirements import tokens_of
 from espnet_kd.files import replacing
 from espnet_kd.targets.cache import read_manifest
+from espnet_kd.targets.experiment import read_config
 
 RECORD = "kd_stage.json"
 #: Files that only a training leaves.
@@ -34,7 +36,7 @@ HARMLESS = frozenset(
         *("valid_max_cache_size", "collect_stats", "write_collected_feats", "allow_variable_data_keys"),
         *("nbest_averaging_interval", "save_strategy"),
         *("seed", "max_epoch", "teacher", "target_cache", "kd_config", "kd_stage", "kd_stages", "nbest"),
-        *("teacher_memory", "max_nonfinite"),
+        *("teacher_memory", "max_nonfinite", "blank_teacher"),
     )
 )
 
@@ -110,10 +112,8 @@ def claim(output_dir: Path, record: Dict[str, Any], plan: Plan) -> int:
     differing = list(differences(_without_epochs(found), _without_epochs(record)))
     # A directory in which nothing was trained yet may take a mended command.
     if differing and (output_dir / "checkpoint.pth").exists():
-        what = "; ".join(f"{key}: {a} there, {b} now" for key, a, b in differing[:5])
-        more = f"; and {len(differing) - 5} more" if len(differing) > 5 else ""
         raise UserError(
-            f"{output_dir} holds a student with other settings ({what}{more}); choose another {OUTPUT_OPTION}"
+            f"{output_dir} holds a student with other settings ({describe(differing)}); choose another {OUTPUT_OPTION}"
         )
     if differing:
         return 0
@@ -124,13 +124,47 @@ def claim(output_dir: Path, record: Dict[str, Any], plan: Plan) -> int:
     return done
 
 
-def refuse_distillation(output_dir: Path) -> None:
-    """Refuse to train without a method into a directory that holds a distilled student (:class:`UserError`)."""
+def claim_plain(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
+    """Compare a directory with a training without a method that is to begin or to go on in it.
+
+    Raises:
+        UserError: the directory holds a distilled student, or what was begun with other options.
+    """
+    output_dir = Path(args.output_dir)
     if (output_dir / RECORD).exists():
         raise UserError(
             f"{output_dir} holds a distilled student ({RECORD}), and no --kd_config is given; choose another "
             f"{OUTPUT_OPTION}"
         )
+    if not (args.resume and (output_dir / "checkpoint.pth").exists() and (output_dir / "config.yaml").exists()):
+        return
+    found = read_config(output_dir / "config.yaml")
+    now = json.loads(json.dumps({**vars(args), "token_list": tokens_of(args.token_list)}, default=str))
+    if now.get("input_size") is not None:  # then ESPnet makes no frontend, and notes none
+        found = {k: v for k, v in found.items() if not k.startswith("frontend")}
+    # A higher max_epoch extends a training.
+    compared = [k for k in now if k in found and (k not in HARMLESS or k in ("seed", "max_epoch"))]
+    if (now["max_epoch"] or 0) >= (found.get("max_epoch") or 0):
+        compared.remove("max_epoch")
+    if differing := list(differences({k: found[k] for k in compared}, {k: now[k] for k in compared})):
+        raise UserError(
+            f"{output_dir} holds a model of other settings ({describe(differing)}); choose another {OUTPUT_OPTION}"
+        )
+
+
+def describe(differing: Sequence[Tuple[str, Any, Any]], shown: int = 5) -> str:
+    """What :func:`differences` gives, in words: ``encoder_conf.num_blocks: 2 → 3``; of a hash, what has changed."""
+    words = []
+    for key, old, new in differing[:shown]:
+        what, _, rest = key.partition(".")
+        if what in ("data", "nbest"):
+            words.append(f"{rest} {'is new' if old is None else 'is no longer used' if new is None else 'has changed'}")
+        elif key in ("target_cache.teacher", "target_cache.config"):
+            words.append("target_cache is another teacher's")
+        else:
+            words.append(f"{rest if what == 'options' else key}: {old} → {new}")
+    more = len(differing) - shown
+    return "; ".join(words) + (f"; and {more} more" if more > 0 else "")
 
 
 def write_record(output_dir: Path, record: Mapping[str, Any], done: int, ended: bool) -> None:

@@ -74,7 +74,7 @@ def check_tokens(args: argparse.Namespace) -> None:
         if not Path(args.bpemodel).is_file():
             raise UserError(f"--bpemodel {args.bpemodel}: no such file")
         owner = "the token list" if isinstance(args.token_list, list) else str(args.token_list)
-        check_model(_tokens(args.token_list), Path(args.bpemodel).read_bytes(), f"--bpemodel {args.bpemodel}", owner)
+        check_model(tokens_of(args.token_list), Path(args.bpemodel).read_bytes(), f"--bpemodel {args.bpemodel}", owner)
     from espnet_kd.offline import ASRTask
 
     try:
@@ -92,7 +92,8 @@ def check_tokens(args: argparse.Namespace) -> None:
         raise UserError(f"{options}: no tokens can be made of the transcripts: {type(e).__name__}: {reason}") from e
 
 
-def _tokens(token_list: Any) -> List[str]:
+def tokens_of(token_list: Any) -> List[str]:
+    """The tokens of ``--token_list``: a file, or a list in the YAML (:class:`UserError`: unreadable)."""
     if isinstance(token_list, (list, tuple)):
         return list(token_list)
     try:

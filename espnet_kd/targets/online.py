@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from pathlib import Path
 from typing import Callable, Dict, Optional, Sequence, Union
 
@@ -12,7 +11,6 @@ from torch import Tensor
 
 from espnet_kd.cli import UserError
 from espnet_kd.decode.padding import OneByOne
-from espnet_kd.frames import valid
 from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.audio_options import sampling_rate, to_volume, volume
 from espnet_kd.targets.encode import (
@@ -30,11 +28,6 @@ from espnet_kd.targets.memory import Memory, fingerprints
 from espnet_kd.targets.teacher import Needs
 
 __all__ = ["OnlineTeacher", "sampling_rate"]
-
-#: Frames after which it is seen whether a teacher has anything to say.
-ENOUGH = 1000
-#: Share of frames with a token, below which a teacher is blank: one that speaks at all has a token every few seconds.
-SILENT = 0.01
 
 
 class OnlineTeacher:
@@ -74,7 +67,6 @@ class OnlineTeacher:
         self._input_width = input_width(self._model)
         self.frame_shift = measure_frame_shift(self._model, self.sampling_rate)
         self._least = least_samples(self._model, self.sampling_rate)
-        self._frames = self._nonblank = 0  # counted until there are enough to judge
         self._memory = Memory(memory)
 
     @property
@@ -149,21 +141,7 @@ class OnlineTeacher:
         with torch.autocast(speech.device.type, enabled=False):  # the student's AMP
             logits = head(out.to(head.weight.dtype))
         hidden = {tap: full_precision(h) for tap, h in hidden.items()}
-        if utt_ids and self._frames < ENOUGH:
-            self._count(logits, lengths)
         said = EncoderOutputs(logits, lengths, self.frame_shift, hidden, said_by_decoder)
         if prints is not None:
             self._memory.remember(utt_ids, taps, prints, said)
         return said
-
-    def _count(self, logits: torch.Tensor, lengths: torch.Tensor) -> None:
-        """Warn, once, of a teacher that is blank nearly everywhere: a student would learn to say nothing."""
-        inside = valid(lengths, logits.size(1))
-        self._frames += int(inside.sum())
-        self._nonblank += int(((logits.argmax(-1) != 0) & inside).sum())
-        if self._frames >= ENOUGH and self._nonblank < SILENT * self._frames:
-            logging.warning(
-                "the teacher %s is blank on %.1f %% of the first %d frames; decode this data with asr_kd_inference "
-                "to see whether it recognises anything",
-                self.name, 100 * (1 - self._nonblank / self._frames), self._frames,
-            )  # fmt: skip

@@ -19,7 +19,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import read_pairs
 from espnet_kd.data.parallel import leave_with_parent
 from espnet_kd.distill.checkpoints import check_updated, hand_over, keep_previous
-from espnet_kd.distill.foresight import check_criteria, check_text_lengths
+from espnet_kd.distill.foresight import check_criteria, check_teacher_speaks, check_text_lengths
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.nonfinite import NonFiniteLosses
 from espnet_kd.distill.page import KDStage, Page, check_cacheable, load_page
@@ -89,6 +89,12 @@ class ASRKDTask(ASRTask):
             help="Let an online teacher hear noise and reverberation that the data loader adds",
         )
         group.add_argument(
+            "--blank_teacher",
+            type=str2bool,
+            default=False,
+            help="Train also with a teacher that is blank on nearly all frames of the training data",
+        )
+        group.add_argument(
             "--max_nonfinite",
             type=int,
             default=20,
@@ -132,6 +138,8 @@ class ASRKDTask(ASRTask):
             nbest = cls._nbest(args) if any(phase.stage.nbest for phase in plan.phases) else None
             teacher = cls._teacher(args, plan.page) if plan.page.teacher == "required" else None
             model = ESPnetASRKDModel.adopt(student, plan, teacher, cls.progress, sampling_rate(args), nbest)
+            if teacher is not None:
+                check_teacher_speaks(args, teacher)
         check_criteria(args, model, cls.plan)
         if not input_width(student):
             check_text_lengths(args, measure_frame_shift(student, sampling_rate(args)), sampling_rate(args))

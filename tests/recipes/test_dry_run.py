@@ -1,5 +1,6 @@
 """--dry_run: what the stages would run, on a machine that has neither the data nor the GPUs; and several machines."""
 
+import re
 import shlex
 import subprocess
 from pathlib import Path
@@ -315,13 +316,74 @@ def test_several_machines_need_a_cluster(prepared):
     assert done.returncode == 1 and "error: --num_nodes 2: cuda_cmd in cmd.sh" in done.stdout
 
 
-def test_a_model_of_another_normalisation_is_refused(prepared):
+def test_a_model_of_other_settings(prepared):
+    """Of other data it is refused; other options are left to the training command, which names those that matter."""
     options = ["--stage", "6", "--stop_stage", "6", "--tag", "trained", "--python", "true"]  # trains nothing
     prepared.run(*options)
     (prepared.dir / "exp/student_plain_trained/checkpoint.pth").touch()
     assert "the plain is trained" in prepared.run(*options).stdout
-    done = prepared.run(*options, "--feats_normalize", "utterance_mvn", check=False)
-    assert done.returncode == 1 and "holds a model of other options" in done.stdout
+    for other in (["--feats_normalize", "utterance_mvn"], ["--train_args", "--max_epoch 9"], ["--seed", "2"]):
+        done = prepared.run(*options, *other, "--python", "false", check=False)
+        assert done.returncode == 1 and "is trained" not in done.stdout
+    assert "the plain is trained" in prepared.run(*options).stdout  # as before
+    (prepared.dir / "dump/raw/train/wav.scp").write_text("x z\n")
+    done = prepared.run(*options, check=False)
+    (prepared.dir / "dump/raw/train/wav.scp").write_text("x y\n")
+    assert done.returncode == 1
+    assert re.search("error: exp/student_plain_trained holds a model of other tokens or audio .*wav.scp", done.stdout)
+
+
+def test_advice_keeps_the_users_options(egs2):
+    """As a shell takes them; a stage that asks for an earlier one names that which makes its input."""
+    options = ["--dumpdir", "none", "--expdir", "no such".replace(" ", "_"), "--train_args", "--max_epoch 3"]
+    done = Recipe(egs2, "mini").run(*options, "--stage", "11", "--stop_stage", "11", check=False)
+    advice = done.stdout.split("stage 10 makes it: ")[1].splitlines()[0]
+    assert done.returncode == 1 and "no_such/student_progressive_fkl/student.pth is missing" in done.stdout
+    assert shlex.split(advice) == ["./run.sh", "--stage", "10", *options]
+    done = Recipe(egs2, "mini").run(*options, "--kd_stages", "1", "--stage", "11", check=False)
+    assert "stage 8 makes it: ./run.sh --stage 8 " in done.stdout
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--kd_stages", "4"], "--kd_stages 4: progressive_fkl has the KD stages 1 to 3"),
+        (["--kd_stages", "1 2", "--method", "kl"], "--kd_stages 1 2: kl has the KD stages 1 to 1"),
+        (["--kd_stages", "0"], "--kd_stages 0: progressive_fkl"),
+        (["--ngpu", "1"], "--ngpu 1: torch finds 0 usable GPUs"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_any_work(egs2, options, message, monkeypatch):
+    """In stage 1, which comes first, and once."""
+    recipe = Recipe(egs2, "mini")
+    recipe.env["CUDA_VISIBLE_DEVICES"] = ""
+    done = recipe.run(*options, check=False)
+    assert done.returncode == 1 and f"error: {message}" in done.stdout
+    assert done.stdout.count("error:") == 1 and "stage 1" not in done.stdout
+
+
+FAILING = ["bash", "-c", "echo 1epoch results; echo a line; echo error: $0; exit 1"]
+
+
+def test_an_error_is_shown_once_and_an_earlier_one_is_not(egs2, tmp_path):
+    """Of a single job, whose log is continued, and of jobs side by side that fail alike."""
+    run = str(egs2 / "TEMPLATE/asr_kd1/run_local.sh")
+
+    def said(*arguments):
+        done = subprocess.run([run, *arguments], capture_output=True, text=True, timeout=60)
+        assert done.returncode == 1
+        return done.stderr
+
+    log = str(tmp_path / "train.log")
+    first, second = said(log, *FAILING, "the first"), said(log, *FAILING, "the second")
+    assert first.count("error: the first") == 1 and first.count("error:") == 1 and log in first
+    assert second.count("error: the second") == 1 and "the first" not in second
+    # Without an error of its own, the end of what this run wrote.
+    third = said(log, "bash", "-c", "echo Traceback; echo KeyError; exit 3")
+    assert "the second" not in third and third.endswith("Traceback\nKeyError\n")
+    assert third.count("error:") == 1 and "exit code 3" in third
+    both = said("JOB=1:2", str(tmp_path / "stats.JOB.log"), *FAILING, "alike")
+    assert both.count("error: alike") == 1 and both.count("the whole log is") == 2
 
 
 @pytest.mark.parametrize(

@@ -81,9 +81,13 @@ def test_finished_stages_are_harmless(finished):
 
 
 def test_a_model_of_other_settings_is_refused(finished):
-    other = ["--train_args", f"{TINY} --max_epoch 7"]
-    done = finished.run(*SMALL, "--stage", "6", "--stop_stage", "6", *other, check=False)
-    assert done.returncode == 1 and "holds a model of other options" in done.stdout
+    """In one line that names the option, of a plain student and of a distilled one."""
+    other = ["--train_args", f"{STUDENT} --encoder_conf num_blocks=3"]
+    for stages in (["--stage", "6", "--stop_stage", "6"], ["--stage", "8", "--stop_stage", "10"]):
+        done = finished.run(*SMALL, *stages, *other, check=False)
+        assert done.returncode == 1 and done.stdout.count("error:") == 1
+        assert "encoder_conf.num_blocks: 1 → 3" in done.stdout
+    finished.run(*SMALL, "--stage", "6", "--stop_stage", "6")  # is still there
 
 
 def test_a_stage_names_the_one_that_makes_its_input(egs2, finished):

@@ -93,9 +93,9 @@ def test_a_finished_run_is_skipped(trained, corpus, teacher_dir, thirds, monkeyp
 @pytest.mark.parametrize(
     "more, what",
     [
-        (["--seed", "5"], "seed: 0 there, 5 now"),
-        (["--max_epoch", "8"], "epochs: 3 there, 8 now"),
-        (["--kd_stages", "1", "2"], r"kd_stages: .1, 2, 3. there, .1, 2. now"),
+        (["--seed", "5"], "seed: 0 → 5"),
+        (["--max_epoch", "8"], "epochs: 3 → 8"),
+        (["--kd_stages", "1", "2"], r"kd_stages: .1, 2, 3. → .1, 2."),
     ],
 )
 def test_other_settings_in_the_same_directory_are_refused(trained, corpus, teacher_dir, thirds, more, what):

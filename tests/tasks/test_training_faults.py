@@ -173,3 +173,26 @@ def test_transcripts_longer_than_their_frames_are_counted_and_named(long_texts, 
 def test_all_transcripts_longer_than_their_frames_are_refused(long_texts):
     with pytest.raises(UserError, match="frames"):
         asr_kd_train.main(long_texts("train", 9))
+
+
+@pytest.mark.parametrize("kept", [False, True], ids=["online", "cache"])
+def test_a_teacher_that_recognises_nothing_is_refused_before_training(corpus, tmp_path, kept):
+    """Blank on all frames; with --blank_teacher it is trained with all the same."""
+    exp, out = tiny_kd.save_teacher(tmp_path / "blank"), tmp_path / "out"
+    state = torch.load(exp / "valid.loss.ave.pth", weights_only=True)
+    state["ctc.ctc_lo.bias"][0] += 1e3
+    torch.save(state, exp / "valid.loss.ave.pth")
+    source = ["--teacher", str(exp)]
+    if kept:
+        from espnet_kd.bin import asr_kd_cache
+
+        data = [str(corpus.dir / part) for part in ("train", "valid")]
+        cache = str(tmp_path / "cache")
+        asr_kd_cache.main(["--teacher", str(exp), "--kd_config", "kl", "--output", cache, "--data_dir", *data])
+        source = ["--target_cache", cache]
+    command = corpus.options(out, *source, "--kd_config", "kl", "--max_epoch", "1")
+    with pytest.raises(UserError, match=r"teacher .*blank.* is blank on 100.0 % of the frames of 9 training .*--bla"):
+        asr_kd_train.main(command)
+    assert not (out / "checkpoint.pth").exists()
+    asr_kd_train.main([*command, "--blank_teacher", "true"])
+    assert (out / "student.pth").exists()

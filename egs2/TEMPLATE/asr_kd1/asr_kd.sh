@@ -270,7 +270,9 @@ fi
 
 if running 11; then
     log "stage 11: export to ${student_exp}/export"
-    needs "${student_exp}/student.pth" 8
+    [ -e "${student_exp}/student.pth" ] || page_of "${method}"
+    last=${kd_stages##* } # of the KD stages
+    needs "${student_exp}/student.pth" $((7 + ${last:-${page[stages]:-3}}))
     kd export --expdir "${student_exp}"
 fi
 

@@ -29,7 +29,18 @@ check_inputs() {
     dry || [ -z "${teacher}" ] || for name in "${teachers[@]}"; do
         [ -e "${name}" ] || fail "--teacher: there is no experiment ${name}"
     done
-    [ -z "${given[method]:-}" ] || page_of "${method}"
+    [ -z "${given[method]:-}${kd_stages}" ] || page_of "${method}"
+    for name in "${kd_stages_list[@]}"; do
+        [[ "${name}" =~ ^[1-9]$ && "${name}" -le "${page[stages]}" ]] ||
+            fail "--kd_stages ${kd_stages}: ${method} has the KD stages 1 to ${page[stages]}"
+    done
+    # A cluster has GPUs that this machine need not have; data are prepared without one.
+    dry || [ "${stop_stage}" -lt 5 ] || [[ "${cuda_cmd}" != *run_local.sh* ]] || has_gpus
+}
+# has_gpus: whether this machine has --ngpu of them
+has_gpus() {
+    # shellcheck disable=SC2086
+    [ "${ngpu}" = 0 ] || ${python} -c "from espnet_kd import cli; cli.run(lambda _: cli.check_gpus(${ngpu}))"
 }
 # paths VALUE: set list to the paths in an option's value, which blanks part; a blank in a path has a backslash before it,
 # or the value is a single path that exists
@@ -75,7 +86,7 @@ with_descendants() {
 # act COMMAND …: what stands around the work, such as making directories; nothing in a dry run
 act() { dry || "$@"; }
 # needs FILE STAGE: a stage whose input is missing says which stage makes it
-needs() { dry || [ -e "$1" ] || fail "$1 is missing; stage $2 makes it: ./run.sh --stage $2"; }
+needs() { dry || [ -e "$1" ] || fail "$1 is missing; stage $2 makes it: ./run.sh --stage $2${own_options}"; }
 
 # has_text SET: whether a formatted set has transcripts; a dry run expects them where nothing is formatted
 has_text() { [ -s "${raw}/$1/text" ] || { dry && [ ! -e "${raw}/$1/wav.scp" ]; }; }
@@ -221,32 +232,29 @@ describe() {
 
 # train_once ROLE DIR CONFIG OPTIONS…: teacher or plain student, unless DIR has it; a DIR of other settings is refused
 train_once() {
-    local role=$1 dir=$2 config=$3
+    local role=$1 dir=$2 config=$3 data settings found=''
     shift 3
     needs_text "the ${role} model" "${train_set}" "${valid_set}"
     needs "$(stats_of "${train_set}")/.done" 4
     options_for "${train_set}" 1
-    act check_settings "${dir}" "${config}" "$@"
-    if [ -f "${dir}/.done" ]; then
-        log "the ${role} is trained, ${dir}"
-        return
+    if ! dry; then
+        data=$(cat "${tokens}" "${raw}/${train_set}/wav.scp" | cksum)
+        settings="${data} $(cat "${config}" - <<<"${seed} $* ${feats_normalize}" | cksum)"
+        [ ! -f "${dir}/checkpoint.pth" ] || found=$(cat "${dir}/.settings" 2>/dev/null || echo nothing known)
+        [[ -z "${found}" || "${found}" = "${data} "* ]] || fail "${dir} holds a model of other tokens or audio than" \
+            "${tokens} and ${raw}/${train_set}/wav.scp; choose another --expdir, or remove it"
+        if [ -f "${dir}/.done" ] && [ "${found}" = "${settings}" ]; then
+            log "the ${role} is trained, ${dir}"
+            return
+        fi
+        mkdir -p "${dir}"
+        [ -n "${found}" ] || echo "${settings}" >"${dir}/.settings"
     fi
+    # Of options that differ it refuses those that matter, by name.
     train "${dir}" "${config}" train.log --seed "${seed}" "$@"
+    dry || echo "${settings}" >"${dir}/.settings"
     act describe "${dir}" "${role}" "${seed}"
     act touch "${dir}/.done"
-}
-
-# check_settings DIR CONFIG OPTIONS…: refuse a DIR that holds a model of other settings; note those of a new one
-check_settings() {
-    local dir=$1 settings other=''
-    [ "${feats_normalize}" = global_mvn ] || other=" ${feats_normalize}"
-    settings=$(cat "$2" "${tokens}" "${raw}/${train_set}/wav.scp" - <<<"${seed} ${*:3}${other}" | cksum)
-    if [ -f "${dir}/checkpoint.pth" ] && [ "$(cat "${dir}/.settings")" != "${settings}" ]; then
-        fail "${dir} holds a model of other options, configuration, tokens or data; choose another --expdir, or remove it"
-    fi
-    [ ! -f "${dir}/.done" ] || return 0
-    mkdir -p "${dir}"
-    echo "${settings}" >"${dir}/.settings"
 }
 
 # page_of METHOD: what its page says, once: page[teacher] (required, none), page[stages], page[nbest], page[labels] (1, 0)

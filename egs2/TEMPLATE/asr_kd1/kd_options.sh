@@ -43,10 +43,11 @@ options() { sed -n '/^# ---- options/,/^# ---- end/p' "${stages}"; }
 # Options of local/data.sh that a recipe names in corpus_dirs (directories) and corpus_options, as given to run.sh
 corpus=()
 declare -A given=() # options of the command line, and their values
+own_options='' # the same without stages, as a shell takes them
 
 # Set the options from the command line; wrong ones end in exit code 2.
 parse_options() {
-    local name
+    local name words
     while [ $# -gt 0 ]; do
         case "$1" in
         -h | --help)
@@ -73,6 +74,8 @@ parse_options() {
                 refuse "unknown option $1; ./run.sh --help lists them"
             fi
             given[${name}]=$2
+            printf -v words ' %q' "$1" "$2"
+            [[ "${name}" =~ ^(stage|stop_stage)$ ]] || own_options+=${words}
             shift 2
             ;;
         *) refuse "unexpected argument $1; options are --name value" ;;

@@ -2,8 +2,8 @@
 # Run jobs on this machine, with the calling convention of Kaldi's run.pl:
 #   run_local.sh [--option value …] [JOB=1:N] LOG COMMAND …
 # The letters JOB in the log's name and in the command become the job's number. Options such as --gpu or --mem mean
-# something on a cluster and nothing here. A single job's epochs are shown while it runs; its log is continued, so that
-# a resumed run keeps what it said before.
+# something on a cluster and nothing here. A single job's epochs and errors are shown while it runs; its log is
+# continued, so that a resumed run keeps what an earlier one wrote.
 set -euo pipefail
 
 while [[ "${1:-}" == --* ]]; do
@@ -33,7 +33,7 @@ progress() {
     }' >&2
 }
 
-pids=() reader=""
+pids=() reader="" before=0 # bytes of the log of a single job that an earlier run wrote
 # A job that has ended by now cannot be killed: no fault.
 trap 'trap "" INT TERM; kill "${pids[@]}" 2>/dev/null || true; wait; exit 143' INT TERM
 for ((job = first; job <= last; job++)); do
@@ -43,6 +43,7 @@ for ((job = first; job <= last; job++)); do
     fi
     mkdir -p "$(dirname "${job_log}")"
     if [ "${first}" = "${last}" ]; then
+        [ ! -e "${job_log}" ] || before=$(wc -c <"${job_log}")
         exec {shown}> >(tee -a "${job_log}" | progress)
         reader=$!
         "${command[@]}" >&"${shown}" 2>&1 {shown}>&- & # not in a pipe: the signal above has to reach it
@@ -52,17 +53,26 @@ for ((job = first; job <= last; job++)); do
     fi
     pids+=($!)
 done
-failed=0
+failed=0 errors=$'\n' # those that have been shown
 for i in "${!pids[@]}"; do
     rc=0
     wait "${pids[i]}" || rc=$?
-    [ -z "${reader}" ] || wait "${reader}" 2>/dev/null || true # until all that was said is written
+    [ -z "${reader}" ] || wait "${reader}" 2>/dev/null || true # until all that was written is shown
     if [ "${rc}" != 0 ]; then
         failed=1
         job_log=${log//${name:-JOB}/$((first + i))}
         [ -n "${name}" ] || job_log=${log}
-        echo "error: job $((first + i)) failed; the end of ${job_log}:" >&2
-        tail -n 5 "${job_log}" >&2
+        own=$(tail -c "+$((before + 1))" "${job_log}")
+        error=$(grep '^error:' <<<"${own}" || true)
+        if [ -z "${error}" ]; then
+            echo "error: job $((first + i)) failed with exit code ${rc}; the end of ${job_log}:" >&2
+            tail -n 5 <<<"${own}" >&2
+        elif [ -n "${reader}" ] || [[ "${errors}" == *$'\n'"${error}"$'\n'* ]]; then # shown, or another job's as well
+            echo "the whole log is ${job_log}" >&2
+        else
+            errors+=${error}$'\n'
+            printf '%s\nthe whole log is %s\n' "${error}" "${job_log}" >&2
+        fi
     fi
 done
 exit "${failed}"
