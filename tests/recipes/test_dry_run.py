@@ -335,7 +335,7 @@ def test_a_model_of_other_settings(prepared):
 
 def test_advice_keeps_the_users_options(egs2):
     """As a shell takes them; a stage that asks for an earlier one names that which makes its input."""
-    options = ["--dumpdir", "none", "--expdir", "no such".replace(" ", "_"), "--train_args", "--max_epoch 3"]
+    options = ["--dumpdir", "none", "--expdir", "no_such", "--train_args", "--max_epoch 3"]
     done = Recipe(egs2, "mini").run(*options, "--stage", "11", "--stop_stage", "11", check=False)
     advice = done.stdout.split("stage 10 makes it: ")[1].splitlines()[0]
     assert done.returncode == 1 and "no_such/student_progressive_fkl/student.pth is missing" in done.stdout

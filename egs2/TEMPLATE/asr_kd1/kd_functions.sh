@@ -86,7 +86,7 @@ with_descendants() {
 # act COMMAND …: what stands around the work, such as making directories; nothing in a dry run
 act() { dry || "$@"; }
 # needs FILE STAGE: a stage whose input is missing says which stage makes it
-needs() { dry || [ -e "$1" ] || fail "$1 is missing; stage $2 makes it: ./run.sh --stage $2${own_options}"; }
+needs() { dry || [ -e "$1" ] || fail "$1 is missing; stage $2 makes it: ./run.sh --stage $2$(own_options)"; }
 
 # has_text SET: whether a formatted set has transcripts; a dry run expects them where nothing is formatted
 has_text() { [ -s "${raw}/$1/text" ] || { dry && [ ! -e "${raw}/$1/wav.scp" ]; }; }

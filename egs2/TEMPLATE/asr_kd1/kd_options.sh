@@ -43,11 +43,11 @@ options() { sed -n '/^# ---- options/,/^# ---- end/p' "${stages}"; }
 # Options of local/data.sh that a recipe names in corpus_dirs (directories) and corpus_options, as given to run.sh
 corpus=()
 declare -A given=() # options of the command line, and their values
-own_options='' # the same without stages, as a shell takes them
+given_words=() # the same in their order
 
 # Set the options from the command line; wrong ones end in exit code 2.
 parse_options() {
-    local name words
+    local name
     while [ $# -gt 0 ]; do
         case "$1" in
         -h | --help)
@@ -74,12 +74,23 @@ parse_options() {
                 refuse "unknown option $1; ./run.sh --help lists them"
             fi
             given[${name}]=$2
-            printf -v words ' %q' "$1" "$2"
-            [[ "${name}" =~ ^(stage|stop_stage)$ ]] || own_options+=${words}
+            given_words+=("$1" "$2")
             shift 2
             ;;
         *) refuse "unexpected argument $1; options are --name value" ;;
         esac
+    done
+}
+
+# The options that the user gave, but for stages and what the recipe's run.sh gives by itself; as a shell takes them.
+own_options() {
+    local i run
+    run=$(<"$(dirname "${stages}")/run.sh")
+    for ((i = 0; i < ${#given_words[@]}; i += 2)); do
+        case "${given_words[i]}" in --stage | --stop_stage) continue ;; esac
+        [[ "${run}" == *" ${given_words[i]} ${given_words[i + 1]} "* ]] ||
+            [[ "${run}" == *" ${given_words[i]} \"${given_words[i + 1]}\" "* ]] ||
+            printf ' %q %q' "${given_words[@]:i:2}"
     done
 }
 
