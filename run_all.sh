@@ -114,8 +114,11 @@ trap end_runs EXIT
 trap 'echo "error: stopped; the same command continues where it stopped" >&2; exit 130' INT
 trap 'exit 143' TERM
 
-# show_verdict: the last words of the report
-show_verdict() { [ ! -e "${logs%/*}/report/verdict.txt" ] || cat <(echo) "${logs%/*}/report/verdict.txt"; }
+# show_verdict: the last words of the report, and how to go on
+show_verdict() {
+    [ ! -e "${logs%/*}/report/verdict.txt" ] || cat <(echo) "${logs%/*}/report/verdict.txt"
+    printf '\nThe commands of README.md run in a shell after:  %s\n' "${ACTIVATE}"
+}
 # epochs_in CONFIG OPTIONS: those that a training has, 0 if that is not known
 epochs_in() {
     local number=''

@@ -4,15 +4,22 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+HERE = Path(__file__).parent
+
 setup(
     name="espnet_kd",
     version="0.1.0",
     description="Knowledge distillation of CTC speech recognisers, as an ESPnet task and recipes",
-    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description=(HERE / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["espnet_kd", "espnet_kd.*"]),
     package_data={"espnet_kd": ["conf/**/*.yaml", "conf/**/*.md", "report/*.jinja"]},
+    entry_points={
+        "console_scripts": [
+            f"{path.stem} = espnet_kd.cli:command" for path in sorted(HERE.glob("espnet_kd/bin/asr_kd_*.py"))
+        ]
+    },
     python_requires=">=3.10,<3.13",
     install_requires=[
         # Upper bounds: without them pip fetches several torch builds that espnet's setuptools pin rules out.

@@ -7,9 +7,11 @@ Exit codes: 0 done · 1 the user can mend it (one line ``error: …``) · 2 wron
 from __future__ import annotations
 
 import argparse
+import importlib
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Callable, Collection, NoReturn, Optional, Sequence
 
 
@@ -83,3 +85,8 @@ def run(main: Callable[[Optional[Sequence[str]]], None]) -> NoReturn:
         print("error: interrupted; the same command continues where it stopped", file=sys.stderr)
         sys.exit(130)
     sys.exit(0)
+
+
+def command() -> NoReturn:
+    """Run the module of ``espnet_kd.bin`` that bears the name of the installed command (see setup.py)."""
+    run(importlib.import_module(f"espnet_kd.bin.{Path(sys.argv[0]).stem}").main)

@@ -1,10 +1,16 @@
 """How every command ends."""
 
 import importlib
+import re
+import runpy
+import sys
+from pathlib import Path
 
 import pytest
 
-from espnet_kd.cli import UserError, run
+from espnet_kd.cli import UserError, command, run
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize(
@@ -63,3 +69,30 @@ def test_an_empty_value_is_refused(tmp_path, monkeypatch, command, option):
         with pytest.raises(UserError, match=f"--{option} is empty"):
             module.main([*options, value])
     assert not list(tmp_path.iterdir())
+
+
+def commands(monkeypatch) -> dict:
+    """Names that are installed, and what they call."""
+    given = {}
+    monkeypatch.setattr("setuptools.setup", given.update)
+    runpy.run_path(str(ROOT / "setup.py"))
+    return dict(entry.split(" = ") for entry in given["entry_points"]["console_scripts"])
+
+
+def test_every_command_is_installed(monkeypatch, capsys):
+    """Also those that messages and READMEs name."""
+    found = commands(monkeypatch)
+    assert set(found) == {p.stem for p in (ROOT / "espnet_kd/bin").glob("asr_kd_*.py")}
+    assert set(found.values()) == {"espnet_kd.cli:command"}
+    texts = [*ROOT.glob("espnet_kd/**/*.py"), *ROOT.glob("egs2/**/*.md"), *ROOT.glob("docs/*.md"), ROOT / "README.md"]
+    use = re.compile(r"(?<![\w./-])(asr_kd_[a-z]+) (?:--?[a-z]|[a-z]+ --)")
+    named = {name for p in texts for name in use.findall(p.read_text())}
+    assert named and named <= set(found)
+    monkeypatch.setattr(sys, "argv", ["/env/bin/asr_kd_page", "kl"])
+    with pytest.raises(SystemExit) as e:
+        command()
+    assert e.value.code == 0 and "stages=1\n" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["/env/bin/asr_kd_page", "kll"])
+    with pytest.raises(SystemExit) as e:
+        command()
+    assert e.value.code == 1 and "error: unknown method 'kll'" in capsys.readouterr().err

@@ -1,6 +1,6 @@
 # Make the project's environment, or use the active one. Sourced by run_all.sh and tests/run.sh, which set
-# ROOT (of the project) and EXTRAS (of setup.py, in quotes).
-# shellcheck shell=bash
+# ROOT (of the project) and EXTRAS (of setup.py, in quotes). Sets ACTIVATE.
+# shellcheck shell=bash disable=SC2034
 
 # The newest Python on the path that the project supports.
 find_python() {
@@ -16,8 +16,15 @@ find_python() {
     return 1
 }
 
-if [ -n "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ]; then
-    echo "using the active environment ${VIRTUAL_ENV:-${CONDA_PREFIX}}" >&2
+# Conda's base is active in every shell of many machines, and other work depends on it: 5 GB are not put there unasked.
+_active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
+if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" = base ] &&
+    [ -z "${ESPNET_KD_INTO_BASE:-}${ESPNET_KD_INSTALLED:-}" ]; then
+    echo "conda's base environment is left as it is; ESPNET_KD_INTO_BASE=1 installs into it" >&2
+    _active=
+fi
+if [ -n "${_active}" ]; then
+    echo "using the active environment ${_active}" >&2
 else
     if [ ! -f "${ROOT:?}/.venv/bin/activate" ]; then # written last
         python=$(find_python)
@@ -27,6 +34,10 @@ else
     # shellcheck disable=SC1091
     . "${ROOT}/.venv/bin/activate"
 fi
+
+# What a new shell has to run before the commands of the README.
+ACTIVATE=". ${VIRTUAL_ENV:-}/bin/activate"
+[ -n "${VIRTUAL_ENV:-}" ] || ACTIVATE="conda activate ${CONDA_PREFIX}"
 
 # Installed already, for this setup.py and these extras? ESPNET_KD_INSTALLED=1 says so for an environment made by other
 # means, for instance on cluster nodes without network.
@@ -48,5 +59,5 @@ if [ -n "${_missing}" ]; then
         touch "${_stamp}.${_extra}"
     done
 fi
-unset _stamp _missing _extra _log
+unset _active _stamp _missing _extra _log
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import time
 
 import pytest
@@ -236,7 +237,8 @@ def test_the_verdict_of_the_report_comes_last(egs2, stub):
     (stub / "exp/report/verdict.txt").write_text("kl: fewer errors\n\nThe whole report: there\n")
     for options in ([], ["--methods", "cr_ctc"]):
         done = run_all(egs2, "--recipe", "stub", *options)
-        assert done.returncode == 0 and done.stdout.endswith("\n\nkl: fewer errors\n\nThe whole report: there\n")
+        assert done.returncode == 0 and "\n\nkl: fewer errors\n\nThe whole report: there\n\n" in done.stdout
+        assert done.stdout.splitlines()[-1].endswith(f"a shell after:  . {sys.prefix}/bin/activate")
 
 
 def test_all_is_every_page_that_the_recipe_has_a_student_for(egs2, stub):

@@ -2,8 +2,9 @@
 # shellcheck shell=bash
 _root=$(cd "$(dirname "${BASH_SOURCE[0]}")/../../.." && pwd -P)
 
-# The environment that run_all.sh made, unless another one is active.
-if [ -z "${VIRTUAL_ENV:-}${CONDA_PREFIX:-}" ] && [ -f "${_root}/.venv/bin/activate" ]; then
+# The environment that run_all.sh made, unless another one than conda's base is active.
+if [ -z "${VIRTUAL_ENV:-}" ] && [ -f "${_root}/.venv/bin/activate" ] &&
+    { [ -z "${CONDA_PREFIX:-}" ] || [ "${CONDA_DEFAULT_ENV:-}" = base ]; }; then
     # shellcheck disable=SC1091
     . "${_root}/.venv/bin/activate"
 fi
