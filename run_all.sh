@@ -106,6 +106,10 @@ EXTRAS='mini'
 if [ -z "${methods}" ] && [[ " ${options[*]} " == *" --method "* ]]; then # a mistake in it is told before any work
     (cd "${recipe}" && python -m espnet_kd.bin.asr_kd_page "$(value method)" >/dev/null)
 fi
+# Before data are prepared for hours. A cluster has GPUs that this machine need not have.
+if [ "$(value ngpu)" != 0 ] && [ "$(value dry_run)" != true ] && grep -qs '^[^#]*cuda_cmd=.*run_local' "${recipe}/cmd.sh"; then
+    python -c "from espnet_kd import cli; cli.run(lambda _: cli.check_gpus($(value ngpu)))"
+fi
 
 logs=$(cd "${recipe}" && realpath -m -- "$(value expdir)/run_all")
 # shellcheck source=egs2/TEMPLATE/queue.sh

@@ -41,7 +41,7 @@ def test_one_table_compares_methods(egs2):
     assert all(r["wer"] is not None and r["epochs"] == 1 for r in rows)
     assert len({r["params"] for r in rows if r["role"] != "teacher"}) == 1
     table = (exp / "RESULTS.md").read_text().split("## Comparison of methods")[1].split("##")[0]
-    *lines, where = [line for line in done.stdout.splitlines() if line]  # a verdict for each, then the report
+    *lines, where, _ = [line for line in done.stdout.splitlines() if line]  # a verdict for each, then the report
     assert where == f"The whole report: {exp.resolve() / 'report.html'}"
     assert {line.split(":")[0] for line in lines[-2:]} == {"kl", "cr_ctc"}
     for method in ("kl", "cr_ctc"):
@@ -230,6 +230,15 @@ def test_the_console_is_short_and_names_the_logs(egs2, stub):
     done = run_all(egs2, "--recipe", "stub")
     assert done.returncode == 1 and "of 4: teacher FAILED; the end of" in done.stdout
     assert "--stage 7" not in (stub / "calls").read_text().splitlines()[-1]
+
+
+def test_a_gpu_that_is_not_there_is_missed_before_any_work(egs2, stub, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    (stub / "cmd.sh").write_text('cuda_cmd="./run_local.sh" # here\n')
+    done = run_all(egs2, "--recipe", "stub", "--ngpu", "2")
+    assert done.returncode == 1 and "error: --ngpu 2: torch finds 0 usable GPUs" in done.stdout and not calls(stub)
+    (stub / "cmd.sh").write_text('cuda_cmd="slurm.pl"\n')
+    assert run_all(egs2, "--recipe", "stub", "--ngpu", "2").returncode == 0
 
 
 def test_the_verdict_of_the_report_comes_last(egs2, stub):
