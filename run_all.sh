@@ -104,7 +104,7 @@ EXTRAS='mini'
 # shellcheck source=egs2/TEMPLATE/setup_env.sh
 . "${ROOT}/egs2/TEMPLATE/setup_env.sh"
 if [ -z "${methods}" ] && [[ " ${options[*]} " == *" --method "* ]]; then # a mistake in it is told before any work
-    (cd "${recipe}" && python -m espnet_kd.bin.asr_kd_page "$(value method)" >/dev/null)
+    (cd "${recipe}" && python -m espnet_kd.bin.asr_kd_page "$(value method)" --import_objectives >/dev/null)
 fi
 # Before data are prepared for hours. A cluster has GPUs that this machine need not have.
 if [ "$(value ngpu)" != 0 ] && [ "$(value dry_run)" != true ] && grep -qs '^[^#]*cuda_cmd=.*run_local' "${recipe}/cmd.sh"; then
@@ -195,7 +195,7 @@ from espnet_kd.bin import asr_kd_page
 def main(_):
     for method in sys.argv[1:]:
         print("method=" + method)
-        asr_kd_page.main([method])
+        asr_kd_page.main([method, "--import_objectives"])
 
 cli.run(main)
 EOF_PAGES

@@ -30,8 +30,8 @@ def parse_yaml(text: str, where: str, max_nodes: int = MAX_NODES) -> Any:
         return yaml.load(text, Loader=_LOADER)  # noqa: S506 (a safe loader)
     except UserError:
         raise
-    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError) as e:
-        reason = " ".join(str(e).split()) or type(e).__name__
+    except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, LookupError, AttributeError) as e:
+        reason = " ".join(str(e).split()) or type(e).__name__  # also what PyYAML trips over: !!bool maybe
         raise UserError(f"{where}: this is no YAML that can be read: {reason}") from e
 
 

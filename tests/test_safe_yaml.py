@@ -29,6 +29,9 @@ BEYOND = {
     "code": ("a: !!python/object/apply:os.getcwd []", "x.yaml: this is no YAML .*could not determine a constructor"),
     "a list for a key": ("? [a]\n: 1", "x.yaml: this is no YAML .*unhashable"),
     "unknown alias": ("a: *b", "x.yaml: this is no YAML .*undefined alias"),
+    "no point of time": ("a: !!timestamp x", "x.yaml: this is no YAML"),
+    "no truth value": ("a: !!bool maybe", "x.yaml: this is no YAML"),
+    "no number": ("a: !!int ''", "x.yaml: this is no YAML"),
     "control characters": ("a: \x00", "x.yaml: this is no YAML"),
 }
 

@@ -5,11 +5,15 @@
 
 teacher: required or none · stages: number of KD stages · labels: 1 where transcripts are trained with, else 0 ·
 nbest: hypotheses per utterance that it reads of the teacher's N-best, 0 for none
+
+An objective that is a dotted path is code of the page's author. It is not imported here, so that its options are not
+checked and what it needs is not counted, unless --import_objectives is given.
 """
 
 from __future__ import annotations
 
 import argparse
+import logging
 from typing import Optional, Sequence
 
 from espnet_kd import cli
@@ -19,6 +23,7 @@ def get_parser() -> argparse.ArgumentParser:
     """Command line of asr_kd_page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", help="a name in conf/methods, or a path")
+    parser.add_argument("--import_objectives", action="store_true", help="import dotted paths, as training does")
     return parser
 
 
@@ -30,9 +35,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     args = get_parser().parse_args(argv)
     cli.refuse_empty(args)
-    from espnet_kd.distill.page import load_page
+    from espnet_kd.distill.page import Unread, load_page
 
-    page = load_page(args.page)
+    page = load_page(args.page, args.import_objectives)
+    unread = {spec.name for stage in page.stages for spec in stage.objectives if isinstance(spec.make(), Unread)}
+    if unread:
+        logging.warning("not imported, hence not looked at: %s (see --help)", ", ".join(sorted(unread)))
     print(f"teacher={page.teacher}")
     print(f"stages={len(page.stages)}")
     print(f"labels={int(any(stage.needs_text for stage in page.stages))}")

@@ -84,8 +84,19 @@ def list_pages() -> List[str]:
     return sorted(p.stem for p in METHODS_DIR.glob("*.yaml"))
 
 
-def load_page(name: str) -> Page:
+class Unread(Objective):
+    """Stands for an objective of another module where a page is only read: nothing is known of it."""
+
+    def __init__(self, **options: Any):
+        super().__init__()
+
+
+def load_page(name: str, import_objectives: bool = True) -> Page:
     """Read a page by path or by the name of one of the package's.
+
+    Args:
+        import_objectives: whether to import objectives that are named by a dotted path, which is code of the page's
+            author; without, their options are not checked (:class:`Unread`).
 
     Raises:
         UserError: not found (naming the nearest), unreadable, unknown or mistyped keys with their place in the file.
@@ -99,7 +110,7 @@ def load_page(name: str) -> Page:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as e:
         raise UserError(f"cannot read the method page {path}: {e}") from e
-    return _page(path, parse_yaml(text, str(path)))
+    return _page(path, parse_yaml(text, str(path)), import_objectives)
 
 
 def check_cacheable(page: Page) -> None:
@@ -130,7 +141,7 @@ def needed_targets(pages: Sequence[str]) -> Needs:
     )
 
 
-def _page(path: Path, content: Any) -> Page:
+def _page(path: Path, content: Any, imports: bool) -> Page:
     where = str(path)
     keys = ["teacher", "teacher_weights", "pool", "ctc", "attention", "stages", "train"]
     top = check_mapping(content, where, keys)
@@ -142,7 +153,7 @@ def _page(path: Path, content: Any) -> Page:
         teacher=_choice(top, "teacher", ["required", "none"], "required", where),
         pool=_choice(top, "pool", ["least_blank", "mean"], "least_blank", where),
         teacher_weights=_typed(top, "teacher_weights", List[float], [], where),
-        stages=[_stage(n, stage, top, f"{where}: stages[{n - 1}]") for n, stage in enumerate(top["stages"], 1)],
+        stages=[_stage(n, x, top, f"{where}: stages[{n - 1}]", imports) for n, x in enumerate(top["stages"], 1)],
         train=check_train_options(top.get("train", {}), f"{where}: train"),
     )
     _check_kept(page)
@@ -189,7 +200,7 @@ def _implied_options(stages: Sequence[KDStage]) -> Dict[str, Any]:
     return implied
 
 
-def _stage(number: int, content: Any, top: Mapping[str, Any], where: str) -> KDStage:
+def _stage(number: int, content: Any, top: Mapping[str, Any], where: str, imports: bool) -> KDStage:
     keys = ["name", "share", "keep", "restart", "ctc", "attention", "objectives"]
     if isinstance(content, Mapping) and "train" in content:
         raise UserError(f"{where}: train holds for the whole training, so that it belongs beside `stages`")
@@ -213,7 +224,7 @@ def _stage(number: int, content: Any, top: Mapping[str, Any], where: str) -> KDS
         ctc_per=_choice(ctc, "per", ["utterance", "label"], "utterance", f"{where}.ctc"),
         # A hybrid student's attention branch uses labels too: off where CTC is off, unless set otherwise.
         attention_weight=_weight(attention.get("weight", float(ctc_weight != 0.0)), f"{where}.attention.weight"),
-        objectives=[_objective(o, f"{where}.objectives[{i}]") for i, o in enumerate(objectives)],
+        objectives=[_objective(o, f"{where}.objectives[{i}]", imports) for i, o in enumerate(objectives)],
     )
     if not 0 < result.share <= 1:
         raise UserError(f"{where}.share must be above 0 and at most 1, not {result.share}")
@@ -228,14 +239,14 @@ def _stage(number: int, content: Any, top: Mapping[str, Any], where: str) -> KDS
     return result
 
 
-def _objective(content: Any, where: str) -> ObjectiveSpec:
+def _objective(content: Any, where: str, imports: bool) -> ObjectiveSpec:
     entry = check_mapping(content, where)
     name = _typed(entry, "objective", str, None, where)
     weight = _weight(entry.pop("weight", 1.0), f"{where}.weight")
     entry.pop("objective")
-    cls = objective_class(name, where)
+    cls = objective_class(name, where, imports)
     hints = parameters(cls)
-    check_mapping(entry, where, ["objective", "weight", *hints])
+    check_mapping(entry, where, None if cls is Unread else ["objective", "weight", *hints])
     for key, hint in hints.items():
         if key in entry:
             check_type(entry[key], hint, f"{where}.{key}")
@@ -252,8 +263,8 @@ def _objective(content: Any, where: str) -> ObjectiveSpec:
     return ObjectiveSpec(name, weight, entry, make)
 
 
-def objective_class(name: str, where: str) -> type:
-    """Find an objective by its name, or by the dotted path of a class outside the package.
+def objective_class(name: str, where: str, imports: bool = True) -> type:
+    """Find an objective by its name, or by the dotted path of a class outside the package (``imports``: else Unread).
 
     Raises:
         UserError: unknown (naming the nearest), not importable, or not an Objective.
@@ -262,6 +273,8 @@ def objective_class(name: str, where: str) -> type:
         return OBJECTIVES.get_class(name)
     if "." not in name:
         raise UserError(f"{where}: unknown objective {name!r}{nearest(name, list(OBJECTIVES.classes))}")
+    if not imports:
+        return Unread
     module, _, attribute = name.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), attribute)

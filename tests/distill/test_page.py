@@ -2,10 +2,12 @@
 
 import sys
 from copy import deepcopy
+from pathlib import Path
 
 import pytest
 import yaml
 
+from espnet_kd.bin import asr_kd_page
 from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives import FactorizedRepresentation
 from espnet_kd.distill.page import METHODS_DIR, list_pages, load_page
@@ -315,6 +317,22 @@ def test_an_objective_from_outside(write_page, outside, options, attributes):
 def test_refused_from_outside(write_page, outside, entry, message):
     with pytest.raises(UserError, match=message):
         load_page(str(write_page(edited("stages", 0, "objectives", 0, entry))))
+
+
+def test_a_page_is_read_without_what_it_names(write_page, outside, capsys, caplog):
+    """By asr_kd_page; with --import_objectives its module runs, and its options are checked."""
+    path = str(write_page(edited("stages", 0, "objectives", 0, {"objective": "outside_kd.Mine", "strenght": 1})))
+    asr_kd_page.main([path])
+    assert "outside_kd" not in sys.modules and "stages=" in capsys.readouterr().out
+    assert "not imported, hence not looked at: outside_kd.Mine" in caplog.text
+    with pytest.raises(UserError, match="unknown key 'strenght'; did you mean 'strength'"):
+        asr_kd_page.main([path, "--import_objectives"])
+    assert "outside_kd" in sys.modules
+    root = Path(__file__).resolve().parents[2]
+    for script in ("run_all.sh", "egs2/TEMPLATE/asr_kd1/kd_functions.sh"):  # what trains with a page imports it anyway
+        lines = (root / script).read_text().splitlines()
+        calls = [line for line in lines if "asr_kd_page" in line and "import asr_kd_page" not in line]
+        assert calls and all("--import_objectives" in line for line in calls)
 
 
 def test_taps_reach_the_objective(write_page):

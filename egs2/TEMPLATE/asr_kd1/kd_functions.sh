@@ -263,7 +263,7 @@ page_of() {
     local name value lines
     [ ${#page[@]} -eq 0 ] || return 0
     # shellcheck disable=SC2086
-    lines=$(${python} -m espnet_kd.bin.asr_kd_page "$1")
+    lines=$(${python} -m espnet_kd.bin.asr_kd_page "$1" --import_objectives)
     while IFS='=' read -r name value; do page[${name}]=${value}; done <<<"${lines}"
     page[without_teacher]=$([ "${page[teacher]}${page[nbest]}" != none0 ] || echo 1)
 }
