@@ -58,6 +58,11 @@ def test_a_mistake_of_the_program_is_not_hidden():
         ("nbest --teacher t --data_dir d --output", "output"),
         ("score --expdir e --data_dir", "data_dir"),
         ("report", "expdir"),
+        ("train --output_dir", "output_dir"),
+        ("train --output_dir o --token_list t --kd_config", "kd_config"),
+        ("train --output_dir o --token_list t --teacher", "teacher"),
+        ("train --output_dir o --token_list t --train_shape_file", "train_shape_file"),
+        ("page", "page"),
     ],
 )
 def test_an_empty_value_is_refused(tmp_path, monkeypatch, command, option):

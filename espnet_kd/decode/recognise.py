@@ -21,12 +21,11 @@ from pathlib import Path
 from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import numpy as np
-import soundfile
 import torch
 from tqdm import tqdm
 
 from espnet_kd.cli import UserError, check_gpus
-from espnet_kd.data.audio import read_audio_info
+from espnet_kd.data.audio import read_audio_info, read_samples
 from espnet_kd.data.datadir import read_map
 from espnet_kd.decode.greedy import ctc_greedy
 from espnet_kd.decode.padding import make_batch_exact
@@ -233,12 +232,13 @@ def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> L
 
 
 def read_audio(utterance: Utterance) -> np.ndarray:
-    """Samples (N,) as float32 in [-1, 1]; of several channels the first, as ESPnet's frontend takes it in eval."""
-    try:
-        samples, _ = soundfile.read(utterance.path, dtype="float32")
-    except (OSError, RuntimeError) as e:
-        raise UserError(f"cannot read the audio of {utterance.utt_id}, {utterance.path}: {e}") from e
-    return samples if samples.ndim == 1 else np.ascontiguousarray(samples[:, 0])
+    """Samples (N,) as float32 in [-1, 1]; of several channels the first, as ESPnet's frontend takes it in eval.
+
+    Raises:
+        UserError: as `read_samples`, naming utterance and file.
+    """
+    samples, _ = read_samples(utterance.path, f"utterance {utterance.utt_id}: {utterance.path}", channels=0)
+    return np.ascontiguousarray(samples, dtype=np.float32)
 
 
 def make_batches(utterances: Sequence[Utterance], batch_seconds: float) -> List[List[Utterance]]:

@@ -15,6 +15,7 @@ import torch
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import read_pairs
+from espnet_kd.data.statistics import check_statistics
 from espnet_kd.data.tokenizing import check_model
 from espnet_kd.targets.experiment import load_state
 
@@ -36,12 +37,15 @@ ADAPTERS = {"lora": ("loralib", "loralib"), "houlsby": ("s3prl", "s3prl")}
 
 
 def check_requirements(args: argparse.Namespace) -> None:
-    """Refuse options whose packages or files are missing, and ``--init_param`` of another model.
+    """Refuse options whose packages or files are missing, statistics of features that are no numbers, and
+    ``--init_param`` of another model.
 
     Raises:
         UserError: naming the option and what it needs.
     """
     check_packages(args)
+    if getattr(args, "normalize", None) == "global_mvn" and (args.normalize_conf or {}).get("stats_file"):
+        check_statistics(args.normalize_conf["stats_file"])
     check_tokens(args)
     check_init_param(args)
 

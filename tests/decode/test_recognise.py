@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 import tiny_asr
 import torch
 
@@ -20,6 +21,7 @@ from espnet_kd.decode.recognise import (
     build_detokeniser,
     make_batches,
     normalise,
+    read_audio,
     read_utterances,
 )
 from espnet_kd.targets.experiment import find_experiment, load_model
@@ -285,3 +287,19 @@ def test_what_a_kd_stage_ended_with_is_decoded_again_when_it_changes(tmp_path, e
     assert asr_kd_inference.describe_inputs(stage, tmp_path) == before
     (stage / "student.pth").write_bytes(b"another")
     assert asr_kd_inference.describe_inputs(stage, tmp_path) != before
+
+
+@pytest.mark.parametrize("kind, message", [("flac", "is damaged"), ("wav", "is cut"), ("nan", "is no number")])
+def test_damaged_audio_is_named(tmp_path, kind, message):
+    """With the utterance, as data preparation names it."""
+    samples, path = tiny_asr.audio(4.0, 3), tmp_path / f"a.{'flac' if kind == 'flac' else 'wav'}"
+    if kind == "nan":
+        samples[100] = np.nan
+    soundfile.write(path, samples, 16000, subtype="FLOAT" if kind == "nan" else "PCM_16")
+    content = bytearray(path.read_bytes())
+    middle = len(content) // 2
+    if kind == "flac":
+        content[middle : middle + 400] = bytes(400)
+    path.write_bytes(content[:middle] if kind == "wav" else content)
+    with pytest.raises(UserError, match=f"utterance u1: .*{path.name}.* {message}"):
+        read_audio(Utterance("u1", str(path), len(samples), 16000))

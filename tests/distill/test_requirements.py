@@ -173,3 +173,17 @@ def test_a_token_list_in_the_yaml(corpus, tmp_path):
         else:
             with pytest.raises(UserError, match="s.yaml: token_list: expected "):
                 check_configuration(asr_kd_train.get_parser(), cmd)
+
+
+@pytest.mark.parametrize("content, message", [("nan", "2 of 40 features .* no number"), (None, "no such file")])
+def test_statistics_of_the_users_own(corpus, tmp_path, content, message):
+    """In whatever directory they lie."""
+    stats = tmp_path / "mine.npz"
+    if content:
+        total = np.zeros(40)
+        total[3], total[7] = np.nan, np.inf
+        np.savez(stats, count=100, sum=total, sum_square=np.full(40, 400.0))
+    command = corpus.options(tmp_path / "out", normalize_conf={"stats_file": str(stats)})
+    with pytest.raises(UserError, match=f"mine.npz: .*{message}"):
+        asr_kd_train.main(command)
+    assert not (tmp_path / "out/config.yaml").exists()
