@@ -7,6 +7,7 @@ import json
 import sys
 import types
 
+import kaldiio
 import numpy as np
 import pytest
 import soundfile
@@ -52,6 +53,10 @@ WORKS = {
     "lora": changed(use_adapter=True, adapter="lora",
                     adapter_conf=dict(rank=2, alpha=2, target_modules=["linear_q"], bias_type="none")),
     "loudness": changed(speech_volume_normalize=0.5),
+    "wav2vec2": changed("wav2vec2", dict(w2v_url="w2v.pt", w2v_dir_path=".", output_size=24), frontend=None,
+                        frontend_conf={}, input_size=1, normalize=None),
+    "wav2vec2 loudness": changed("wav2vec2", dict(w2v_url="w2v.pt", w2v_dir_path=".", output_size=24), frontend=None,
+                                 frontend_conf={}, input_size=1, normalize=None, speech_volume_normalize=0.5),
 }  # fmt: skip
 #: Fed with features: works in training and is no reader of audio.
 FEATURES = changed(frontend=None, frontend_conf={}, input_size=40)
@@ -106,6 +111,33 @@ def with_lora(monkeypatch):
     monkeypatch.setattr(create_adapter_fn, "is_lora_available", True)
 
 
+@pytest.fixture
+def with_fairseq(monkeypatch, tmp_path):
+    """A stand-in for fairseq and a file of its, for teachers with its encoder, which are trusted."""
+    names = ("fairseq", "fairseq.models", "fairseq.models.wav2vec", "fairseq.models.wav2vec.wav2vec2")
+    modules = {name: types.ModuleType(name) for name in names}
+
+    class Wav2Vec2Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv = torch.nn.Conv1d(1, 24, 400, 320)
+            self.cfg = types.SimpleNamespace(encoder_embed_dim=24)
+
+        def forward(self, x, masks, mask=False, features_only=True):
+            h = self.conv(x[:, None]).transpose(1, 2)
+            n = ((~masks).sum(1) - 400) // 320 + 1
+            return {"x": h, "padding_mask": torch.arange(h.size(1)) >= n[:, None]}
+
+    modules[names[-1]].Wav2Vec2Model = Wav2Vec2Model
+    loaded = types.SimpleNamespace(load_model_ensemble_and_task=lambda *a, **k: ([Wav2Vec2Model()], None, None))
+    modules["fairseq"].checkpoint_utils = loaded
+    for name, module in modules.items():
+        monkeypatch.setitem(sys.modules, name, module)
+    monkeypatch.setenv("ESPNET_KD_TRUST_PICKLE", "1")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "w2v.pt").write_bytes(b"x")
+
+
 def build(kind):
     conf = {**(FEATURES if kind == "features" else WORKS[kind])}
     base = {**conf, "token_list": list(tiny_asr.TOKENS)}
@@ -135,6 +167,8 @@ def save(directory, conf, state):
 
 @pytest.fixture
 def experiment(request, tmp_path, with_lora):
+    if "wav2vec2" in request.param:
+        request.getfixturevalue("with_fairseq")
     return save(tmp_path / "exp", *build(request.param))
 
 
@@ -192,7 +226,7 @@ def test_inference_and_nbest(experiment, corpus, tmp_path):
     assert "<mask>" not in (tmp_path / "nbest").read_text()
 
 
-@kinds
+@pytest.mark.parametrize("experiment", [*WORKS, "features"], indirect=True)
 def test_packed(experiment, tmp_path, monkeypatch):
     from espnet2.main_funcs.pack_funcs import pack
 
@@ -201,8 +235,10 @@ def test_packed(experiment, tmp_path, monkeypatch):
     files = {"asr_model_file": "exp/valid.loss.ave.pth"}
     pack(files, {"asr_train_config": "exp/config.yaml"}, tmp_path / "x.zip")
     speech = torch.from_numpy(tiny_asr.audio(1.0, 3))[None]
+    if yaml.safe_load((experiment / "config.yaml").read_text())["input_size"] == 40:
+        speech = torch.randn(1, 100, 40)
     teachers = [OnlineTeacher(e) for e in (experiment, tmp_path / "x.zip")]
-    first, second = (t.targets((), speech, torch.tensor([16000])).logits for t in teachers)
+    first, second = (t.targets((), speech, torch.tensor([speech.size(1)])).logits for t in teachers)
     assert torch.equal(first, second)
 
 
@@ -253,6 +289,23 @@ def test_a_teacher_fed_with_features(corpus, tmp_path):
     ):
         with pytest.raises(UserError, match="takes features .*, not audio"):
             command.main([*argv, "--data_dir", data])
+
+
+def test_a_student_fed_with_the_features_of_its_teacher(corpus, tmp_path):
+    exp, options = save(tmp_path / "exp", *build("features")), []
+    for part in ("train", "valid"):
+        features = {f"{part}{i}": np.random.default_rng(i).standard_normal((90 + i, 40)) for i in range(3)}
+        kaldiio.save_ark(str(tmp_path / f"{part}.ark"), features, scp=str(tmp_path / f"{part}.scp"))
+        (tmp_path / f"{part}.shape").write_text("".join(f"{u} {len(x)},40\n" for u, x in features.items()))
+        (tmp_path / f"{part}.text").write_text("".join(f"{u} abc\n" for u in features))
+        data = f"--{part}_data_path_and_name_and_type"
+        options += [data, f"{tmp_path}/{part}.scp,speech,kaldi_ark", data, f"{tmp_path}/{part}.text,text,text"]
+        options += [f"--{part}_shape_file", f"{tmp_path}/{part}.shape"]
+    config = corpus.config(input_size=40, normalize="utterance_mvn", normalize_conf={}, frontend_conf={}, max_epoch=1)
+    options += ["--config", str(config), "--token_type", "char", "--token_list", str(corpus.dir / "tokens.txt")]
+    out = tmp_path / "out"
+    asr_kd_train.main([*options, "--teacher", str(exp), "--kd_config", "kl", "--output_dir", str(out)])
+    assert (out / "student.pth").is_file()
 
 
 @pytest.mark.parametrize("lengths", [(300, 200), (1500, 1900), (16000, 1500), (1500, 16000), (100, 16000)])
@@ -306,38 +359,16 @@ def test_old_names_of_an_s3prl_frontend():
     assert fit_state(model, model.state_dict(), "x").keys() == model.state_dict().keys()
 
 
-def test_an_encoder_that_takes_samples(tmp_path, monkeypatch):
-    """wav2vec 2.0 without frontend (input_size: 1): trusted, it is a teacher like any other."""
-    names = ("fairseq", "fairseq.models", "fairseq.models.wav2vec", "fairseq.models.wav2vec.wav2vec2")
-    modules = {name: types.ModuleType(name) for name in names}
-
-    class Wav2Vec2Model(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.conv = torch.nn.Conv1d(1, 24, 400, 320)
-            self.cfg = types.SimpleNamespace(encoder_embed_dim=24)
-
-        def forward(self, x, masks, mask=False, features_only=True):
-            h = self.conv(x[:, None]).transpose(1, 2)
-            n = ((~masks).sum(1) - 400) // 320 + 1
-            return {"x": h, "padding_mask": torch.arange(h.size(1)) >= n[:, None]}
-
-    modules[names[-1]].Wav2Vec2Model = Wav2Vec2Model
-    loaded = types.SimpleNamespace(load_model_ensemble_and_task=lambda *a, **k: ([Wav2Vec2Model()], None, None))
-    modules["fairseq"].checkpoint_utils = loaded
-    for name, module in modules.items():
-        monkeypatch.setitem(sys.modules, name, module)
-    (tmp_path / "w2v.pt").write_bytes(b"x")
-    conf = changed("wav2vec2", dict(w2v_url=str(tmp_path / "w2v.pt"), w2v_dir_path=str(tmp_path), output_size=24),
-                   frontend=None, frontend_conf={}, input_size=1, normalize=None)  # fmt: skip
-    exp = save(tmp_path / "exp", conf, tiny_asr.build(conf).state_dict())
-    with pytest.raises(UserError, match="encoder: wav2vec2 .*ESPNET_KD_TRUST_PICKLE=1"):
-        OnlineTeacher(exp)
-    monkeypatch.setenv("ESPNET_KD_TRUST_PICKLE", "1")
-    teacher = OnlineTeacher(exp)
+@pytest.mark.parametrize("experiment", ["wav2vec2"], indirect=True)
+def test_an_encoder_that_takes_samples(experiment, monkeypatch):
+    """wav2vec 2.0 without frontend (input_size: 1): trusted, it is a teacher like any other; else it is refused."""
+    teacher = OnlineTeacher(experiment)
     assert teacher.frame_shift == pytest.approx(0.02) and teacher._least == 400
-    recogniser = Recogniser(*load_model(*find_experiment(exp)), exp)
+    recogniser = Recogniser(*load_model(*find_experiment(experiment)), experiment)
     assert recogniser.rate == 16000 and recogniser.logits([np.zeros(8000, np.float32)])[1].tolist() == [24]
+    monkeypatch.delenv("ESPNET_KD_TRUST_PICKLE")
+    with pytest.raises(UserError, match="encoder: wav2vec2 .*ESPNET_KD_TRUST_PICKLE=1"):
+        OnlineTeacher(experiment)
 
 
 def test_a_cache_that_was_forged_is_not_noticed(corpus, tmp_path):
