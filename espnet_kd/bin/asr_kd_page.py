@@ -13,6 +13,7 @@ import argparse
 from typing import Optional, Sequence
 
 from espnet_kd import cli
+from espnet_kd.lazy import importing_lazily
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -30,7 +31,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     args = get_parser().parse_args(argv)
     cli.refuse_empty(args)
-    from espnet_kd.distill.page import load_page
+    # What an objective computes with is not imported to look at its options.
+    with importing_lazily(("espnet_kd",), dict.fromkeys(("torch", "numpy"), ())):
+        from espnet_kd.distill.page import load_page
 
     page = load_page(args.page)
     print(f"teacher={page.teacher}")

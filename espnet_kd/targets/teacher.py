@@ -10,6 +10,7 @@ from typing import Callable, Dict, List, Optional, Protocol, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from espnet_kd.backend import without_gradient
 from espnet_kd.cli import UserError
 from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.encode import EncoderOutputs
@@ -118,7 +119,7 @@ class SeveralTeachers:
         for teacher in self.teachers:
             teacher.move(fn)
 
-    @torch.no_grad()
+    @without_gradient
     def targets(
         self,
         utt_ids: Sequence[str],

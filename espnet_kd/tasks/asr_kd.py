@@ -35,6 +35,9 @@ from espnet_kd.targets.nbest import read_nbest
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate
 from espnet_kd.targets.teacher import SeveralTeachers, Teacher
 
+# Not its base class: pages name weights of a schedule, and are checked without ESPnet.
+AbsIterFactory.register(EpochHooks)
+
 DATA_OPTIONS = ("train_data_path_and_name_and_type", "valid_data_path_and_name_and_type")
 
 
