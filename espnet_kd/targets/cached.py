@@ -112,16 +112,24 @@ class CachedTeacher:
         Raises:
             UserError: an utterance is missing or damaged.
         """
+        said = self.read(utt_ids, taps)
+        if self.device.type == "cpu":
+            return said
+        logits = said.logits.map(lambda x: x.to(self.device))
+        hidden = {tap: h.to(self.device) for tap, h in said.hidden.items()}
+        return EncoderOutputs(logits, said.lengths.to(self.device), said.frame_shift, hidden)
+
+    def read(self, utt_ids: Sequence[str], taps: Sequence[str] = ()) -> EncoderOutputs:
+        """The targets of a batch on the CPU (:class:`UserError`: an utterance is missing or damaged)."""
         found = [self._read(utt_id) for utt_id in utt_ids]
         lengths = torch.tensor([len(x.log_blank) for x, _ in found])
-        logits = together([x for x, _ in found]).map(lambda y: y.to(self.device))
         hidden = {}
         for tap in set(taps):
             each = [h[self.policy.taps.index(tap)] for _, h in found]
             # Of an utterance without frames there is no array, hence no width.
             each = [h if len(h) else h.new_zeros(0, self.hidden_size) for h in each]
-            hidden[tap] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True).to(self.device)
-        return EncoderOutputs(logits, lengths.to(self.device), self.frame_shift, hidden)
+            hidden[tap] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
+        return EncoderOutputs(together([x for x, _ in found]), lengths, self.frame_shift, hidden)
 
     def _find(self, utt_id: str) -> Optional[int]:
         key = utt_id.encode()

@@ -13,6 +13,7 @@ from torch import Tensor
 from espnet_kd.cli import UserError
 from espnet_kd.decode.padding import OneByOne
 from espnet_kd.frames import valid
+from espnet_kd.late import Later
 from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.audio_options import sampling_rate, to_volume, volume
 from espnet_kd.targets.encode import (
@@ -31,8 +32,8 @@ from espnet_kd.targets.teacher import Needs
 
 __all__ = ["OnlineTeacher", "sampling_rate"]
 
-#: Frames after which it is seen whether a teacher has anything to say.
-ENOUGH = 1000
+#: Frames after which it is seen whether a teacher has anything to say, and batches after which it is given up.
+ENOUGH, BATCHES = 1000, 100
 #: Share of frames with a token, below which a teacher is blank: one that speaks at all has a token every few seconds.
 SILENT = 0.01
 
@@ -74,7 +75,8 @@ class OnlineTeacher:
         self._input_width = input_width(self._model)
         self.frame_shift = measure_frame_shift(self._model, self.sampling_rate)
         self._least = least_samples(self._model, self.sampling_rate)
-        self._frames = self._nonblank = 0  # counted until there are enough to judge
+        self._batches, self._counts = 0, torch.zeros(2, dtype=torch.int64)  # of frames, and of those with a token
+        self._if_silent = Later()
         self._memory = Memory(memory)
 
     @property
@@ -149,21 +151,25 @@ class OnlineTeacher:
         with torch.autocast(speech.device.type, enabled=False):  # the student's AMP
             logits = head(out.to(head.weight.dtype))
         hidden = {tap: full_precision(h) for tap, h in hidden.items()}
-        if utt_ids and self._frames < ENOUGH:
+        if utt_ids and self._batches < BATCHES:
             self._count(logits, lengths)
         said = EncoderOutputs(logits, lengths, self.frame_shift, hidden, said_by_decoder)
         if prints is not None:
             self._memory.remember(utt_ids, taps, prints, said)
         return said
 
-    def _count(self, logits: torch.Tensor, lengths: torch.Tensor) -> None:
+    def _count(self, logits: Tensor, lengths: Tensor) -> None:
         """Warn, once, of a teacher that is blank nearly everywhere: a student would learn to say nothing."""
         inside = valid(lengths, logits.size(1))
-        self._frames += int(inside.sum())
-        self._nonblank += int(((logits.argmax(-1) != 0) & inside).sum())
-        if self._frames >= ENOUGH and self._nonblank < SILENT * self._frames:
-            logging.warning(
+        counts = torch.stack([inside.sum(), ((logits.argmax(-1) != 0) & inside).sum()])
+        before = self._counts if self._batches else torch.zeros_like(counts)
+        self._batches, self._counts = self._batches + 1, before + counts
+        frames, spoken = self._counts
+        self._if_silent(
+            (before[0] < ENOUGH) & (frames >= ENOUGH) & (spoken < SILENT * frames),
+            lambda: logging.warning(
                 "the teacher %s is blank on %.1f %% of the first %d frames; decode this data with asr_kd_inference "
                 "to see whether it recognises anything",
-                self.name, 100 * (1 - self._nonblank / self._frames), self._frames,
-            )  # fmt: skip
+                self.name, 100 * (1 - int(spoken) / int(frames)), int(frames),
+            ),
+        )  # fmt: skip
