@@ -162,7 +162,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument(
         "--mass", type=float, nargs="+", default=[0.9, 0.95, 0.98, 0.99, 0.995, 0.997, 0.998, 0.999, 0.9995]
     )
-    parser.add_argument("--top_k", type=int, default=256, help="the most tokens of a nucleus")
+    parser.add_argument("--top_k", type=int, default=128, help="the most tokens of a nucleus")
     parser.add_argument("--most", type=int, default=100, help="utterances, spread over the data dir; 0: all")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)
