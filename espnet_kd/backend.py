@@ -13,12 +13,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from typing import Iterator, List, Union
+from typing import Any, Callable, Iterator, List, TypeVar, Union
 
 import torch
 from torch import Tensor
 
 BACKENDS = ("rows", "masked", "fused")
+Function = TypeVar("Function", bound=Callable[..., Any])
 _forced: List[str] = []
 
 
@@ -60,6 +61,17 @@ def using(name: str) -> Iterator[None]:
         yield
     finally:
         _forced.pop()
+
+
+def without_gradient(function: Function) -> Function:
+    """``torch.no_grad`` as a decorator that needs no torch yet: pages are checked without it (`asr_kd_page`)."""
+
+    @functools.wraps(function)
+    def inner(*args: Any, **kwargs: Any) -> Any:
+        with torch.no_grad():
+            return function(*args, **kwargs)
+
+    return inner  # type: ignore[return-value]
 
 
 def has_values(x: Tensor) -> bool:

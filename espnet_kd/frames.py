@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from espnet_kd.backend import may_look
+from espnet_kd.backend import may_look, without_gradient
 from espnet_kd.late import LateCheck
 from espnet_kd.topk import Posterior, TopK
 
@@ -100,7 +100,7 @@ _OPTIONS = {
 }
 
 
-@torch.no_grad()
+@without_gradient
 def select(teacher_logits: Posterior, lengths: Tensor, rule: str, *, blank_id: int = 0, **options: Any) -> Tensor:
     """Choose the frames on which a student is distilled, by the teacher's blanks.
 

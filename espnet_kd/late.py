@@ -3,43 +3,74 @@
 from __future__ import annotations
 
 from collections import deque
-from typing import Callable, Deque, Tuple
+from typing import Callable, Deque, NoReturn, Protocol, Tuple
 
 import torch
 from torch import Tensor
 
-from espnet_kd.backend import has_values
+from espnet_kd.backend import has_values, may_look
 
 
-class LateCheck:
-    """Refuses what a tensor says is wrong: on a CPU at once, on a GPU as soon as the value has come over by itself."""
+class Copied(Protocol):
+    """An event that follows a copy."""
+
+    def query(self) -> bool:
+        """Whether it is done."""
+
+    def synchronize(self) -> None:
+        """Wait until it is done."""
+
+
+class Later:
+    """Acts where a flag is True: on a CPU at once, on a GPU as soon as the flag has come over by itself."""
 
     def __init__(self) -> None:
-        self._pending: Deque[Tuple[torch.cuda.Event, Tensor, Callable[[], str]]] = deque()
+        self._pending: Deque[Tuple[Copied, Tensor, Callable[[], None]]] = deque()
 
-    def __call__(self, wrong: Tensor, message: Callable[[], str]) -> None:
-        """Look at all earlier values that have come over, and at ``wrong``, a scalar, or have it come over.
+    def __call__(self, flag: Tensor, act: Callable[[], None]) -> None:
+        """Look at all earlier flags that have come over, and at ``flag``, a scalar, or have it come over.
 
-        Raises:
-            ValueError: with its message, of the first that is True.
+        What ``act`` raises is raised here, for an earlier flag that of the earlier call.
         """
         self.look()
-        if not has_values(wrong):  # shapes alone, while something is traced
+        if not has_values(flag):  # shapes alone, while something is traced
             return
-        if not wrong.is_cuda:
-            if wrong:
-                raise ValueError(message())
-            return
-        # From memory that is not pinned the copy would be a wait.
-        here = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(wrong, non_blocking=True)
-        copied = torch.cuda.Event()
-        copied.record(torch.cuda.current_stream(wrong.device))
-        self._pending.append((copied, here, message))
+        if may_look(flag):
+            if flag:
+                act()
+        else:
+            self._pending.append((*bring_over(flag), act))
 
     def look(self) -> None:
-        """Look at those that have come over (ValueError as above)."""
+        """Look at those that have come over."""
         while self._pending and self._pending[0][0].query():
-            _, here, message = self._pending.popleft()
+            _, here, act = self._pending.popleft()
             if here:
-                self._pending.clear()  # of the same kind, most likely
-                raise ValueError(message())
+                act()
+
+    def finish(self) -> None:
+        """Wait for all of them, and look."""
+        while self._pending:
+            self._pending[0][0].synchronize()
+            self.look()
+
+
+class LateCheck(Later):
+    """Refuses what a tensor says is wrong; ``check(wrong, message)`` raises ValueError, of the first that is True."""
+
+    def __call__(self, wrong: Tensor, message: Callable[[], str]) -> None:
+        """See :class:`Later`; the message is made when it is needed."""
+        super().__call__(wrong, lambda: self._refuse(message))
+
+    def _refuse(self, message: Callable[[], str]) -> NoReturn:
+        self._pending.clear()  # of the same kind, most likely
+        raise ValueError(message())
+
+
+def bring_over(flag: Tensor) -> Tuple[Copied, Tensor]:
+    """Begin to copy a scalar from a GPU; it may be looked at when the event is done."""
+    # From memory that is not pinned the copy would be a wait.
+    here = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
+    copied = torch.cuda.Event()
+    copied.record(torch.cuda.current_stream(flag.device))
+    return copied, here

@@ -1,6 +1,6 @@
 """A teacher's posterior in short, as the target cache keeps it. Torch only.
 
-Of each frame the blank exactly, the k likeliest other tokens where they were kept, and all others as one remainder.
+Of each frame the blank, up to k of the likeliest other tokens where they were kept, and all others as one remainder.
 Frame selections and losses take it in place of logits (B, T, V); it is never made that large again.
 """
 
@@ -31,7 +31,7 @@ class TopK:
 
     log_blank: Tensor  #: (B, T)
     tokens: Tensor  #: (B, T, k) int64, the likeliest first
-    log_probs: Tensor  #: (B, T, k); −∞ where none was kept
+    log_probs: Tensor  #: (B, T, k); −∞ where none was kept, and there token 0
     num_tokens: int  #: V
     #: Temperature τ other than 1 → (B, T) log Σ_k p(k)^(1/τ), which makes the posterior at τ exact.
     norms: Dict[float, Tensor] = field(default_factory=dict)
@@ -105,7 +105,9 @@ class TopK:
             raise NotKept("the cached targets keep no tokens on some of these frames; make the cache for this page")
         finite = log_nonblank.masked_fill(log_nonblank == -torch.inf, 0.0)
         share = 1 - (self.log_tokens_at(temperature) - finite[..., None]).double().exp().sum(-1)
-        share = share.masked_fill((share < _ROUNDING) | (self.tokens.size(-1) >= self.num_tokens - 1), 0.0)
+        share = share.masked_fill(share < _ROUNDING, 0.0)
+        if self.tokens.size(-1) >= self.num_tokens - 1:  # none is missing where the last is there
+            share = share.masked_fill(self.log_probs[..., -1] > -torch.inf, 0.0)
         return log_nonblank.exp() * share.to(log_nonblank.dtype)
 
 

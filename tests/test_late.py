@@ -4,17 +4,36 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from espnet_kd.late import LateCheck
+from espnet_kd import late
+from espnet_kd.backend import using
+from espnet_kd.late import LateCheck, Later
 
 
 class Event:
     """Stands for CUDA's: whether a copy is done."""
 
-    def __init__(self, done):
+    def __init__(self, done=False):
         self.done = done
 
     def query(self):
         return self.done
+
+    def synchronize(self):
+        self.done = True
+
+
+@pytest.fixture
+def events(monkeypatch):
+    """A device that is not the CPU, as far as this can be had: of every copy its event."""
+    events = []
+
+    def bring_over(flag):
+        events.append(Event())
+        return events[-1], flag
+
+    monkeypatch.setattr(late, "bring_over", bring_over)
+    with using("masked"):
+        yield events
 
 
 def test_on_a_cpu_it_is_at_once():
@@ -24,15 +43,27 @@ def test_on_a_cpu_it_is_at_once():
         check(torch.tensor(True), lambda: "wrong")
 
 
-def test_what_has_not_come_over_is_not_looked_at():
-    check, event = LateCheck(), Event(False)
-    check._pending.append((Event(True), torch.tensor(False), lambda: "fine"))
-    check._pending.append((event, torch.tensor(True), lambda: "wrong"))
+def test_what_has_not_come_over_is_not_looked_at(events):
+    check = LateCheck()
     check(torch.tensor(False), lambda: "fine")
-    event.done = True
+    check(torch.tensor(True), lambda: "wrong")
+    events[0].done = True
+    check(torch.tensor(False), lambda: "fine")
+    events[1].done = True
     with pytest.raises(ValueError, match="^wrong$"):
         check(torch.tensor(False), lambda: "fine")
     check.look()  # said once
+
+
+def test_all_are_looked_at_in_the_end_and_in_order(events):
+    later, acted = Later(), []
+    for number, flag in enumerate([True, False, True, True]):
+        later(torch.tensor(flag), lambda number=number: acted.append(number))
+    assert acted == []
+    later.finish()
+    assert acted == [0, 2, 3] and all(event.done for event in events)
+    later.finish()
+    assert acted == [0, 2, 3]
 
 
 def test_shapes_alone_are_passed_over():

@@ -10,6 +10,7 @@ from typing import Any, Dict, List, Tuple
 
 import torch
 import yaml
+from torch.utils._pytree import tree_map
 
 RATE = 16000  # Hz
 TOKENS_PER_SECOND = 4  # about that of BPE units in English
@@ -60,7 +61,7 @@ def batch(utts: int, seconds: float, vocabulary: int) -> Dict[str, Any]:
 
 def copied(data: Dict[str, Any], device: str = "cpu") -> Dict[str, Any]:
     """A batch of its own for a step, as ESPnet changes what it is given."""
-    return {k: v.clone().to(device) if isinstance(v, torch.Tensor) else v for k, v in data.items()}
+    return tree_map(lambda v: v.clone().to(device) if isinstance(v, torch.Tensor) else v, data)
 
 
 @torch.no_grad()

@@ -26,6 +26,9 @@ def measure(
 ) -> Dict[str, float]:
     """Ratios of steps (forward, backward, optimizer) of one student in the last KD stage of a method.
 
+    Cached targets are read in the step, where it is CPU time that is measured; on a GPU they come with the batch, as
+    the data loader's workers bring them, and the step copies them.
+
     Args:
         rounds: counted rounds of the interleaved runs; the medians of the rounds' ratios are given.
         student, teacher: blocks and width of two Conformers.
@@ -43,6 +46,7 @@ def measure(
     from espnet_kd.distill.plan import make_plan
     from espnet_kd.distill.schedule import Progress
     from espnet_kd.targets.cached import CachedTeacher
+    from espnet_kd.targets.loading import BROUGHT, to_plain
     from espnet_kd.targets.online import OnlineTeacher
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -68,8 +72,14 @@ def measure(
         plain.to(device)
         for model in kd.values():
             model.to(device)
+        brought: Dict[str, Any] = {"text_lengths": data["text_lengths"].tolist()}
+        batches = {"plain": data, **dict.fromkeys(kd, {**data, BROUGHT: brought})}
+        if device != "cpu":
+            taps = [tap for _, _, taps in kd["cached"].parts(train=False) for tap in taps or ()]
+            targets = to_plain(teachers["cached"].read(data["utt_id"], taps))
+            batches["cached"] = {**data, BROUGHT: {**brought, "targets": targets}}
         runs: Dict[str, Callable[[], Any]] = {
-            name: _step(m, data, device) for name, m in {"plain": plain, **kd}.items()
+            name: _step(m, batches[name], device) for name, m in {"plain": plain, **kd}.items()
         }
         heard = models.copied(data, device)
         runs["teacher"] = lambda: teachers["online"].targets((), heard["speech"], heard["speech_lengths"])

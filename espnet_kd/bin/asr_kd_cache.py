@@ -30,7 +30,10 @@ def get_parser() -> argparse.ArgumentParser:
         "--data_dir", required=True, nargs="+", action="extend", metavar="DIR", help="training and validation data dirs"
     )
     parser.add_argument("--output", required=True, metavar="DIR", help="the cache, e.g. exp/teacher/targets")
-    parser.add_argument("--top_k", type=int, default=96, help="tokens kept of a frame, blank apart")
+    parser.add_argument(
+        "--mass", type=float, default=0.995, help="tokens of a frame are kept until, with blank, they have this share"
+    )
+    parser.add_argument("--top_k", type=int, default=128, help="the most that are kept of a frame, blank apart")
     parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="0: CPU, 1: GPU")
     parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio in a batch, padding included")
     parser.add_argument("--nj", type=int, default=1, help="batches at the same time; 1 on a GPU")
@@ -51,6 +54,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for name in ("nj", "top_k", "shard_size"):
         if getattr(args, name) < 1:
             raise cli.UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
+    if not 0 < args.mass <= 1:
+        raise cli.UserError(f"--mass is {args.mass}; it must be above 0 and at most 1")
     if not (args.batch_seconds > 0 and math.isfinite(args.batch_seconds)):
         raise cli.UserError(f"--batch_seconds is {args.batch_seconds}; it must be a number above 0")
     job, jobs = parse_job(args.job)
@@ -83,7 +88,7 @@ def write(args: argparse.Namespace, output: Path, job: int, jobs: int, device: s
     config, model_file = find_experiment(args.teacher)
     model, train_args = load_model(config, model_file, device)
     top_k = min(args.top_k, len(ctc_tokens(model)) - 1)
-    policy = Policy(top_k, **asdict(needed_targets(args.kd_config)))
+    policy = Policy(top_k, args.mass, **asdict(needed_targets(args.kd_config)))
     rate = sampling_rate(train_args)
     shift = measure_frame_shift(model, rate)
     recogniser = writer.TargetRecogniser(model, train_args, config.parent, policy=policy)

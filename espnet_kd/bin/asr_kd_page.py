@@ -17,6 +17,7 @@ import logging
 from typing import Optional, Sequence
 
 from espnet_kd import cli
+from espnet_kd.lazy import importing_lazily
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -35,7 +36,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     args = get_parser().parse_args(argv)
     cli.refuse_empty(args)
-    from espnet_kd.distill.page import Unread, load_page
+    # What an objective computes with is not imported to look at its options.
+    with importing_lazily(("espnet_kd",), dict.fromkeys(("torch", "numpy"), ())):
+        from espnet_kd.distill.page import Unread, load_page
 
     page = load_page(args.page, args.import_objectives)
     unread = {spec.name for stage in page.stages for spec in stage.objectives if isinstance(spec.make(), Unread)}

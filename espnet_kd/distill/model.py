@@ -21,6 +21,7 @@ from espnet_kd.distill.plan import Moment, Plan
 from espnet_kd.distill.schedule import Progress, Weight
 from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.encode import EncoderOutputs, encode, measure_frame_shift, recording_decoder
+from espnet_kd.targets.loading import BROUGHT, Brought, Part
 from espnet_kd.targets.teacher import Teacher
 from espnet_kd.topk import NotKept
 
@@ -129,7 +130,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
             speech: (B, samples) · speech_lengths: (B,)
             text: (B, L) · text_lengths: (B,), 0 where an utterance is not transcribed; both absent in training
                 without labels
-            kwargs: ``utt_id``, and auxiliary labels of InterCTC
+            kwargs: ``utt_id``, auxiliary labels of InterCTC, and what :mod:`espnet_kd.targets.loading` has brought
 
         Returns:
             loss, statistics, batch size, as ESPnet's trainer wants them
@@ -142,38 +143,49 @@ class ESPnetASRKDModel(ESPnetASRModel):
         now = self.plan.at(self.progress) if self.training else self.plan.last
         terms = self._active(now)
         if text is not None:
-            text[text == -1] = self.ignore_id
-            text = text[:, : text_lengths.max()]
+            # As it is padded: its length that counts would have to be asked of a GPU, and nothing depends on it.
+            text = text.masked_fill(text == -1, self.ignore_id)
         # SpecAugment's masks are drawn anew for every row, so that repeated rows are two views. None in validation.
         views = max((o.views for _, o, _ in terms), default=1) if self.training else 1
         speech, speech_lengths, text, text_lengths, kwargs = _repeat(
             views, (speech, speech_lengths, text, text_lengths, kwargs)
         )
 
+        brought = Brought(kwargs.pop(BROUGHT, None))
+        labels, counts = (text, text_lengths), brought.label_counts(speech.size(0))
         taps = [t for _, o, _ in terms for t in o.student_taps]
         out, lengths, intermediate, hidden = encode(self, speech, speech_lengths, taps)
         log_probs = self._log_probs(out)
         student = EncoderOutputs(log_probs, lengths, self.frame_shift, hidden)
         batch = Batch(
             kwargs.get("utt_id", ()), text, text_lengths, self._hypotheses(kwargs.get("utt_id", ())), views,
-            ctc=lambda *args: self._ctc(now, *args if len(args) > 2 else (*args, text, text_lengths)),
+            ctc=lambda *args: self._ctc(now, *args) if len(args) > 2 else self._ctc(now, *args, *labels, None, counts),
             ctc_head=self._log_probs,
         )  # fmt: skip
         stats: Dict[str, Optional[Tensor]] = {}
         loss = log_probs.new_zeros(())
         if text is not None:
             loss = loss + self.ctc_weight * self._ctc_branch(
-                now, log_probs, lengths, intermediate, text, text_lengths, stats, kwargs
+                now, log_probs, lengths, intermediate, *labels, counts, stats, kwargs
             )
         if self.ctc_weight < 1.0:
             loss = loss + (1 - self.ctc_weight) * self._attention_branch(
-                now, out, student, text, text_lengths, taps, stats
+                now, out, student, *labels, counts, taps, stats
             )
         if terms:
-            loss = loss + self._objectives(now, terms, student, speech, speech_lengths, batch, stats)
+            loss = loss + self._objectives(now, terms, student, speech, speech_lengths, batch, brought, stats)
 
         stats["loss"] = loss.detach()
         return force_gatherable((loss, stats, batch_size), loss.device)
+
+    def parts(self, train: bool) -> List[Part]:
+        """What the parts of the training, or what validation, reads of a teacher (`espnet_kd.targets.loading`)."""
+        found: List[Part] = []
+        for phase, terms in zip(self.plan.phases, self.terms):
+            taps = [o.teacher_taps for _, o, _ in terms if o.hears_teacher]
+            reads = tuple(sorted({t for each in taps for t in each})) if taps else None
+            found.append((phase.begin, phase.end, reads))
+        return found if train else [(0.0, 1.0, found[-1][2])]
 
     def _active(self, now: Moment) -> List[Term]:
         """The objectives that are computed: in training those whose weight is not 0, in validation all of the phase."""
@@ -196,6 +208,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         student: EncoderOutputs,
         text: Optional[Tensor],
         text_lengths: Optional[Tensor],
+        label_counts: Optional[List[int]],
         taps: Sequence[str],
         stats: Dict[str, Optional[Tensor]],
     ) -> Tensor:
@@ -206,19 +219,22 @@ class ESPnetASRKDModel(ESPnetASRModel):
             return loss
         if text is None:
             raise UserError("the attention decoder needs text; set attention: {weight: 0} or ctc_weight: 1.0")
-        rows = text_lengths > 0
-        if not rows.any():
+        counts = text_lengths.tolist() if label_counts is None else label_counts
+        rows = [i for i, n in enumerate(counts) if n > 0]
+        if not rows:
             # Every rank of a parallel run must report the same statistics and give every parameter a gradient.
             nothing = sum((p.flatten()[:0].sum() for p in self.decoder.parameters()), loss)
             errors = None if self.training or self.error_calculator is None else math.nan
             stats.update(acc=math.nan, cer=errors, wer=errors, loss_att=nothing.detach())
             return nothing
+        branch = (out, student.lengths, text, text_lengths)
+        if len(rows) < len(counts):
+            chosen = torch.tensor(rows).to(out.device, non_blocking=True)
+            branch = tuple(x.index_select(0, chosen) for x in branch)
         with recording_decoder(self) if "decoder" in taps else contextlib.nullcontext([None]) as outputs:
-            loss, stats["acc"], stats["cer"], stats["wer"] = self._calc_att_loss(
-                out[rows], student.lengths[rows], text[rows], text_lengths[rows]
-            )
+            loss, stats["acc"], stats["cer"], stats["wer"] = self._calc_att_loss(*branch)
         student.decoder = outputs[0]
-        loss = loss * (rows.sum() / len(rows))  # ESPnet averages over its rows
+        loss = loss * (len(rows) / len(counts))  # ESPnet averages over its rows
         stats["loss_att"] = loss.detach()
         return weight * loss if weight else torch.zeros_like(loss)
 
@@ -234,23 +250,27 @@ class ESPnetASRKDModel(ESPnetASRModel):
         text: Tensor,
         text_lengths: Tensor,
         weights: Optional[Tensor] = None,
+        label_counts: Optional[List[int]] = None,
     ) -> Tensor:
         """ESPnet's CTC (sum over the utterance, averaged over the batch), or that per label, as the page has it.
 
-        ``weights`` (B,) of the utterances; by default 1, or 0 where there are no labels.
+        ``weights`` (B,) of the utterances; by default 1, or 0 where there are no labels. ``label_counts``:
+        ``text_lengths`` where they are at hand, for torch's CTC has both lengths copied to the host. In ESPnet's own
+        step it waits for them too, and for each utterance's labels besides.
         """
         per_label = now.phase.stage.ctc_per == "label"
         by_time = log_probs.transpose(0, 1)
+        on_host = text_lengths if label_counts is None else torch.tensor(label_counts)
         if self.ctc.ctc_type != "builtin":
-            if per_label or weights is not None or not text_lengths.all():
+            if per_label or weights is not None or not on_host.all():
                 raise UserError(
                     f"ctc_type {self.ctc.ctc_type} gives no loss of single utterances, which ctc: per: label, N-best "
                     "and untranscribed audio need; use ctc_type: builtin"
                 )
-            labels = torch.cat([t[:n] for t, n in zip(text, text_lengths)])
+            labels = torch.cat([t[:n] for t, n in zip(text, on_host)])
             return self.ctc.loss_fn(by_time, labels, lengths, text_lengths)
         # The labels as they lie, padded: to cut each utterance's out, or to see whether all have some, would be a wait.
-        each = self.ctc.ctc_loss(by_time, text, lengths, text_lengths)
+        each = self.ctc.ctc_loss(by_time, text, lengths, on_host)
         if weights is None:
             weights = (text_lengths > 0).to(log_probs.dtype)
         if per_label:
@@ -266,13 +286,14 @@ class ESPnetASRKDModel(ESPnetASRModel):
         intermediate: List[Tuple[int, Tensor]],
         text: Tensor,
         text_lengths: Tensor,
+        label_counts: Optional[List[int]],
         stats: Dict[str, Optional[Tensor]],
         batch: Dict[str, Any],
     ) -> Tensor:
         """Weighted CTC and InterCTC; with weight 0 CTC is computed for the statistics alone."""
         weight = now(now.phase.stage.ctc_weight)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
-            loss = self._ctc(now, log_probs, lengths, text, text_lengths)
+            loss = self._ctc(now, log_probs, lengths, text, text_lengths, None, label_counts)
             stats["loss_ctc"] = loss.detach()
             stats["cer_ctc"] = None
             if not self.training and self.error_calculator is not None:
@@ -284,8 +305,9 @@ class ESPnetASRKDModel(ESPnetASRModel):
             if self.interctc_weight and intermediate:
                 inner = []
                 for layer, x in intermediate:
-                    aux, aux_lengths = self._aux_labels(layer, batch, text, text_lengths)
-                    inner.append(self._ctc(now, self._log_probs(x), lengths, aux, aux_lengths))
+                    labels = self._aux_labels(layer, batch, text, text_lengths)
+                    on_host = label_counts if labels[0] is text else None
+                    inner.append(self._ctc(now, self._log_probs(x), lengths, *labels, None, on_host))
                     stats[f"loss_interctc_layer{layer}"] = inner[-1].detach()
                 loss = (1 - self.interctc_weight) * loss + self.interctc_weight * sum(inner) / len(inner)
         return weight * loss if weight else torch.zeros_like(loss)  # 0 · ∞ would be NaN
@@ -309,12 +331,15 @@ class ESPnetASRKDModel(ESPnetASRModel):
         speech: Tensor,
         speech_lengths: Tensor,
         batch: Batch,
+        brought: Brought,
         stats: Dict[str, Optional[Tensor]],
     ) -> Tensor:
         target = None
         if self.teacher is not None and any(o.hears_teacher for _, o, _ in terms):
             taps = [t for _, o, _ in terms for t in o.teacher_taps]
-            target = self.teacher.targets(batch.utt_ids, speech, speech_lengths, taps, batch.text, batch.text_lengths)
+            target = brought.targets(taps) or self.teacher.targets(
+                batch.utt_ids, speech, speech_lengths, taps, batch.text, batch.text_lengths
+            )
             try:
                 target = lay_on(student, target, self.plan.page.pool, batch.utt_ids)
             except ValueError as e:

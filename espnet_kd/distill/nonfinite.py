@@ -8,14 +8,37 @@ leaves such a batch out of the averages without a word.
 from __future__ import annotations
 
 import logging
+from dataclasses import dataclass
 from typing import Any, Dict, List, Tuple
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _NormBase
 
+from espnet_kd.backend import may_look
 from espnet_kd.cli import UserError
 from espnet_kd.distill.schedule import Progress
+from espnet_kd.late import Later
+
+
+@dataclass(frozen=True)
+class _Step:
+    """One forward of the model, as a message tells it."""
+
+    epoch: int
+    number: int
+    training: bool
+    parts: Dict[str, Any]
+    batch: Dict[str, Any]
+
+    def __str__(self) -> str:
+        parts = {k: float(v) for k, v in self.parts.items() if k.startswith("loss") and v is not None}
+        said = ", ".join(f"{k} {v}" for k, v in parts.items() if not abs(v) < float("inf"))
+        utt_ids = self.batch.get("utt_id", ())
+        silent = [u for u, x in zip(utt_ids, self.batch.get("speech", ())) if not torch.isfinite(x).all()]
+        of = f"the audio of {', '.join(silent)}" if silent else f"utterances {', '.join(utt_ids)}"
+        step = f"step {self.number}" if self.training else "validation"
+        return f"epoch {self.epoch}, {step}: the loss is not finite ({said}), {of}"
 
 
 class NonFiniteLosses:
@@ -26,6 +49,8 @@ class NonFiniteLosses:
             parallel run those of each process. The same few utterances come back in every epoch, a model that has
             diverged exceeds any limit in the same one.
         progress: names epoch and step.
+
+    On a GPU, where looking at once would be a wait, a step is told of when a later one begins.
     """
 
     def __init__(self, limit: int, progress: Progress):
@@ -33,12 +58,17 @@ class NonFiniteLosses:
         self.progress = progress
         self.epoch = self.count = 0
         self._before: List[Tuple[Tensor, Tensor]] = []
+        self._later = Later()
 
     def watch(self, model: torch.nn.Module) -> None:
         """Look at every loss of an ESPnet model from now on; its forward raises UserError past the limit."""
         self._norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
         model.register_forward_pre_hook(self._remember)
         model.register_forward_hook(self._check, with_kwargs=True)
+
+    def finish(self) -> None:
+        """Tell of the last steps too (:class:`UserError` as above)."""
+        self._later.finish()
 
     def _remember(self, model: torch.nn.Module, args: Tuple[Any, ...]) -> None:
         if model.training:
@@ -52,25 +82,22 @@ class NonFiniteLosses:
         output: Tuple[Tensor, Dict[str, Any], Tensor],
     ) -> None:
         loss, stats = output[:2]
-        if torch.isfinite(loss).all():
-            return
-        if self.epoch != self.progress.epoch:
-            self.epoch, self.count = self.progress.epoch, 0
-        self.count += 1
-        if model.training:
+        bad = ~torch.isfinite(loss.detach()).all()
+        if model.training and (not may_look(bad) or bad):
             for buffer, value in self._before:
-                buffer.data.copy_(value)  # .data: the backward pass, whose result is thrown away, still comes
-        parts = {k: float(v) for k, v in stats.items() if k.startswith("loss") and v is not None}
-        parts = ", ".join(f"{k} {v}" for k, v in parts.items() if not abs(v) < float("inf"))
-        utt_ids = batch.get("utt_id", ())
-        silent = [u for u, x in zip(utt_ids, batch.get("speech", ())) if not torch.isfinite(x).all()]
-        of = f"the audio of {', '.join(silent)}" if silent else f"utterances {', '.join(utt_ids)}"
-        step = f"step {self.progress.step + 1}" if model.training else "validation"
-        where = f"epoch {self.epoch}, {step}: the loss is not finite ({parts}), {of}"
+                # .data: the backward pass, whose result is thrown away, still comes
+                buffer.data.copy_(torch.where(bad, value, buffer))
+        step = _Step(self.progress.epoch, self.progress.step + 1, model.training, stats, batch)
+        self._later(bad, lambda: self._report(step))
+
+    def _report(self, step: _Step) -> None:
+        if self.epoch != step.epoch:
+            self.epoch, self.count = step.epoch, 0
+        self.count += 1
         if self.count > self.limit:
             raise UserError(
-                f"{where}: more than --max_nonfinite {self.limit} such batches in one epoch; look at this audio and "
+                f"{step}: more than --max_nonfinite {self.limit} such batches in one epoch; look at this audio and "
                 "text, or train with a lower learning rate (optim_conf: lr); the log names the others"
             )
-        done = "the step is skipped" if model.training else "the batch is left out of the averages"
-        logging.warning("%s: %s (%d of at most %d in an epoch)", where, done, self.count, self.limit)
+        done = "the step is skipped" if step.training else "the batch is left out of the averages"
+        logging.warning("%s: %s (%d of at most %d in an epoch)", step, done, self.count, self.limit)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Iterator, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional, Union
 
-from espnet2.iterators.abs_iter_factory import AbsIterFactory
+if TYPE_CHECKING:
+    from espnet2.iterators.abs_iter_factory import AbsIterFactory
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ def end_of(weight: Weight) -> float:
     return weight.end if isinstance(weight, Ramp) else weight
 
 
-class EpochHooks(AbsIterFactory):
-    """An iterator factory that reports epoch and step to :class:`Progress`.
+class EpochHooks:
+    """An iterator factory (ESPnet's ``AbsIterFactory``) that reports epoch and step to :class:`Progress`.
 
     ESPnet's trainer has no hooks, but calls ``build_iter(epoch)`` in the training process at the start of each epoch,
     also after a resume and in every spawned process.

@@ -1,24 +1,22 @@
 """Triton kernels of factorized KL against cached targets: blank, the k kept tokens, and all others as one bucket.
 
-As :mod:`espnet_kd.losses.kernels`, whose table and means they share; of the teacher they read numbers per frame and per
-kept token, which are computed beforehand.
+As :mod:`espnet_kd.losses.kernels`, whose table, means and arithmetic they share; of the teacher they read numbers per
+frame and per kept token, which are computed beforehand.
 """
 
 import triton
 import triton.language as tl
 
 from espnet_kd.losses.kernels import (
-    BINARY,
-    KIND,
     MASS,
     NORM,
-    PUSH,
     TOKEN_NORM,
-    TOKENS,
-    _cross,
     _finite,
-    _log_sigmoid,
+    _grow,
+    _log_sum,
+    _parts,
     _read,
+    _store,
 )
 
 
@@ -66,8 +64,7 @@ def bucket_figures(
     if WHOLE:
         inside = (lanes < vocabulary) & counts
         s = _read(student, lanes, s_v, inside, 0) * inverse_temperature
-        top_s = _finite(tl.max(s, 0))
-        norm_s = tl.log(tl.sum(tl.exp(s - top_s), 0)) + top_s
+        norm_s = _log_sum(s)
     else:
         max_s = -float("inf")
         sum_s = 0.0
@@ -75,18 +72,13 @@ def bucket_figures(
             columns = start + lanes
             inside = (columns < vocabulary) & counts
             s = _read(student, columns, s_v, inside, 0) * inverse_temperature
-            new_s = tl.maximum(max_s, tl.max(s, 0))
-            sum_s = sum_s * tl.exp(max_s - _finite(new_s)) + tl.sum(tl.exp(s - _finite(new_s)), 0)
-            max_s = new_s
+            max_s, sum_s = _grow(max_s, sum_s, s)
         norm_s = tl.log(sum_s) + _finite(max_s)
 
     log_blank_t = tl.load(log_blank + row, mask=counts, other=0.0)
     log_nonblank_t = tl.load(log_nonblank + row, mask=counts, other=-float("inf"))
     is_nonblank = tl.load(nonblank + row, mask=counts, other=0) != 0
-    log_blank_s = _log_sigmoid(blank_s - norm_s)
-    log_nonblank_s = _log_sigmoid(norm_s - blank_s)
     mass = tl.exp(log_nonblank_t)
-    binary = _cross(log_blank_t, log_blank_s) + _cross(log_nonblank_t, log_nonblank_s)
 
     tokens = 0.0
     norm_others = 0.0
@@ -97,8 +89,7 @@ def bucket_figures(
         if WHOLE:
             for place in range(0, limit):
                 s = tl.where(lanes == tl.load(kept + place), -float("inf"), s)
-            top_s = _finite(tl.max(s, 0))
-            norm_others = tl.log(tl.sum(tl.exp(s - top_s), 0)) + top_s
+            norm_others = _log_sum(s)
         else:
             max_s = -float("inf")
             sum_s = 0.0
@@ -108,9 +99,7 @@ def bucket_figures(
                 s = _read(student, columns, s_v, inside, 0) * inverse_temperature
                 for place in range(0, limit):
                     s = tl.where(columns == tl.load(kept + place), -float("inf"), s)
-                new_s = tl.maximum(max_s, tl.max(s, 0))
-                sum_s = sum_s * tl.exp(max_s - _finite(new_s)) + tl.sum(tl.exp(s - _finite(new_s)), 0)
-                max_s = new_s
+                max_s, sum_s = _grow(max_s, sum_s, s)
             norm_others = tl.log(sum_s) + _finite(max_s)
         places = tl.arange(0, KEPT)
         there = (places < num_kept) & read
@@ -125,20 +114,8 @@ def bucket_figures(
         tokens += tl.where(rest == 0, 0.0, rest * log_ratio)
         tokens = tl.where(read, tokens, 0.0)
 
-    push = tl.where(
-        log_blank_s > log_nonblank_s,
-        mass - tl.exp(log_nonblank_s),
-        tl.exp(log_blank_s) - tl.exp(log_blank_t),
-    )
-    kind = tl.where(counts, tl.where(is_nonblank, 1.0, 2.0), 0.0)
-    table += row
-    tl.store(table + BINARY * rows, tl.where(counts, binary, 0.0))
-    tl.store(table + TOKENS * rows, tokens)
-    tl.store(table + KIND * rows, kind)
-    tl.store(table + MASS * rows, mass)
-    tl.store(table + PUSH * rows, push)
-    tl.store(table + TOKEN_NORM * rows, _finite(norm_s))
-    tl.store(table + NORM * rows, _finite(norm_others))
+    norm = _finite(norm_others)
+    _store(table, rows, row, counts, is_nonblank, blank_s, norm_s, log_blank_t, log_nonblank_t, tokens, norm)
 
 
 @triton.jit
@@ -170,12 +147,8 @@ def bucket_gradient(
     columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     b = (row // num_frames).to(tl.int64)
     t = (row % num_frames).to(tl.int64)
+    counts, push, pull = _parts(table, factors, rows, row)
     table += row
-    kind = tl.load(table + KIND * rows).to(tl.int32)
-    counts = kind > 0
-    push = tl.load(table + PUSH * rows) * tl.load(factors)
-    pull = tl.where(kind == 1, tl.load(factors + 1), tl.load(factors + 2))
-    pull = tl.where(counts, pull, 0.0)
     within = columns < vocabulary
     s = _read(student + (b * s_b + t * s_t) * ALIGNED, columns, s_v, within & counts, 0) * inverse_temperature
     q = tl.exp(s - tl.load(table + TOKEN_NORM * rows))

@@ -15,7 +15,6 @@ from torch import Tensor
 from espnet_kd.backend import backend_of
 from espnet_kd.losses.common import Counted, check_vocabularies
 from espnet_kd.losses.masked import weighted_parts
-from espnet_kd.losses.rows import RowwiseFactorizedKL
 from espnet_kd.topk import Posterior, TopK
 
 
@@ -83,5 +82,7 @@ def _weighted(
         return fused.factorized_kl(student, teacher, lengths, frames, blank_id, temperature, weights)
     counted = Counted.of(student, teacher, lengths, frames)
     if backend == "rows":
+        from espnet_kd.losses.rows import RowwiseFactorizedKL  # which needs torch to be defined
+
         return RowwiseFactorizedKL.apply(student, teacher.detach(), counted.mask, blank_id, temperature, weights)
     return weighted_parts(student, teacher.detach(), counted, blank_id, temperature, weights)

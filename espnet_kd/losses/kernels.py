@@ -47,6 +47,55 @@ def _read(row, columns, stride, inside, blank: tl.constexpr):
     x = tl.load(row + columns * stride, mask=inside, other=-float("inf")).to(tl.float32)
     return tl.where(columns == blank, -float("inf"), x)
 
+@triton.jit
+def _log_sum(x):
+    """logsumexp of a block; −∞ where all are."""
+    top = _finite(tl.max(x, 0))
+    return tl.log(tl.sum(tl.exp(x - top), 0)) + top
+
+
+@triton.jit
+def _grow(largest, total, x):
+    """One more block of a logsumexp, which is log(total) + largest."""
+    new = tl.maximum(largest, tl.max(x, 0))
+    total = total * tl.exp(largest - _finite(new)) + tl.sum(tl.exp(x - _finite(new)), 0)
+    return new, total
+
+
+@triton.jit
+def _store(table, rows, row, counts, is_nonblank, blank_s, norm_s, log_blank_t, log_nonblank_t, tokens, norm):
+    """Write the table of one frame: what is not given follows from blank's logit, the norm of the student's tokens and
+    the teacher's log p(blank) and log(1 − p(blank)).
+    """
+    log_blank_s = _log_sigmoid(blank_s - norm_s)
+    log_nonblank_s = _log_sigmoid(norm_s - blank_s)
+    mass = tl.exp(log_nonblank_t)
+    binary = _cross(log_blank_t, log_blank_s) + _cross(log_nonblank_t, log_nonblank_s)
+    # The difference of the smaller ones: near 1 a difference would be rounding alone.
+    push = tl.where(
+        log_blank_s > log_nonblank_s,
+        mass - tl.exp(log_nonblank_s),
+        tl.exp(log_blank_s) - tl.exp(log_blank_t),
+    )
+    kind = tl.where(counts, tl.where(is_nonblank, 1.0, 2.0), 0.0)
+    table += row
+    tl.store(table + BINARY * rows, tl.where(counts, binary, 0.0))
+    tl.store(table + TOKENS * rows, tokens)
+    tl.store(table + KIND * rows, kind)
+    tl.store(table + MASS * rows, mass)
+    tl.store(table + PUSH * rows, push)
+    tl.store(table + TOKEN_NORM * rows, _finite(norm_s))
+    tl.store(table + NORM * rows, norm)
+
+
+@triton.jit
+def _parts(table, factors, rows, row):
+    """Of a frame's gradient: whether it counts, its push, its pull."""
+    kind = tl.load(table + KIND * rows + row).to(tl.int32)
+    push = tl.load(table + PUSH * rows + row) * tl.load(factors)
+    pull = tl.where(kind == 1, tl.load(factors + 1), tl.load(factors + 2))
+    return kind > 0, push, tl.where(kind > 0, pull, 0.0)
+
 
 @triton.jit
 def figures(
@@ -134,12 +183,8 @@ def figures(
             before = tl.maximum(before, tl.max(tl.where(columns < BLANK, raw, -float("inf")), 0))
             after = tl.maximum(after, tl.max(tl.where(columns > BLANK, raw, -float("inf")), 0))
             w = raw * inverse_temperature
-            new_s = tl.maximum(max_s, tl.max(s, 0))
-            new_t = tl.maximum(max_t, tl.max(w, 0))
-            sum_s = sum_s * tl.exp(max_s - _finite(new_s)) + tl.sum(tl.exp(s - _finite(new_s)), 0)
-            sum_t = sum_t * tl.exp(max_t - _finite(new_t)) + tl.sum(tl.exp(w - _finite(new_t)), 0)
-            max_s = new_s
-            max_t = new_t
+            max_s, sum_s = _grow(max_s, sum_s, s)
+            max_t, sum_t = _grow(max_t, sum_t, w)
         norm_s = tl.log(sum_s) + _finite(max_s)
         norm_t = tl.log(sum_t) + _finite(max_t)
 
@@ -147,12 +192,9 @@ def figures(
     is_nonblank = after > raw_blank
     if BLANK > 0:
         is_nonblank = is_nonblank | (before >= raw_blank)
-    log_blank_s = _log_sigmoid(blank_s - norm_s)
-    log_nonblank_s = _log_sigmoid(norm_s - blank_s)
     log_blank_t = _log_sigmoid(blank_t - norm_t)
     log_nonblank_t = _log_sigmoid(norm_t - blank_t)
     mass = tl.exp(log_nonblank_t)
-    binary = _cross(log_blank_t, log_blank_s) + _cross(log_nonblank_t, log_nonblank_s)
 
     tokens = mass * 0.0
     if READ_NONBLANK or READ_BLANK:
@@ -171,21 +213,8 @@ def figures(
                     tokens += tl.sum(_cross(w - _finite(norm_t), s - _finite(norm_s)), 0)
         tokens = tl.where(read, mass * tokens, 0.0)
 
-    # The difference of the smaller ones: near 1 a difference would be rounding alone.
-    push = tl.where(
-        log_blank_s > log_nonblank_s,
-        mass - tl.exp(log_nonblank_s),
-        tl.exp(log_blank_s) - tl.exp(log_blank_t),
-    )
-    kind = tl.where(counts, tl.where(is_nonblank, 1.0, 2.0), 0.0)
-    table += row
-    tl.store(table + BINARY * rows, tl.where(counts, binary, 0.0))
-    tl.store(table + TOKENS * rows, tokens)
-    tl.store(table + KIND * rows, kind)
-    tl.store(table + MASS * rows, mass)
-    tl.store(table + PUSH * rows, push)
-    tl.store(table + TOKEN_NORM * rows, _finite(norm_s))
-    tl.store(table + NORM * rows, _finite(norm_t) - _finite(log_nonblank_t))
+    norm = _finite(norm_t) - _finite(log_nonblank_t)
+    _store(table, rows, row, counts, is_nonblank, blank_s, norm_s, log_blank_t, log_nonblank_t, tokens, norm)
 
 
 @triton.jit
@@ -272,12 +301,8 @@ def gradient(
     columns = (program % blocks) * BLOCK + tl.arange(0, BLOCK)
     b = (row // num_frames).to(tl.int64)
     t = (row % num_frames).to(tl.int64)
+    counts, push, pull = _parts(table, factors, rows, row)
     table += row
-    kind = tl.load(table + KIND * rows).to(tl.int32)
-    counts = kind > 0
-    push = tl.load(table + PUSH * rows) * tl.load(factors)
-    pull = tl.where(kind == 1, tl.load(factors + 1), tl.load(factors + 2))
-    pull = tl.where(counts, pull, 0.0)
     within = columns < vocabulary
     s = _read(student + (b * s_b + t * s_t) * ALIGNED, columns, s_v, within & counts, BLANK)
     q = tl.exp(s * inverse_temperature - tl.load(table + TOKEN_NORM * rows))

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import Optional
 
-import torch
 from torch import Tensor
 
 from espnet_kd import frames as fr
+from espnet_kd.backend import without_gradient
 from espnet_kd.losses.common import Counted, check_sizes, full_precision, pick, split_blank
 from espnet_kd.topk import Posterior, TopK
 
@@ -91,7 +91,7 @@ def weighted_representation(
     return counted.mean((w / counted.mean(w, weights.detach())).to(d.dtype) * d, student_hidden)
 
 
-@torch.no_grad()
+@without_gradient
 def nonblank_mass(teacher_logits: Posterior, *, blank_id: int = 0) -> Tensor:
     """1 − p(blank), exact also where p(blank) rounds to 1: how surely the teacher hears a token.
 
@@ -111,7 +111,7 @@ def nonblank_mass(teacher_logits: Posterior, *, blank_id: int = 0) -> Tensor:
     return flat.unflatten(0, teacher_logits.shape[:2])
 
 
-@torch.no_grad()
+@without_gradient
 def activation_energy(teacher_hidden: Tensor) -> Tensor:
     """Mean square over D of (B, T, D): (B, T) weights ≥ 0.
 

@@ -7,14 +7,16 @@ A cache is a directory::
     shard.00000/         a few hundred utterances, whole or absent
       utterances         whose targets these are, and the sizes of the arks in bytes; then 'id frames rows checksum' a
                          line, sorted
-      blank.ark .scp     (T,) log p(blank) of every frame; with more temperatures (T, 1 + n): log Σ p^(1/τ) beside it
-      tokens.ark .scp    (N, 1 + k): the frame and k token ids, of the frames that have them; 16 bits a number
-      log_probs.ark .scp (N, k) their log-probabilities; 16 bits a number, scaled by the utterance's range
+      blank.ark .scp     how likely blank is, of every frame; 16 bits a number, scaled by the utterance's range
+      rows.ark .scp      which frames have tokens, and how many; 16 bits a number
+      tokens.ark .scp    the ids of these tokens; 16 bits each, 32 of vocabularies above 65,536
+      log_probs.ark .scp how likely they are; 8 bits each
       encoder.3.ark .scp (T, D) hidden states of a tap, in Kaldi's 8-bit compression
 
-The arks are Kaldi's, so that other tools read them. Files that are missing, cut or of another cache are found when the
-cache is opened. Every array is checked against its checksum when it is read: flipped bytes stop training instead of
-teaching something else. The command that made a cache, given again, checks it all and makes what is damaged anew.
+The arks are Kaldi's, so that other tools read them; :mod:`espnet_kd.targets.nucleus` says what the numbers mean. Files
+that are missing, cut or of another cache are found when the cache is opened. Every array is checked against its
+checksum when it is read: flipped bytes stop training instead of teaching something else. The command that made a cache,
+given again, checks it all and makes what is damaged anew.
 """
 
 from __future__ import annotations
@@ -28,23 +30,18 @@ from pathlib import Path
 from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines
 from espnet_kd.strict import check_type, parameters
 from espnet_kd.targets.teacher import Needs
-from espnet_kd.topk import TopK
 
 PathLike = Union[str, Path]
-FORMAT = 2
+FORMAT = 3
 MEND = "make it again with the same asr_kd_cache command"
 MANIFEST, TOKENS, INDEX = "manifest.json", "tokens.txt", "utterances"
 COUNTS = ("utterances", "frames", "rows", "bytes")
-ROWS = ("tokens", "log_probs")  #: arks that have a row for each frame with tokens; of none where there is none
-#: Least log-probability that is kept, in nats: with 16 bits a number its error stays below 0.0005.
-_FLOOR = -60.0
+ROWS = ("rows", "tokens", "log_probs")  #: arks that have a row for each frame with tokens; of none where there is none
 #: More than any count or rate in a manifest.
 _LARGE = 10**7
 
@@ -53,7 +50,8 @@ _LARGE = 10**7
 class Policy:
     """What is kept of each frame; a page decides."""
 
-    top_k: int  #: tokens of a frame, blank apart
+    top_k: int  #: tokens of a frame at most, blank apart
+    mass: float = 1.0  #: they are kept until, with blank, they have this probability
     tokens_on: str = "nonblank"  #: frames that have them: ``nonblank`` or ``all``
     temperatures: Tuple[float, ...] = ()  #: other than 1 at which the posterior is exact
     taps: Tuple[str, ...] = ()  #: hidden states
@@ -133,6 +131,8 @@ def _check_values(manifest: Manifest) -> None:
     positive = {f"temperature {tau}": tau for tau in policy.temperatures}
     positive.update(frame_shift=manifest.frame_shift, sampling_rate=manifest.sampling_rate)
     wrong = [f"{name} {value}" for name, value in positive.items() if not 0 < value < _LARGE]
+    if not 0 < policy.mass <= 1:
+        wrong.append(f"mass {policy.mass}")
     for name, value, most in (
         ("num_tokens", manifest.num_tokens, _LARGE),
         ("top_k", policy.top_k, manifest.num_tokens - 1),
@@ -247,7 +247,7 @@ def load_arrays(shard: Path, policy: Policy, entry: Entry) -> List[np.ndarray]:
     arrays: List[np.ndarray] = []
     for name, offset in zip(ark_names(policy), entry.offsets):
         if offset is None:
-            widths = {"blank": 1 + len(policy.temperatures), "tokens": 1 + policy.top_k, "log_probs": policy.top_k}
+            widths = {"blank": 1 + len(policy.temperatures), "rows": 2, "tokens": 1, "log_probs": 1}
             arrays.append(np.zeros((0, widths.get(name, 0)), np.float32))
             continue
         try:
@@ -262,31 +262,6 @@ def load_arrays(shard: Path, policy: Policy, entry: Entry) -> List[np.ndarray]:
             why = e.strerror if isinstance(e, OSError) and e.strerror else f"{type(e).__name__} in {name}.ark"
             raise UserError(f"{where} cannot be read ({why}); {MEND}") from e
     return arrays
-
-
-def pack(x: TopK, hidden: Sequence[np.ndarray], policy: Policy) -> List[np.ndarray]:
-    """What is written of one utterance: its :class:`TopK` of T frames and hidden states (T, D), as float32 arrays."""
-    blank = [x.log_blank, *(x.norms[tau] for tau in policy.temperatures)]
-    nonblank = x.argmax() != 0
-    kept = torch.ones_like(nonblank) if policy.tokens_on == "all" else nonblank
-    tokens = torch.cat([kept.nonzero(), x.tokens[kept]], 1).float()
-    log_probs = x.log_probs[kept].float().clamp(min=_FLOOR)
-    columns = torch.stack(blank, 1).float().cpu().numpy()
-    return [columns[:, 0] if len(blank) == 1 else columns, tokens.cpu().numpy(), log_probs.cpu().numpy(), *hidden]
-
-
-def unpack(arrays: Sequence[np.ndarray], policy: Policy, num_tokens: int) -> Tuple[TopK, List[Tensor]]:
-    """The inverse of :func:`pack`: a :class:`TopK` of T frames and the hidden states."""
-    blank, rows, values, *hidden = map(torch.from_numpy, arrays)
-    columns = blank[:, None] if blank.dim() == 1 else blank
-    tokens = torch.zeros(len(columns), policy.top_k, dtype=torch.int64)
-    log_probs = torch.full(tokens.shape, -torch.inf)
-    if len(rows):
-        # Rounded: 16 bits come back a few thousandths off the whole number.
-        rows = rows.round().long()
-        tokens[rows[:, 0]], log_probs[rows[:, 0]] = rows[:, 1:], values
-    norms = {tau: columns[:, 1 + i] for i, tau in enumerate(policy.temperatures)}
-    return TopK(columns[:, 0], tokens, log_probs, num_tokens, norms), hidden
 
 
 def hash_tokens(token_list: Sequence[str]) -> str:

@@ -31,17 +31,18 @@ from espnet_kd.targets.cache import (
     ark_names,
     checksum,
     load_arrays,
-    pack,
     read_arrays,
     read_index,
     read_manifest,
     shard_dir,
 )
 from espnet_kd.targets.encode import check_taps, half_on_gpu, recording
+from espnet_kd.targets.nucleus import pack
 from espnet_kd.topk import compress
 
 # kaldiio's compression_method
-EIGHT_BITS, SIXTEEN_BITS, SIXTEEN_BIT_INTEGERS = 2, 3, 4  # scaled by columns, by the matrix's range, exact
+EIGHT_BITS, SIXTEEN_BITS = 2, 3  # scaled by columns, by the matrix's range
+SIXTEEN_BIT_INTEGERS, EIGHT_BIT_INTEGERS = 4, 6  # exact; the first with a sign
 
 
 class TargetRecogniser(Recogniser):
@@ -64,7 +65,7 @@ class TargetRecogniser(Recogniser):
 
     @torch.inference_mode()
     def __call__(self, speech: Sequence[np.ndarray]) -> List[List[np.ndarray]]:
-        """Targets of utterances, each (N_i,) float samples at ``rate`` Hz, as one batch (see `cache.pack`).
+        """Targets of utterances, each (N_i,) float samples at ``rate`` Hz, as one batch (see `nucleus.pack`).
 
         Raises:
             UserError: the model gives NaN.
@@ -160,11 +161,9 @@ def is_whole(shard: Path, manifest: Manifest, utterances: Sequence[Utterance]) -
 
 def compression(name: str, x: np.ndarray, policy: Policy) -> Optional[int]:
     """How kaldiio compresses an array of an ark; None: not at all."""
-    if name in policy.taps:
-        return EIGHT_BITS
-    if name == "tokens":  # frames and token ids; in float32 where there are more than 16 bits hold
+    if name in ("rows", "tokens"):  # in float32 where there are more than 16 bits hold
         return SIXTEEN_BIT_INTEGERS if x.max() < 2**15 else None
-    return SIXTEEN_BITS if name == "log_probs" else None
+    return {"blank": SIXTEEN_BITS, "log_probs": EIGHT_BIT_INTEGERS}.get(name, EIGHT_BITS)
 
 
 @contextlib.contextmanager
@@ -209,9 +208,9 @@ def write_shard(
             sizes = [str((work / f"{name}.ark").stat().st_size) for name in names]
             lines = [" ".join([manifest.identity, *sizes]) + "\n"]
             for u in utterances:
-                blank, tokens, *_ = targets[u.utt_id]
+                blank, rows, *_ = targets[u.utt_id]
                 entry = Entry(
-                    u.utt_id, len(blank), len(tokens), 0, tuple(o if o >= 0 else None for o in offsets[u.utt_id])
+                    u.utt_id, len(blank), len(rows), 0, tuple(o if o >= 0 else None for o in offsets[u.utt_id])
                 )
                 # Of what is read back: compression is lossy, and what was written wrong shows here.
                 crc = checksum(load_arrays(work, policy, entry))

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines
-from espnet_kd.frames import fit
 from espnet_kd.targets.cache import (
     MEND,
     TOKENS,
@@ -23,9 +22,9 @@ from espnet_kd.targets.cache import (
     read_index,
     read_manifest,
     shard_dir,
-    unpack,
 )
 from espnet_kd.targets.encode import FEATURE_RATE, EncoderOutputs
+from espnet_kd.targets.nucleus import unpack
 from espnet_kd.targets.teacher import Needs
 from espnet_kd.topk import TopK
 
@@ -113,25 +112,24 @@ class CachedTeacher:
         Raises:
             UserError: an utterance is missing or damaged.
         """
+        said = self.read(utt_ids, taps)
+        if self.device.type == "cpu":
+            return said
+        logits = said.logits.map(lambda x: x.to(self.device))
+        hidden = {tap: h.to(self.device) for tap, h in said.hidden.items()}
+        return EncoderOutputs(logits, said.lengths.to(self.device), said.frame_shift, hidden)
+
+    def read(self, utt_ids: Sequence[str], taps: Sequence[str] = ()) -> EncoderOutputs:
+        """The targets of a batch on the CPU (:class:`UserError`: an utterance is missing or damaged)."""
         found = [self._read(utt_id) for utt_id in utt_ids]
         lengths = torch.tensor([len(x.log_blank) for x, _ in found])
-        most = int(lengths.max())
-        padded = [fit(x[None], most) for x, _ in found]
-        first = padded[0]
-        logits = TopK(
-            torch.cat([x.log_blank for x in padded]),
-            torch.cat([x.tokens for x in padded]),
-            torch.cat([x.log_probs for x in padded]),
-            first.num_tokens,
-            {tau: torch.cat([x.norms[tau] for x in padded]) for tau in first.norms},
-        ).map(lambda y: y.to(self.device))
         hidden = {}
         for tap in set(taps):
             each = [h[self.policy.taps.index(tap)] for _, h in found]
             # Of an utterance without frames there is no array, hence no width.
             each = [h if len(h) else h.new_zeros(0, self.hidden_size) for h in each]
-            hidden[tap] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True).to(self.device)
-        return EncoderOutputs(logits, lengths.to(self.device), self.frame_shift, hidden)
+            hidden[tap] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
+        return EncoderOutputs(together([x for x, _ in found]), lengths, self.frame_shift, hidden)
 
     def _find(self, utt_id: str) -> Optional[int]:
         key = utt_id.encode()
@@ -146,5 +144,32 @@ class CachedTeacher:
             raise UserError(f"utterance '{utt_id}' is not in the target cache {self.path}; make it for this data")
         number, frames, rows, crc, *offsets = (int(n) for n in self._numbers[i])
         entry = Entry(utt_id, frames, rows, crc, tuple(None if o < 0 else o for o in offsets))
-        arrays = read_arrays(shard_dir(self.path, number), self.policy, entry)
-        return unpack(arrays, self.policy, self.manifest.num_tokens)
+        shard = shard_dir(self.path, number)
+        arrays = read_arrays(shard, self.policy, entry)
+        try:
+            return unpack(arrays, self.policy, self.manifest.num_tokens)
+        except ValueError as e:
+            raise UserError(f"{shard}: the targets of '{utt_id}' are damaged ({e}); {MEND}") from e
+
+
+def together(each: Sequence[TopK]) -> TopK:
+    """One batch (B, T, k) of utterances (T_i, k_i). Padding has no token, and p(blank) 1.
+
+    k is a multiple of 16, or all tokens: few different sizes, for each of which a kernel is compiled on a GPU.
+    """
+    most = max(x.tokens.size(-1) for x in each)
+    k = min(-(-most // 16) * 16, max(each[0].num_tokens - 1, most))
+
+    def pad(get: Callable[[TopK], Tensor], fill: float) -> Tensor:
+        parts = [get(x) for x in each]
+        shape = [k] if parts[0].dim() > 1 else []
+        out = parts[0].new_full((len(parts), max(map(len, parts)), *shape), fill)
+        for row, part in zip(out, parts):
+            row[tuple(slice(n) for n in part.shape)] = part
+        return out
+
+    norms = {tau: pad(lambda x, tau=tau: x.norms[tau], 0.0) for tau in each[0].norms}
+    return TopK(
+        pad(lambda x: x.log_blank, 0.0), pad(lambda x: x.tokens, 0), pad(lambda x: x.log_probs, -torch.inf),
+        each[0].num_tokens, norms,
+    )  # fmt: skip

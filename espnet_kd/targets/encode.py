@@ -10,6 +10,7 @@ from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence
 import torch
 from torch import Tensor
 
+from espnet_kd.backend import without_gradient
 from espnet_kd.cli import UserError
 from espnet_kd.frames import nearest_multiple
 from espnet_kd.topk import Posterior
@@ -146,7 +147,7 @@ def falling_order(encoder: torch.nn.Module, lengths: Tensor) -> Optional[Tensor]
     return lengths.argsort(descending=True, stable=True)
 
 
-@torch.no_grad()
+@without_gradient
 def least_samples(model: torch.nn.Module, sampling_rate: float) -> int:
     """The fewest samples (feature frames where a model is fed with those) of which a model makes a frame.
 
@@ -220,7 +221,7 @@ def ctc_tokens(model: torch.nn.Module) -> List[str]:
     return list(model.token_list)[: model.ctc.ctc_lo.out_features]
 
 
-@torch.no_grad()
+@without_gradient
 def probe(model: torch.nn.Module, sampling_rate: float, duration: Union[float, int]) -> Tuple[Tensor, Tensor, int]:
     """Encode a test signal alone, in eval mode: of so many seconds, or where it is a whole number, samples.
 

@@ -10,7 +10,9 @@ from typing import Callable, Dict, List, Optional, Protocol, Sequence, Tuple
 import torch
 from torch import Tensor
 
+from espnet_kd.backend import without_gradient
 from espnet_kd.cli import UserError
+from espnet_kd.late import LateCheck
 from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.encode import EncoderOutputs
 
@@ -91,6 +93,7 @@ class SeveralTeachers:
         weights = list(weights) or [1.0] * len(self.teachers)
         self.weights = [w / sum(weights) for w in weights]
         self.name = ", ".join(t.name for t in self.teachers)
+        self._check_lengths = LateCheck()
         self.token_list, self.sampling_rate, self.frame_shift = first.token_list, first.sampling_rate, first.frame_shift
 
     @property
@@ -118,7 +121,7 @@ class SeveralTeachers:
         for teacher in self.teachers:
             teacher.move(fn)
 
-    @torch.no_grad()
+    @without_gradient
     def targets(
         self,
         utt_ids: Sequence[str],
@@ -141,8 +144,13 @@ class SeveralTeachers:
         """One teacher's outputs of several's."""
         frames = min(s.logits.size(1) for s in said)
         lengths = torch.stack([s.lengths for s in said])
-        if (lengths.max(0).values - lengths.min(0).values).max() > 2:
-            raise UserError(f"the teachers {self.name} differ by more than two frames: {lengths.tolist()}")
+        apart = (lengths.max(0).values - lengths.min(0).values).max() > 2
+        try:
+            self._check_lengths(
+                apart, lambda: f"the teachers {self.name} differ by more than two frames: {lengths.tolist()}"
+            )
+        except ValueError as e:
+            raise UserError(str(e)) from e
         return EncoderOutputs(
             self._average([s.logits[:, :frames] for s in said]),
             lengths.min(0).values.clamp(max=frames),

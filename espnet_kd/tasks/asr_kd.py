@@ -11,6 +11,7 @@ from typing import Any, Container, Dict, List, Optional, Sequence, Tuple
 import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
+from espnet2.iterators.sequence_iter_factory import SequenceIterFactory
 from espnet2.train.distributed_utils import DistributedOption
 from espnet2.utils.types import str2bool, str_or_none
 from torch import Tensor
@@ -31,9 +32,13 @@ from espnet_kd.targets.cache import hash_file
 from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.encode import input_width, measure_frame_shift
 from espnet_kd.targets.experiment import find_experiment
+from espnet_kd.targets.loading import Loading
 from espnet_kd.targets.nbest import read_nbest
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate
 from espnet_kd.targets.teacher import SeveralTeachers, Teacher
+
+# Not its base class: pages name weights of a schedule, and are checked without ESPnet.
+AbsIterFactory.register(EpochHooks)
 
 DATA_OPTIONS = ("train_data_path_and_name_and_type", "valid_data_path_and_name_and_type")
 
@@ -44,6 +49,8 @@ class ASRKDTask(ASRTask):
     #: Of the run in this process: ESPnet builds model and iterators by separate class methods, in one process.
     progress: Progress = Progress()
     plan: Optional[Plan] = None
+    kd_model: Optional[ESPnetASRKDModel] = None
+    losses: Optional[NonFiniteLosses] = None
 
     @classmethod
     def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -121,6 +128,7 @@ class ASRKDTask(ASRTask):
         Raises:
             UserError: student, teacher and page don't fit, or there is no room on the disk.
         """
+        cls.kd_model = cls.losses = None
         try:
             student = super().build_model(args)
         except Exception as e:  # what ESPnet's classes say of their arguments, and of files that they open
@@ -140,6 +148,7 @@ class ASRKDTask(ASRTask):
             model = ESPnetASRKDModel.adopt(student, plan, teacher, cls.progress, sampling_rate(args), nbest)
             if teacher is not None:
                 check_teacher_speaks(args, teacher)
+            cls.kd_model = model
         check_criteria(args, model, cls.plan)
         if not input_width(student):
             check_text_lengths(args, measure_frame_shift(student, sampling_rate(args)), sampling_rate(args))
@@ -147,7 +156,8 @@ class ASRKDTask(ASRTask):
         runs = teacher is not None and not args.target_cache
         beside = sum(x.nbytes for x in teacher.state_dict().values()) if runs else 0
         log_memory(args, model, sampling_rate(args), beside)
-        NonFiniteLosses(args.max_nonfinite, cls.progress).watch(model)
+        cls.losses = NonFiniteLosses(args.max_nonfinite, cls.progress)
+        cls.losses.watch(model)
         return model
 
     @classmethod
@@ -177,6 +187,8 @@ class ASRKDTask(ASRTask):
     @classmethod
     def _look_at_last_epoch(cls, args: argparse.Namespace) -> None:
         """Refuse an epoch in which nothing was learnt; keep the student that a KD stage ends with."""
+        if cls.losses is not None:
+            cls.losses.finish()
         # Launched by torchrun or slurm, ``args`` has no rank.
         parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
         first_rank = not parallel or torch.distributed.get_rank() == 0
@@ -225,6 +237,11 @@ class ASRKDTask(ASRTask):
     ) -> AbsIterFactory:
         """ASRTask's; in training it also reports the epoch, and keeps the last finished checkpoint."""
         factory = super().build_iter_factory(args, distributed_option, mode, kwargs)
+        # Chunks are cut of what is collated, and of several factories' data each has its own.
+        if cls.kd_model is not None and mode in ("train", "valid") and type(factory) is SequenceIterFactory:
+            teacher = cls.kd_model.teacher if isinstance(cls.kd_model.teacher, CachedTeacher) else None
+            parts = cls.kd_model.parts(mode == "train")
+            factory.collate_fn = Loading(factory.collate_fn, teacher, parts, cls.progress)
         if mode != "train":
             return factory
         first_rank = not distributed_option.distributed or distributed_option.dist_rank == 0

@@ -10,6 +10,8 @@ import tiny_asr
 import torch
 from espnet2.asr.espnet_model import ESPnetASRModel
 
+from espnet_kd import late
+from espnet_kd.backend import using
 from espnet_kd.bin import asr_kd_train
 from espnet_kd.cli import UserError
 from espnet_kd.distill.checkpoints import read_checkpoint
@@ -64,6 +66,49 @@ def test_all_utterances_are_named_where_no_audio_is_at_fault(watched, caplog):
     model.norm.weight.data.fill_(1e30)
     model(speech=GOOD, utt_id=NAMES)
     assert "utterances a, b, c, d" in caplog.text
+
+
+@pytest.fixture
+def late_device(monkeypatch):
+    """Values are looked at when :func:`flush` is called, as on a GPU when they have come over; else in no way."""
+    arrived = []
+
+    class Event:
+        def query(self):
+            return bool(arrived)
+
+        def synchronize(self):
+            arrived.append(1)
+
+    monkeypatch.setattr(late, "bring_over", lambda flag: (Event(), flag))
+    with using("masked"):
+        yield arrived
+
+
+@pytest.mark.faults("losses that are no numbers")
+def test_where_looking_is_a_wait_a_step_is_told_of_later(late_device, caplog):
+    """With its own epoch and step; the running statistics are put back at once, without a look."""
+    model, progress = Fragile(), Progress()
+    losses = NonFiniteLosses(2, progress)
+    losses.watch(model)
+    model(speech=GOOD, utt_id=NAMES)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model(speech=BAD, utt_id=NAMES)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    progress.epoch, progress.step = 2, 4
+    model.eval()
+    model(speech=BAD, utt_id=NAMES)
+    assert not caplog.text
+    late_device.append(1)
+    model.train()
+    model(speech=GOOD, utt_id=NAMES)
+    assert "epoch 1, step 1: the loss is not finite (loss nan), the audio of b: the step is skipped (1" in caplog.text
+    assert "epoch 2, validation: the loss is not finite (loss nan), the audio of b: the batch is left" in caplog.text
+    late_device.clear()
+    for _ in range(2):
+        model(speech=BAD, utt_id=NAMES)
+    with pytest.raises(UserError, match="epoch 2, step 5.*more than --max_nonfinite 2 such batches in one epoch"):
+        losses.finish()
 
 
 @pytest.mark.faults("losses that are no numbers")

@@ -7,7 +7,6 @@ import tracemalloc
 from dataclasses import replace
 
 import kaldiio
-import numpy as np
 import pytest
 import tiny_asr
 import tiny_kd
@@ -21,12 +20,10 @@ from espnet_kd.distill.checks import check_rates
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.frames import valid
 from espnet_kd.targets import encode
-from espnet_kd.targets.cache import Manifest, Policy, ark_names, pack, read_manifest, shard_dir, unpack
-from espnet_kd.targets.cache_writer import compression
+from espnet_kd.targets.cache import Manifest, ark_names, read_manifest, shard_dir
 from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.encode import measure_frame_shift
 from espnet_kd.targets.online import OnlineTeacher
-from espnet_kd.topk import TopK
 
 
 def speech_of(corpus, name):
@@ -47,42 +44,21 @@ def test_holds_what_the_teacher_says(corpus, teacher_dir, unbroken):
         got = cached.targets([utt_id], speech, lengths, ["encoder"])
         assert got.lengths.tolist() == expected.lengths.tolist()
         log_probs = expected.logits.log_softmax(-1)
-        torch.testing.assert_close(got.logits.log_blank, log_probs[..., 0], atol=1e-5, rtol=1e-4)
+        odds, kept_odds = (x.logit() for x in (log_probs[..., 0].exp(), got.logits.log_blank.exp()))
+        torch.testing.assert_close(kept_odds, odds, atol=1e-3, rtol=1e-3)
         best = expected.logits.argmax(-1)
         torch.testing.assert_close(got.logits.argmax(-1), best)
         spoken = best != 0
         assert spoken.any() and not spoken.all()
-        values = log_probs[..., 1:].topk(TOP_K, -1).values
-        torch.testing.assert_close(got.logits.log_probs[spoken], values[spoken], atol=5e-4, rtol=0)  # 16 bits
+        values, tokens = log_probs[..., 1:].topk(TOP_K, -1)
+        assert torch.equal(got.logits.tokens[spoken][:, :TOP_K], tokens[spoken] + 1)  # a random teacher's: all it may
+        kept = got.logits.log_probs[spoken][:, :TOP_K]
+        torch.testing.assert_close(kept.exp(), values[spoken].exp(), atol=6e-3, rtol=0)
         assert (got.logits.log_probs[~spoken] == -torch.inf).all()
+        assert (got.logits.log_probs[..., TOP_K:] == -torch.inf).all()
         span = expected.hidden["encoder"].amax() - expected.hidden["encoder"].amin()
         error = (got.hidden["encoder"] - expected.hidden["encoder"]).abs().max()
         assert 0 < error < 0.02 * span  # a byte a number
-
-
-@pytest.mark.parametrize(("num_tokens", "frames"), [(32768, 300), (32769, 300), (500, 40000)])
-def test_sixteen_bits(num_tokens, frames, tmp_path):
-    """Token ids and frames come back as they were, also where they need more bits; log-probabilities nearly so."""
-    torch.manual_seed(0)
-    k = 64
-    tokens = torch.stack([torch.randperm(num_tokens - 1)[:k] + 1 for _ in range(frames)])
-    tokens[0, 0] = num_tokens - 1
-    log_probs = (torch.randn(frames, num_tokens - 1) * 4 if frames < 1000 else torch.randn(frames, k)).log_softmax(-1)
-    log_probs = log_probs[:, :k].sort(-1, descending=True).values
-    log_probs[1, -1] = -torch.inf
-    policy = Policy(k, "all")
-    said = TopK(torch.full((frames,), -50.0), tokens, log_probs, num_tokens)
-    written = pack(said, [], policy)
-    back = []
-    for name, x in zip(ark_names(policy), written):
-        file = tmp_path / name
-        kaldiio.save_mat(str(file), x, compression_method=compression(name, x, policy))
-        back.append(np.array(kaldiio.load_mat(str(file)), dtype=np.float32))
-    got, _ = unpack(back, policy, num_tokens)
-    assert torch.equal(got.tokens, tokens) and torch.equal(got.log_blank, said.log_blank)
-    torch.testing.assert_close(got.log_probs, log_probs.clamp(min=-60), atol=5e-4, rtol=0)
-    ids = (tmp_path / "tokens").stat().st_size / frames
-    assert ids == pytest.approx((2 if num_tokens <= 32768 and frames < 32768 else 4) * (1 + k), abs=0.2)
 
 
 def test_batches_may_be_shuffled(corpus, unbroken):
@@ -101,7 +77,7 @@ def test_batches_may_be_shuffled(corpus, unbroken):
 def test_other_tools_read_the_arks(unbroken):
     scp = dict(line.split() for line in (shard_dir(unbroken, 0) / "blank.scp").read_text().splitlines())
     for place in scp.values():
-        assert kaldiio.load_mat(place).ndim == 1
+        assert kaldiio.load_mat(place).ndim == 2
 
 
 def test_jobs_together_write_the_same(corpus, teacher_dir, unbroken, tmp_path):
@@ -185,7 +161,7 @@ def test_others_may_read_what_the_umask_lets_them(unbroken):
 def trainings(corpus, teacher_dir, thirds, tmp_path_factory):
     """The same run with the teacher beside it and with a cache of all tokens; without padding, which a cache lacks."""
     out = tmp_path_factory.mktemp("trainings")
-    asr_kd_cache.main(command(teacher_dir, corpus, out / "targets", "--top_k", "1000"))
+    asr_kd_cache.main(command(teacher_dir, corpus, out / "targets", "--top_k", "1000", "--mass", "1"))
     runs = {"online": ["--teacher", str(teacher_dir)], "cached": ["--target_cache", str(out / "targets")]}
     adopt = ESPnetASRKDModel.adopt
 
@@ -279,6 +255,7 @@ def test_memory_of_a_large_index(unbroken, tmp_path):
         replace(read_manifest(unbroken), counts={"utterances": utterances, "frames": 0, "rows": 0, "bytes": 0}),
     )
     shutil.copy(unbroken / "tokens.txt", tmp_path / "large")
+    CachedTeacher(tmp_path / "large")  # pathlib interns names, in a table of the whole process that now and then grows
     tracemalloc.start()
     cached = CachedTeacher(tmp_path / "large")
     peak = tracemalloc.get_traced_memory()[1]

@@ -260,9 +260,9 @@ def test_a_place_that_cannot_be_locked(corpus, teacher_dir, cache):
 @pytest.mark.faults("damaged and foreign target caches")
 def test_another_format_is_refused(corpus, teacher_dir, cache, unbroken):
     text = (cache / "manifest.json").read_text()
-    (cache / "manifest.json").write_text(text.replace('"format": 2', '"format": 1'))
+    (cache / "manifest.json").write_text(text.replace('"format": 3', '"format": 2'))
     for use in (lambda: CachedTeacher(cache), lambda: asr_kd_cache.main(command(teacher_dir, corpus, cache))):
-        with pytest.raises(UserError, match="has format 1, not 2; make the cache anew: asr_kd_cache --force"):
+        with pytest.raises(UserError, match="has format 2, not 3; make the cache anew: asr_kd_cache --force"):
             use()
     asr_kd_cache.main(command(teacher_dir, corpus, cache, "--force"))
     assert_equal(cache, unbroken)
@@ -356,6 +356,7 @@ def test_objective_that_does_not_say_what_it_reads(corpus, unbroken, tmp_path, m
 
 VALUES = {
     "top_k": ["policy", 10**11, -1, 0, 14],
+    "mass": ["policy", 0, -0.5, 1.5, float("nan")],
     "temperatures": ["policy", [0.0], [-1.0], [float("nan")], [float("inf")]],
     "tokens_on": ["policy", "some"],
     "taps": ["policy", ["../../secret"], ["/etc/passwd"], ["encoder.x"], ["decoder"]],

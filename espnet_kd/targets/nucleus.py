@@ -1,0 +1,149 @@
+"""A frame's posterior in few bytes: its likeliest tokens, as many as carry its mass, in 8 bits each, and one remainder.
+
+What is kept is exact but for rounding. Of an utterance of T frames, N of them with tokens, M tokens in all::
+
+    blank      (T, 1 + n)  log p/(1−p) of blank, at temperature 1 and at n others; within ±60, off by at most 0.001
+    rows       (N, 2)      the frame, and how many tokens it has, negative where blank is likelier than any of them
+    tokens     (M, 1)      their ids, those of a frame after each other, the likeliest first; less 32768 where V ≤ 65536
+    log_probs  (M + N, 1)  codes 0…255 of log p(token | not blank), then of the remainder of each row; 255 there: none
+
+Code c is −12 · (c/255)² nats: a probability is off by at most 0.006, one of 0.001 by 4 % of itself. What is rounded is
+made to sum to 1 again when it is read.
+"""
+
+from __future__ import annotations
+
+from typing import List, Protocol, Sequence, Tuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from espnet_kd.topk import TopK
+
+#: A token less likely than exp(−SPAN) of those that are not blank is never kept, unless it is the likeliest.
+SPAN = 12.0
+LEVELS = 255
+LIMIT = 60.0  #: of log-odds, in nats
+OFFSET = 2**15  #: Kaldi's integers of 16 bits have a sign
+SMALL_VOCABULARY = 2**16
+
+
+class Kept(Protocol):
+    """What is kept of a frame (see ``cache.Policy``)."""
+
+    mass: float
+    tokens_on: str
+    temperatures: Tuple[float, ...]
+
+
+def pack(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np.ndarray]:
+    """What is written of one utterance: its :class:`TopK` of T frames and hidden states (T, D), as float32 arrays."""
+    x = x.map(lambda y: y.cpu())
+    nonblank = x.argmax() != 0
+    there = torch.ones_like(nonblank) if policy.tokens_on == "all" else nonblank
+    some = x[there]
+    kept = in_nucleus(some, policy.mass)
+    inner = _inner(some)
+    counts = kept.sum(1)
+    rest = (1 - inner.masked_fill(~kept, -torch.inf).double().exp().sum(1)).clamp(min=0).log()
+    codes = torch.cat([quantise(inner[kept]), quantise(rest.float())])
+    odds = (x.log_blank - x.log_nonblank_at(1.0)).clamp(-LIMIT, LIMIT)
+    columns = [odds]
+    for tau in policy.temperatures:
+        # With the kept tokens as they will be read, so that together with all others' exact mass they sum to 1.
+        scaled = F.logsigmoid(odds.double()) / tau
+        total = (x.norms[tau].double().exp() - (x.log_blank.double() / tau).exp()).clamp(min=0)
+        was = (some.log_probs.double() / tau).exp().masked_fill(~kept, 0.0).sum(1)
+        mass = F.logsigmoid(-odds[there])[:, None]
+        will_be = ((_normalised(codes, counts) + mass).double() / tau).exp().sum(1)
+        total[there] = (total[there] - was).clamp(min=0) + will_be
+        columns.append((scaled - total.log()).clamp(-LIMIT, LIMIT).float())
+    offset = OFFSET if x.num_tokens <= SMALL_VOCABULARY else 0
+    rows = torch.stack([there.nonzero()[:, 0], torch.where(nonblank[there], counts, -counts)], 1)
+    written = [torch.stack(columns, 1), rows, (some.tokens[kept] - offset)[:, None], codes[:, None]]
+    return [*(y.float().numpy() for y in written), *hidden]
+
+
+def unpack(arrays: Sequence[np.ndarray], policy: Kept, num_tokens: int) -> Tuple[TopK, List[Tensor]]:
+    """The inverse of :func:`pack`: a :class:`TopK` of T frames, with the tokens of the longest row, and hidden states.
+
+    Raises:
+        ValueError: arrays that do not belong together.
+    """
+    columns, rows, tokens, codes, *hidden = map(torch.from_numpy, arrays)
+    # Rounded: 16 bits come back a few thousandths off the whole number.
+    rows, tokens, codes = (x.round().long() for x in (rows, tokens[:, 0], codes[:, 0]))
+    tokens = tokens + (OFFSET if num_tokens <= SMALL_VOCABULARY else 0)
+    frames, counts, nonblank = rows[:, 0], rows[:, 1].abs(), rows[:, 1] > 0
+    _check(columns, frames, counts, tokens, codes, policy, num_tokens)
+    odds = columns[:, 0]
+    log_blank = F.logsigmoid(odds)
+    norms = {tau: log_blank / tau - F.logsigmoid(columns[:, 1 + i]) for i, tau in enumerate(policy.temperatures)}
+    width = max(int(counts.max()), 1) if len(counts) else 1
+    all_tokens = torch.zeros(len(columns), width, dtype=torch.int64)
+    log_probs = torch.full(all_tokens.shape, -torch.inf)
+    if len(rows):
+        all_tokens[frames] = _spread(tokens, counts, 0)
+        said = (_normalised(codes, counts) + F.logsigmoid(-odds[frames])[:, None]).float()
+        # Rounding must not change whether blank is the likeliest.
+        limit = log_blank[frames]
+        above = torch.nextafter(limit, torch.ones_like(limit))
+        said[:, 0] = torch.where(nonblank, torch.maximum(said[:, 0], above), torch.minimum(said[:, 0], limit))
+        log_probs[frames] = said
+    return TopK(log_blank, all_tokens, log_probs, num_tokens, norms), hidden
+
+
+def in_nucleus(x: TopK, mass: float) -> Tensor:
+    """(N, k) the tokens of N frames that are kept: until, with blank, they have ``mass``; at least one."""
+    p = x.log_probs.double().exp()
+    before = x.log_blank.double().exp()[:, None] + p.cumsum(1) - p
+    kept = (before < mass) & (_inner(x) >= -SPAN) & (p > 0)
+    kept[:, :1] = True
+    return kept
+
+
+def quantise(log_p: Tensor) -> Tensor:
+    """Codes 0…255 of log-probabilities, int64."""
+    return (-log_p / SPAN).clamp(0, 1).sqrt().mul(LEVELS).round().long()
+
+
+def dequantise(codes: Tensor) -> Tensor:
+    """Log-probabilities of codes, float64."""
+    return -SPAN * (codes.double() / LEVELS).square()
+
+
+def _inner(x: TopK) -> Tensor:
+    """(N, k) log p(token | not blank); of a frame that is blank for sure −∞."""
+    return (x.log_probs - x.log_nonblank_at(1.0)[:, None]).nan_to_num(-torch.inf, neginf=-torch.inf)
+
+
+def _normalised(codes: Tensor, counts: Tensor) -> Tensor:
+    """(N, k) log p(token | not blank) of N rows' codes, which with the remainder sum to 1; −∞ where there is none."""
+    rest = codes[len(codes) - len(counts) :]
+    log_p = _spread(dequantise(codes[: len(codes) - len(counts)]), counts, -torch.inf)
+    log_rest = dequantise(rest).masked_fill(rest == LEVELS, -torch.inf)
+    return log_p - torch.cat([log_p, log_rest[:, None]], 1).logsumexp(1, keepdim=True)
+
+
+def _spread(values: Tensor, counts: Tensor, fill: float) -> Tensor:
+    """(N, most) of M values, ``counts`` of them a row."""
+    most = int(counts.max()) if len(counts) else 0
+    out = values.new_full((len(counts), most), fill)
+    out[torch.arange(most) < counts[:, None]] = values
+    return out
+
+
+def _check(
+    columns: Tensor, frames: Tensor, counts: Tensor, tokens: Tensor, codes: Tensor, policy: Kept, num_tokens: int
+) -> None:
+    """Refuse what :func:`pack` does not make (ValueError)."""
+    for name, wrong in (
+        ("blank", columns.size(1) != 1 + len(policy.temperatures)),
+        ("rows", bool(((frames < 0) | (frames >= len(columns)) | (counts < 1)).any())),
+        ("tokens", len(tokens) != int(counts.sum()) or bool(((tokens < 1) | (tokens >= num_tokens)).any())),
+        ("log_probs", len(codes) != len(tokens) + len(counts) or bool(((codes < 0) | (codes > LEVELS)).any())),
+    ):
+        if wrong:
+            raise ValueError(f"{name}.ark holds no such array")

@@ -1,0 +1,53 @@
+#!/usr/bin/env bash
+# Everything that a GPU has to show, in one command: see --help.
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
+
+usage() {
+    cat <<'EOF'
+Usage: tests/gpu/run.sh [--wheels DIR] [--cpu] [--output DIR] [--only PART …]
+Example: tests/gpu/run.sh --wheels ~/wheels --output ~/gpu
+
+On a machine with Python, torch, torchaudio and a GPU, without network, in five minutes: losses, selections and alignment
+against float64 and without a wait; a training by every page, in mixed precision; a target cache, a training that is
+killed and goes on, decoding; then asr_kd_bench. Prints a table, and writes it with all figures to DIR/gpu.json (default:
+a directory of /tmp); logs lie beside it. Ends with 1 where something failed.
+
+--wheels  a folder of wheels, installed into an environment of its own in DIR; without it what is installed is taken.
+          Made where there is a network: pip wheel --wheel-dir wheels '.[test]', then without torch*, nvidia* and triton*.
+--cpu     the same on a CPU: kernels in Triton's interpreter; what needs CUDA is left out, each by its name
+--only    losses (torch alone is enough), training, bench
+EOF
+}
+
+wheels='' output=''
+options=()
+while [ $# -gt 0 ]; do
+    case "$1" in
+        -h | --help) usage; exit 0 ;;
+        --wheels | --output)
+            [ $# -gt 1 ] || { echo "error: $1 needs a directory" >&2; exit 2; }
+            if [ "$1" = --wheels ]; then wheels=$2; else output=$2; fi
+            shift 2
+            ;;
+        *) options+=("$1"); shift ;;
+    esac
+done
+[ -n "${output}" ] || output=$(mktemp -d /tmp/espnet_kd_gpu.XXXXXX)
+mkdir -p "${output}"
+output=$(cd "${output}" && pwd -P)
+
+python=python3
+if [ -n "${wheels}" ]; then
+    [ -d "${wheels}" ] || { echo "error: --wheels ${wheels} is no directory" >&2; exit 2; }
+    shopt -s nullglob
+    found=("${wheels}"/*.whl)
+    [ ${#found[@]} -gt 0 ] || { echo "error: --wheels ${wheels} holds no .whl file" >&2; exit 2; }
+    [ -d "${output}/venv" ] || python3 -m venv --system-site-packages "${output}/venv"
+    python=${output}/venv/bin/python
+    # As they are: what they name beside themselves was chosen where they were made.
+    "${python}" -m pip install --quiet --disable-pip-version-check --no-index --no-deps "${found[@]}"
+fi
+cd "${ROOT}"
+export PYTHONPATH="${ROOT}${PYTHONPATH:+:${PYTHONPATH}}" PYTHONWARNINGS=ignore OMP_NUM_THREADS=1
+exec "${python}" tests/gpu/report.py --output "${output}" "${options[@]+"${options[@]}"}"

@@ -1,0 +1,160 @@
+"""What a target cache keeps of a frame: as many tokens as carry its mass, in few bytes, with the stated error."""
+
+import kaldiio
+import numpy as np
+import pytest
+import torch
+
+from espnet_kd.losses import factorized_kl, kl
+from espnet_kd.targets.cache import Policy, ark_names
+from espnet_kd.targets.cache_writer import compression
+from espnet_kd.targets.nucleus import LEVELS, SPAN, dequantise, in_nucleus, pack, quantise, unpack
+from espnet_kd.topk import compress
+
+
+def logits(frames, num_tokens, seed=0, scale=3.0):
+    """Of a teacher that is sure of some frames and unsure of others; NB and BL frames take turns."""
+    torch.manual_seed(seed)
+    x = torch.randn(frames, num_tokens) * torch.linspace(0.5, scale, frames)[:, None]
+    x[::2, 0] += 12
+    return x
+
+
+def written_and_read(said, policy, place):
+    """Through Kaldi's arks, and the bytes that each of them takes."""
+    back, sizes = [], {}
+    for name, x in zip(ark_names(policy), pack(said, [], policy)):
+        file = place / name
+        kaldiio.save_mat(str(file), x, compression_method=compression(name, x, policy))
+        back.append(np.array(kaldiio.load_mat(str(file)), dtype=np.float32))
+        sizes[name] = file.stat().st_size
+    return unpack(back, policy, said.num_tokens)[0], sizes
+
+
+@pytest.mark.parametrize("mass", [0.5, 0.9, 0.99, 1.0])
+def test_as_many_tokens_as_carry_the_mass(mass):
+    said = compress(logits(60, 40), 20)
+    kept = in_nucleus(said, mass)
+    p = said.log_probs.exp()
+    total = said.log_blank.exp() + (p * kept).sum(1)
+    less = total - (p * kept).where(kept, torch.inf).amin(1)  # without the last one
+    counts = kept.sum(1)
+    assert (kept == (torch.arange(20) < counts[:, None])).all() and (counts >= 1).all()
+    assert ((total >= mass - 1e-6) | (counts == 20)).all()
+    assert ((less < mass) | (counts == 1)).all()
+    if mass < 1:
+        assert counts.min() == 1 and counts.max() > 5
+
+
+def test_codes_are_off_by_what_is_stated():
+    log_p = -torch.linspace(0, SPAN, 100_000, dtype=torch.float64)
+    codes = quantise(log_p)
+    assert codes.min() == 0 and codes.max() == LEVELS
+    error = (dequantise(codes).exp() - log_p.exp()).abs()
+    assert 0.005 < error.max() < 0.006
+    at = (log_p.exp() - 0.001).abs().argmin()
+    assert error[at - 200 : at + 200].max() < 0.04 * 0.001
+
+
+@pytest.mark.parametrize(("num_tokens", "frames"), [(500, 300), (65536, 40), (65537, 40), (60, 33000)])
+def test_ids_and_frames_come_back_as_they_were(num_tokens, frames, tmp_path):
+    """Also where they need more bits, and the largest of all."""
+    x = logits(frames, num_tokens)
+    x[1, num_tokens - 1] = 30.0
+    said = compress(x, 16)
+    policy = Policy(16, mass=0.99)
+    got, sizes = written_and_read(said, policy, tmp_path)
+    spoken = said.argmax() != 0
+    assert torch.equal(got.argmax(), said.argmax()) and 0.3 < spoken.float().mean() < 0.7
+    kept = in_nucleus(said[spoken], policy.mass)
+    width = got.tokens.size(1)
+    assert torch.equal(got.tokens[spoken], said.tokens[spoken][:, :width].where(kept[:, :width], 0))
+    assert (got.log_probs[~spoken] == -torch.inf).all()
+    assert sizes["tokens"] == pytest.approx(int(kept.sum()) * (2 if num_tokens <= 65536 else 4), abs=30)
+    assert sizes["log_probs"] == pytest.approx(int(kept.sum() + spoken.sum()), abs=30)
+    assert sizes["blank"] == pytest.approx(2 * frames, abs=30)
+    torch.testing.assert_close(
+        got.log_probs[spoken].exp(), said.log_probs[spoken][:, :width].where(kept[:, :width], -torch.inf).exp(),
+        atol=6e-3, rtol=0,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
+@pytest.mark.parametrize("tokens_on", ["nonblank", "all"])
+def test_what_is_read_sums_to_one(tokens_on, temperature, tmp_path):
+    said = compress(logits(200, 50), 12, (temperature,))
+    temperatures = (temperature,) if temperature != 1 else ()
+    got, _ = written_and_read(said, Policy(12, 0.98, tokens_on, temperatures), tmp_path)
+    there = got[got.log_probs[:, 0] > -torch.inf]
+    assert len(there.log_blank) == (200 if tokens_on == "all" else int((said.argmax() != 0).sum()))
+    parts = there.log_blank_at(temperature).exp(), there.log_tokens_at(temperature).exp().sum(1)
+    # Of what is rounded apart, log-odds at the two temperatures, a thousandth is left.
+    torch.testing.assert_close(sum(parts) + there.remainder_at(temperature), torch.ones(len(there.log_blank)),
+                               atol=2e-3 if temperature != 1 else 1e-5, rtol=0)  # fmt: skip
+    torch.testing.assert_close(
+        got.log_blank_at(temperature).exp(), said.log_blank_at(temperature).exp(), atol=0.01, rtol=0
+    )
+
+
+@pytest.mark.parametrize("loss, tokens_on", [(factorized_kl, "nonblank"), (kl, "all")])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_losses_and_gradients_are_nearly_those_of_the_logits(loss, tokens_on, temperature, tmp_path):
+    x = logits(300, 60)
+    temperatures = (temperature,) if temperature != 1 else ()
+    got, _ = written_and_read(compress(x, 59, temperatures), Policy(59, 0.999, tokens_on, temperatures), tmp_path)
+    student = torch.randn(1, 300, 60)
+    values, gradients = [], []
+    for teacher in (x[None], got[None]):
+        leaf = student.clone().requires_grad_()
+        values.append(loss(leaf, teacher, torch.tensor([300]), temperature=temperature))
+        values[-1].backward()
+        gradients.append(leaf.grad)
+    # At temperature 2 what is not kept weighs more.
+    assert values[1].item() == pytest.approx(values[0].item(), rel=0.01 * temperature)
+    assert (gradients[1] - gradients[0]).norm() < 0.01 * temperature * gradients[0].norm()
+
+
+@pytest.mark.parametrize("frames, certain", [(1, False), (0, False), (4, True), (1, True)])
+@pytest.mark.parametrize("tokens_on", ["nonblank", "all"])
+def test_few_frames_and_certain_ones(tokens_on, frames, certain, tmp_path):
+    x = logits(frames, 9) if frames else torch.zeros(0, 9)
+    if certain:  # of blank, of a token
+        x = torch.full((frames, 9), -torch.inf)
+        x[::2, 0], x[1::2, 3] = 0.0, 0.0
+    said = compress(x, 5)
+    policy = Policy(5, 0.99, tokens_on)
+    if frames:
+        arrays = pack(said, [], policy)
+        got = unpack(arrays, policy, 9)[0]
+        torch.testing.assert_close(got.log_blank.exp(), said.log_blank.exp(), atol=1e-3, rtol=0)
+        assert torch.equal(got.argmax(), said.argmax())
+        assert not got[got.log_probs[:, 0] > -torch.inf].remainder_at(1.0).isnan().any()
+    else:
+        assert [len(a) for a in pack(said, [], policy)] == [0, 0, 0, 0]
+
+
+def test_blank_is_the_likeliest_after_rounding_exactly_where_it_was(tmp_path):
+    """Where a token and blank are nearly equal."""
+    x = torch.full((400, 9), -6.0)
+    x[:, 0] = 0.0
+    x[:, 2] = torch.linspace(-1e-3, 1e-3, 400)
+    said = compress(x, 5)
+    for tokens_on in ("nonblank", "all"):
+        got, _ = written_and_read(said, Policy(5, 0.99, tokens_on), tmp_path)
+        assert torch.equal(got.argmax(), said.argmax()) and 0 < (said.argmax() != 0).sum() < 400
+
+
+@pytest.mark.parametrize("name, index, value", [
+    ("blank", 0, None), ("rows", (0, 0), 10**4), ("rows", (0, 0), -1), ("rows", (0, 1), 0), ("rows", (0, 1), 300),
+    ("tokens", (0, 0), -(2**15)), ("tokens", (0, 0), 0), ("log_probs", (0, 0), 300), ("log_probs", (0, 0), -1),
+])  # fmt: skip
+def test_arrays_that_do_not_belong_together_are_refused(name, index, value):
+    policy = Policy(12, 0.98)
+    arrays = pack(compress(logits(50, 40), 12), [], policy)
+    place = ark_names(policy).index(name)
+    if value is None:
+        arrays[place] = np.concatenate([arrays[place]] * 2, 1)
+    else:
+        arrays[place][index] = value
+    with pytest.raises(ValueError, match=r"\.ark holds no such array"):
+        unpack(arrays, policy, 40)
