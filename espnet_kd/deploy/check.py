@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Callable, List, Optional, Sequence
+from typing import List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -11,6 +11,7 @@ import torch
 from espnet_kd.cli import UserError
 from espnet_kd.decode.recognise import normalise
 from espnet_kd.deploy.graph import example_batch
+from espnet_kd.deploy.session import Run, Waves
 
 #: Largest difference of log-probabilities, in nats.
 TOLERANCE = 1e-4
@@ -18,48 +19,6 @@ TOLERANCE = 1e-4
 FLOOR = -50.0
 #: Seconds of the longest utterance of a batch, and the utterances of a batch.
 LENGTHS, BATCHES = (0.5, 2.3, 9.7), (1, 3)
-Waves = Sequence[np.ndarray]
-#: Maps utterances (N_i,) to log-probabilities (T_i, V) of each.
-Run = Callable[[Waves], List[np.ndarray]]
-
-
-def onnx_session(model: Any, threads: int = 1) -> Any:
-    """An onnxruntime session on the CPU of a file, or of its bytes.
-
-    Raises:
-        UserError: onnxruntime is not installed, or cannot load the model.
-    """
-    try:
-        import onnxruntime
-    except ImportError as e:
-        raise UserError("onnxruntime is not installed: pip install 'espnet_kd[onnx]'") from e
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.log_severity_level = 3
-    try:
-        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # of onnxruntime's own kinds, which have no common base
-        name = "the graph" if isinstance(model, bytes) else model
-        raise UserError(f"onnxruntime cannot load {name}: {str(e).splitlines()[0]}") from e
-
-
-def pad(waves: Waves) -> np.ndarray:
-    """(B, N) float32 of utterances (N_i,), with zeros; N is 1 or more."""
-    padded = np.zeros((len(waves), max(1, *(len(w) for w in waves))), dtype=np.float32)
-    for row, wave in zip(padded, waves):
-        row[: len(wave)] = wave
-    return padded
-
-
-def run_of(session: Any) -> Run:
-    """What a session of a graph with ``speech`` and ``speech_lengths`` gives."""
-
-    def run(waves: Waves) -> List[np.ndarray]:
-        lengths = np.array([len(w) for w in waves], dtype=np.int64)
-        log_probs, frames = session.run(None, {"speech": pad(waves), "speech_lengths": lengths})
-        return [row[:n] for row, n in zip(log_probs, frames)]
-
-    return run
 
 
 def reference_of(model: torch.nn.Module, volume: Optional[float] = None) -> Run:

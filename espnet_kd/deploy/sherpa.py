@@ -8,14 +8,12 @@ from __future__ import annotations
 
 from typing import Dict, List, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from espnet_kd.cli import UserError
-from espnet_kd.deploy.check import Run, Waves
+from espnet_kd.deploy.session import SHERPA_FRAME
 
-FRAME = 0.02  #: seconds that sherpa-onnx takes a frame of such a model for
 SPACE = "▁"
 INPUTS, OUTPUTS = ("x",), ("log_probs",)
 AXES: Dict[str, Dict[int, str]] = {"x": {1: "samples"}, "log_probs": {1: "frames"}}
@@ -32,7 +30,7 @@ class SherpaGraph(nn.Module):
         """
         super().__init__()
         check_student(graph)
-        self.graph, self.repeats = graph, round(graph.frame_shift / FRAME)
+        self.graph, self.repeats = graph, round(graph.frame_shift / SHERPA_FRAME)
         self.no_text = list(no_text)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +62,7 @@ def check_student(graph: nn.Module) -> None:
             f"normalize: {kind}: sherpa-onnx brings audio to zero mean and unit variance, which changes what this "
             "student gives; train one with --feats_normalize utterance_mvn, or use --format onnx"
         )
-    repeats = graph.frame_shift / FRAME
+    repeats = graph.frame_shift / SHERPA_FRAME
     if abs(repeats - round(repeats)) > 1e-6 or repeats < 1:
         raise UserError(
             f"frames of {graph.frame_shift * 1000:g} ms: sherpa-onnx takes frames for 20 ms, and times would be wrong; "
@@ -72,21 +70,12 @@ def check_student(graph: nn.Module) -> None:
         )
 
 
-def standardise(wave: np.ndarray) -> np.ndarray:
-    """What sherpa-onnx does to audio (N,) before such a model."""
-    wave = wave.astype(np.float64)
-    return ((wave - wave.mean()) / np.sqrt(wave.var() + 1e-5)).astype(np.float32)
+def token_lines(tokens: Sequence[str], kind: str, space: str, no_text: Sequence[int]) -> List[str]:
+    """The lines of tokens.txt, token and number, of ESPnet's ``token_type`` and its token for a space."""
 
+    def written(number: int, token: str) -> str:
+        if kind == "word" and number and number not in no_text:
+            return SPACE + token
+        return SPACE if kind == "char" and token == space else token
 
-def run_of(session: object, repeats: int) -> Run:
-    """What a session of the graph gives, of every frame the first of its repetitions."""
-
-    def run(waves: Waves) -> List[np.ndarray]:
-        return [session.run(None, {"x": wave[None]})[0][0, ::repeats] for wave in waves]  # type: ignore[attr-defined]
-
-    return run
-
-
-def token_lines(tokens: Sequence[str], space: str) -> List[str]:
-    """The lines of tokens.txt: token and number."""
-    return [f"{SPACE if token == space else token} {number}" for number, token in enumerate(tokens)]
+    return [f"{written(number, token)} {number}" for number, token in enumerate(tokens)]

@@ -13,7 +13,8 @@ from typing import Any, Dict, List, Optional, Union
 import torch
 
 from espnet_kd.cli import UserError
-from espnet_kd.deploy import check, sherpa
+from espnet_kd.deploy import check, session, sherpa, web
+from espnet_kd.deploy.backends import ABOUT, MODEL
 from espnet_kd.deploy.graph import StudentGraph, example_batch, write_graph
 from espnet_kd.distill.export import export
 from espnet_kd.files import replacing_directory, sha256_of
@@ -21,13 +22,13 @@ from espnet_kd.targets.audio_options import sampling_rate, volume
 from espnet_kd.targets.encode import ctc_tokens
 from espnet_kd.targets.experiment import find_experiment, load_model
 
-MODEL, TOKENS, TOKEN_MODEL, ABOUT, CARD = "model.onnx", "tokens.txt", "bpe.model", "student.json", "README.md"
+TOKENS, TOKEN_MODEL, CARD = "tokens.txt", "bpe.model", "README.md"
 FORMS = ("onnx", "sherpa", "web")
 #: What a folder of each form consists of.
 FILES = {
     "onnx": (MODEL, TOKENS, TOKEN_MODEL, ABOUT, CARD),
     "sherpa": (MODEL, TOKENS, TOKEN_MODEL, ABOUT, CARD),
-    "web": (MODEL, ABOUT, CARD, "index.html", "app.js", "ort"),
+    "web": (MODEL, ABOUT, CARD, web.ORT, *web.PAGE_FILES),
 }
 OPSETS = range(14, 21)  #: those that torch's tracing exporter writes with every operation that a student needs
 
@@ -39,6 +40,8 @@ class Options:
     quantize: str = "none"  #: none, or int8: weights of matrix products
     max_seconds: float = 30.0  #: longest audio of one utterance
     opset: int = 17
+    ort_web: Optional[Path] = None  #: dist/ of onnxruntime-web, for the form web
+    card: bool = False  #: whether to write a model card
 
     def check(self) -> None:
         """Refuse values out of range (:class:`UserError`)."""
@@ -96,26 +99,26 @@ def write_form(student: Student, form: str, out: Path, options: Options) -> Path
             wrapped, (example,), opset=options.opset, inputs=sherpa.INPUTS, outputs=sherpa.OUTPUTS, axes=sherpa.AXES
         )
 
-        def expanded(waves: check.Waves) -> List[Any]:
-            one_each = [torch.from_numpy(x)[None] for x in reference(waves)]
-            return [wrapped.expand(x)[0, :: wrapped.repeats].numpy() for x in one_each]
+        def expanded(waves: session.Waves) -> List[Any]:
+            given = [torch.from_numpy(x)[None] for x in reference([session.standardise(w) for w in waves])]
+            return [wrapped.expand(x)[0, :: wrapped.repeats].numpy() for x in given]
 
-        def standardised(run: check.Run) -> check.Run:
-            return lambda waves: run([sherpa.standardise(w) for w in waves])
-
-        run = sherpa.run_of(check.onnx_session(content), wrapped.repeats)
-        off = check.check_graph(standardised(run), standardised(expanded), batches=(1,), **checked)
+        run = session.run_of_sherpa(session.onnx_session(content), wrapped.repeats)
+        off = check.check_graph(run, expanded, batches=(1,), **checked)
     else:
         content = write_graph(graph, example_batch(student.rate, [1.0, 0.7])[:2], opset=options.opset)
-        off = check.check_graph(check.run_of(check.onnx_session(content)), reference, **checked)
+        off = check.check_graph(session.run_of(session.onnx_session(content)), reference, **checked)
     if options.quantize == "int8":
         content = to_int8(content)
-        check.onnx_session(content)
+        session.onnx_session(content)  # that it loads
     with replacing_directory(out, FILES[form], f"an export for {form}") as part:
         (part / MODEL).write_bytes(content)
         _write_tokens(part, student, form)
         about = describe(student, graph, form, options, off)
-        about["files"] = {p.name: sha256_of(p) for p in sorted(part.iterdir())}
+        if form == "web":
+            web.write_page(part, options.ort_web)
+        files = sorted(p for p in part.rglob("*") if p.is_file())
+        about["files"] = {str(p.relative_to(part)): sha256_of(p) for p in files}
         text = json.dumps(about, indent=2, ensure_ascii=False)
         (part / ABOUT).write_text(text + "\n", encoding="utf-8")
     logging.info("%s: %.2f MB, largest difference to ESPnet %.1e nats", out, len(content) / 1e6, off)
@@ -125,7 +128,7 @@ def write_form(student: Student, form: str, out: Path, options: Options) -> Path
 def _write_tokens(part: Path, student: Student, form: str) -> None:
     space = getattr(student.args, "space_symbol", "<space>")
     if form == "sherpa":
-        lines = sherpa.token_lines(student.tokens, space)
+        lines = sherpa.token_lines(student.tokens, student.args.token_type, space, student.no_text)
     else:
         lines = student.tokens
     if form != "web":

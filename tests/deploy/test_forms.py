@@ -11,7 +11,7 @@ import torch
 
 from espnet_kd.cli import UserError
 from espnet_kd.decode.recognise import Recogniser
-from espnet_kd.deploy import check, sherpa, write
+from espnet_kd.deploy import check, session, sherpa, write
 from espnet_kd.deploy.graph import StudentGraph, example_batch, write_graph
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
@@ -44,19 +44,19 @@ def test_exact_or_refused(tmp_path, form, encoder, normalize):
     write.write_form(student, form, out, write.Options(max_seconds=12))
     about = json.loads((out / "student.json").read_text())
     assert about["largest_difference"] <= check.TOLERANCE
-    session = check.onnx_session(str(out / "model.onnx"))
+    loaded = session.onnx_session(str(out / "model.onnx"))
     if form == "onnx":
         # other lengths and batches than those it was tried with, and padding that is not silent
         waves = [tiny_asr.audio(s, i) for i, s in enumerate((1.7, 0.35, 11.9, 4.0))]
-        padded = check.pad(waves)
+        padded = session.pad(waves)
         lengths = np.array([len(w) for w in waves])
         padded[np.arange(padded.shape[1])[None] >= lengths[:, None]] = 0.3
-        log_probs, frames = session.run(None, {"speech": padded, "speech_lengths": lengths})
+        log_probs, frames = loaded.run(None, {"speech": padded, "speech_lengths": lengths})
         for row, n, expected in zip(log_probs, frames, check.reference_of(student.model)(waves)):
             assert n == len(expected) and check.difference(row[:n], expected) <= check.TOLERANCE
     else:
-        wave = sherpa.standardise(tiny_asr.audio(3.1, 3))
-        (log_probs,) = session.run(None, {"x": wave[None]})
+        wave = session.standardise(tiny_asr.audio(3.1, 3))
+        (log_probs,) = loaded.run(None, {"x": wave[None]})
         (expected,) = check.reference_of(student.model)([wave])
         repeats = round(about["frame_shift"] / 0.02)
         assert len(log_probs[0]) == repeats * len(expected)
@@ -79,7 +79,7 @@ def test_what_is_in_it(tmp_path):
 def test_short_and_empty_audio_has_no_frames():
     student = tiny_students.student()
     graph = StudentGraph(student.model, max_seconds=4, rate=16000)
-    run = check.run_of(check.onnx_session(write_graph(graph, example_batch(16000, [1.0, 0.7])[:2], opset=17)))
+    run = session.run_of(session.onnx_session(write_graph(graph, example_batch(16000, [1.0, 0.7])[:2], opset=17)))
     least = graph.least_samples
     waves = [tiny_asr.audio(1.0, 1)[:n] for n in (least, least - 1, 1, 0)]
     assert [len(x) for x in run(waves)] == [1, 0, 0, 0]
@@ -91,7 +91,7 @@ def test_short_and_empty_audio_has_no_frames():
 def test_the_peak_is_set_in_the_graph():
     student = tiny_students.student(normalize=None)
     graph = StudentGraph(student.model, max_seconds=4, rate=16000, volume=0.5)
-    run = check.run_of(check.onnx_session(write_graph(graph, example_batch(16000, [1.0, 0.7])[:2], opset=17)))
+    run = session.run_of(session.onnx_session(write_graph(graph, example_batch(16000, [1.0, 0.7])[:2], opset=17)))
     waves = [0.1 * tiny_asr.audio(1.0, 1), tiny_asr.audio(2.0, 2), np.zeros(16000, np.float32)]
     for one, other in zip(run(waves), check.reference_of(student.model, 0.5)(waves)):
         assert check.difference(one, other) <= check.TOLERANCE
@@ -136,7 +136,7 @@ def test_beyond_max_seconds_it_fails_and_the_table_is_cut(tmp_path):
     )
     assert len(long) - len(short) >= 0.9 * (195 / 0.04) * 2 * 16 * 4
     wave = tiny_asr.audio(5.0, 1)
-    run = check.run_of(check.onnx_session(short))
+    run = session.run_of(session.onnx_session(short))
     assert len(run([wave])[0]) == 124
     with pytest.raises(Exception, match="(?i)broadcast|dimension|shape"):
         run([tiny_asr.audio(9.0, 1)])
@@ -165,7 +165,7 @@ def test_int8_is_smaller_and_recognises(tmp_path):
     ]
     sizes = [(o / "model.onnx").stat().st_size for o in outs]
     waves = [tiny_asr.audio(4.0, 7)]
-    one, other = (check.run_of(check.onnx_session(str(o / "model.onnx")))(waves)[0] for o in outs)
+    one, other = (session.run_of(session.onnx_session(str(o / "model.onnx")))(waves)[0] for o in outs)
     assert one.shape == other.shape and 0 < np.abs(one - other).mean() < 1.0
     assert json.loads((outs[1] / "student.json").read_text())["quantize"] == "int8" and sizes[0] != sizes[1]
 
