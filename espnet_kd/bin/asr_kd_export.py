@@ -25,7 +25,7 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Dict, Optional, Sequence
 
 from espnet_kd.cli import UserError, refuse_empty, run
 
@@ -44,9 +44,16 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max_seconds", type=float, default=30.0, help="longest utterance of a graph (default: 30)")
     parser.add_argument("--opset", type=int, default=17, help="version of ONNX's operators (default: 17)")
     parser.add_argument(
-        "--ort_web", type=Path, metavar="DIR", help="for web: dist/ of onnxruntime-web; default: that of npm"
+        "--ort_web", metavar="DIR", help="for web: dist/ of onnxruntime-web; default: that of npm"
     )
-    parser.add_argument("--card", action="store_true", help="write a model card (README.md) beside every graph")
+    parser.add_argument(
+        "--measure",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="data dirs: what every form costs and recognises there goes to EXP/exports.json, for the report",
+    )
+    parser.add_argument("--card", action="store_true", help="write a model card into every folder, as README.md")
     return parser
 
 
@@ -60,22 +67,39 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         raise UserError("--output_dir goes with one --format; leave it out for several")
     # --help and mistakes in the command line are answered at once
     from espnet_kd.distill.export import export
-
-    if "espnet" in formats:
-        logging.info("exported to %s", export(args.expdir, output_dir))
-        formats.remove("espnet")
-    if not formats:
-        return
-    from espnet_kd.deploy.write import Options, load_student, write_form
     from espnet_kd.targets.experiment import find_experiment
 
-    options = Options(args.quantize, args.max_seconds, args.opset, args.ort_web, args.card)
-    options.check()
-    student = load_student(args.expdir)
     home = find_experiment(args.expdir)[0].parent
     home = home.parent if home.name == "export" else home
-    for form in formats:
-        logging.info("exported to %s", write_form(student, form, output_dir or home / f"export_{form}", options))
+    folders = {}
+    if "espnet" in formats:
+        folders["espnet"] = export(args.expdir, output_dir)
+    if formats != ["espnet"]:
+        folders.update(_write_graphs(args, [f for f in formats if f != "espnet"], output_dir, home))
+    for folder in folders.values():
+        logging.info("exported to %s", folder)
+    if args.measure:
+        from espnet_kd.deploy.measure import measure_exports
+
+        reference = folders.get("espnet", Path(args.expdir))
+        measure_exports(home, list(folders.values()), args.measure, reference)
+        logging.info("what they cost: %s", home / "exports.json")
+    if args.card:
+        from espnet_kd.deploy.card import write_cards
+
+        write_cards(home, folders)
+
+
+def _write_graphs(
+    args: argparse.Namespace, formats: Sequence[str], output_dir: Optional[Path], home: Path
+) -> Dict[str, Path]:
+    """Write the forms that have a graph; the folder of each."""
+    from espnet_kd.deploy.write import Options, load_student, write_form
+
+    options = Options(args.quantize, args.max_seconds, args.opset, args.ort_web and Path(args.ort_web))
+    options.check()
+    student = load_student(args.expdir)
+    return {form: write_form(student, form, output_dir or home / f"export_{form}", options) for form in formats}
 
 
 if __name__ == "__main__":

@@ -41,7 +41,6 @@ class Options:
     max_seconds: float = 30.0  #: longest audio of one utterance
     opset: int = 17
     ort_web: Optional[Path] = None  #: dist/ of onnxruntime-web, for the form web
-    card: bool = False  #: whether to write a model card
 
     def check(self) -> None:
         """Refuse values out of range (:class:`UserError`)."""

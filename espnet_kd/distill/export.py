@@ -85,8 +85,8 @@ def _write(part: Path, config_file: Path, config: Dict[str, Any], state: Dict[st
     torch.save(state, part / MODEL)
     _dump(part / CONFIG, config)
     _dump(part / DECODE, options)
-    rate = sampling_rate(argparse.Namespace(**unfold_config(config, CONFIG)))
-    (part / README).write_text(_readme(rate, "bpemodel" in options, _needs_statistics(config)), encoding="utf-8")
+    usage = _usage(config, "bpemodel" in options)
+    (part / README).write_text(f"# Use the student\n\n{usage}", encoding="utf-8")
 
 
 def _dump(path: Path, content: Dict[str, Any]) -> None:
@@ -97,18 +97,21 @@ def _needs_statistics(config: Dict[str, Any]) -> bool:
     return PORTABLE not in config and bool((config.get("normalize_conf") or {}).get("stats_file"))
 
 
-def _readme(rate: float, has_token_model: bool, needs_statistics: bool) -> str:
-    """How the student is used with ESPnet alone."""
+def usage_of_export(folder: Path) -> str:
+    """How an export is used with ESPnet alone, in Markdown."""
+    return _usage(read_config(folder / CONFIG), (folder / TOKEN_MODEL).exists())
+
+
+def _usage(config: Dict[str, Any], has_token_model: bool) -> str:
+    rate = sampling_rate(argparse.Namespace(**unfold_config(config, CONFIG)))
     more = '**{**options, "bpemodel": str(folder / "bpe.model")}' if has_token_model else "**options"
     place = ""
-    if needs_statistics:
+    if _needs_statistics(config):
         place = (
             "\nESPnet looks for `feats_stats.npz` of this model where config.yaml says, seen from the working\n"
             "directory: start in the recipe's directory, or use the zip.\n"
         )
-    return f"""# Use the student
-
-```python
+    return f"""```python
 import pathlib, soundfile, yaml
 from espnet2.bin.asr_inference import Speech2Text
 folder = pathlib.Path("export")  # where this file lies
