@@ -14,8 +14,10 @@ Forms, and what each has beside the model:
           tokens.txt
   sherpa  EXP/export_sherpa with model.onnx and tokens.txt, for sherpa_onnx.OfflineRecognizer.from_omnilingual_asr_ctc
   web     EXP/export_web, a folder for any web server: a page that recognises files and the microphone in the browser
+  stream  EXP/export_stream with model.onnx, one block of a streaming student with its state as inputs and outputs, for
+          asr_kd_transcribe --streaming; of contextual-block encoders, which the others do not take
 
-The last three have student.json (sampling rate, frame shift, tokens, versions, SHA-256 of every file) and README.md.
+The last four have student.json (sampling rate, frame shift, tokens, versions, SHA-256 of every file) and README.md.
 Before one of them is written, its graph is run at several lengths, alone and in batches; one whose log-probabilities
 differ from ESPnet's by more than 1e-4 is refused.
 """
@@ -29,7 +31,7 @@ from typing import Dict, Optional, Sequence
 
 from espnet_kd.cli import UserError, refuse_empty, run
 
-FORMATS = ("espnet", "onnx", "sherpa", "web")
+FORMATS = ("espnet", "onnx", "sherpa", "web", "stream")
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -94,7 +96,8 @@ def _write_graphs(
     args: argparse.Namespace, formats: Sequence[str], output_dir: Optional[Path], home: Path
 ) -> Dict[str, Path]:
     """Write the forms that have a graph; the folder of each."""
-    from espnet_kd.deploy.write import Options, load_student, write_form
+    from espnet_kd.deploy.student import load_student
+    from espnet_kd.deploy.write import Options, write_form
 
     options = Options(args.quantize, args.max_seconds, args.opset, args.ort_web and Path(args.ort_web))
     options.check()

@@ -60,6 +60,9 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         from espnet_kd.transcribe import Transcriber as Chosen
     with contextlib.redirect_stdout(sys.stderr):  # ESPnet prints there when it is imported, and the text is there
         transcriber = Chosen(args.model, threads=args.threads, longest=args.longest_seconds)
+    shown = [""]
+    if args.streaming and not outputs and args.output_format == "text" and len(args.files) == 1:
+        transcriber.on_text = lambda text: _show_more(text, shown)
     failed: List[UserError] = []
     for file in args.files:
         try:
@@ -71,6 +74,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
             failed.append(e)
             continue
         content = transcriber.render(transcript, args.output_format)
+        content = content.removeprefix(shown[0].lstrip())
         if outputs:
             from espnet_kd.files import replacing
 
@@ -83,6 +87,15 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
             sys.stdout.flush()
     if failed:
         raise UserError(f"{len(failed)} of {len(args.files)} files could not be transcribed, see above")
+
+
+def _show_more(text: str, shown: List[str]) -> None:
+    """Write what is new of the text of a stream; ``shown`` holds what was written."""
+    text = text.rstrip()  # of a line that ends there, nobody wants the blank
+    if text.startswith(shown[0]):
+        sys.stdout.write(text[len(shown[0]) :] if shown[0] else text.lstrip())
+        sys.stdout.flush()
+        shown[0] = text
 
 
 def list_outputs(files: Sequence[str], output_dir: Optional[Path], suffix: str) -> Dict[str, Path]:

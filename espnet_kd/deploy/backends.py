@@ -16,7 +16,8 @@ from espnet_kd.files import sha256_of
 ABOUT, MODEL = "student.json", "model.onnx"
 #: What student.json must have, and of which type.
 _FIELDS = {
-    "format": str, "sampling_rate": int, "frame_shift": (int, float), "least_samples": int, "max_seconds": (int, float),
+    "format": str, "sampling_rate": int, "frame_shift": (int, float), "least_samples": int,
+    "max_seconds": (int, float, type(None)),
     "token_type": str, "space_symbol": str, "blank": int, "no_text": list, "tokens": list, "files": dict,
 }  # fmt: skip
 
@@ -66,10 +67,12 @@ class OnnxBackend:
 
     def __init__(self, folder: Path, threads: int = 1):
         about = read_about(folder)
+        if about["format"] == "stream":
+            raise UserError(f"{folder} is a graph for streams; give --streaming")
         self.rate, self.frame_shift, self.tokens = about["sampling_rate"], about["frame_shift"], about["tokens"]
         self.blank, self.no_text, self.max_seconds = about["blank"], about["no_text"], about["max_seconds"]
         self._least = about["least_samples"]
-        self.to_text = _text_of(about, folder)
+        self.to_text = text_of(about, folder)
         session = onnx_session(str(folder / MODEL), threads)
         is_sherpas = about["format"] == "sherpa"
         self._run = run_of_sherpa(session, round(self.frame_shift / SHERPA_FRAME)) if is_sherpas else run_of(session)
@@ -131,7 +134,7 @@ def read_about(folder: Path) -> Any:
     return about
 
 
-def _text_of(about: Any, folder: Path) -> Callable[[List[str]], str]:
+def text_of(about: Any, folder: Path) -> Callable[[List[str]], str]:
     """From tokens to text; of pieces without their SentencePiece model they are put together as they are."""
     kind = about["token_type"]
     if kind == "bpe" and not (folder / "bpe.model").is_file():

@@ -35,6 +35,9 @@ stream.accept_waveform({rate}, soundfile.read("speech.wav", dtype="float32")[0])
 student.decode_stream(stream)
 print(stream.result.text)
 ```''',
+    "stream": '''```sh
+arecord -f S16_LE -r {rate} | python -m espnet_kd.bin.asr_kd_transcribe --model {folder} --streaming -
+```''',
     "web": '''```sh
 python3 -m http.server --directory {folder}  # and open the address that it names; it works offline
 ```''',

@@ -19,9 +19,9 @@ from espnet_kd.targets.encode import least_samples, measure_frame_shift
 #: Why encoders cannot be exported; any other that is not in ``EXACT_ENCODERS`` is not known to be exact.
 REASONS = {
     "ContextualBlockConformerEncoder": "its blocks are counted in Python, so that a graph is right at one length "
-    "alone; decode it as a stream (asr_kd_transcribe --streaming)",
+    "alone; export it with --format stream",
     "ContextualBlockTransformerEncoder": "its blocks are counted in Python, so that a graph is right at one length "
-    "alone; decode it as a stream (asr_kd_transcribe --streaming)",
+    "alone; export it with --format stream",
     "RNNEncoder": "its packed sequences have no ONNX operator; export it with --format espnet",
     "VGGRNNEncoder": "its packed sequences have no ONNX operator; export it with --format espnet",
 }

@@ -5,14 +5,14 @@ from __future__ import annotations
 import logging
 import time
 from pathlib import Path
-from typing import Callable, Iterator, List, Optional, Union
+from typing import Callable, Iterable, Iterator, List, Optional, Tuple, Union
 
 import numpy as np
 
 from espnet_kd.cli import UserError
 from espnet_kd.deploy import reading
 from espnet_kd.deploy.backends import ABOUT
-from espnet_kd.deploy.stream import Stream, StreamingStudent
+from espnet_kd.deploy.stream import Stream, Streaming
 from espnet_kd.deploy.transcript import Segment, Transcript, render
 
 #: Seconds of audio that are taken at once.
@@ -23,20 +23,15 @@ class LiveTranscriber:
     """A streaming student that turns audio into text as it arrives."""
 
     def __init__(self, model: Union[str, Path], *, threads: int = 1, longest: Optional[float] = None):
-        """Load a student for ESPnet; ``longest`` does not apply, a stream has no longest.
+        """Load a student; ``longest`` does not apply, a stream has no longest.
 
         Raises:
             UserError: there is none, or one that needs all of the audio at once.
         """
-        from espnet_kd.targets.experiment import find_experiment, load_model
-
-        if (Path(model) / ABOUT).is_file():
-            raise UserError(f"{model} is a graph, which takes whole utterances; --streaming takes an export for ESPnet")
         if longest is not None:
             raise UserError("--longest_seconds does not go with --streaming, which takes audio of any length")
-        config, model_file = find_experiment(model)
-        self.student = StreamingStudent(*load_model(config, model_file), config.parent)
-        #: Called with each piece of text when it is known.
+        self.student = _load(Path(model), threads)
+        #: Called with the text so far when more of it is known.
         self.on_text: Optional[Callable[[str], None]] = None
 
     def __call__(self, file: str) -> Transcript:
@@ -45,31 +40,48 @@ class LiveTranscriber:
         Raises:
             UserError: the file cannot be read.
         """
-        student = self.student
-        live = file == reading.STANDARD_INPUT
-        blocks = reading.read_live(student.rate, CHUNK) if live else reading.read_blocks(file, student.rate)
-        stream, latencies, shown = Stream(student), Latencies(student.rate), ""
-        pieces = chunks(blocks, int(CHUNK * student.rate)) if not live else blocks
-        final = np.zeros(0, dtype=np.float32)
-        for piece in pieces:
-            shown = self._step(stream, piece, False, latencies, shown)
-        self._step(stream, final, True, latencies, shown)
-        seconds = round(stream.samples / student.rate, 3)
+        rate = self.student.rate
+        if file == reading.STANDARD_INPUT:
+            pieces = reading.read_live(rate, CHUNK)
+        else:
+            pieces = chunks(reading.read_blocks(file, rate), int(CHUNK * rate))
+        transcript, latencies = self.follow(pieces, file)
         logging.info("%s: %s", file, latencies)
-        return Transcript(file, seconds, [Segment(0.0, seconds, stream.text, stream.tokens)])
+        return transcript
 
-    def _step(self, stream: Stream, piece: np.ndarray, final: bool, latencies: Latencies, shown: str) -> str:
+    def follow(self, pieces: Iterable[np.ndarray], name: str = "") -> Tuple[Transcript, Latencies]:
+        """Recognise pieces of samples (n,) as they arrive."""
+        rate = self.student.rate
+        stream, latencies = Stream(self.student), Latencies(rate)
+        for piece in pieces:
+            self._step(stream, piece, False, latencies)
+        self._step(stream, np.zeros(0, dtype=np.float32), True, latencies)
+        seconds = round(stream.samples / rate, 3)
+        return Transcript(name, seconds, [Segment(0.0, seconds, stream.text, stream.tokens)]), latencies
+
+    def _step(self, stream: Stream, piece: np.ndarray, final: bool, latencies: Latencies) -> None:
         begun, known = time.perf_counter(), len(stream.tokens)
         stream.accept(piece, final)
         latencies.add(stream, stream.tokens[known:], time.perf_counter() - begun)
-        text = stream.text
-        if self.on_text is not None and text != shown:
-            self.on_text(text)
-        return text
+        if self.on_text is not None and len(stream.tokens) > known:
+            self.on_text(stream.text)
 
     def render(self, transcript: Transcript, form: str) -> str:
         """A transcript as ``text``, ``json``, ``srt`` or ``vtt``."""
         return render(transcript, form, self.student.to_text)
+
+
+def _load(path: Path, threads: int) -> Streaming:
+    """A graph for streams, or a student that ESPnet runs."""
+    if (path / ABOUT).is_file():
+        from espnet_kd.deploy.block_stream import OnnxStreamingStudent
+
+        return OnnxStreamingStudent(path, threads)
+    from espnet_kd.deploy.espnet_stream import StreamingStudent
+    from espnet_kd.targets.experiment import find_experiment, load_model
+
+    config, model_file = find_experiment(path)
+    return StreamingStudent(*load_model(config, model_file), config.parent)
 
 
 class Latencies:
@@ -100,7 +112,7 @@ class Latencies:
         return f"{shown}, mean {1000 * mean:.0f}"
 
 
-def chunks(blocks: Iterator[np.ndarray], size: int) -> Iterator[np.ndarray]:
+def chunks(blocks: Iterable[np.ndarray], size: int) -> Iterator[np.ndarray]:
     """Yield the samples of blocks in pieces of ``size``, the last one shorter."""
     held = np.zeros(0, dtype=np.float32)
     for block in blocks:

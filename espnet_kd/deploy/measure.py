@@ -26,7 +26,7 @@ EXPORTS = "exports.json"
 #: Keys of a row of exports.json, in this order.
 KEYS = (
     "format", "quantize", "testset", "utterances", "bytes", "memory_bytes", "load_seconds", "first_result_seconds",
-    "rtf", "same_text", "cer", "wer",
+    "latency_seconds", "rtf", "same_text", "cer", "wer",
 )  # fmt: skip
 
 
@@ -88,26 +88,33 @@ def _in_a_process(folder: Path, data_dir: Path) -> Dict[str, Any]:
 def measure(folder: Path, data_dir: Path) -> Dict[str, Any]:
     """Recognise every utterance of a data dir, in this process."""
     from espnet_kd.data.datadir import read_map
+    from espnet_kd.deploy.live import CHUNK, LiveTranscriber, chunks
+    from espnet_kd.deploy.reading import read_blocks
     from espnet_kd.transcribe import Transcriber
 
+    about = folder / "student.json"
+    facts = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
+    streaming = facts.get("format") == "stream"
     begun = time.perf_counter()
-    transcriber = Transcriber(folder)
+    transcriber: Any = LiveTranscriber(folder) if streaming else Transcriber(folder)
+    rate = transcriber.student.rate if streaming else transcriber.backend.rate
     loaded = time.perf_counter() - begun
     texts, seconds, computing, first = {}, 0.0, 0.0, None
-    from espnet_kd.deploy.reading import read_blocks
-
+    latencies: List[float] = []
     for utt_id, path in read_map(data_dir / "wav.scp").items():
-        blocks = list(read_blocks(path, transcriber.backend.rate))
+        blocks = list(read_blocks(path, rate))
         begun, cpu = time.perf_counter(), time.process_time()
-        transcript = transcriber.transcribe(blocks)
+        if streaming:
+            transcript, found = transcriber.follow(chunks(blocks, int(CHUNK * rate)))
+            latencies += found.tokens
+        else:
+            transcript = transcriber.transcribe(blocks)
         if first is None:
             first = time.perf_counter() - begun
         else:  # what happens once is no part of the real-time factor
             computing += time.process_time() - cpu
             seconds += transcript.seconds
         texts[utt_id] = transcript.text
-    about = folder / "student.json"
-    facts = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}
     files = [p for p in folder.rglob("*") if p.is_file()] if (folder / "model.pth").is_file() or facts else []
     return {
         "format": facts.get("format", "espnet"),
@@ -117,6 +124,7 @@ def measure(folder: Path, data_dir: Path) -> Dict[str, Any]:
         "memory_bytes": _peak_memory(),
         "load_seconds": round(loaded, 3),
         "first_result_seconds": round(first or 0.0, 4),
+        "latency_seconds": sum(latencies) / len(latencies) if latencies else None,
         "rtf": computing / seconds if seconds else None,
         "texts": texts,
     }
@@ -133,20 +141,21 @@ def _peak_memory() -> int:
 
 def table(rows: Sequence[Dict[str, Any]]) -> Any:
     """Head and lines of text of rows of exports.json."""
-    head = ("form", "test set", "size", "memory", "loading", "first result", "real-time factor", "same text")
+    head = ("form", "test set", "size", "memory", "loading", "first result", "latency", "real-time factor")
 
     def line(row: Dict[str, Any]) -> Sequence[str]:
         form = row["format"] if row["quantize"] == "none" else f"{row['format']}, {row['quantize']}"
         percent = ["–" if row[k] is None else f"{row[k]:.2f}" for k in ("cer", "wer")]
         size = "–" if row["bytes"] is None else f"{row['bytes'] / 1e6:.2f} MB"
+        late = "–" if row["latency_seconds"] is None else f"{1000 * row['latency_seconds']:.0f} ms"
         factor = "–" if row["rtf"] is None else f"{row['rtf']:.5f}"
         return (
             form, row["testset"], size, f"{row['memory_bytes'] / 1e6:.0f} MB", f"{row['load_seconds']:.2f} s",
-            f"{1000 * row['first_result_seconds']:.0f} ms", factor, f"{row['same_text']} of {row['utterances']}",
+            f"{1000 * row['first_result_seconds']:.0f} ms", late, factor, f"{row['same_text']} of {row['utterances']}",
             *percent,
         )  # fmt: skip
 
-    return (*head, "CER", "WER"), [line(row) for row in rows]
+    return (*head, "same text", "CER", "WER"), [line(row) for row in rows]
 
 
 def read_rows(expdir: Path) -> List[Dict[str, Any]]:

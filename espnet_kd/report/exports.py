@@ -14,7 +14,8 @@ def show_exports(parts: Sequence[Part]) -> Optional[Section]:
     section = Section(
         "Exported forms",
         "One thread. Size: of the folder, for the browser with the runtime. Memory: the most that the process had. "
-        "First result: the text of the first utterance, after loading. Real-time factor: CPU time by time of audio. "
+        "First result: the text of the first utterance, after loading. Latency: of a stream, from the end of a "
+        "token in the audio until it is known, a mean. Real-time factor: CPU time by time of audio. "
         "Same text: utterances whose text is that of the export for ESPnet.",
     )
     for part in parts:

@@ -15,6 +15,8 @@ from espnet_kd.files import sha256_of
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
 
+FORMATS = [f for f in asr_kd_export.FORMATS if f != "stream"]  # which another encoder has
+
 
 @pytest.fixture
 def recipe(tmp_path):
@@ -32,11 +34,11 @@ def recipe(tmp_path):
 
 def test_all_formats_measured_and_described(recipe, tmp_path):
     experiment = recipe / "exp/student"
-    command = ["--expdir", str(experiment), "--format", *asr_kd_export.FORMATS, "--ort_web", str(recipe / "dist")]
+    command = ["--expdir", str(experiment), "--format", *FORMATS, "--ort_web", str(recipe / "dist")]
     asr_kd_export.main([*command, "--measure", str(recipe / "dump/test"), "--card"])
     rows = json.loads((experiment / "exports.json").read_text())
     assert [tuple(row) for row in rows] == [measure.KEYS] * 4
-    assert [row["format"] for row in rows] == list(asr_kd_export.FORMATS)
+    assert [row["format"] for row in rows] == list(FORMATS)
     for row in rows:
         folder = experiment / ("export" if row["format"] == "espnet" else f"export_{row['format']}")
         assert row["testset"] == "test" and row["utterances"] == row["same_text"] == 3 and row["wer"] > 0
@@ -51,7 +53,7 @@ def test_all_formats_measured_and_described(recipe, tmp_path):
         head, _, text = (folder / "README.md").read_text().removeprefix("---\n").partition("\n---\n")
         assert yaml.safe_load(head)["pipeline_tag"] == "automatic-speech-recognition"
         assert "# student\n" in text and "- method: kl\n" in text and "to be filled in" in text
-        for form in asr_kd_export.FORMATS:
+        for form in FORMATS:
             assert f"### {form}\n" in text and f"|{form}|test|" in text
     # torch and ESPnet are not loaded for a graph
     assert rows[1]["memory_bytes"] < 0.6 * rows[0]["memory_bytes"]
@@ -60,6 +62,16 @@ def test_all_formats_measured_and_described(recipe, tmp_path):
     asr_kd_report.main([str(recipe / "exp"), "--no_frames"])
     assert "## Exported forms" in (recipe / "exp/RESULTS.md").read_text()
     assert "|sherpa|test|" in (recipe / "exp/RESULTS.md").read_text()
+
+
+def test_a_streaming_student(recipe):
+    experiment = tiny_students.experiment(recipe / "exp/live", "contextual_block_conformer", "global_mvn", sharpen=20.0)
+    command = ["--expdir", str(experiment), "--format", "espnet", "stream", "--card"]
+    asr_kd_export.main([*command, "--measure", str(recipe / "dump/test")])
+    espnet, stream = json.loads((experiment / "exports.json").read_text())
+    assert espnet["latency_seconds"] is None and 0 < stream["latency_seconds"] < 1.5
+    assert stream["format"] == "stream" and stream["same_text"] == 3 and stream["bytes"] < espnet["bytes"] * 4
+    assert "--streaming -" in (experiment / "export_stream/README.md").read_text()
 
 
 def test_one_format_elsewhere(recipe):

@@ -11,7 +11,7 @@ import torch
 
 from espnet_kd.cli import UserError
 from espnet_kd.decode.recognise import Recogniser
-from espnet_kd.deploy import check, session, sherpa, write
+from espnet_kd.deploy import block_stream, check, forms, session, sherpa, write
 from espnet_kd.deploy.graph import StudentGraph, example_batch, write_graph
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
@@ -27,14 +27,23 @@ REFUSED = {
 TABLE = [(e, n) for e in tiny_students.ENCODERS for n in tiny_students.NORMALISATIONS]
 
 
-@pytest.mark.parametrize("form", write.FORMS[:2])
+def refusal_of(form, encoder, normalize):
+    """What a refusal names; None where the export is exact."""
+    if form == "stream":
+        if not encoder.startswith("contextual_block"):
+            return f"encoder: {type(tiny_students.student(encoder, normalize).model.encoder).__name__}"
+        return "normalize: utterance_mvn" if normalize == "utterance_mvn" else None
+    if encoder in REFUSED:
+        return REFUSED[encoder]
+    return f"normalize: {normalize or 'none'}" if form == "sherpa" and normalize != "utterance_mvn" else None
+
+
+@pytest.mark.parametrize("form", ["onnx", "sherpa", "stream"])
 @pytest.mark.parametrize("encoder, normalize", TABLE, ids=[f"{e}-{n}" for e, n in TABLE])
 def test_exact_or_refused(tmp_path, form, encoder, normalize):
     """A refusal is one line, and leaves nothing."""
     student = tiny_students.student(encoder, normalize)
-    refusal = REFUSED.get(encoder)
-    if refusal is None and form == "sherpa" and normalize != "utterance_mvn":
-        refusal = f"normalize: {normalize or 'none'}"
+    refusal = refusal_of(form, encoder, normalize)
     out = tmp_path / "out"
     if refusal:
         with pytest.raises(UserError, match=refusal) as caught:
@@ -45,7 +54,12 @@ def test_exact_or_refused(tmp_path, form, encoder, normalize):
     about = json.loads((out / "student.json").read_text())
     assert about["largest_difference"] <= check.TOLERANCE
     loaded = session.onnx_session(str(out / "model.onnx"))
-    if form == "onnx":
+    if form == "stream":
+        windows = block_stream.OnnxStreamingStudent(out).open()
+        wave = tiny_asr.audio(6.3, 3)
+        found = np.concatenate([windows.push(wave[:50000], False), windows.push(wave[50000:], True)])
+        assert check.difference(found, check.reference_of(student.model)([wave])[0]) <= check.TOLERANCE
+    elif form == "onnx":
         # other lengths and batches than those it was tried with, and padding that is not silent
         waves = [tiny_asr.audio(s, i) for i, s in enumerate((1.7, 0.35, 11.9, 4.0))]
         padded = session.pad(waves)
@@ -119,7 +133,7 @@ class OneLength(StudentGraph):
 def test_a_broken_graph_is_refused_before_anything_is_written(tmp_path, monkeypatch, form, kind, where):
     out = write.write_form(tiny_students.student(), "onnx", tmp_path / "out", write.Options())
     before = {p.name: p.read_bytes() for p in out.iterdir()}
-    monkeypatch.setattr(write, "StudentGraph", kind)
+    monkeypatch.setattr(forms, "StudentGraph", kind)
     with pytest.raises(UserError, match=where) as caught:
         write.write_form(tiny_students.student(), form, out, write.Options())
     assert "nothing was written" in str(caught.value)

@@ -6,6 +6,7 @@ import tiny_asr
 import tiny_students
 
 from espnet_kd.deploy import sherpa, write
+from espnet_kd.deploy.student import load_student
 from espnet_kd.transcribe import Transcriber
 
 sherpa_onnx = pytest.importorskip("sherpa_onnx", reason="sherpa-onnx is in the extra 'test'")
@@ -14,7 +15,7 @@ sherpa_onnx = pytest.importorskip("sherpa_onnx", reason="sherpa-onnx is in the e
 @pytest.mark.parametrize("encoder", ["conformer", "conformer, 60 ms", "e_branchformer", "transformer"])
 def test_text_and_times_are_the_students(tmp_path, encoder):
     experiment = tiny_students.experiment(tmp_path / "exp", encoder, "utterance_mvn", sharpen=20.0)
-    student = write.load_student(experiment)
+    student = load_student(experiment)
     out = write.write_form(student, "sherpa", tmp_path / "out", write.Options())
     recogniser = sherpa_onnx.OfflineRecognizer.from_omnilingual_asr_ctc(
         model=str(out / "model.onnx"), tokens=str(out / "tokens.txt"), num_threads=1

@@ -14,7 +14,8 @@ import tiny_students
 from espnet_kd.bin import asr_kd_export, asr_kd_transcribe
 from espnet_kd.cli import UserError
 from espnet_kd.decode.recognise import Recogniser
-from espnet_kd.deploy import reading, write
+from espnet_kd.deploy import reading
+from espnet_kd.deploy.student import load_student
 from espnet_kd.deploy.transcript import Segment, Token, Transcript, read_tokens, render, subtitles, words_of
 from espnet_kd.transcribe import Transcriber
 
@@ -38,7 +39,7 @@ def expected():
     import tempfile
 
     with tempfile.TemporaryDirectory() as scratch:
-        student = write.load_student(tiny_students.experiment(f"{scratch}/exp", sharpen=20.0))
+        student = load_student(tiny_students.experiment(f"{scratch}/exp", sharpen=20.0))
     ((hypothesis,),) = Recogniser(student.model, student.args)([WAVE])
     assert len(hypothesis.tokens) > 5
     return hypothesis
@@ -134,7 +135,7 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_others(exports, expected, 
         (["--longest_seconds", "0.1"], "--longest_seconds"),
         (["--longest_seconds", "99"], "takes 30"),
         (["--output_dir", ""], "--output_dir is empty"),
-        (["--streaming"], "is a graph"),
+        (["--streaming"], "is a graph for whole utterances"),
     ],
 )
 def test_mistakes_in_options(exports, options, message):

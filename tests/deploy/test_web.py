@@ -15,6 +15,7 @@ from webpage import needs_browser
 
 from espnet_kd.cli import UserError
 from espnet_kd.deploy import web, write
+from espnet_kd.deploy.student import load_student
 from espnet_kd.transcribe import Transcriber
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
@@ -81,7 +82,7 @@ def encoded(samples, form, **options):
 def test_in_a_browser(tmp_path, ort_web):
     """Files of several kinds, one that is cut at pauses, one that is no audio; the microphone; no other host."""
     experiment = tiny_students.experiment(tmp_path / "exp", sharpen=20.0)
-    student = write.load_student(experiment)
+    student = load_student(experiment)
     out = write.write_form(student, "web", tmp_path / "web", write.Options(ort_web=ort_web))
     waves = {f"{i}.wav": tiny_asr.audio(1.0 + 0.4 * i, i) for i in range(6)}
     waves["long.wav"] = tiny_asr.audio(47.0, 11)

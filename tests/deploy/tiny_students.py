@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import tiny_asr
 
-from espnet_kd.deploy.write import load_student
+from espnet_kd.deploy.student import load_student
 
 #: encoder → (name in a configuration, encoder_conf)
 ENCODERS = {
