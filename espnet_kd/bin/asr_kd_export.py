@@ -83,7 +83,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     if args.measure:
         from espnet_kd.deploy.measure import measure_exports
 
-        reference = folders.get("espnet", Path(args.expdir))
+        given = Path(args.expdir)
+        reference = folders.get("espnet") or (home / "export" if (home / "export").is_dir() else given)
         measure_exports(home, list(folders.values()), args.measure, reference)
         logging.info("what they cost: %s", home / "exports.json")
     if args.card:

@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Sequence, Union
+from typing import Any, Dict, List, Sequence, Tuple, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.files import replacing
@@ -33,7 +33,7 @@ KEYS = (
 def measure_exports(
     expdir: Path, folders: Sequence[Path], data_dirs: Sequence[Union[str, Path]], reference: Path
 ) -> List[Dict[str, Any]]:
-    """Measure exports of one student on data dirs with transcripts, and write ``EXPDIR/exports.json``.
+    """Measure exports of one student on data dirs with transcripts, and put that into ``EXPDIR/exports.json``.
 
     Args:
         folders: of any form.
@@ -57,10 +57,17 @@ def measure_exports(
             testset = data_dir.resolve().name
             row = {**found, "testset": testset, "same_text": same, **_rates(recognised, data_dir / "text")}
             rows.append({key: row[key] for key in KEYS})
+    # What was measured of other forms stays.
+    new = {_key(row) for row in rows}
+    kept = [row for row in read_rows(expdir) if _key(row) not in new]
     with replacing(expdir / EXPORTS) as f:
-        json.dump(rows, f, indent=2)
+        json.dump([*kept, *rows], f, indent=2)
         f.write("\n")
     return rows
+
+
+def _key(row: Dict[str, Any]) -> Tuple[str, str, str]:
+    return row["format"], row["quantize"], row["testset"]
 
 
 def _rates(recognised: Dict[str, str], transcripts: Path) -> Dict[str, Any]:

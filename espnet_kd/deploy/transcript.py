@@ -13,7 +13,7 @@ MOST_CHARACTERS, MOST_SECONDS, PAUSE = 84, 6.0, 0.8
 FORMATS = ("text", "json", "srt", "vtt")
 
 
-@dataclass
+@dataclass(slots=True)  # of an hour there are many
 class Token:
     """A token, its first and last moment in seconds, and its mean posterior over these frames."""
 

@@ -16,7 +16,8 @@ def show_exports(parts: Sequence[Part]) -> Optional[Section]:
         "One thread. Size: of the folder, for the browser with the runtime. Memory: the most that the process had. "
         "First result: the text of the first utterance, after loading. Latency: of a stream, from the end of a "
         "token in the audio until it is known, a mean. Real-time factor: CPU time by time of audio. "
-        "Same text: utterances whose text is that of the export for ESPnet.",
+        "Same text: utterances whose text is that of the export for ESPnet. The page for the browser is measured in "
+        "onnxruntime, not in a browser.",
     )
     for part in parts:
         for name, path in part.gathered.paths.items():

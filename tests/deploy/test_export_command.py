@@ -58,6 +58,11 @@ def test_all_formats_measured_and_described(recipe, tmp_path):
     # torch and ESPnet are not loaded for a graph
     assert rows[1]["memory_bytes"] < 0.6 * rows[0]["memory_bytes"]
     asr_kd_export.main([*command, "--card"])  # again, in place
+    measured = ["--format", "onnx", "--quantize", "int8", "--measure", str(recipe / "dump/test")]
+    asr_kd_export.main(["--expdir", str(experiment), *measured, "--output_dir", str(recipe / "int8")])
+    shown = {(row["format"], row["quantize"]): row for row in json.loads((experiment / "exports.json").read_text())}
+    assert set(shown) == {*((f, "none") for f in FORMATS), ("onnx", "int8")}
+    assert shown["espnet", "none"]["bytes"] >= rows[0]["bytes"]  # that export, not the experiment, with its card
     assert {p.name for p in (experiment / "export").iterdir()} <= set(FILES)
     asr_kd_report.main([str(recipe / "exp"), "--no_frames"])
     assert "## Exported forms" in (recipe / "exp/RESULTS.md").read_text()
