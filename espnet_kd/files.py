@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import hashlib
 import json
 import os
+import shutil
 import tempfile
 from pathlib import Path
-from typing import IO, Any, Iterator, Union
+from typing import IO, Any, Collection, Iterator, Union
 
 from espnet_kd.cli import UserError
 
@@ -39,6 +41,52 @@ def replacing(path: Union[str, Path], mode: str = "w", sync: bool = True) -> Ite
         with contextlib.suppress(FileNotFoundError):
             os.unlink(tmp)
         raise
+
+
+@contextlib.contextmanager
+def replacing_directory(out: Union[str, Path], files: Collection[str], what: str = "an export") -> Iterator[Path]:
+    """Give an empty directory beside ``out``, and put it in the place of ``out`` when the block ends well.
+
+    Args:
+        files: what a directory of this kind consists of; one that holds anything else is not replaced.
+        what: the kind, for the message.
+
+    Raises:
+        UserError: ``out`` is a file, or holds something else, which would be lost.
+    """
+    out = Path(out)
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out} is a file; give a directory")
+    others = sorted(p.name for p in out.iterdir() if p.name not in files) if out.exists() else []
+    if others:
+        raise UserError(f"{out} holds {others[0]}, which is no part of {what}; give another --output_dir")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in out.parent.glob(f".{glob.escape(out.name)}.*"):  # of one that was killed
+        if leftover.is_dir():
+            shutil.rmtree(leftover, ignore_errors=True)
+        else:
+            leftover.unlink(missing_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    os.chmod(part, 0o755)
+    try:
+        yield part
+        old = part.with_name(part.name + ".old")
+        if out.exists():  # a directory cannot be renamed over another
+            os.rename(out, old)
+        os.rename(part, out)
+        shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+        shutil.rmtree(part, ignore_errors=True)
+        raise
+
+
+def sha256_of(path: Union[str, Path]) -> str:
+    """The SHA-256 of a file, in hexadecimal."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as f:
+        while chunk := f.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_settings(path: Path) -> Any:

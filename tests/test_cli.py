@@ -54,6 +54,7 @@ def test_a_mistake_of_the_program_is_not_hidden():
         ("data an4 --an4", "an4"),
         ("cache --kd_config kl --teacher t --data_dir d --output", "output"),
         ("export --expdir", "expdir"),
+        ("transcribe a.wav --model", "model"),
         ("inference --data_dir d --expdir", "expdir"),
         ("nbest --teacher t --data_dir d --output", "output"),
         ("score --expdir e --data_dir", "data_dir"),

@@ -79,8 +79,9 @@ def write(args: argparse.Namespace, output: Path, job: int, jobs: int, device: s
     from espnet_kd.bin.asr_kd_nbest import read_all_utterances
     from espnet_kd.decode.recognise import recognise
     from espnet_kd.distill.page import needed_targets
+    from espnet_kd.files import sha256_of
     from espnet_kd.targets import cache_writer as writer
-    from espnet_kd.targets.cache import Manifest, Policy, hash_file, hash_tokens
+    from espnet_kd.targets.cache import Manifest, Policy, hash_tokens
     from espnet_kd.targets.encode import ctc_tokens, measure_frame_shift
     from espnet_kd.targets.experiment import find_experiment, load_model
     from espnet_kd.targets.online import sampling_rate
@@ -96,7 +97,7 @@ def write(args: argparse.Namespace, output: Path, job: int, jobs: int, device: s
     shards = writer.split(utterances, args.shard_size)
     data = writer.hash_data(utterances)
     manifest = Manifest(
-        str(model_file), hash_file(model_file), hash_file(config), hash_tokens(recogniser.token_list),
+        str(model_file), sha256_of(model_file), sha256_of(config), hash_tokens(recogniser.token_list),
         len(recogniser.token_list), shift, rate, model.encoder.output_size(), policy, data, len(shards), {},
     )  # fmt: skip
     if args.force:

@@ -1,12 +1,25 @@
-"""Turn a trained student into a plain ESPnet experiment that stock ESPnet decodes, packs and serves.
+"""Turn a trained student into what other programs load: a plain ESPnet experiment, ONNX, sherpa-onnx, a web page.
 
-Example:
+Examples:
     python -m espnet_kd.bin.asr_kd_export --expdir exp/student_progressive_fkl
+    python -m espnet_kd.bin.asr_kd_export --expdir exp/student_progressive_fkl --format onnx web --card
 
-It writes EXPDIR/export with config.yaml (no KD keys), model.pth (student keys only), feats_stats.npz, bpe.model if
-any, decode.yaml (the options that a CTC model is decoded with) and README.md (how to use it), and EXPDIR/export.zip,
-which is that of espnet2.bin.pack. ESPnet loads them from any directory. Paths in config.yaml are relative to the
-directory the command runs in, as ESPnet writes them.
+Forms, and what each has beside the model:
+
+  espnet  EXP/export with config.yaml (no KD keys), model.pth (student keys only), feats_stats.npz, bpe.model if any,
+          decode.yaml (the options that a CTC model is decoded with) and README.md (how to use it), and EXP/export.zip,
+          which is that of espnet2.bin.pack. ESPnet loads them from any directory. Paths in config.yaml are relative to
+          the directory the command runs in, as ESPnet writes them.
+  onnx    EXP/export_onnx with model.onnx, a graph from samples to log-probabilities with dynamic batch and time, and
+          tokens.txt
+  sherpa  EXP/export_sherpa with model.onnx and tokens.txt, for sherpa_onnx.OfflineRecognizer.from_omnilingual_asr_ctc
+  web     EXP/export_web, a folder for any web server: a page that recognises files and the microphone in the browser
+  stream  EXP/export_stream with model.onnx, one block of a streaming student with its state as inputs and outputs, for
+          asr_kd_transcribe --streaming; of contextual-block encoders, which the others do not take
+
+The last four have student.json (sampling rate, frame shift, tokens, versions, SHA-256 of every file) and README.md.
+Before one of them is written, its graph is run at several lengths, alone and in batches; one whose log-probabilities
+differ from ESPnet's by more than 1e-4 is refused.
 """
 
 from __future__ import annotations
@@ -14,16 +27,35 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import Dict, Optional, Sequence
 
-from espnet_kd.cli import refuse_empty, run
+from espnet_kd.cli import UserError, refuse_empty, run
+
+FORMATS = ("espnet", "onnx", "sherpa", "web", "stream")
 
 
 def get_parser() -> argparse.ArgumentParser:
     """Command line of asr_kd_export."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--expdir", required=True, metavar="EXP[/FILE.pth]", help="the student's experiment")
-    parser.add_argument("--output_dir", type=Path, help="default: EXP/export")
+    parser.add_argument("--format", nargs="+", choices=FORMATS, default=["espnet"], help="default: espnet")
+    parser.add_argument("--output_dir", help="of one format; default: EXP/export, EXP/export_onnx, …")
+    parser.add_argument(
+        "--quantize", choices=("none", "int8"), default="none", help="int8: smaller; measure what it costs in accuracy"
+    )
+    parser.add_argument("--max_seconds", type=float, default=30.0, help="longest utterance of a graph (default: 30)")
+    parser.add_argument("--opset", type=int, default=17, help="version of ONNX's operators (default: 17)")
+    parser.add_argument(
+        "--ort_web", metavar="DIR", help="for web: dist/ of onnxruntime-web; default: that of npm"
+    )
+    parser.add_argument(
+        "--measure",
+        nargs="+",
+        default=[],
+        metavar="DIR",
+        help="data dirs: what every form costs and recognises there goes to EXP/exports.json, for the report",
+    )
+    parser.add_argument("--card", action="store_true", help="write a model card into every folder, as README.md")
     return parser
 
 
@@ -31,10 +63,47 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Export (see the module's docstring)."""
     args = get_parser().parse_args(cmd)
     refuse_empty(args)
-    from espnet_kd.distill.export import export  # --help and mistakes in the command line are answered at once
+    formats = list(dict.fromkeys(args.format))
+    output_dir = args.output_dir and Path(args.output_dir)
+    if output_dir and len(formats) > 1:
+        raise UserError("--output_dir goes with one --format; leave it out for several")
+    # --help and mistakes in the command line are answered at once
+    from espnet_kd.distill.export import export
+    from espnet_kd.targets.experiment import find_experiment
 
-    out = export(args.expdir, args.output_dir)
-    logging.info("exported to %s", out)
+    home = find_experiment(args.expdir)[0].parent
+    home = home.parent if home.name == "export" else home
+    folders = {}
+    if "espnet" in formats:
+        folders["espnet"] = export(args.expdir, output_dir)
+    if formats != ["espnet"]:
+        folders.update(_write_graphs(args, [f for f in formats if f != "espnet"], output_dir, home))
+    for folder in folders.values():
+        logging.info("exported to %s", folder)
+    if args.measure:
+        from espnet_kd.deploy.measure import measure_exports
+
+        given = Path(args.expdir)
+        reference = folders.get("espnet") or (home / "export" if (home / "export").is_dir() else given)
+        measure_exports(home, list(folders.values()), args.measure, reference)
+        logging.info("what they cost: %s", home / "exports.json")
+    if args.card:
+        from espnet_kd.deploy.card import write_cards
+
+        write_cards(home, folders)
+
+
+def _write_graphs(
+    args: argparse.Namespace, formats: Sequence[str], output_dir: Optional[Path], home: Path
+) -> Dict[str, Path]:
+    """Write the forms that have a graph; the folder of each."""
+    from espnet_kd.deploy.student import load_student
+    from espnet_kd.deploy.write import Options, write_form
+
+    options = Options(args.quantize, args.max_seconds, args.opset, args.ort_web and Path(args.ort_web))
+    options.check()
+    student = load_student(args.expdir)
+    return {form: write_form(student, form, output_dir or home / f"export_{form}", options) for form in formats}
 
 
 if __name__ == "__main__":

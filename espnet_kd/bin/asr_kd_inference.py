@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 from espnet_kd import cli
-from espnet_kd.files import check_writable, replacing
+from espnet_kd.files import check_writable, replacing, sha256_of
 
 #: The models that `espnet_kd.targets.experiment.find_experiment` chooses from.
 MODELS = ("model.pth", "*.ave.pth", "*.ave_*best.pth", "*.best.pth", "latest.pth", "student.pth")
@@ -252,24 +252,16 @@ def describe_inputs(experiment: Path, data_dir: Path) -> Dict:
         if file.is_file():
             target = file.resolve()  # ESPnet's names are mostly links to the same few files
             if target not in hashes:
-                hashes[target] = _hash(target)
+                hashes[target] = sha256_of(target)
             models[file.name] = hashes[target]
     return {"models": models, "wav_scp_sha256": wav_scp}
 
 
 def _hash_ngram(path: str) -> str:
     try:
-        return _hash(Path(path))
+        return sha256_of(path)
     except OSError as e:
         raise cli.UserError(f"cannot read --ngram_file {path}: {e.strerror}") from e
-
-
-def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        while chunk := f.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def is_done(output_dir: Path, inputs: Dict) -> bool:

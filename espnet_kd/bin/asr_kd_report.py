@@ -58,6 +58,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     # Imported here: --help and mistakes in the command line are answered at once.
     from espnet_kd.files import replacing
     from espnet_kd.report import sections as show
+    from espnet_kd.report.exports import show_exports
     from espnet_kd.report.frame_section import show_frames
     from espnet_kd.report.page import to_html, to_markdown
     from espnet_kd.report.results import gather, write_json
@@ -68,6 +69,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parts, pictures = show.make_parts(everything), show.Pictures(output_dir / "report")
     verdict = show.tell_verdict(parts)
     sections = [verdict, show.summarise(parts), show.draw_progress(parts, pictures), show.draw_costs(parts, pictures)]
+    exports = show_exports(parts)
+    sections += [exports] if exports else []
     sections.append(show.draw_training(parts, pictures))
     if not args.no_frames:
         sections.append(show_frames(parts, pictures, args.frame_utts, args.examples))

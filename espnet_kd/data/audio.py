@@ -6,7 +6,7 @@ import io
 import os
 import re
 from pathlib import Path
-from typing import IO, Any, Optional, Tuple, Union
+from typing import IO, Any, Iterator, Optional, Tuple, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.files import replacing
@@ -98,6 +98,21 @@ def read_samples(
     if isinstance(channels, int) or number == 1:
         return x[:, channels if isinstance(channels, int) else 0], rate
     return (x if channels == "all" else x.mean(axis=1)), rate
+
+
+def iterate_samples(source: Union[str, IO[bytes]], name: str) -> Iterator[Tuple[Any, int]]:
+    """Yield blocks of samples (N, channels), float64 of full scale 1, each with the sampling rate in Hz.
+
+    Args:
+        source: a file, or its name.
+        name: what messages call it.
+
+    Raises:
+        UserError: the causes of :func:`read_samples`.
+    """
+    with _opened(source, name) as f:
+        for block in _blocks(f, name, 0, f.frames):
+            yield block, f.samplerate
 
 
 def check_samples(path: str) -> bool:

@@ -39,7 +39,7 @@ class BeamRecogniser(Recogniser):
             UserError: as in `Recogniser`, or the n-gram model is no good.
         """
         super().__init__(model, args, config_dir)
-        options["drop"] = self._no_text
+        options["drop"] = self.no_text
         if search_jobs:
             beside = BesideSearch(self.token_list, search_jobs, **options)
             self.ahead, self._begin_search = beside.ahead, beside.begin

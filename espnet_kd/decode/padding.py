@@ -77,13 +77,25 @@ def subsampled(lengths: torch.Tensor, embed: nn.Module) -> torch.Tensor:
 def make_batch_exact(model: nn.Module) -> bool:
     """Change an ESPnetASRModel, meant for decoding, so that batched equals one by one (up to float rounding).
 
-    Safe for several threads. Returns False, having changed only the frontend, for an encoder that is none of
-    `EXACT_ENCODERS`: its last frames then depend a little on the batch.
+    Safe for several threads. Returns False, having changed only the frontend, for an encoder that is not
+    (`is_exact`): its last frames then depend a little on the batch.
     """
     if model.frontend is not None:
         model.frontend = exact_frontend(model.frontend)
-    encoder = model.encoder
-    if type(encoder).__name__ not in EXACT_ENCODERS:
+    return make_encoder_exact(model.encoder)
+
+
+def is_exact(encoder: nn.Module) -> bool:
+    """Whether an encoder is one of `EXACT_ENCODERS`, and none with ESPnet's older relative positions: their shift goes
+    by the length of the batch.
+    """
+    older = any(type(module).__name__ == "LegacyRelPositionMultiHeadedAttention" for module in encoder.modules())
+    return type(encoder).__name__ in EXACT_ENCODERS and not older
+
+
+def make_encoder_exact(encoder: nn.Module) -> bool:
+    """The part of `make_batch_exact` that changes the encoder; False, nothing changed, where it is not exact."""
+    if not is_exact(encoder):
         return False
     here = threading.local()
 

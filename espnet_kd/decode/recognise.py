@@ -27,11 +27,11 @@ from tqdm import tqdm
 from espnet_kd.cli import UserError, check_gpus
 from espnet_kd.data.audio import read_audio_info, read_samples
 from espnet_kd.data.datadir import read_map
+from espnet_kd.decode.detokenise import build_detokeniser
 from espnet_kd.decode.greedy import ctc_greedy
 from espnet_kd.decode.padding import make_batch_exact
 from espnet_kd.targets.audio_options import sampling_rate, takes_audio, volume
 from espnet_kd.targets.encode import ctc_tokens, input_width
-from espnet_kd.targets.named_files import find_token_model
 
 BLANK_ID = 0  # ESPnet's CTC: the first token of every token list
 Found = TypeVar("Found")
@@ -91,7 +91,7 @@ class Recogniser:
         self.to_text = build_detokeniser(args, config_dir)
         self.device = next(model.parameters()).device
         self.num_parameters = sum(p.numel() for p in model.parameters())
-        self._no_text = sorted({model.sos, model.eos})
+        self.no_text = sorted({model.sos, model.eos})
         self._min_samples = least_samples(model)
         if not make_batch_exact(model):
             logging.warning("%s: the last frames of a batch depend a little on padding", type(model.encoder).__name__)
@@ -142,7 +142,7 @@ class Recogniser:
         Raises:
             UserError: the model gives NaN.
         """
-        found = ctc_greedy(*self.logits(speech), blank_id=BLANK_ID, drop=self._no_text)
+        found = ctc_greedy(*self.logits(speech), blank_id=BLANK_ID, drop=self.no_text)
         if any(math.isnan(score) for _, score in found):
             raise self.diverged()
         return [[self.hypothesis(ids, score)] for ids, score in found]
@@ -180,28 +180,6 @@ def choose_device(args: argparse.Namespace) -> str:
     if args.nj > 1:
         torch.set_num_threads(1)  # batches run side by side instead
     return "cuda" if args.ngpu else "cpu"
-
-
-def build_detokeniser(args: argparse.Namespace, config_dir: Union[str, Path]) -> Callable[[List[str]], str]:
-    """Function from tokens to text for the token type of a configuration.
-
-    Raises:
-        UserError: the SentencePiece model is missing, or is none, or that of other tokens.
-    """
-    kind = getattr(args, "token_type", None)
-    if kind == "char":
-        space = getattr(args, "space_symbol", "<space>")
-        return lambda tokens: "".join(" " if t == space else t for t in tokens)
-    if kind == "word":
-        return " ".join
-    if kind == "bpe":
-        import sentencepiece
-
-        path = find_token_model(args, Path(config_dir) / "config.yaml")
-        return sentencepiece.SentencePieceProcessor(model_file=str(path)).DecodePieces
-    from espnet2.text.build_tokenizer import build_tokenizer  # the rarer types
-
-    return build_tokenizer(kind, bpemodel=getattr(args, "bpemodel", None)).tokens2text
 
 
 def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> List[Utterance]:

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import argparse
-import glob
 import io
 import json
-import os
 import shutil
-import tempfile
 import zipfile
 from pathlib import Path
 from typing import Any, Dict, Optional, Tuple, Union
@@ -19,7 +16,7 @@ import yaml
 from espnet_kd.cli import UserError
 from espnet_kd.distill.page import objective_class
 from espnet_kd.distill.record import RECORD
-from espnet_kd.files import replacing
+from espnet_kd.files import replacing, replacing_directory
 from espnet_kd.targets.audio_options import sampling_rate
 from espnet_kd.targets.experiment import (
     find_experiment,
@@ -56,27 +53,14 @@ def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> P
     """
     config_file, model_file = find_experiment(experiment)
     out = output_dir or config_file.parent / "export"
-    _check_place(out)
     config, state = plain_student(config_file, load_state(model_file))
     # What only training needed, and what must not be looked for where the model is used.
     config.update(output_dir=str(out), init_param=[], resume=False)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in out.parent.glob(f".{glob.escape(out.name)}.*"):  # of one that was killed
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            leftover.unlink(missing_ok=True)
-    part = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    os.chmod(part, 0o755)
-    try:
+    with replacing_directory(out, FILES) as part:
         _write(part, config_file, config, state, out)
         # Before the directory: with it, all is there.
         with replacing(out.with_name(f"{out.name}.zip"), "wb") as f:
             _write_zip(f, part, out)
-        _replace(part, out)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
     load_model(out / CONFIG, out / MODEL)
     return out
 
@@ -101,8 +85,8 @@ def _write(part: Path, config_file: Path, config: Dict[str, Any], state: Dict[st
     torch.save(state, part / MODEL)
     _dump(part / CONFIG, config)
     _dump(part / DECODE, options)
-    rate = sampling_rate(argparse.Namespace(**unfold_config(config, CONFIG)))
-    (part / README).write_text(_readme(rate, "bpemodel" in options, _needs_statistics(config)), encoding="utf-8")
+    usage = _usage(config, "bpemodel" in options)
+    (part / README).write_text(f"# Use the student\n\n{usage}", encoding="utf-8")
 
 
 def _dump(path: Path, content: Dict[str, Any]) -> None:
@@ -113,18 +97,21 @@ def _needs_statistics(config: Dict[str, Any]) -> bool:
     return PORTABLE not in config and bool((config.get("normalize_conf") or {}).get("stats_file"))
 
 
-def _readme(rate: float, has_token_model: bool, needs_statistics: bool) -> str:
-    """How the student is used with ESPnet alone."""
+def usage_of_export(folder: Path) -> str:
+    """How an export is used with ESPnet alone, in Markdown."""
+    return _usage(read_config(folder / CONFIG), (folder / TOKEN_MODEL).exists())
+
+
+def _usage(config: Dict[str, Any], has_token_model: bool) -> str:
+    rate = sampling_rate(argparse.Namespace(**unfold_config(config, CONFIG)))
     more = '**{**options, "bpemodel": str(folder / "bpe.model")}' if has_token_model else "**options"
     place = ""
-    if needs_statistics:
+    if _needs_statistics(config):
         place = (
             "\nESPnet looks for `feats_stats.npz` of this model where config.yaml says, seen from the working\n"
             "directory: start in the recipe's directory, or use the zip.\n"
         )
-    return f"""# Use the student
-
-```python
+    return f"""```python
 import pathlib, soundfile, yaml
 from espnet2.bin.asr_inference import Speech2Text
 folder = pathlib.Path("export")  # where this file lies
@@ -188,20 +175,3 @@ def plain_student(config_file: Path, state: Dict[str, torch.Tensor]) -> Tuple[Di
         raise UserError(f"{record} is missing, which says what the heads in this model are for; put it back")
     return config, student_only(state)
 
-
-def _check_place(out: Path) -> None:
-    """Refuse a file, or a directory with anything but an export, which would be lost (:class:`UserError`)."""
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out} is a file; give a directory")
-    others = sorted(p.name for p in out.iterdir() if p.name not in FILES) if out.exists() else []
-    if others:
-        raise UserError(f"{out} holds {others[0]}, which is no part of an export; give another --output_dir")
-
-
-def _replace(part: Path, out: Path) -> None:
-    """Put ``part`` in the place of ``out``; a directory cannot be renamed over another."""
-    old = part.with_name(part.name + ".old")
-    if out.exists():
-        os.rename(out, old)
-    os.rename(part, out)
-    shutil.rmtree(old, ignore_errors=True)

@@ -267,12 +267,3 @@ def load_arrays(shard: Path, policy: Policy, entry: Entry) -> List[np.ndarray]:
 def hash_tokens(token_list: Sequence[str]) -> str:
     """SHA-256 of a token list."""
     return hashlib.sha256("\n".join(token_list).encode()).hexdigest()
-
-
-def hash_file(path: PathLike) -> str:
-    """SHA-256 of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

@@ -27,8 +27,8 @@ from espnet_kd.distill.page import KDStage, Page, check_cacheable, load_page
 from espnet_kd.distill.plan import Plan, make_plan
 from espnet_kd.distill.preflight import check_disk, log_memory
 from espnet_kd.distill.schedule import EpochHooks, Progress
+from espnet_kd.files import sha256_of
 from espnet_kd.offline import ASRTask
-from espnet_kd.targets.cache import hash_file
 from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.encode import input_width, measure_frame_shift
 from espnet_kd.targets.experiment import find_experiment
@@ -295,7 +295,7 @@ def cached_teacher(args: argparse.Namespace, page: Page) -> CachedTeacher:
     for path in args.teacher:
         config, file = find_experiment(path)
         for given, kept in ((file, teacher.manifest.teacher_sha256), (config, teacher.manifest.config_sha256)):
-            if hash_file(given) != kept:
+            if sha256_of(given) != kept:
                 raise UserError(
                     f"--target_cache {args.target_cache} was made with {teacher.manifest.teacher}, which differs from "
                     f"--teacher {path} in {given.name}; make the cache anew, or leave --teacher out"

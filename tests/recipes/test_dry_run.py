@@ -392,3 +392,17 @@ def test_an_error_is_shown_once_and_an_earlier_one_is_not(egs2, tmp_path):
 def test_wrong_values_are_refused(egs2, options):
     done = Recipe(egs2, "mini").run(*options, check=False)
     assert done.returncode == 2 and f"error: {options[0]} must be" in done.stdout
+
+
+def test_forms_of_the_export(egs2):
+    recipe = Recipe(egs2, "an4")
+    options = ["--stage", "11", "--stop_stage", "11", "--dry_run"]
+    forms = ["--export_formats", "onnx web", "--export_args", "--max_seconds 60", "--test_sets", "valid test"]
+    plain, several = (commands(recipe.run(*options, *more).stdout) for more in ([], forms))
+    assert [words[3:] for words in plain] == [["--expdir", "exp/student_progressive_fkl"]]
+    assert [words[3:] for words in several] == [
+        [
+            *("--expdir", "exp/student_progressive_fkl", "--format", "espnet", "onnx", "web", "--card"),
+            *("--measure", "dump/raw/whole/valid", "dump/raw/test", "--max_seconds", "60"),
+        ]
+    ]

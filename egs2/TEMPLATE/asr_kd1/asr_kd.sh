@@ -38,6 +38,8 @@ feats_normalize=global_mvn # global_mvn | utterance_mvn | none
 dumpdir=dump         # formatted data
 expdir=exp           # statistics, experiments, results
 tag=                 # end of the students' directory names; default: the seed, where it isn't 0
+export_formats=      # forms of stage 11 beside ESPnet's, e.g. "onnx sherpa web"; their cost is measured, and reported
+export_args=         # further options of asr_kd_export, e.g. "--max_seconds 60"
 experiments=         # what stages 12 and 13 take beside the teacher, several in quotes; default: the students
 dry_run=false        # true, or --dry_run alone: print the commands of the stages, run none
 show_options=false   # likewise: print every option with its value, run nothing
@@ -95,6 +97,8 @@ read -r -a cache_args_list <<<"${cache_args}"
 read -r -a teacher_args_list <<<"${teacher_args}"
 read -r -a train_args_list <<<"${train_args}"
 read -r -a test_list <<<"${test_sets}"
+read -r -a export_formats_list <<<"${export_formats}"
+read -r -a export_args_list <<<"${export_args}"
 read -r -a experiments_list <<<"${experiments}"
 only_test=() test_dirs=() # the validation set may be decoded too, all of it, from a place of its own
 for dset in "${test_list[@]}"; do
@@ -273,7 +277,15 @@ if running 11; then
     [ -e "${student_exp}/student.pth" ] || page_of "${method}"
     last=${kd_stages##* } # of the KD stages
     needs "${student_exp}/student.pth" $((7 + ${last:-${page[stages]:-3}}))
-    kd export --expdir "${student_exp}"
+    opts=()
+    if [ -n "${export_formats}" ]; then
+        for dset in "${test_dirs[@]}"; do
+            needs "${dset}/wav.scp" 2
+        done
+        opts=(--format espnet "${export_formats_list[@]}" --card)
+        [ ${#test_dirs[@]} -eq 0 ] || opts+=(--measure "${test_dirs[@]}")
+    fi
+    kd export --expdir "${student_exp}" "${opts[@]}" "${export_args_list[@]}"
 fi
 
 if running 12 || running 13; then

@@ -1,0 +1,90 @@
+"""Whether a graph gives what ESPnet gives, tried before anything is written."""
+
+from __future__ import annotations
+
+import math
+from typing import List, Optional, Sequence
+
+import numpy as np
+import torch
+
+from espnet_kd.cli import UserError
+from espnet_kd.decode.recognise import normalise
+from espnet_kd.deploy.graph import example_batch
+from espnet_kd.deploy.session import Run, Waves
+
+#: Largest difference of log-probabilities, in nats.
+TOLERANCE = 1e-4
+#: Nats below which a probability is none: two values below are equal.
+FLOOR = -50.0
+#: Seconds of the longest utterance of a batch, and the utterances of a batch.
+LENGTHS, BATCHES = (0.5, 2.3, 9.7), (1, 3)
+
+
+def reference_of(model: torch.nn.Module, volume: Optional[float] = None) -> Run:
+    """What ESPnet's own model gives to each utterance alone."""
+
+    @torch.no_grad()
+    def run(waves: Waves) -> List[np.ndarray]:
+        found = []
+        for wave in waves:
+            speech = torch.from_numpy(normalise(wave, volume))[None].clone()
+            encoded, _ = model.encode(speech, torch.tensor([len(wave)]))
+            encoded = encoded[0] if isinstance(encoded, tuple) else encoded
+            found.append(model.ctc.ctc_lo(encoded).log_softmax(dim=-1)[0].numpy())
+        return found
+
+    return run
+
+
+def check_graph(
+    run: Run,
+    reference: Run,
+    *,
+    rate: float,
+    max_seconds: float,
+    lengths: Sequence[float] = LENGTHS,
+    batches: Sequence[int] = BATCHES,
+    tolerance: float = TOLERANCE,
+) -> float:
+    """Compare a graph with ESPnet at several lengths, alone and in batches; return the largest difference in nats.
+
+    Args:
+        run, reference: the graph, and ESPnet.
+        rate: Hz.
+        max_seconds: longest audio that the graph takes.
+        lengths: seconds of the longest utterance of each batch.
+        batches: utterances in a batch.
+        tolerance: nats.
+
+    Raises:
+        UserError: the graph fails, or differs by more than ``tolerance``; where, and by how much.
+    """
+    largest = 0.0
+    for number, seconds in enumerate(min(s, max_seconds) for s in lengths):
+        for size in batches:
+            shares = (1.0, 0.55, 0.8)[:size]
+            _, _, waves = example_batch(rate, [seconds * share for share in shares], seed=number)
+            waves = [w.numpy() for w in waves]
+            where = f"at {seconds:g} s, {size} in a batch"
+            try:
+                found = run(waves)
+            except Exception as e:  # of onnxruntime's own kinds, which have no common base
+                raise UserError(f"the graph fails {where}: {str(e).splitlines()[0]}; nothing was written") from e
+            for one, other in zip(found, reference(waves)):
+                if one.shape != other.shape:
+                    raise UserError(f"the graph gives {one.shape} {where}, ESPnet {other.shape}; nothing was written")
+                largest = max(largest, difference(one, other))
+                if not largest <= tolerance:
+                    raise UserError(
+                        f"the graph's log-probabilities differ from ESPnet's by {largest:.3g} {where}, more than "
+                        f"{tolerance:g}; nothing was written"
+                    )
+    return largest
+
+
+def difference(one: np.ndarray, other: np.ndarray) -> float:
+    """Largest difference of two (T, V) log-probabilities in nats; infinite where one of them is no number."""
+    if not (np.isfinite(one).all() and np.isfinite(other).all()):
+        return math.inf
+    return float(np.abs(one.clip(min=FLOOR) - other.clip(min=FLOOR)).max(initial=0.0))

@@ -1,0 +1,108 @@
+"""Audio of any file or of standard input, block by block at the rate of a model; long audio cut at pauses."""
+
+from __future__ import annotations
+
+import io
+import sys
+from typing import Iterable, Iterator, Tuple
+
+import numpy as np
+
+from espnet_kd.cli import UserError
+from espnet_kd.data import audio
+
+STANDARD_INPUT = "-"
+#: Seconds over which the level is looked at where audio is cut.
+WINDOW = 0.2
+
+
+def read_blocks(path: str, rate: int) -> Iterator[np.ndarray]:
+    """Yield the samples of a file, or of standard input (``-``), as (n,) float32 in [-1, 1] at ``rate`` Hz.
+
+    Several channels are averaged. Memory does not grow with the file.
+
+    Raises:
+        UserError: naming the file: no audio, cut, or damaged.
+    """
+    if path == STANDARD_INPUT:
+        source, name = io.BytesIO(sys.stdin.buffer.read()), "standard input"
+    else:
+        audio.read_audio_info(path)  # what is no file at all
+        source, name = path, path
+    yield from resampled(audio.iterate_samples(source, name), rate)
+
+
+def resampled(blocks: Iterable[Tuple[np.ndarray, int]], rate: int) -> Iterator[np.ndarray]:
+    """Average the channels of blocks (n, channels), each given with its sampling rate, and bring them to ``rate``."""
+    resampler = None
+    for block, found in blocks:
+        mono = block.mean(axis=1)
+        if found != rate:
+            import soxr
+
+            resampler = resampler or soxr.ResampleStream(found, rate, 1, dtype="float64", quality="HQ")
+            mono = resampler.resample_chunk(mono.astype(np.float64))
+        if len(mono):
+            yield mono.astype(np.float32)
+    if resampler is not None:
+        rest = resampler.resample_chunk(np.zeros(0), last=True)
+        if len(rest):
+            yield rest.astype(np.float32)
+
+
+def read_live(rate: int, seconds: float = 0.1) -> Iterator[np.ndarray]:
+    """Yield what arrives at standard input, 16-bit little-endian samples of one channel at ``rate`` Hz, raw or as WAV.
+
+    Raises:
+        UserError: a WAV header that says something else.
+    """
+    stream = sys.stdin.buffer
+    head = stream.read(12)
+    rest = b"" if head[:4] == b"RIFF" else head
+    while head[:4] == b"RIFF":
+        chunk = stream.read(8)
+        if len(chunk) < 8:
+            raise UserError("standard input is cut: a WAV header without samples")
+        if chunk[:4] == b"data":
+            break
+        body = stream.read(int.from_bytes(chunk[4:], "little"))
+        if chunk[:4] == b"fmt ":
+            kind, channels, found = (int.from_bytes(body[a:b], "little") for a, b in ((0, 2), (2, 4), (4, 8)))
+            if (channels, found, body[14:16]) != (1, rate, b"\x10\x00") or kind not in (1, 0xFFFE):
+                raise UserError(f"standard input: a stream must be one channel of 16 bits at {rate} Hz; convert it")
+    size = 2 * int(seconds * rate)
+    while block := stream.read1(size):
+        rest += block
+        whole = len(rest) // 2 * 2
+        yield np.frombuffer(rest[:whole], "<i2").astype(np.float32) / 32768
+        rest = rest[whole:]
+
+
+def cut_at_pauses(blocks: Iterable[np.ndarray], rate: int, longest: float) -> Iterator[Tuple[float, np.ndarray]]:
+    """Yield (seconds at which it begins, samples) of pieces of at most ``longest`` seconds.
+
+    What is longer is cut where the level is lowest, in the second half of these seconds.
+
+    Raises:
+        UserError: ``longest`` is too short for a pause to be found in.
+    """
+    most = int(longest * rate)
+    if longest < 4 * WINDOW:
+        raise UserError(f"pieces of {longest:g} s are too short to cut audio into; give {4 * WINDOW:g} or more")
+    held, start = np.zeros(0, dtype=np.float32), 0
+    for block in blocks:
+        held = np.concatenate([held, block])
+        while len(held) > most:
+            end = _quietest(held[:most], int(WINDOW * rate))
+            yield start / rate, held[:end]
+            held, start = held[end:], start + end
+    if len(held):
+        yield start / rate, held
+
+
+def _quietest(samples: np.ndarray, window: int) -> int:
+    """Middle of the window of lowest energy in the second half of (N,) samples."""
+    half = len(samples) // 2
+    energy = np.concatenate([[0.0], np.cumsum(samples[half:].astype(np.float64) ** 2)])
+    level = energy[window:] - energy[:-window]
+    return half + int(level.argmin()) + window // 2

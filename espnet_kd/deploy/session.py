@@ -1,0 +1,69 @@
+"""A graph in onnxruntime; nothing here needs torch."""
+
+from __future__ import annotations
+
+from typing import Any, Callable, List, Sequence
+
+import numpy as np
+
+from espnet_kd.cli import UserError
+
+#: Seconds that sherpa-onnx takes a frame of a model of its kind "omnilingual" for.
+SHERPA_FRAME = 0.02
+Waves = Sequence[np.ndarray]
+#: Maps utterances (N_i,) to log-probabilities (T_i, V) of each.
+Run = Callable[[Waves], List[np.ndarray]]
+
+
+def onnx_session(model: Any, threads: int = 1) -> Any:
+    """An onnxruntime session on the CPU of a file, or of its bytes.
+
+    Raises:
+        UserError: onnxruntime is not installed, or cannot load the model.
+    """
+    try:
+        import onnxruntime
+    except ImportError as e:
+        raise UserError("onnxruntime is not installed: pip install 'espnet_kd[onnx]'") from e
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.log_severity_level = 3
+    try:
+        return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    except Exception as e:  # of onnxruntime's own kinds, which have no common base
+        name = "the graph" if isinstance(model, bytes) else model
+        raise UserError(f"onnxruntime cannot load {name}: {str(e).splitlines()[0]}") from e
+
+
+def pad(waves: Waves) -> np.ndarray:
+    """(B, N) float32 of utterances (N_i,), with zeros; N is 1 or more."""
+    padded = np.zeros((len(waves), max(1, *(len(w) for w in waves))), dtype=np.float32)
+    for row, wave in zip(padded, waves):
+        row[: len(wave)] = wave
+    return padded
+
+
+def run_of(session: Any) -> Run:
+    """What a session of a graph with ``speech`` and ``speech_lengths`` gives."""
+
+    def run(waves: Waves) -> List[np.ndarray]:
+        lengths = np.array([len(w) for w in waves], dtype=np.int64)
+        log_probs, frames = session.run(None, {"speech": pad(waves), "speech_lengths": lengths})
+        return [row[:n] for row, n in zip(log_probs, frames)]
+
+    return run
+
+
+def standardise(wave: np.ndarray) -> np.ndarray:
+    """What sherpa-onnx does to audio (N,) before a model of its kind "omnilingual"."""
+    wave = wave.astype(np.float64)
+    return ((wave - wave.mean()) / np.sqrt(wave.var() + 1e-5)).astype(np.float32)
+
+
+def run_of_sherpa(session: Any, repeats: int) -> Run:
+    """What a session of a graph for sherpa-onnx gives, of every frame the first of its repetitions."""
+
+    def run(waves: Waves) -> List[np.ndarray]:
+        return [session.run(None, {"x": wave[None]})[0][0, ::repeats] for wave in map(standardise, waves)]
+
+    return run

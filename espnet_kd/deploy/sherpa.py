@@ -1,0 +1,81 @@
+"""A student for unmodified sherpa-onnx, whose ``OfflineRecognizer.from_omnilingual_asr_ctc`` it is loaded with.
+
+That recogniser gives a graph one utterance (1, N) of zero mean and unit variance, takes what comes for frames of 20 ms
+and the first token for the blank, and reads ``▁`` in tokens.txt as a space.
+"""
+
+from __future__ import annotations
+
+from typing import Dict, List, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from espnet_kd.cli import UserError
+from espnet_kd.deploy.session import SHERPA_FRAME
+
+SPACE = "▁"
+INPUTS, OUTPUTS = ("x",), ("log_probs",)
+AXES: Dict[str, Dict[int, str]] = {"x": {1: "samples"}, "log_probs": {1: "frames"}}
+
+
+class SherpaGraph(nn.Module):
+    """Maps (1, N) samples to (1, T, V) log-probabilities of 20 ms frames."""
+
+    def __init__(self, graph: nn.Module, no_text: Sequence[int]):
+        """Take a `StudentGraph`, and the tokens that are no text, for which the blank stands.
+
+        Raises:
+            UserError: see :func:`check_student`.
+        """
+        super().__init__()
+        check_student(graph)
+        self.graph, self.repeats = graph, round(graph.frame_shift / SHERPA_FRAME)
+        self.no_text = list(no_text)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """See the class."""
+        log_probs, _ = self.graph(x, torch.as_tensor(x.size(1)).reshape(1).to(torch.int64))
+        return self.expand(log_probs)
+
+    def expand(self, log_probs: Tensor) -> Tensor:
+        """(B, T, V) → (B, T · repeats, V), with the blank for tokens that are no text; the best path reads the same."""
+        best = log_probs[..., [0, *self.no_text]].amax(dim=-1, keepdim=True)
+        rest = [
+            torch.full_like(best, -1e4) if v in self.no_text else log_probs[..., v : v + 1]
+            for v in range(1, log_probs.size(-1))
+        ]
+        log_probs = torch.cat([best, *rest], dim=-1)
+        return log_probs[:, :, None].expand(-1, -1, self.repeats, -1).flatten(1, 2)
+
+
+def check_student(graph: nn.Module) -> None:
+    """Refuse a `StudentGraph` that would not recognise the same in sherpa-onnx.
+
+    Raises:
+        UserError: it depends on the level of its audio, or its frames are no multiples of 20 ms.
+    """
+    blind = graph.normalise is not None and not graph.normalise.is_global and graph.normalise.means
+    if not blind and graph.volume is None:
+        kind = "none" if graph.normalise is None else "global_mvn" if graph.normalise.is_global else "utterance_mvn"
+        raise UserError(
+            f"normalize: {kind}: sherpa-onnx brings audio to zero mean and unit variance, which changes what this "
+            "student gives; train one with --feats_normalize utterance_mvn, or use --format onnx"
+        )
+    repeats = graph.frame_shift / SHERPA_FRAME
+    if abs(repeats - round(repeats)) > 1e-6 or repeats < 1:
+        raise UserError(
+            f"frames of {graph.frame_shift * 1000:g} ms: sherpa-onnx takes frames for 20 ms, and times would be wrong; "
+            "give the encoder an input_layer whose frames are a multiple of that, or use --format onnx"
+        )
+
+
+def token_lines(tokens: Sequence[str], kind: str, space: str, no_text: Sequence[int]) -> List[str]:
+    """The lines of tokens.txt, token and number, of ESPnet's ``token_type`` and its token for a space."""
+
+    def written(number: int, token: str) -> str:
+        if kind == "word" and number and number not in no_text:
+            return SPACE + token
+        return SPACE if kind == "char" and token == space else token
+
+    return [f"{written(number, token)} {number}" for number, token in enumerate(tokens)]

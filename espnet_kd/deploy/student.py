@@ -1,0 +1,45 @@
+"""A student that is loaded to be exported."""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, List, Optional, Union
+
+import torch
+
+from espnet_kd.distill.export import TOKEN_MODEL, export
+from espnet_kd.targets.audio_options import sampling_rate, volume
+from espnet_kd.targets.encode import ctc_tokens
+from espnet_kd.targets.experiment import find_experiment, load_model
+
+
+@dataclass
+class Student:
+    """A loaded student and what is known of it."""
+
+    model: torch.nn.Module
+    args: Any
+    name: str
+    rate: int  #: Hz
+    volume: Optional[float]  #: peak that utterances are brought to
+    tokens: List[str]
+    no_text: List[int]  #: tokens that no text has
+    token_model: Optional[bytes]  #: of SentencePiece
+
+
+def load_student(experiment: Union[str, Path]) -> Student:
+    """Load the student of an experiment as it is exported for ESPnet, without what distillation added.
+
+    Raises:
+        UserError: as :func:`espnet_kd.distill.export.export`.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = export(experiment, Path(scratch) / "export")
+        model, args = load_model(*find_experiment(folder))
+        token_model = (folder / TOKEN_MODEL).read_bytes() if (folder / TOKEN_MODEL).exists() else None
+    name = find_experiment(experiment)[0].parent.resolve().name
+    no_text = sorted({model.sos, model.eos})
+    rate = int(sampling_rate(args))
+    return Student(model, args, name, rate, volume(args), ctc_tokens(model), no_text, token_model)

@@ -1,0 +1,145 @@
+"""What was recognised in audio, with times: tokens, words, subtitles."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from typing import Any, Callable, Dict, List, Sequence
+
+import numpy as np
+
+#: A subtitle ends before it has more characters or seconds than these, or where nothing is spoken for so many seconds.
+MOST_CHARACTERS, MOST_SECONDS, PAUSE = 84, 6.0, 0.8
+FORMATS = ("text", "json", "srt", "vtt")
+
+
+@dataclass(slots=True)  # of an hour there are many
+class Token:
+    """A token, its first and last moment in seconds, and its mean posterior over these frames."""
+
+    token: str
+    start: float
+    end: float
+    confidence: float
+
+
+@dataclass
+class Segment:
+    """A piece of audio between two cuts, in seconds, and what was recognised in it."""
+
+    start: float
+    end: float
+    text: str
+    tokens: List[Token] = field(default_factory=list)
+
+
+@dataclass
+class Transcript:
+    """What was recognised in one file."""
+
+    file: str
+    seconds: float
+    segments: List[Segment] = field(default_factory=list)
+
+    @property
+    def text(self) -> str:
+        """All of it, in one line."""
+        return " ".join(s.text.strip() for s in self.segments if s.text.strip())
+
+    @property
+    def tokens(self) -> List[Token]:
+        """All tokens in their order."""
+        return [token for segment in self.segments for token in segment.tokens]
+
+
+def read_tokens(
+    log_probs: np.ndarray,
+    tokens: Sequence[str],
+    frame_shift: float,
+    *,
+    blank: int = 0,
+    no_text: Sequence[int] = (),
+    offset: float = 0.0,
+) -> List[Token]:
+    """The tokens of the best path: those of greedy CTC search, with times.
+
+    Args:
+        log_probs: (T, V) log-probabilities; T may be 0.
+        tokens: names of the V labels.
+        frame_shift: seconds per frame.
+        blank: the label that stands for nothing.
+        no_text: labels taken out after repeats are merged.
+        offset: seconds at which the audio begins.
+    """
+    best = log_probs.argmax(axis=-1) if len(log_probs) else np.zeros(0, dtype=np.int64)
+    edges = np.flatnonzero(np.diff(best)) + 1
+    found = []
+    for start, end in zip([0, *edges.tolist()], [*edges.tolist(), len(best)]):
+        if start == end or best[start] == blank or best[start] in no_text:
+            continue
+        confidence = float(np.exp(log_probs[start:end, best[start]]).mean())
+        times = (round(offset + start * frame_shift, 3), round(offset + end * frame_shift, 3))
+        found.append(Token(tokens[best[start]], *times, round(min(confidence, 1.0), 4)))
+    return found
+
+
+def words_of(tokens: Sequence[Token], to_text: Callable[[List[str]], str]) -> List[Segment]:
+    """Group tokens to words with their times; ``to_text`` says where a blank stands between two."""
+    words: List[Segment] = []
+    before = ""
+    for number, token in enumerate(tokens, 1):
+        text = to_text([t.token for t in tokens[:number]])
+        added = text[len(before) :] if text.startswith(before) else f" {token.token}"
+        if words and not added[:1].isspace() and not before.endswith(" ") and before:
+            words[-1].text += added.rstrip()
+            words[-1].end = token.end
+        elif added.strip():
+            words.append(Segment(token.start, token.end, added.strip()))
+        before = text
+    return words
+
+
+def subtitles(words: Sequence[Segment]) -> List[Segment]:
+    """Group words to subtitles."""
+    found: List[Segment] = []
+    for word in words:
+        last = found[-1] if found else None
+        if (
+            last is None
+            or len(last.text) + 1 + len(word.text) > MOST_CHARACTERS
+            or word.end - last.start > MOST_SECONDS
+            or word.start - last.end > PAUSE
+        ):
+            found.append(Segment(word.start, word.end, word.text))
+        else:
+            last.text, last.end = f"{last.text} {word.text}", word.end
+    return found
+
+
+def render(transcript: Transcript, form: str, to_text: Callable[[List[str]], str]) -> str:
+    """A transcript as ``text``, ``json``, ``srt`` or ``vtt``, ending in a line feed."""
+    if form == "text":
+        return f"{transcript.text}\n"
+    if form == "json":
+        content: Dict[str, Any] = {**asdict(transcript), "text": transcript.text}
+        return json.dumps(content, ensure_ascii=False, indent=2) + "\n"
+    cues = [cue for s in transcript.segments for cue in subtitles(words_of(s.tokens, to_text))]
+    mark = "," if form == "srt" else "."
+    blocks = [
+        f"{number}\n{_clock(cue.start, mark)} --> {_clock(cue.end, mark)}\n{_plain(cue.text, form)}\n"
+        for number, cue in enumerate(cues, 1)
+    ]
+    return "\n".join(["WEBVTT\n", *blocks] if form == "vtt" else blocks)
+
+
+def _plain(text: str, form: str) -> str:
+    """Text of a subtitle in which nothing is markup."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") if form == "vtt" else text
+
+
+def _clock(seconds: float, mark: str) -> str:
+    """``hours:minutes:seconds,milliseconds``."""
+    milliseconds = round(seconds * 1000)
+    hours, rest = divmod(milliseconds, 3600_000)
+    minutes, rest = divmod(rest, 60_000)
+    return f"{hours:02d}:{minutes:02d}:{rest // 1000:02d}{mark}{rest % 1000:03d}"

@@ -1,0 +1,27 @@
+"""The section on exported forms, from what ``asr_kd_export --measure`` has left."""
+
+from __future__ import annotations
+
+from typing import Optional, Sequence
+
+from espnet_kd.deploy.measure import read_rows, table
+from espnet_kd.report.page import Section, Table
+from espnet_kd.report.sections import Part
+
+
+def show_exports(parts: Sequence[Part]) -> Optional[Section]:
+    """What every exported form costs and recognises; None where nothing was measured."""
+    section = Section(
+        "Exported forms",
+        "One thread. Size: of the folder, for the browser with the runtime. Memory: the most that the process had. "
+        "First result: the text of the first utterance, after loading. Latency: of a stream, from the end of a "
+        "token in the audio until it is known, a mean. Real-time factor: CPU time by time of audio. "
+        "Same text: utterances whose text is that of the export for ESPnet. The page for the browser is measured in "
+        "onnxruntime, not in a browser.",
+    )
+    for part in parts:
+        for name, path in part.gathered.paths.items():
+            rows = read_rows(path)
+            if rows:
+                section.blocks.append(Table(*table(rows), part.name(name)))
+    return section if section.blocks else None
