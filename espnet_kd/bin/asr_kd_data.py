@@ -205,6 +205,21 @@ def _tokens(args: argparse.Namespace) -> None:
     logging.info("token list: %s", path)
 
 
+def _add_fit_text(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("data_dirs", nargs="+", metavar="DATA_DIR", help="formatted data dirs, whose text is rewritten")
+    sub.add_argument("--token_list", required=True, help="tokens.txt with the characters to use")
+
+
+def _fit_text(args: argparse.Namespace) -> None:
+    from espnet_kd.data.text_fit import fit_data_dir
+    from espnet_kd.data.tokenizing import TokenList
+
+    tokens = TokenList(args.token_list).tokens
+    for data_dir in args.data_dirs:
+        changed, number = fit_data_dir(data_dir, tokens)
+        logging.info("%s: %d of %d texts changed", data_dir, changed, number)
+
+
 def _add_validate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("data_dirs", nargs="+", metavar="DATA_DIR")
     sub.add_argument("--token_list", help="tokens.txt that has to cover the texts")
@@ -323,6 +338,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--transcribed dump/raw/train --untranscribed dump/raw/extra --dst dump/raw/all")  # fmt: skip
     add("tokens", "token list of the training text, or a teacher's", _add_tokens, _tokens,
         "--text dump/raw/train/text --out data/token_list/bpe500 --token_type bpe --nbpe 500")  # fmt: skip
+    add("fit_text", "texts in a teacher's characters: case, apostrophes, punctuation", _add_fit_text, _fit_text,
+        "dump/raw/train dump/raw/valid --token_list data/token_list/teacher_x/tokens.txt")  # fmt: skip
     add("validate", "check data dirs; every fault names file, line and utterance", _add_validate, _validate,
         "data/train data/valid --max_seconds 20")  # fmt: skip
     add("ngram", "n-gram model over a model's tokens, for beam search", _add_ngram, _ngram,

@@ -35,19 +35,19 @@ def config(family: str, vocabulary: int, blank: int) -> dict:
     }  # fmt: skip
 
 
-def names(blank_last: bool) -> list:
+def names(blank_last: bool, letters: str = LETTERS) -> list:
     """The tokens by row."""
-    rest = [*SPECIAL, "|", *LETTERS]
+    rest = [*SPECIAL, "|", *letters]
     return [*rest, "<pad>"] if blank_last else ["<pad>", *rest]
 
 
-def save(directory: Path, family: str, blank_last: bool = False, seed: int = 0, **conf) -> Path:
+def save(directory: Path, family: str, blank_last: bool = False, seed: int = 0, letters: str = LETTERS) -> Path:
     """Write a model's directory with config, vocabulary, preprocessor and weights."""
     import transformers
 
-    tokens = names(blank_last)
+    tokens = names(blank_last, letters)
     torch.manual_seed(seed)
-    options = {**config(family, len(tokens), tokens.index("<pad>")), **conf}
+    options = config(family, len(tokens), tokens.index("<pad>"))
     model = transformers.AutoModelForCTC.from_config(
         transformers.AutoConfig.for_model(options.pop("model_type"), **options)
     ).eval()

@@ -26,7 +26,7 @@ class Recipe:
             # The interpreter of these tests and this checkout's package, whatever was activated.
             "VIRTUAL_ENV": sys.prefix,
             "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
-            "PYTHONPATH": str(ROOT),
+            "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("ESPNET_KD_TEST_PATH")])]),
         }
 
     def command(self, *options: str) -> list:
