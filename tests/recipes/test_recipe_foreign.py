@@ -3,6 +3,8 @@
 import shutil
 
 import pytest
+import soundfile
+import tiny_asr
 from recipe import TINY, Recipe
 
 pytest.importorskip("transformers", reason="needs the extra: pip install 'espnet_kd[foundation]'")
@@ -56,3 +58,18 @@ def test_onnx(mini, tmp_path_factory):
     mini.run("--stage", "2", "--dumpdir", "dump_onnx", "--expdir", "exp_onnx", *options, *SMALL)
     assert (mini.dir / "exp_onnx/student_kl/export/model.pth").is_file()
     assert (mini.dir / "exp_onnx/RESULTS.md").is_file()
+
+
+def test_audio_without_transcripts(egs2, tmp_path_factory):
+    """egs2/foundation: a directory of audio and a teacher of another maker, one command."""
+    home = tmp_path_factory.mktemp("audio")
+    for i in range(20):
+        soundfile.write(home / f"{i}.flac", tiny_asr.audio(1.0 + 0.1 * (i % 5), i), 16000)
+    directory = tiny_hf.save(home / "hf", "hubert")
+    recipe = Recipe(egs2, "foundation")
+    small = ["--nj", "1", "--train_args", f"{TINY} --num_workers 0 --max_epoch 1"]
+    recipe.run("--audio", str(home), "--teacher", f"hf:{directory}", *small)
+    results = (recipe.dir / "exp/RESULTS.md").read_text()
+    assert "reference: teacher" in results
+    assert (recipe.dir / "exp/student_label_free/export/model.pth").is_file()
+    assert not (recipe.dir / "dump/raw/test/text").exists()

@@ -159,7 +159,7 @@ if running 2; then
         case "${dset}" in
         "${train_set}") opts=(--text optional --drop_out_of_range "${limits[@]}" "${speed[@]}") ;;
         "${valid_set}") opts=(--text optional --drop_out_of_range "${limits[@]}") ;;
-        *) opts=() ;; # every utterance of a test set is decoded, whatever its length
+        *) opts=(${teacher:+--text optional}) ;; # every utterance of a test set is decoded, whatever its length
         esac
         format --src "data/${dset}" --dst "${raw}/${dset}" "${opts[@]}"
     done
@@ -335,6 +335,10 @@ fi
 
 if running 13; then
     log "stage 13: scoring and results"
-    kd score "${decode[@]}"
+    reference=() # where a test set has no transcripts: what the teacher recognises
+    for dset in "${test_dirs[@]}"; do
+        [ -s "${dset}/text" ] || dry || [ -z "${teacher}" ] || reference=(--reference_exp "${decoded[0]}")
+    done
+    kd score "${decode[@]}" "${reference[@]}"
     kd report "${expdir}"
 fi
