@@ -225,7 +225,7 @@ def test_lengths_too_far_apart_name_the_utterances():
 def test_ends_of_80_ms_are_no_fault_whatever_the_frame_rate():
     """A convolution without padding loses 60 ms: three frames of 20 ms, but one and a half of 40 ms."""
     logits = torch.randn(1, 126, 5)
-    out, _, both = align(logits, {}, torch.tensor([126]), 0.02, 123, torch.tensor([123]), 0.02)
+    out, _, both = fr.align(logits, {}, torch.tensor([126]), 0.02, 123, torch.tensor([123]), 0.02)
     assert out.shape == (1, 123, 5) and both.tolist() == [123]
     with pytest.raises(ValueError, match="teacher"):
-        align(logits, {}, torch.tensor([126]), 0.02, 121, torch.tensor([121]), 0.02)
+        fr.align(logits, {}, torch.tensor([126]), 0.02, 121, torch.tensor([121]), 0.02)
