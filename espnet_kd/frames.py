@@ -199,6 +199,8 @@ def _draw(
     return candidates & (rank < quota[:, None])
 
 
+#: Seconds by which the lengths of two models may differ: what convolutions lose at both ends of an utterance.
+ENDS = 0.08
 #: Of every call of :func:`align`.
 _CHECK_LENGTHS = LateCheck()
 
@@ -241,14 +243,15 @@ def align(
         logits (B, T, V), hidden {name: (B, T, D)}, lengths (B,): the frames that both have.
 
     Raises:
-        ValueError: lengths differ by more than two frames of the slower rate; the message names both. On a GPU, where
-            looking at once would be a wait, a later call raises it.
+        ValueError: lengths differ by more than two frames of the slower rate and 80 ms, which is what models lose at
+            the ends of an utterance; the message names both. On a GPU, where looking at once would be a wait, a later
+            call raises it.
     """
     ratio = nearest_multiple(student_shift, frame_shift)
     # In units of teacher frames, so that equal rates stay whole numbers.
     difference = (student_lengths * ratio - lengths).abs().max()
     _CHECK_LENGTHS(
-        difference > 2 * max(ratio, 1.0) + 1e-6,
+        difference > max(2 * max(ratio, 1.0), ENDS / frame_shift) + 1e-6,
         lambda: (
             f"the lengths of teacher and student differ by more than two frames: teacher {lengths.tolist()} frames of "
             f"{frame_shift * 1000:g} ms, student {student_lengths.tolist()} frames of {student_shift * 1000:g} ms"

@@ -220,3 +220,12 @@ def test_lengths_too_far_apart_name_the_utterances():
     logits, lengths = torch.zeros(2, 9, WIDTH), torch.tensor([9, 3])
     with pytest.raises(ValueError, match="teacher .*9, 3.*student .*9, 9.*, in the batch of a, b"):
         fr.align(logits, {}, lengths, 0.04, 9, torch.tensor([9, 9]), 0.04, utt_ids=("a", "b"))
+
+
+def test_ends_of_80_ms_are_no_fault_whatever_the_frame_rate():
+    """A convolution without padding loses 60 ms: three frames of 20 ms, but one and a half of 40 ms."""
+    logits = torch.randn(1, 126, 5)
+    out, _, both = fr.align(logits, {}, torch.tensor([126]), 0.02, 123, torch.tensor([123]), 0.02)
+    assert out.shape == (1, 123, 5) and both.tolist() == [123]
+    with pytest.raises(ValueError, match="teacher"):
+        fr.align(logits, {}, torch.tensor([126]), 0.02, 121, torch.tensor([121]), 0.02)

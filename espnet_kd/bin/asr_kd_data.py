@@ -122,6 +122,20 @@ def _espnet(args: argparse.Namespace) -> None:
     take_espnet_data(args.espnet_data, args.sets, args.out, nj=args.nj)
 
 
+def _add_audio(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--audio", required=True, help="directory with audio files, at any depth; no transcripts")
+    sub.add_argument("--out", default="data", help="directory that gets train/, valid/, test/")
+    sub.add_argument("--valid", type=int, default=100, help="files for validation, at most a tenth of all")
+    sub.add_argument("--test", type=int, default=100, help="files for testing, at most a tenth of all")
+    sub.add_argument("--longest", type=float, default=15.0, help="seconds; a longer file is cut into equal parts")
+
+
+def _audio(args: argparse.Namespace) -> None:
+    from espnet_kd.data.audio_folder import prepare_audio_folder
+
+    prepare_audio_folder(args.out, args.audio, valid=args.valid, test=args.test, longest=args.longest)
+
+
 def _add_mini(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", default="data", help="directory that gets train/, valid/, test/, wav/, mini.json")
     sub.add_argument("--nj", type=int, default=1, help="processes; the bytes do not depend on it")
@@ -203,6 +217,21 @@ def _tokens(args: argparse.Namespace) -> None:
     else:
         path = make_token_list(args.text, args.out, args.token_type, args.nbpe, args.nlsyms)
     logging.info("token list: %s", path)
+
+
+def _add_fit_text(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("data_dirs", nargs="+", metavar="DATA_DIR", help="formatted data dirs, whose text is rewritten")
+    sub.add_argument("--token_list", required=True, help="tokens.txt with the characters to use")
+
+
+def _fit_text(args: argparse.Namespace) -> None:
+    from espnet_kd.data.text_fit import fit_data_dir
+    from espnet_kd.data.tokenizing import TokenList
+
+    tokens = TokenList(args.token_list).tokens
+    for data_dir in args.data_dirs:
+        changed, number = fit_data_dir(data_dir, tokens)
+        logging.info("%s: %d of %d texts changed", data_dir, changed, number)
 
 
 def _add_validate(sub: argparse.ArgumentParser) -> None:
@@ -314,6 +343,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--out data --aishell /corpora/data_aishell --nj 8")  # fmt: skip
     add("tedlium2", "TED-LIUM release 2 to data dirs with segments", _add_tedlium2, _tedlium2,
         "--out data --tedlium2 /corpora/TEDLIUM_release2 --nj 8")  # fmt: skip
+    add("audio", "a directory of audio without transcripts to data dirs", _add_audio, _audio,
+        "--out data --audio /recordings --valid 200 --test 200")  # fmt: skip
     add("mini", "synthesise the embedded corpus", _add_mini, _mini, "--out data --nj 2")
     add("espnet", "data of an ESPnet recipe (dump/raw) to data dirs", _add_espnet, _espnet,
         "--espnet_data /espnet/egs2/an4/asr1 --sets train_nodev train_dev test --out data")  # fmt: skip
@@ -323,6 +354,8 @@ def get_parser() -> argparse.ArgumentParser:
         "--transcribed dump/raw/train --untranscribed dump/raw/extra --dst dump/raw/all")  # fmt: skip
     add("tokens", "token list of the training text, or a teacher's", _add_tokens, _tokens,
         "--text dump/raw/train/text --out data/token_list/bpe500 --token_type bpe --nbpe 500")  # fmt: skip
+    add("fit_text", "texts in a teacher's characters: case, apostrophes, punctuation", _add_fit_text, _fit_text,
+        "dump/raw/train dump/raw/valid --token_list data/token_list/teacher_x/tokens.txt")  # fmt: skip
     add("validate", "check data dirs; every fault names file, line and utterance", _add_validate, _validate,
         "data/train data/valid --max_seconds 20")  # fmt: skip
     add("ngram", "n-gram model over a model's tokens, for beam search", _add_ngram, _ngram,

@@ -28,6 +28,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--expdir", nargs="+", metavar="EXP[/FILE.pth]", help="decoded experiments or exports")
     parser.add_argument("--data_dir", nargs="+", metavar="DIR", help="data dirs with text")
+    reference = "for data dirs without text: what this experiment recognised is the reference"
+    parser.add_argument("--reference_exp", metavar="EXP[/FILE.pth]", help=reference)
     parser.add_argument("--hyp", help="recognised text, 'utt_id words…' a line")
     parser.add_argument("--ref", help="reference in the same form")
     parser.add_argument("--output_dir", help="with --hyp: where the results go, e.g. EXP/decode_test")
@@ -58,6 +60,11 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         score(Path(args.hyp), Path(args.ref), Path(args.output_dir), testset, args.resamples, args.seed)
         return
     places = list_decodings(args.expdir, args.data_dir)
+    references = {}
+    if args.reference_exp:
+        reference = list_decodings([args.reference_exp], args.data_dir)
+        references = {data_dir: decoded for _, data_dir, decoded in reference if not (data_dir / "text").is_file()}
+        places = [p for p in places if p[2] not in references.values()]  # it would be compared with itself
     for expdir, data_dir, decoded in places:  # all of them, before the first is scored
         if not (decoded / "1best_recog" / "text").is_file():
             raise cli.UserError(
@@ -67,8 +74,10 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     from tqdm import tqdm
 
     for _, data_dir, decoded in tqdm(places, desc="scoring", unit="set", disable=len(places) < 2):
-        testset = decoded.name[len("decode_") :]
-        score(decoded / "1best_recog" / "text", data_dir / "text", decoded, testset, args.resamples, args.seed)
+        testset, text = decoded.name[len("decode_") :], data_dir / "text"
+        if data_dir in references:
+            testset, text = f"{testset} (reference: teacher)", references[data_dir] / "1best_recog" / "text"
+        score(decoded / "1best_recog" / "text", text, decoded, testset, args.resamples, args.seed)
 
 
 def score(hyp: Path, ref: Path, output_dir: Path, testset: str, resamples: int, seed: int) -> None:

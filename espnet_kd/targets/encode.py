@@ -16,7 +16,10 @@ from espnet_kd.frames import nearest_multiple
 from espnet_kd.topk import Posterior
 
 #: Encoders whose layers can be tapped one by one: their layers hand on ((x, pos_emb), mask) or (x, mask).
-LAYERED = ("TransformerEncoder", "ConformerEncoder", "BranchformerEncoder", "EBranchformerEncoder")
+LAYERED = (
+    *("TransformerEncoder", "ConformerEncoder", "BranchformerEncoder", "EBranchformerEncoder"),
+    "HuggingFaceCTCEncoder",
+)
 #: Encoders with the tap ``encoder`` only.
 WHOLE = (
     "RNNEncoder",
@@ -252,11 +255,12 @@ def measure_frame_shift(model: torch.nn.Module, sampling_rate: float) -> float:
 
     ``sampling_rate`` is in Hz. Raises UserError as :func:`input_width`.
     """
-    # Ten seconds and thirty: edge effects of a few frames stay under 1 % of the difference. Of an encoder that takes
-    # samples ESPnet makes a mask of N × N, and its frames have no edges.
-    durations = (0.5, 1.5) if takes_samples(model) else (10.0, 30.0)
-    (_, short, few), (_, long, many) = (probe(model, sampling_rate, s) for s in durations)
+    # Ten seconds and thirty: edge effects of a few frames stay under 1 % of the difference. Of ESPnet's encoders that
+    # take samples, ESPnet makes a mask of N × N, and their frames have no edges.
+    long = not takes_samples(model) or getattr(model.encoder, "long_probes", False)
+    durations = (10.0, 30.0) if long else (0.5, 1.5)
+    (_, short, few), (_, longer, many) = (probe(model, sampling_rate, s) for s in durations)
     rate = FEATURE_RATE if input_width(model) else sampling_rate
-    shift = (long - short).item() / rate / (many - few)
+    shift = (longer - short).item() / rate / (many - few)
     # In quarter milliseconds: hop lengths are, rounding of lengths is not.
     return nearest_multiple(shift, 0.0005) * 0.0005

@@ -11,7 +11,7 @@ import re
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Sequence, Tuple, Union
+from typing import Any, ContextManager, Dict, Iterator, List, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from espnet_kd.targets.named_files import read_token_list
 from espnet_kd.targets.packed import check_expansion, is_packed, unpack
 from espnet_kd.targets.portable import PORTABLE, unfold_config, unfold_state
 from espnet_kd.targets.states import fit_state
-from espnet_kd.targets.trust import check_components, guarded
+from espnet_kd.targets.trust import FOREIGN, check_components, guarded
 
 #: Prefix of what is trained beside a student (projections, heads) and dropped from it afterwards.
 KD_PREFIX = "kd_heads."
@@ -186,7 +186,7 @@ def load_model(
     if PORTABLE in content:
         state = unfold_state(state)
     try:
-        with _statistics(args, state, f"{model_file} does not fit {config}"), guarded():
+        with _statistics(args, state, f"{model_file} does not fit {config}"), foreign(args), guarded():
             model = ASRTask.build_model(args)
             if getattr(args, "use_adapter", False):
                 _add_adapter(model, args)
@@ -201,6 +201,15 @@ def load_model(
         raise UserError(f"{model_file} does not fit {config}: {e}") from e
     logging.info("loaded %s", model_file)
     return model.to(device).eval(), args
+
+
+def foreign(args: argparse.Namespace) -> ContextManager:
+    """While ESPnet builds a model of another maker, it knows this package's encoder for it."""
+    if str(args.encoder).lower() not in FOREIGN:
+        return contextlib.nullcontext()
+    from espnet_kd.foreign.encoders import known_to_espnet
+
+    return known_to_espnet()
 
 
 def _add_adapter(model: torch.nn.Module, args: argparse.Namespace) -> None:

@@ -20,6 +20,8 @@ import torch
 from espnet_kd.cli import UserError, trusts_pickles
 from espnet_kd.strict import nearest
 
+#: Encoders of this package for models of other makers; all that they are is in the experiment's own files.
+FOREIGN = ("hugging_face_ctc", "onnx_ctc")
 #: Components of ``espnet2.tasks.asr`` (202511) that open no file, reach for no network and import nothing by name.
 #: global_mvn opens its statistics, which is not left to it (:mod:`espnet_kd.targets.experiment`).
 LOADS_NOTHING: Dict[str, Tuple[str, ...]] = {
@@ -31,6 +33,7 @@ LOADS_NOTHING: Dict[str, Tuple[str, ...]] = {
     "encoder": (
         *("conformer", "transformer", "branchformer", "e_branchformer", "multiconv_conformer"),
         *("contextual_block_transformer", "contextual_block_conformer", "rnn", "vgg_rnn"),
+        *FOREIGN,
     ),
     "postencoder": ("length_adaptor",),
     "decoder": (
@@ -119,6 +122,7 @@ def _choices() -> Dict[str, Tuple[str, ...]]:
     from espnet_kd.offline import ASRTask
 
     known = {c.name: tuple(name.lower() for name in c.classes) for c in ASRTask.class_choices_list}
+    known["encoder"] += FOREIGN
     known["adapter"] = ("lora", "houlsby")
     known["token_type"] = ("bpe", "char", "word", "phn", "hugging_face", "whisper_en", "whisper_multilingual")
     return {option: known[option] for option in LOADS_NOTHING}

@@ -151,3 +151,24 @@ def test_command_takes_one_of_two_forms(argv, capsys):
     with pytest.raises(SystemExit) as e:
         asr_kd_score.main(argv)
     assert e.value.code == 2 and "either --expdir and --data_dir, or --hyp" in capsys.readouterr().err
+
+
+def test_without_transcripts_the_reference_is_what_an_experiment_recognised(tmp_path):
+    data = tmp_path / "data/test"
+    data.mkdir(parents=True)
+    (data / "wav.scp").write_text("u1 u1.wav\nu2 u2.wav\n")
+    for name, text in (("teacher", "u1 a b\nu2 c d\n"), ("student", "u1 a b\nu2 c x\n")):
+        decoded = tmp_path / name / "decode_test/1best_recog"
+        decoded.mkdir(parents=True)
+        (decoded / "text").write_text(text)
+        (tmp_path / name / "config.yaml").write_text("a: 1\n")
+    both = [str(tmp_path / "teacher"), str(tmp_path / "student")]
+    command = ["--expdir", *both, "--data_dir", str(data)]
+    asr_kd_score.main([*command, "--reference_exp", both[0]])
+    found = json.loads((tmp_path / "student/decode_test/score.json").read_text())
+    assert found["wer"]["err"] == 25.0 and found["testset"] == "test (reference: teacher)"
+    assert not (tmp_path / "teacher/decode_test/score.json").exists()
+    (data / "text").write_text("u1 a b\nu2 c x\n")  # where there is a text, it counts
+    asr_kd_score.main([*command, "--reference_exp", both[0]])
+    found = json.loads((tmp_path / "student/decode_test/score.json").read_text())
+    assert found["wer"]["err"] == 0.0 and found["testset"] == "test"

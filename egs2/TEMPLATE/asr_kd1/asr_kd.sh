@@ -7,7 +7,9 @@ stage=1              # first stage to run
 stop_stage=13        # last stage to run
 method=progressive_fkl # method page: a name in conf/methods, or a path
 kd_stages=           # use only these KD stages of the page, e.g. "1 3" (the last one gets the others' share)
-teacher=             # existing experiments EXP[/FILE.pth] or packed .zip, several in quotes; tokens and N-best are the first one's
+teacher=             # existing experiments EXP[/FILE.pth] or packed .zip, several in quotes; tokens and N-best are the first one's.
+                     # Also hf:DIR, hf:OWNER/NAME (Hugging Face) and onnx:FILE, which are imported first
+import_args=         # further options of asr_kd_import, e.g. "--tokens tokens.txt" for an ONNX file
 target_cache=false   # true: stage 7 keeps what the teacher says on disk, and the KD stages run without it
 cache_args=          # further options of asr_kd_cache, e.g. "--top_k 32"
 teacher_config=conf/train_teacher.yaml # ESPnet training YAML
@@ -69,7 +71,15 @@ kd_set=${train_set}${untranscribed:+_and_untranscribed} # what the KD stages tra
 
 paths "${teacher}"
 teachers=("${list[@]}")
+foreign=() # those of other makers: "SOURCE|EXP that it becomes"
 own_teacher=${expdir}/teacher
+for i in "${!teachers[@]}"; do
+    if [[ "${teachers[i]}" == hf:* || "${teachers[i]}" == onnx:* ]]; then
+        imported=$(name_of_import "${teachers[i]}")
+        foreign+=("${teachers[i]}|${imported}")
+        teachers[i]=${imported}
+    fi
+done
 if [ ${#teachers[@]} -gt 0 ]; then
     teacher_name=$(name_of_teacher "${teachers[0]%/*.pth}")
 else
@@ -94,6 +104,7 @@ paths "${untranscribed}"
 untranscribed_list=("${list[@]}")
 read -r -a kd_stages_list <<<"${kd_stages}"
 read -r -a cache_args_list <<<"${cache_args}"
+read -r -a import_args_list <<<"${import_args}"
 read -r -a teacher_args_list <<<"${teacher_args}"
 read -r -a train_args_list <<<"${train_args}"
 read -r -a test_list <<<"${test_sets}"
@@ -116,6 +127,9 @@ scale=(${use_amp:+--use_amp "${use_amp}"} ${batch_bins:+--batch_bins "${batch_bi
 scale+=(${accum_grad:+--accum_grad "${accum_grad}"})
 kd() { run ${python} -m "espnet_kd.bin.asr_kd_$1" "${@:2}"; }
 gpu=$((ngpu > 0 ? 1 : 0)) # decoding takes one, or none
+for pair in "${foreign[@]}"; do
+    kd import "${pair%|*}" --output_dir "${pair##*|}" "${import_args_list[@]}"
+done
 # kd_decode LOG VERB OPTION…: a model runs over data: here, where its progress is seen, or where cmd.sh sends it
 kd_decode() {
     if [[ "${decode_cmd:-run_local.sh}" == *run_local.sh* ]]; then
@@ -149,7 +163,7 @@ if running 2; then
         case "${dset}" in
         "${train_set}") opts=(--text optional --drop_out_of_range "${limits[@]}" "${speed[@]}") ;;
         "${valid_set}") opts=(--text optional --drop_out_of_range "${limits[@]}") ;;
-        *) opts=() ;; # every utterance of a test set is decoded, whatever its length
+        *) opts=(${teacher:+--text optional}) ;; # every utterance of a test set is decoded, whatever its length
         esac
         format --src "data/${dset}" --dst "${raw}/${dset}" "${opts[@]}"
     done
@@ -175,6 +189,10 @@ if running 3; then
         fail "data/${train_set} has no text to make a token list from; give --teacher, whose tokens the student takes"
     fi
     kd data tokens "${source[@]}" --out "${token_dir}" --token_type "${token_type}" --nbpe "${nbpe}"
+    if [ ${#foreign[@]} -gt 0 ] && [ "${token_type}" = char ]; then
+        # A model of another maker has characters of its own.
+        kd data fit_text --token_list "${tokens}" "${raw}/${kd_set}" "${raw}/${valid_set}" "${test_dirs[@]}"
+    fi
     # Before any training: files sorted, unique and complete, audio readable, training text covered by the tokens (in
     # validation an unseen character is <unk>, which is counted, and no fault).
     checks=("${limits[@]}" --fs "${fs}" --nj "${nj}" --no_text --headers_only) # stage 2 has decoded them
@@ -197,6 +215,7 @@ if running 4; then
         collect "${kd_set}" 1
     fi
     check_lengths
+    [ ${#foreign[@]} -eq 0 ] || check_ceiling
 fi
 
 if running 5; then
@@ -330,6 +349,10 @@ fi
 
 if running 13; then
     log "stage 13: scoring and results"
-    kd score "${decode[@]}"
+    reference=() # where a test set has no transcripts: what the teacher recognises
+    for dset in "${test_dirs[@]}"; do
+        [ -s "${dset}/text" ] || dry || [ -z "${teacher}" ] || reference=(--reference_exp "${decoded[0]}")
+    done
+    kd score "${decode[@]}" "${reference[@]}"
     kd report "${expdir}"
 fi

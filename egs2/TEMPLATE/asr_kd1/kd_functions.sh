@@ -27,7 +27,8 @@ check_inputs() {
         [ -f "${!name}" ] || fail "--${name}: there is no file ${!name}"
     done
     dry || [ -z "${teacher}" ] || for name in "${teachers[@]}"; do
-        [ -e "${name}" ] || fail "--teacher: there is no experiment ${name}"
+        [ -e "${name}" ] || [[ " ${foreign[*]##*|} " == *" ${name} "* ]] ||
+            fail "--teacher: there is no experiment ${name}"
     done
     [ -z "${given[method]:-}${kd_stages}" ] || page_of "${method}"
     for name in "${kd_stages_list[@]}"; do
@@ -173,6 +174,14 @@ check_lengths() {
     dry || echo "${settings}" >"${stats}/.lengths"
 }
 
+# check_ceiling: what of the teacher's outputs is lost on the student's frames; printed once
+check_ceiling() {
+    local mark=${teachers[0]}/.ceiling
+    [ ! -e "${mark}" ] || [ "${student_config}" -nt "${mark}" ] || return 0
+    kd ceiling --teacher "${teachers[0]}" --data_dir "${raw}/${valid_set}" --student_config "${student_config}"
+    act touch "${mark}"
+}
+
 # split_for_jobs SET STATS JOBS: the utterances of each job
 split_for_jobs() {
     local part dset
@@ -284,6 +293,14 @@ name_of_teacher() {
     else
         echo "$(basename "${dir}" | tr '[:blank:]' _)_$(cksum <<<"${dir}" | cut -d ' ' -f 1)"
     fi
+}
+
+# name_of_import SOURCE: the experiment that a model of another maker becomes
+name_of_import() {
+    local name=${1#*:}
+    name=${name%/}
+    name=$(basename "${name%.onnx}")
+    echo "${expdir}/imported_${name//[^[:alnum:]._-]/_}"
 }
 
 # given_teacher I: set found to the given teacher number I, seen from where the recipe's results lie: they are not put

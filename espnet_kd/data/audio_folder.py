@@ -1,0 +1,107 @@
+"""A directory of audio files, without transcripts, to the data dirs ``train``, ``valid`` and ``test``."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import re
+from pathlib import Path
+from typing import Dict, Iterator, List, Optional, Tuple, Union
+
+from tqdm import tqdm
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.audio import read_audio_info
+from espnet_kd.data.characters import MAX_ID, id_fault
+from espnet_kd.data.datadir import Utterance, write_data_dir
+
+PathLike = Union[str, Path]
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".sph", ".aiff")
+NAMES = ("train", "valid", "test")
+
+
+def prepare_audio_folder(
+    out: PathLike, audio: PathLike, *, valid: int = 100, test: int = 100, longest: float = 15.0
+) -> Dict[str, int]:
+    """Write ``out/{train,valid,test}`` and return their numbers of utterances.
+
+    An utterance is named after its file and the directories above it below ``audio``. Which files are for validation
+    and testing depends on their names only, so that more audio later moves none from training.
+
+    Args:
+        audio: directory that is searched for audio files, with all below it.
+        valid: files for validation; at most a tenth of all are taken.
+        test: likewise, for testing.
+        longest: a longer file becomes several utterances of equal length, in seconds.
+
+    Raises:
+        UserError: no such directory, fewer than 10 files in it, or two files that would have one name.
+    """
+    root = Path(audio)
+    if not root.is_dir():
+        raise UserError(f"--audio {audio}: there is no such directory")
+    found: Dict[str, Path] = {}
+    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
+        name = _name(path.relative_to(root))
+        if name in found:
+            raise UserError(f"--audio {audio}: {found[name]} and {path} would both be named {name}; rename one")
+        found[name] = path
+    if len(found) < 10:
+        raise UserError(f"--audio {audio}: {len(found)} audio files ({' '.join(SUFFIXES)}); at least 10 are needed")
+    order = sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())
+    most = len(order) // 10
+    valid, test = min(valid, most), min(test, most)
+    parts = {"valid": order[:valid], "test": order[valid : valid + test], "train": order[valid + test :]}
+    counts, left_out = {}, []
+    for part in NAMES:
+        whole = [(name, *_length(found[name], left_out)) for name in tqdm(parts[part], desc=part, unit="file")]
+        segments = any(seconds > longest for _, _, seconds in whole)  # then all of them are, as data dirs want it
+        utterances = [
+            u for name, frames, seconds in whole if frames
+            for u in _utterances(name, found[name], frames, seconds, longest if segments else None)
+        ]  # fmt: skip
+        counts[part] = write_data_dir(Path(out) / part, utterances)
+        logging.info("%s: %d utterances of %d files", part, counts[part], len(parts[part]))
+    logging.info("left out: %d%s", len(left_out), "".join(f"\n  {item}" for item in left_out[:10]))
+    return counts
+
+
+def _name(path: Path) -> str:
+    """An utterance id of a file's path."""
+    name = re.sub(r"\s+", "_", "-".join(path.with_suffix("").parts))
+    if len(name.encode()) > MAX_ID - 10:  # behind it comes the number of the part
+        name = hashlib.sha256(name.encode()).hexdigest()
+    if fault := id_fault(name):
+        raise UserError(f"{path}: {fault}")
+    return name
+
+
+def _length(path: Path, left_out: List[str]) -> Tuple[int, float]:
+    """Samples and seconds of a file; 0 where it cannot be read or is empty, which is counted."""
+    try:
+        frames, rate, _ = read_audio_info(str(path))
+    except UserError as e:
+        left_out.append(f"{path}: {e}")
+        return 0, 0.0
+    if not frames:
+        left_out.append(f"{path}: no audio in it")
+    return frames, frames / rate
+
+
+def _utterances(
+    name: str, path: Path, frames: int, seconds: float, longest: Optional[float]
+) -> Iterator[Utterance]:
+    """The utterances of one file: itself, or segments no longer than ``longest``."""
+    if longest is None:
+        yield Utterance(name, name, str(path), num_samples=frames)
+        return
+    for number, (start, end) in enumerate(_cut(seconds, longest)):
+        yield Utterance(f"{name}-{number:05d}", name, str(path), recording=name, start=start, end=end)
+
+
+def _cut(seconds: float, longest: float) -> Iterator[Tuple[float, float]]:
+    """Parts of equal length, none longer than ``longest``."""
+    number = math.ceil(seconds / longest)
+    for i in range(number):
+        yield round(seconds * i / number, 3), round(seconds * (i + 1) / number, 3)

@@ -1,0 +1,174 @@
+"""Transcripts that a recogniser made (pseudo-labels): read, and checked for what cannot be right."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Collection, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple, Union
+
+import jiwer
+
+from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import iter_lines, split_line
+from espnet_kd.data.text_fit import fit_text
+
+#: Names that other recognisers give to the three fields.
+IDS, TEXTS, CONFIDENCES = ("utt_id", "id", "key"), ("text", "pred_text", "transcript"), ("confidence", "score")
+LONGEST_PHRASE = 8  #: words of a phrase whose repetition is looked for
+
+
+class Label(NamedTuple):
+    """What a recogniser found in an utterance."""
+
+    text: str
+    confidence: Optional[float] = None  #: the higher, the surer; its scale is the recogniser's
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a transcript must keep to; None: not looked at."""
+
+    min_confidence: Optional[float] = None
+    max_repeats: Optional[int] = 3  #: times that a phrase may follow itself
+    min_rate: Optional[float] = 1.0  #: characters a second
+    max_rate: Optional[float] = 35.0
+    max_distance: Optional[float] = None  #: character edits to the CTC teacher's text, as a share of the longer one
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether a transcript is kept."""
+
+    text: str  #: in the token list's characters
+    reason: str = ""  #: why it is not kept; empty where it is
+    distance: Optional[float] = None  #: to the CTC teacher's text
+
+    @property
+    def kept(self) -> bool:
+        """Whether it is."""
+        return not self.reason
+
+
+def read_labels(path: Union[str, Path]) -> Dict[str, Label]:
+    """Read a recogniser's transcripts.
+
+    Args:
+        path: a Kaldi-style text file, an utterance id and its text in a line; or JSON, an object in a line (``utt_id``,
+            ``text`` and optionally ``confidence``, or what NeMo and others call them).
+
+    Raises:
+        UserError: naming the line: no JSON object, no id or no text in it, a confidence that is no number, an utterance
+            that is there twice; or there is no such file, or nothing in it.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"there is no file {path} with transcripts")
+    labels: Dict[str, Label] = {}
+    for number, line in iter_lines(path):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        utt_id, label = _json_label(line, where) if line.lstrip().startswith("{") else _plain_label(line)
+        if utt_id in labels:
+            raise UserError(f"{where}: utterance '{utt_id}' is there twice")
+        labels[utt_id] = label
+    if not labels:
+        raise UserError(f"{path} has no transcripts in it")
+    return labels
+
+
+def _plain_label(line: str) -> Tuple[str, Label]:
+    utt_id, text = split_line(line)
+    return utt_id, Label(text)
+
+
+def _json_label(line: str, where: str) -> Tuple[str, Label]:
+    try:
+        content = json.loads(line)
+    except (ValueError, RecursionError) as e:
+        raise UserError(f"{where}: this is no JSON: {e}") from e
+    found = [next((content[n] for n in names if n in content), None) for names in (IDS, TEXTS, CONFIDENCES)]
+    utt_id, text, confidence = found
+    if utt_id is None and isinstance(content.get("audio_filepath"), str):
+        utt_id = Path(content["audio_filepath"]).stem  # NeMo's manifests name the file
+    if not isinstance(utt_id, str) or not isinstance(text, str):
+        raise UserError(f"{where}: needed are {' or '.join(IDS)}, and {' or '.join(TEXTS)}, both texts")
+    if confidence is not None and (isinstance(confidence, bool) or not isinstance(confidence, (int, float))):
+        raise UserError(f"{where}: the confidence {confidence!r} of '{utt_id}' is no number")
+    if confidence is not None and not math.isfinite(confidence):
+        raise UserError(f"{where}: the confidence {confidence!r} of '{utt_id}' is no number")
+    return utt_id, Label(" ".join(text.split()), confidence)
+
+
+def judge(
+    label: Label, seconds: float, limits: Limits, tokens: Collection[str] = (), other: Optional[str] = None
+) -> Verdict:
+    """Decide on one transcript.
+
+    Args:
+        seconds: of the audio.
+        tokens: characters that the text must consist of; it is brought to them first (:func:`fit_text`). None given:
+            the text stays as it is.
+        other: what a CTC teacher gives for this audio, with which the text is compared.
+    """
+    text = fit_text(label.text, tokens) if tokens else label.text
+    verdict = Verdict(text)
+    if not text:
+        return replace(verdict, reason="empty")
+    strange = next((c for c in text if c != " " and c not in tokens), None) if tokens else None
+    if strange is not None:
+        return replace(verdict, reason=f"character {strange}")
+    if limits.min_confidence is not None and (label.confidence is None or label.confidence < limits.min_confidence):
+        return replace(verdict, reason="confidence")
+    if limits.max_repeats is not None and most_repeats(text.split()) > limits.max_repeats:
+        return replace(verdict, reason="repetition")
+    rate = len(text) / max(seconds, 1e-6)
+    if (limits.min_rate is not None and rate < limits.min_rate) or (
+        limits.max_rate is not None and rate > limits.max_rate
+    ):
+        return replace(verdict, reason="speaking rate")
+    if other is not None:
+        verdict = replace(verdict, distance=distance(text, other))
+        if limits.max_distance is not None and verdict.distance > limits.max_distance:
+            return replace(verdict, reason="distance to the CTC teacher")
+    return verdict
+
+
+def most_repeats(words: List[str]) -> int:
+    """How many times in a row a phrase of up to ``LONGEST_PHRASE`` words is there, at most.
+
+    Recognisers with an attention decoder repeat phrases where they lose the audio.
+    """
+    most = 1 if words else 0
+    for size in range(1, min(LONGEST_PHRASE, len(words)) + 1):
+        run = 0  # words that are as those ``size`` earlier
+        for i in range(size, len(words)):
+            run = run + 1 if words[i] == words[i - size] else 0
+            most = max(most, 1 + run // size)
+    return most
+
+
+def distance(text: str, other: str) -> float:
+    """Edits between two texts in characters, as a share of the longer one, 0 to 1."""
+    if not text or not other:
+        return float(text != other)
+    out = jiwer.process_characters(text, other)
+    return (out.substitutions + out.deletions + out.insertions) / max(len(text), len(other))
+
+
+def count_reasons(verdicts: Mapping[str, Verdict]) -> Dict[str, int]:
+    """How many transcripts were not kept, by reason; the characters that are no token are one reason."""
+    counts: Dict[str, int] = {}
+    for verdict in verdicts.values():
+        if not verdict.kept:
+            reason = re.sub("^character .*", "a character that is no token", verdict.reason)
+            counts[reason] = counts.get(reason, 0) + 1
+    return dict(sorted(counts.items(), key=lambda item: -item[1]))
+
+
+def missing(labels: Mapping[str, Label], utt_ids: Iterable[str]) -> List[str]:
+    """Utterances without a transcript."""
+    return [u for u in utt_ids if u not in labels]

@@ -1,0 +1,259 @@
+"""Write a CTC model of another maker as a finished ESPnet experiment: config.yaml, model.pth, tokens."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+
+import torch
+import yaml
+from torch import Tensor
+
+from espnet_kd.cli import UserError
+from espnet_kd.files import replacing
+from espnet_kd.foreign import encoders
+from espnet_kd.foreign.sources import BESIDE, CONFIG, RECORD, need, read_json
+from espnet_kd.foreign.vocabulary import Vocabulary, make_vocabulary
+from espnet_kd.targets.named_files import UNKNOWN
+
+#: Names of the CTC blank, those first that mean nothing else.
+BLANKS = ("<blank>", "<blk>", "<pad>", "[PAD]")
+#: Skipped among the options of a feature extractor.
+NAMES_OF_CLASSES = ("feature_extractor_type", "processor_class")
+
+
+@dataclass
+class Imported:
+    """A model that is ready to be written."""
+
+    encoder: str  #: a name of :data:`espnet_kd.foreign.encoders.ENCODERS`
+    encoder_conf: Dict[str, Any]
+    vocabulary: Vocabulary
+    head: Tuple[Tensor, Optional[Tensor]]  #: weight (V', D), bias (V',) or None
+    state: Dict[str, Tensor]  #: of the encoder
+    sampling_rate: int  #: Hz
+    token_type: str = "char"
+    record: Dict[str, Any] = field(default_factory=dict)
+
+
+def import_model(
+    source: str, output_dir: Path, files: Sequence[Path], record: Mapping[str, Any], **options: Any
+) -> None:
+    """Write the model of ``files`` (:func:`espnet_kd.foreign.sources.find_source`) to ``output_dir``.
+
+    Args:
+        options: of :func:`read_onnx`, where it is one.
+
+    Raises:
+        UserError: it is damaged, or could run code.
+    """
+    if source.startswith("hf:"):
+        model = read_hugging_face(files[0].parent)
+    else:
+        model = read_onnx(files[0], files[1], **options)
+    model.record = dict(record)
+    write_experiment(model, output_dir)
+
+
+def read_hugging_face(directory: Path) -> Imported:
+    """Read a fine-tuned CTC model of Hugging Face's; nothing in the directory is run.
+
+    Raises:
+        UserError: a file is missing, damaged or does not fit the others; or the model has code of its own.
+    """
+    config = read_json(directory / CONFIG)
+    if config.get("auto_map"):
+        raise UserError(f"{directory / CONFIG}: the model has code of its own (auto_map), which is not run here")
+    transformers = need("transformers")
+    model = encoders.build_hugging_face(config)
+    state = {}
+    for path in sorted(directory.glob("*.safetensors")):
+        try:
+            state.update(need("safetensors.torch").load_file(path))
+        except Exception as e:  # SafetensorError, OSError
+            raise UserError(f"cannot read {path}: {e}") from e
+    state = _renamed_weight_norm(state, model.state_dict())
+    missing, _ = model.load_state_dict({k: v for k, v in state.items() if k in model.state_dict()}, strict=False)
+    if missing:
+        raise UserError(f"{directory}: {missing[0]} is missing from its weights ({len(missing)} in all)")
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            directory, local_files_only=True, trust_remote_code=False, use_fast=None
+        )
+    except Exception as e:  # transformers raises what its parts raise
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        raise UserError(f"{directory}: transformers cannot read its tokenizer: {reason}") from e
+    head = encoders.ctc_head(model)
+    weight = head.weight.detach().reshape(head.weight.size(0), -1)
+    names = _names(tokenizer.get_vocab(), len(weight), directory)
+    blank = config.get("pad_token_id", tokenizer.pad_token_id)
+    if not isinstance(blank, int):
+        raise UserError(f"{directory / CONFIG}: pad_token_id, which is the CTC blank, is {blank!r}")
+    unknown, delimiter = tokenizer.unk_token, getattr(tokenizer, "word_delimiter_token", None)
+    vocabulary = make_vocabulary(
+        names,
+        blank,
+        delimiter,
+        unknown,
+        {t for t in tokenizer.all_special_tokens if t not in (unknown, delimiter)},
+    )
+    features = read_json(directory / BESIDE[0]) if (directory / BESIDE[0]).is_file() else {}
+    family = config["model_type"]
+    conf: Dict[str, Any] = {"model": json.loads(json.dumps({**model.config.to_dict(), "model_type": family}))}
+    if family in encoders.FEATURES:
+        conf["features"] = {k: v for k, v in features.items() if k not in NAMES_OF_CLASSES}
+    else:
+        conf["normalize"] = bool(features.get("do_normalize", True))
+    base, _ = encoders.base_model(model)
+    return Imported(
+        "hugging_face_ctc",
+        conf,
+        vocabulary,
+        (weight, None if head.bias is None else head.bias.detach()),
+        {f"model.{k}": v for k, v in base.state_dict().items()},
+        int(features.get("sampling_rate", 16000)),
+        _token_type(vocabulary),
+    )
+
+
+def read_onnx(
+    path: Path,
+    tokens: Path,
+    blank: Optional[int] = None,
+    word_delimiter: Optional[str] = None,
+    fs: Optional[int] = None,
+) -> Imported:
+    """Read an ONNX file that maps audio (B, N) to CTC scores (B, T, V').
+
+    Args:
+        tokens: a file with V' tokens, one a line; a number behind a token is left out (sherpa-onnx's tokens.txt).
+        blank: number of the CTC blank; default: of the first there is of ``BLANKS``.
+        word_delimiter: the token between words; default: ``|`` or ``▁``, if there is one of them.
+        fs: sampling rate in Hz; default 16000.
+
+    Raises:
+        UserError: naming the file, or the option.
+    """
+    rows = _lines(tokens)
+    content = path.read_bytes()
+    session = encoders.open_graph(content)
+    try:
+        audio, _ = encoders.graph_inputs(session)
+    except UserError as e:
+        raise UserError(f"{path}: {e}") from e
+    rate, single = fs or 16000, audio.shape[0] == 1
+    try:
+        out = torch.from_numpy(encoders.run_graph(session, torch.randn(1, rate).mul(0.1).numpy()))
+    except RuntimeError as e:
+        raise UserError(f"{path}: it cannot run on a second of noise at {rate} Hz: {e}") from e
+    if out.dim() != 3 or out.size(2) != len(rows):
+        raise UserError(
+            f"{path}: the first output must be (utterances, frames, {len(rows)} tokens of {tokens}); "
+            f"found {tuple(out.shape)}"
+        )
+    if blank is None:
+        blank = next((rows.index(t) for t in BLANKS if t in rows), None)
+        if blank is None:
+            raise UserError(f"{tokens}: which token is the CTC blank cannot be seen; give --blank NUMBER")
+    if word_delimiter is None:
+        word_delimiter = next((t for t in ("|", "▁") if t in rows), None)
+    elif word_delimiter not in rows:
+        raise UserError(f"--word_delimiter: {tokens} has no token {word_delimiter!r}")
+    # What a text cannot hold: marks such as <s>, and white space that does not stand between words.
+    marks = {t for t in rows if (t[:1] == "<" and t[-1:] == ">" and t != UNKNOWN) or (t and not t.strip())}
+    vocabulary = make_vocabulary(rows, blank, word_delimiter, UNKNOWN, marks - {word_delimiter})
+    conf = dict(
+        graph_bytes=len(content),
+        tokens=len(rows),
+        probabilities=bool((out >= 0).all() and (out.sum(-1) - 1).abs().max() < 1e-2),
+        single=single,
+    )
+    return Imported(
+        "onnx_ctc",
+        conf,
+        vocabulary,
+        (torch.eye(len(rows)), None),
+        {"graph": encoders.content_of(content)},
+        rate,
+        _token_type(vocabulary),
+    )
+
+
+def write_experiment(model: Imported, output_dir: Path) -> None:
+    """Write config.yaml and model.pth; the configuration last, so that a directory with one is whole."""
+    weight, bias = model.vocabulary.head(*model.head)
+    state = {f"encoder.{k}": v.contiguous() for k, v in model.state.items()}
+    state.update({"ctc.ctc_lo.weight": weight, "ctc.ctc_lo.bias": bias})
+    config = {
+        **_espnet_defaults(),
+        "token_list": model.vocabulary.tokens,
+        "token_type": model.token_type,
+        "input_size": 1,
+        "frontend": None,
+        "frontend_conf": {"fs": model.sampling_rate},
+        "specaug": None,
+        "normalize": None,
+        "encoder": model.encoder,
+        "encoder_conf": model.encoder_conf,
+        "decoder": None,
+        "model_conf": {"ctc_weight": 1.0},
+        RECORD: model.record,
+    }
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with replacing(output_dir / "model.pth", "wb") as f:
+        torch.save(state, f)
+    with replacing(output_dir / "config.yaml") as f:
+        yaml.safe_dump(config, f, allow_unicode=True, sort_keys=False)
+
+
+def _espnet_defaults() -> Dict[str, Any]:
+    """ESPnet's options as a plain training has them."""
+    from espnet_kd.offline import ASRTask
+
+    config = ASRTask.get_default_config()
+    return json.loads(json.dumps({k: v for k, v in config.items() if k not in ("config", "token_list")}))
+
+
+def _names(vocabulary: Mapping[str, int], rows: int, directory: Path) -> List[str]:
+    """The token of each row of the head; rows that no token has get a name of their own."""
+    if any(not 0 <= row < rows for row in vocabulary.values()):
+        longest = max(vocabulary.values()) + 1
+        if longest > rows + 2:  # Wav2Vec2CTCTokenizer adds <s> and </s> to a vocabulary without them
+            raise UserError(f"{directory}: {longest} tokens in its vocabulary, and the model's head has {rows}")
+    names = [f"<unused{i}>" for i in range(rows)]
+    for token, row in vocabulary.items():
+        if row < rows:
+            names[row] = token
+    return names
+
+
+def _token_type(vocabulary: Vocabulary) -> str:
+    """Whether texts are cut into characters; longer tokens (phones) are parted by blanks, as words are."""
+    named = [t for t in vocabulary.tokens if not (t.startswith("<") and t.endswith(">"))]
+    return "char" if all(len(t) == 1 for t in named) else "word"
+
+
+def _renamed_weight_norm(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Dict[str, Tensor]:
+    """torch renamed the two parts of a weight under weight normalisation; files of before have the old names."""
+    new = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
+    renamed = {}
+    for key, value in state.items():
+        stem, _, last = key.rpartition(".")
+        other = f"{stem}.{new[last]}" if last in new else key
+        renamed[other if other in wanted and key not in wanted else key] = value
+    return renamed
+
+
+def _lines(path: Path) -> List[str]:
+    """One token a line; sherpa-onnx's files have the number behind it."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as e:
+        raise UserError(f"--tokens: cannot read {path}: {e}") from e
+    lines = [line.rstrip("\r") for line in lines]
+    numbered = [line.rsplit(maxsplit=1) for line in lines]
+    if lines and all(len(x) == 2 and x[1] == str(i) for i, x in enumerate(numbered)):
+        return [x[0] for x in numbered]
+    return lines

@@ -1,0 +1,66 @@
+"""A directory of audio without transcripts to data dirs."""
+
+import pytest
+import soundfile
+import tiny_asr
+
+from espnet_kd.bin import asr_kd_data
+from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import read_data_dir
+
+
+@pytest.fixture
+def audio(tmp_path):
+    home = tmp_path / "audio"
+    for i in range(20):
+        path = home / f"speaker {i % 3}" / f"file{i}.{('wav', 'flac')[i % 2]}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        soundfile.write(path, tiny_asr.audio(0.5, i), 16000)
+    return home
+
+
+def run(tmp_path, audio, *more):
+    asr_kd_data.main(["audio", "--audio", str(audio), "--out", str(tmp_path / "data"), *more])
+    return {n: list(read_data_dir(tmp_path / "data" / n)) for n in ("train", "valid", "test")}
+
+
+def test_files_of_any_depth_and_format(tmp_path, audio):
+    found = run(tmp_path, audio)
+    assert {n: len(u) for n, u in found.items()} == {"train": 16, "valid": 2, "test": 2}  # a tenth at most
+    ids = [u.utt_id for utts in found.values() for u in utts]
+    assert len(set(ids)) == 20 and "speaker_0-file0" in ids and not any(u.text for u in found["train"])
+
+
+def test_more_audio_moves_none_out_of_validation_and_test(tmp_path, audio):
+    before = run(tmp_path, audio, "--valid", "2", "--test", "2")
+    for i in range(20, 23):
+        soundfile.write(audio / f"more{i}.wav", tiny_asr.audio(0.5, i), 16000)
+    after = run(tmp_path, audio, "--valid", "2", "--test", "2")
+    old = {u.utt_id for n in ("valid", "test") for u in before[n]}
+    new = {u.utt_id for n in ("valid", "test") for u in after[n]}
+    assert all(name.startswith("more") for name in new - old)
+
+
+def test_long_files_become_several_utterances(tmp_path, audio):
+    soundfile.write(audio / "long.wav", tiny_asr.audio(3.5, 0), 16000)
+    found = run(tmp_path, audio, "--longest", "1")
+    parts = [u for utts in found.values() for u in utts if u.recording == "long"]
+    assert [(u.start, u.end) for u in parts] == [(0.0, 0.875), (0.875, 1.75), (1.75, 2.625), (2.625, 3.5)]
+
+
+def test_what_cannot_be_read_is_left_out_and_counted(tmp_path, audio, caplog):
+    caplog.set_level("INFO")
+    (audio / "broken.wav").write_bytes(b"no audio")
+    assert sum(map(len, run(tmp_path, audio).values())) == 20
+    assert "left out: 1" in caplog.text and "broken.wav" in caplog.text
+
+
+def test_mistakes(tmp_path, audio):
+    with pytest.raises(UserError, match="--audio .*nowhere"):
+        run(tmp_path, tmp_path / "nowhere")
+    (tmp_path / "few").mkdir()
+    with pytest.raises(UserError, match="--audio .*few: 0 audio files"):
+        run(tmp_path, tmp_path / "few")
+    soundfile.write(audio / "speaker 0" / "file0.flac", tiny_asr.audio(0.5, 0), 16000)
+    with pytest.raises(UserError, match="speaker_0-file0"):
+        run(tmp_path, audio)

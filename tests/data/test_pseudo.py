@@ -1,0 +1,128 @@
+"""Transcripts of other recognisers: what is kept of them, and why not."""
+
+import json
+
+import pytest
+import tiny_asr
+
+from espnet_kd.bin import asr_kd_pseudo
+from espnet_kd.cli import UserError
+from espnet_kd.data.pseudo import Label, Limits, distance, judge, most_repeats, read_labels
+
+TOKENS = ["<blank>", "<unk>", "<space>", *"ABCDE'", "<sos/eos>"]
+
+
+@pytest.mark.parametrize(
+    "text, repeats",
+    [("", 0), ("a", 1), ("a b c", 1), ("a a a", 3), ("a b a b a b c", 3), ("x a b c a b c", 2), ("a b a c a", 1)],
+)
+def test_repetitions(text, repeats):
+    assert most_repeats(text.split()) == repeats
+
+
+@pytest.mark.parametrize("a, b, wanted", [("abc", "abc", 0), ("abc", "abd", 1 / 3), ("ab", "abcd", 0.5), ("", "a", 1)])
+def test_distance(a, b, wanted):
+    assert distance(a, b) == distance(b, a) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    "label, limits, reason",
+    [
+        (Label("a bad cab"), Limits(), ""),
+        (Label(" ... "), Limits(), "empty"),
+        (Label("a 5"), Limits(), "character 5"),
+        (Label("a bad", 0.4), Limits(min_confidence=0.5), "confidence"),
+        (Label("a bad"), Limits(min_confidence=0.5), "confidence"),  # not known is not enough
+        (Label("a bad", 0.6), Limits(min_confidence=0.5), ""),
+        (Label("a bad a bad a bad a bad"), Limits(), "repetition"),
+        (Label("a bad a bad a bad a bad"), Limits(max_repeats=None), ""),
+        (Label("a"), Limits(), "speaking rate"),
+        (Label("abcde " * 20), Limits(max_repeats=None), "speaking rate"),
+        (Label("a dad"), Limits(max_distance=0.3), "distance to the CTC teacher"),
+        (Label("a bad cad"), Limits(max_distance=0.3), ""),
+    ],
+)
+def test_verdicts(label, limits, reason):
+    assert judge(label, 2.0, limits, TOKENS, "A BAD CAB").reason == reason
+
+
+@pytest.mark.parametrize(
+    "line, named",
+    [
+        ('{"utt_id": "a"}', "text"),
+        ('{"text": "a"}', "utt_id"),
+        ('{"utt_id": "a", "text": 5}', "text"),
+        ('{"utt_id": "a", "text": "b", "confidence": "high"}', "high"),
+        ('{"utt_id": "a", "text": "b", "confidence": NaN}', "nan"),
+        ('{"utt_id": ', "JSON"),
+        ("u0 twice", "u0"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, named):
+    (tmp_path / "labels").write_text(f"u0 some text\n{line}\n")
+    with pytest.raises(UserError, match=f"labels:2: .*{named}"):
+        read_labels(tmp_path / "labels")
+
+
+def test_forms_of_other_recognisers(tmp_path):
+    lines = [
+        {"id": "a", "text": " one  two "},
+        {"audio_filepath": "/x/b.wav", "pred_text": "three"},
+        {"utt_id": "c", "transcript": "", "confidence": 0.5},
+    ]
+    (tmp_path / "labels").write_text("".join(json.dumps(x) + "\n" for x in lines))
+    found = read_labels(tmp_path / "labels")
+    assert found == {"a": Label("one two"), "b": Label("three"), "c": Label("", 0.5)}
+    for content in ("", None):
+        path = tmp_path / ("none" if content is None else "empty")
+        if content is not None:
+            path.write_text(content)
+        with pytest.raises(UserError, match=path.name):
+            read_labels(path)
+
+
+@pytest.fixture
+def data(tmp_path):
+    directory = tiny_asr.data_dir(tmp_path / "audio", {f"u{i}": tiny_asr.audio(1.0, i) for i in range(4)})
+    (directory / "utt2spk").write_text("".join(f"u{i} u{i}\n" for i in range(4)))
+    (directory / "spk2utt").write_text("".join(f"u{i} u{i}\n" for i in range(4)))
+    (tmp_path / "tokens.txt").write_text("".join(f"{t}\n" for t in TOKENS))
+    return directory
+
+
+def test_the_command_writes_what_is_kept_and_why_not(tmp_path, data, caplog):
+    caplog.set_level("INFO")
+    (tmp_path / "labels").write_text("u0 a bad cab\nu1 a 5\nu2 abe abe abe abe abe\n")
+    out = tmp_path / "pseudo"
+    asr_kd_pseudo.main(["--data_dir", str(data), "--labels", str(tmp_path / "labels"), "--out", str(out),
+                        "--token_list", str(tmp_path / "tokens.txt")])  # fmt: skip
+    assert (out / "text").read_text() == "u0 A BAD CAB\n"
+    assert (out / "wav.scp").read_text().split()[0] == "u0"
+    record = json.loads((out / "pseudo.json").read_text())
+    assert record["kept"] == 1 and record["utterances"] == 4
+    assert record["left_out"] == {"a character that is no token": 1, "repetition": 1, "no transcript": 1}
+    assert "1 of 4 utterances kept" in caplog.text
+    rows = [line.split("\t") for line in (out / "pseudo.tsv").read_text().splitlines()]
+    assert [r[:3] for r in rows[1:]] == [["u0", "1", ""], ["u1", "0", "character 5"], ["u2", "0", "repetition"]]
+
+
+def test_a_teacher_makes_and_checks_transcripts(tmp_path, data):
+    conf = tiny_asr.config()
+    exp = tiny_asr.save(tiny_asr.build(conf), conf, tmp_path / "exp")
+    command = ["--data_dir", str(data), "--teacher", str(exp), "--ctc_teacher", str(exp), "--max_rate", "-1"]
+    asr_kd_pseudo.main([*command, "--max_repeats", "-1", "--out", str(tmp_path / "out")])
+    rows = [line.split("\t") for line in (tmp_path / "out/pseudo.tsv").read_text().splitlines()[1:]]
+    assert {r[5] for r in rows if r[1] == "1"} == {"0.000"}  # it agrees with itself
+
+
+def test_mistakes_of_a_user(tmp_path, data):
+    (tmp_path / "labels").write_text("x1 a bad cab\n")
+    command = ["--data_dir", str(data), "--labels", str(tmp_path / "labels"), "--out"]
+    with pytest.raises(UserError, match="labels has none of the utterances .* u0"):
+        asr_kd_pseudo.main([*command, str(tmp_path / "out")])
+    with pytest.raises(UserError, match="--out"):
+        asr_kd_pseudo.main([*command, str(data)])
+    (tmp_path / "labels").write_text("u1 ...\nu2 12345\n")
+    with pytest.raises(UserError, match="none of 2 transcripts is kept"):
+        asr_kd_pseudo.main([*command, str(tmp_path / "out"), "--token_list", str(tmp_path / "tokens.txt")])
+    assert not (tmp_path / "out").exists()

@@ -1,0 +1,145 @@
+"""CTC models of Hugging Face's as teachers: the same posteriors and the same text as in transformers."""
+
+import json
+
+import pytest
+import tiny_asr
+import torch
+
+transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'espnet_kd[foundation]'")
+
+import tiny_hf  # noqa: E402
+
+from espnet_kd.bin import asr_kd_import  # noqa: E402
+from espnet_kd.cli import UserError  # noqa: E402
+from espnet_kd.targets.online import OnlineTeacher  # noqa: E402
+
+
+def utterances(seconds):
+    """Audio (B, N) padded with zeros, and lengths."""
+    waves = [torch.from_numpy(tiny_asr.audio(s, seed)) for seed, s in enumerate(seconds)]
+    return torch.nn.utils.rnn.pad_sequence(waves, batch_first=True), torch.tensor([len(w) for w in waves])
+
+
+@torch.no_grad()
+def theirs(directory, speech, lengths):
+    """(logits, text) of each utterance by transformers alone."""
+    model = transformers.AutoModelForCTC.from_pretrained(directory).eval()
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(directory)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
+    for x, n in zip(speech, lengths):
+        given = extractor(x[:n].numpy(), sampling_rate=16000, return_tensors="pt")
+        yield model(input_values=given.input_values).logits[0], tokenizer
+
+
+@pytest.mark.parametrize("blank_last", [False, True])
+@pytest.mark.parametrize("family", tiny_hf.FAMILIES)
+def test_posteriors_and_greedy_text_are_those_of_transformers(tmp_path, family, blank_last):
+    directory = tiny_hf.save(tmp_path / "hf", family, blank_last)
+    asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])
+    teacher = OnlineTeacher(tmp_path / "exp")
+    assert teacher.token_list[:3] == ["<blank>", "<unk>", "<space>"] and teacher.token_list[-1] == "<sos/eos>"
+    speech, lengths = utterances([1.3, 0.7, 1.3, 2.0])
+    out = teacher.targets(list("abcd"), speech, lengths)
+    rows = tiny_hf.names(blank_last)
+    order = [rows.index({"<blank>": "<pad>", "<space>": "|"}.get(t, t)) for t in teacher.token_list[:-1]]
+    for i, (logits, tokenizer) in enumerate(theirs(directory, speech, lengths)):
+        assert out.lengths[i] == len(logits)
+        mine = out.logits[i, : len(logits)].softmax(-1)
+        # <s> and </s> are in no transcript: their share goes to the others.
+        logits[:, [rows.index("<s>"), rows.index("</s>")]] = -1e9
+        assert (mine[:, :-1] - logits.softmax(-1)[:, order]).abs().max() <= 1e-6
+        best = mine.argmax(-1).unique_consecutive()
+        text = "".join(teacher.token_list[k] for k in best if k).replace("<space>", " ").replace("<unk>", "")
+        wanted = tokenizer.decode(logits.argmax(-1)).replace("<unk>", "")
+        assert " ".join(text.split()) == " ".join(wanted.split())
+
+
+def test_taps_are_the_layers_hidden_states(tmp_path):
+    directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
+    asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])
+    teacher = OnlineTeacher(tmp_path / "exp")
+    speech, lengths = utterances([1.3, 0.7])
+    hidden = teacher.targets(["a", "b"], speech, lengths, ["encoder", "encoder.1", "encoder.3"]).hidden
+    model = transformers.AutoModelForCTC.from_pretrained(directory).eval()
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(directory)
+    for i, n in enumerate(lengths):
+        given = extractor(speech[i, :n].numpy(), sampling_rate=16000, return_tensors="pt").input_values
+        with torch.no_grad():
+            out = model.wav2vec2(given, output_hidden_states=True)
+        for tap, wanted in (("encoder", out.last_hidden_state), ("encoder.1", out.hidden_states[1])):
+            assert (hidden[tap][i, : wanted.size(1)] - wanted[0]).abs().max() <= 1e-5
+
+
+def test_the_same_import_again_changes_nothing_and_a_changed_source_is_refused(tmp_path):
+    directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
+    command = [f"hf:{directory}", "--output_dir", str(tmp_path / "exp")]
+    asr_kd_import.main(command)
+    before = {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "exp").iterdir()}
+    asr_kd_import.main(command)
+    assert before == {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "exp").iterdir()}
+    other = tiny_hf.save(tmp_path / "other", "wav2vec2", seed=1)
+    (directory / "model.safetensors").write_bytes((other / "model.safetensors").read_bytes())
+    with pytest.raises(UserError, match=r"exp .*model\.safetensors"):
+        asr_kd_import.main(command)
+    assert before == {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "exp").iterdir()}
+
+
+def damage(directory, fault):
+    config = json.loads((directory / "config.json").read_text())
+    if fault == "no vocabulary":
+        for name in ("vocab.json", "tokenizer.json"):
+            (directory / name).unlink(missing_ok=True)
+    elif fault == "pickled weights":
+        (directory / "model.safetensors").rename(directory / "pytorch_model.bin")
+    elif fault == "custom code":
+        config["auto_map"] = {"AutoModelForCTC": "modeling.Evil"}
+    elif fault == "blank out of range":
+        config["pad_token_id"] = 99
+    elif fault == "half a file":
+        (directory / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes()[:1000])
+    elif fault == "another family":
+        config["model_type"] = "bert"
+    elif fault == "no config":
+        (directory / "config.json").unlink()
+        return
+    elif fault == "broken config":
+        (directory / "config.json").write_text("{")
+        return
+    (directory / "config.json").write_text(json.dumps(config))
+
+
+FAULTS = {
+    "no vocabulary": "vocab.json",
+    "pickled weights": "pytorch_model.bin",
+    "custom code": "auto_map",
+    "blank out of range": "99",
+    "half a file": "model.safetensors",
+    "another family": "model_type: bert",
+    "no config": "config.json",
+    "broken config": "config.json",
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_a_bad_directory_is_refused_in_one_line_and_nothing_is_written(tmp_path, fault):
+    directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
+    damage(directory, fault)
+    with pytest.raises(UserError) as refusal:
+        asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])
+    assert FAULTS[fault] in str(refusal.value) and "\n" not in str(refusal.value)
+    assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.parametrize("source", ["hf:", "hf:/nowhere", "wav2vec2", "onnx:/nowhere.onnx"])
+def test_a_source_that_is_none_is_refused(tmp_path, source):
+    with pytest.raises(UserError, match=source.split(":")[-1] or "hf"):
+        asr_kd_import.main([source, "--output_dir", str(tmp_path / "exp")])
+
+
+def test_an_experiment_that_was_not_imported_is_not_written_over(tmp_path, teacher_dir):
+    directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
+    before = {p.name: p.stat().st_mtime_ns for p in teacher_dir.iterdir()}
+    with pytest.raises(UserError, match=str(teacher_dir)):
+        asr_kd_import.main([f"hf:{directory}", "--output_dir", str(teacher_dir)])
+    assert before == {p.name: p.stat().st_mtime_ns for p in teacher_dir.iterdir()}

@@ -1,0 +1,100 @@
+"""ONNX files as teachers: the same posteriors as in onnxruntime, and files that are none refused."""
+
+import copy
+
+import pytest
+import tiny_asr
+import torch
+
+onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra: pip install 'espnet_kd[foundation]'")
+pytest.importorskip("onnx", reason="makes the file that is tried")
+
+import tiny_onnx  # noqa: E402
+
+from espnet_kd.bin import asr_kd_import  # noqa: E402
+from espnet_kd.cli import UserError  # noqa: E402
+from espnet_kd.targets.online import OnlineTeacher  # noqa: E402
+
+
+def run(tmp_path, model, tokens, *more):
+    asr_kd_import.main([f"onnx:{model}", "--tokens", str(tokens), "--output_dir", str(tmp_path / "exp"), *more])
+    return OnlineTeacher(tmp_path / "exp")
+
+
+@pytest.mark.parametrize("last, batch", [("LogSoftmax", "batch"), ("Softmax", "batch"), ("LogSoftmax", 1)])
+def test_posteriors_are_those_of_onnxruntime(tmp_path, last, batch):
+    model, tokens = tiny_onnx.save(tmp_path / "in", last=last, batch=batch)
+    teacher = run(tmp_path, model, tokens)
+    assert teacher.token_list == ["<blank>", "<unk>", "a", "b", "c", "d", "<space>", "<sos/eos>"]
+    assert teacher.frame_shift == 0.02 and teacher.sampling_rate == 16000
+    waves = [torch.from_numpy(tiny_asr.audio(s, i)) for i, s in enumerate((1.3, 0.7, 1.3))]
+    lengths = torch.tensor([len(w) for w in waves])
+    out = teacher.targets(list("abc"), torch.nn.utils.rnn.pad_sequence(waves, batch_first=True), lengths)
+    session = onnxruntime.InferenceSession(model)
+    for i, wave in enumerate(waves):
+        scores = torch.from_numpy(session.run(None, {"audio": wave[None].numpy()})[0][0])
+        wanted = scores if last == "Softmax" else scores.exp()
+        assert out.lengths[i] == len(wanted)
+        mine = out.logits[i, : len(wanted)].softmax(-1)
+        assert (mine[:, :-1] - wanted[:, [6, 5, 0, 1, 2, 3, 4]]).abs().max() <= 1e-6
+        assert mine[:, -1].max() == 0 and mine.isfinite().all()
+
+
+def test_a_copy_of_the_model_runs_too(tmp_path):
+    teacher = run(tmp_path, *tiny_onnx.save(tmp_path / "in"))
+    speech, lengths = torch.randn(1, 16000), torch.tensor([16000])
+    first = teacher._model.encode(speech, lengths)[0]
+    assert torch.equal(copy.deepcopy(teacher._model).encode(speech, lengths)[0], first)
+
+
+@pytest.mark.parametrize("tokens", [["x", "y"], [*tiny_onnx.TOKENS, "e"]])
+def test_tokens_of_another_number_are_refused(tmp_path, tokens):
+    model, _ = tiny_onnx.save(tmp_path / "in")
+    (tmp_path / "other.txt").write_text("\n".join(tokens))
+    with pytest.raises(UserError, match=f"{model}.*{len(tokens)} tokens of .*other.txt"):
+        run(tmp_path, model, tmp_path / "other.txt")
+    assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.parametrize(
+    "options, named",
+    [
+        (["--blank", "7"], "7"),
+        (["--blank", "-1"], "-1"),
+        (["--word_delimiter", "_"], "--word_delimiter"),
+    ],
+)
+def test_options_that_do_not_fit_are_refused(tmp_path, options, named):
+    model, tokens = tiny_onnx.save(tmp_path / "in")
+    with pytest.raises(UserError, match=named):
+        run(tmp_path, model, tokens, *options)
+    assert not (tmp_path / "exp").exists()
+
+
+def test_files_that_are_no_such_model_are_refused(tmp_path):
+    features, tokens = tiny_onnx.save(tmp_path / "features", rank=3)
+    with pytest.raises(UserError, match=f"{features}: the input must be audio"):
+        run(tmp_path, features, tokens)
+    noise = tmp_path / "noise.onnx"
+    noise.write_bytes(b"no protobuf at all")
+    with pytest.raises(UserError, match="onnxruntime cannot run"):
+        run(tmp_path, noise, tokens)
+    with pytest.raises(UserError, match="--tokens"):
+        asr_kd_import.main([f"onnx:{features}", "--output_dir", str(tmp_path / "exp")])
+    with pytest.raises(UserError, match="--blank"):  # no token that could be it
+        run(tmp_path, *tiny_onnx.save(tmp_path / "none", [*tiny_onnx.TOKENS[:-1], "e"]))
+    assert not (tmp_path / "exp").exists()
+
+
+def test_marks_and_white_space_are_left_out(tmp_path):
+    tokens = ["<pad>", "<s>", " ", "aɪ", "<unk>", "<wb>", "<blank>"]
+    model, _ = tiny_onnx.save(tmp_path / "in", tokens)
+    (tmp_path / "tokens").write_text("\n".join(tokens) + "\n", encoding="utf-8")
+    teacher = run(tmp_path, model, tmp_path / "tokens", "--word_delimiter", "<wb>")
+    assert teacher.token_list == ["<blank>", "<unk>", "aɪ", "<space>", "<sos/eos>"]
+    assert "token_type: word" in (tmp_path / "exp/config.yaml").read_text()
+
+
+def test_options_of_onnx_are_refused_for_hugging_face(tmp_path):
+    with pytest.raises(UserError, match="--blank"):
+        asr_kd_import.main(["hf:x", "--blank", "1", "--output_dir", str(tmp_path / "exp")])
