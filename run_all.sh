@@ -159,8 +159,8 @@ if [ -z "${methods}" ]; then
 fi
 
 # ---- many methods ----
-# A student that the method's export makes as small as the plain one is compared with that one.
-shrinks='self_kd'
+# A student that the method's export makes smaller is compared with the plain student of another method's configuration.
+declare -A exported_like=([self_kd]=layer_pruning)
 pages=$(python -c 'import os, espnet_kd; print(os.path.join(os.path.dirname(espnet_kd.__file__), "conf/methods"))')
 if [ "${methods}" = all ]; then
     methods=
@@ -266,11 +266,14 @@ for seed in ${seeds}; do
         if [ -n "${own_of["${name}"]}" ]; then
             own=(--student_config "${own_of["${name}"]}") number=$(epochs_in "${own_of["${name}"]}" "$(value train_args)")
         fi
-        if [ ${#own[@]} -gt 0 ] && [[ " ${shrinks} " != *" ${name} "* ]]; then
-            like=${name}${tag:+_${tag}}
-            enqueue "plain like ${name}, seed ${seed}" '' "${exp}/student_plain_${like}" "${number}" \
-                --stage 6 --stop_stage 6 --seed "${seed}" "${own[@]}" --tag "${like}"
-            experiments+=("plain like ${name}, seed ${seed}|${expdir}/student_plain_${like}")
+        like=${exported_like["${name}"]:-${name}} like_config=
+        [ ! -e "conf/train_student_${like}.yaml" ] || like_config=conf/train_student_${like}.yaml
+        if [ -n "${like_config}" ] && [ -z "${state["plain like ${like}, seed ${seed}"]:-}" ]; then
+            like_tag=${like}${tag:+_${tag}}
+            enqueue "plain like ${like}, seed ${seed}" '' "${exp}/student_plain_${like_tag}" \
+                "$(epochs_in "${like_config}" "$(value train_args)")" \
+                --stage 6 --stop_stage 6 --seed "${seed}" --student_config "${like_config}" --tag "${like_tag}"
+            experiments+=("plain like ${like}, seed ${seed}|${expdir}/student_plain_${like_tag}")
         fi
         enqueue "${name}, seed ${seed}" "${needs_of["${name}"]:-}" "${exp}/student_${name}${tag:+_${tag}}" "${number}" \
             --stage 8 --stop_stage 11 --method "${method}" --seed "${seed}" "${own[@]}" "${data[@]}"

@@ -28,7 +28,7 @@ ENV = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     [
         ["-m", TRAIN, "--config", "x.yaml", "--teacher", "exp/t", "--kd_config", "kl"],
         ["-m", TRAIN, "--teacher=exp/t", "--collect_stats", "true"],
-        ["-m", TRAIN, "--kd_config", "self_kd"],
+        ["-m", TRAIN, "--kd_config", "inter_ctc"],
         ["-u", "-W", "-m", "-X", "utf8", "-m", TRAIN, "--kd_config", "kl"],
     ],
 )

@@ -30,6 +30,8 @@ def measure(vocabulary: int, args: argparse.Namespace) -> None:
     torch.manual_seed(0)
     plain = models.build(models.config(vocabulary, (args.blocks, args.width)))
     page = load_page("self_kd")
+    page.teacher = "none"  # what is measured does not depend on what the encoder begins with
+    page.stages[0].objectives = [o for o in page.stages[0].objectives if o.name == "self_kd"]
     progress = Progress(epoch=5, max_epoch=10)
     student = ESPnetASRKDModel.adopt(copy.deepcopy(plain), make_plan(page, 10), None, progress, models.RATE)
     batch = models.batch(args.batch, args.seconds, vocabulary)

@@ -21,7 +21,7 @@ PAGES = list_pages()
 #: What a page's student must be, where tiny_asr's will not do.
 STUDENTS = {
     "layer_pruning": {"output_size": 24, "num_blocks": 2},  # as wide as the teacher
-    "self_kd": {"num_blocks": 4},
+    "self_kd": {"output_size": 24, "num_blocks": 3},  # the teacher's encoder
     "inter_kd": {"num_blocks": 4},
 }
 STREAMING = dict(
@@ -53,7 +53,7 @@ def options(corpus, directory, page, teacher_dir, nbest):
     if page == "delayed_kd":
         encoder = STREAMING
     config = yaml.safe_load(corpus.config().read_text())
-    if page == "layer_pruning":  # features like the teacher's too
+    if page in ("layer_pruning", "self_kd"):  # features like the teacher's too
         config.update(normalize="utterance_mvn", normalize_conf={})
     stages = len(load_page(page).stages)
     own = tiny_kd.write_yaml(directory / f"{page}.yaml", {**config, **encoder, "num_iters_per_epoch": 2})
