@@ -5,6 +5,7 @@ import json
 import pytest
 import tiny_asr
 import torch
+import yaml
 
 transformers = pytest.importorskip("transformers", reason="needs the extra: pip install 'espnet_kd[foundation]'")
 
@@ -83,6 +84,27 @@ def test_the_same_import_again_changes_nothing_and_a_changed_source_is_refused(t
     with pytest.raises(UserError, match=r"exp .*model\.safetensors"):
         asr_kd_import.main(command)
     assert before == {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "exp").iterdir()}
+
+
+def test_a_name_on_the_hub_is_fetched_with_its_revision(tmp_path, monkeypatch):
+    import huggingface_hub
+
+    directory = tiny_hf.save(tmp_path / "abc123", "wav2vec2")
+    asked = []
+
+    def snapshot_download(name, revision, allow_patterns):
+        asked.append((name, revision))
+        if revision == "gone":
+            raise OSError("404 Client Error")
+        return str(directory)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    asr_kd_import.main(["hf:owner/name@main", "--output_dir", str(tmp_path / "exp")])
+    assert asked == [("owner/name", "main")]
+    assert yaml.safe_load((tmp_path / "exp/config.yaml").read_text())["foreign"]["revision"] == "abc123"
+    with pytest.raises(UserError, match="hf:owner/name@gone.*404"):
+        asr_kd_import.main(["hf:owner/name@gone", "--output_dir", str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
 
 
 def damage(directory, fault):
