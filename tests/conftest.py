@@ -120,6 +120,9 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     for item in items:
+        # What a module needs to train: the command, a recipe, or a student that a fixture has trained.
+        if {"asr_kd_train", "Recipe"} & vars(item.module).keys() or "trained" in item.fixturenames:
+            item.add_marker("trains")
         if marker := item.get_closest_marker("faults"):
             item.user_properties.append(("kind", marker.args[0]))
 

@@ -5,12 +5,13 @@ ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd -P)
 
 if [ "${1:-}" = -h ] || [ "${1:-}" = --help ]; then
     cat <<'EOF'
-Usage: tests/run.sh [--long] [pytest option …]
+Usage: tests/run.sh [--fast | --long] [pytest option …]
 Example: tests/run.sh
+         tests/run.sh --fast
          tests/run.sh tests/losses -k gradcheck
 
 Makes .venv where no environment is active, installs, and runs linters, unit tests and the recipes end to end with one
-or two epochs. --long also trains the embedded recipe in full. Optional public corpora are looked for in
+or two epochs. --fast leaves out all tests that train, and the linters. --long also trains the embedded recipe in full. Optional public corpora are looked for in
 ESPNET_KD_TEST_CORPORA (default: ../shared); what is left out for want of them is said at the end.
 EOF
     exit 0
@@ -25,6 +26,8 @@ long=0
 if [ "${1:-}" = --long ]; then
     long=1
     shift
+elif [ "${1:-}" = --fast ]; then
+    exec python -m pytest -n 2 --dist loadfile -m "not trains" "${@:2}"
 fi
 if [ $# -gt 0 ]; then
     ESPNET_KD_TEST_LONG=${long} exec python -m pytest "$@"
