@@ -1,10 +1,10 @@
 """Make a batched ESPnet encoder say what it says to each utterance alone.
 
 Four things leak from the padding into an utterance: the STFT reflects the signal at its end only where the batch
-ends; a subsampled mask can count up to two frames more than the utterance has alone; and convolutions over time
-(Conformer, Branchformer, 1-D feed-forward) see what stands after the last frame; an utterance's own deviation
-(``utterance_mvn`` with ``norm_vars``) counts it. Here each is undone, on a model
-that is used for decoding only: training keeps ESPnet's behaviour.
+ends; a subsampled mask can count up to two frames more than the utterance has alone; convolutions over time
+(Conformer, Branchformer, 1-D feed-forward) see what stands after the last frame; and an utterance's own deviation
+(``utterance_mvn`` with ``norm_vars``) counts it. Here each is undone, on a model that is used for decoding only:
+training keeps ESPnet's behaviour.
 """
 
 from __future__ import annotations
