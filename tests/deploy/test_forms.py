@@ -20,6 +20,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
 #: What is refused, by the encoder, or of sherpa-onnx by the normalisation or the frames.
 REFUSED = {
     "contextual_block_conformer": "encoder: ContextualBlockConformerEncoder",
+    "contextual_block_conformer, 60 ms": "encoder: ContextualBlockConformerEncoder",
     "contextual_block_transformer": "encoder: ContextualBlockTransformerEncoder",
     "rnn": "encoder: RNNEncoder",
     "vgg_rnn": "encoder: VGGRNNEncoder",
