@@ -91,7 +91,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
 
 def _show_more(text: str, shown: List[str]) -> None:
     """Write what is new of the text of a stream; ``shown`` holds what was written."""
-    text = text.rstrip()  # of a line that ends there, nobody wants the blank
+    text = text.rstrip()  # a blank at the end is written with what follows it
     if text.startswith(shown[0]):
         sys.stdout.write(text[len(shown[0]) :] if shown[0] else text.lstrip())
         sys.stdout.flush()

@@ -1,9 +1,10 @@
 """Make a batched ESPnet encoder say what it says to each utterance alone.
 
-Three things leak from the padding into an utterance: the STFT reflects the signal at its end only where the batch
-ends; a subsampled mask can count up to two frames more than the utterance has alone; and convolutions over time
-(Conformer, Branchformer, 1-D feed-forward) see what stands after the last frame. Here each is undone, on a model
-that is used for decoding only: training keeps ESPnet's behaviour.
+Four things leak from the padding into an utterance: the STFT reflects the signal at its end only where the batch
+ends; a subsampled mask can count up to two frames more than the utterance has alone; convolutions over time
+(Conformer, Branchformer, 1-D feed-forward) see what stands after the last frame; and an utterance's own deviation
+(``utterance_mvn`` with ``norm_vars``) counts it. Here each is undone, on a model that is used for decoding only:
+training keeps ESPnet's behaviour.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ EXACT_ENCODERS = ("ConformerEncoder", "TransformerEncoder", "BranchformerEncoder
 
 
 class OneByOne(nn.Module):
-    """Runs a frontend on each utterance alone and pads its features with 0: any frontend, some time for each call."""
+    """Runs a frontend, or a normalisation, on each utterance alone and pads its features with 0: some time for each
+    call.
+    """
 
     def __init__(self, frontend: nn.Module):
         super().__init__()
@@ -82,6 +85,8 @@ def make_batch_exact(model: nn.Module) -> bool:
     """
     if model.frontend is not None:
         model.frontend = exact_frontend(model.frontend)
+    if type(model.normalize).__name__ == "UtteranceMVN" and model.normalize.norm_vars:
+        model.normalize = OneByOne(model.normalize)  # ESPnet's deviation counts the padding
     return make_encoder_exact(model.encoder)
 
 

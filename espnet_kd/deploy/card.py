@@ -14,7 +14,7 @@ from espnet_kd.report.environment import environment
 from espnet_kd.report.page import Section, Table, to_markdown
 
 CARD = "README.md"
-#: What nobody but the author knows.
+#: What stands on no disk.
 UNKNOWN = "[to be filled in by the author]"
 USAGE = {
     "onnx": '''```python

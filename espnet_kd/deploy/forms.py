@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import tempfile
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from espnet_kd.targets.encode import least_samples, measure_frame_shift
 
 #: Seconds of audio that is given to a streaming graph at once when it is tried.
 PIECE = 0.37
+#: Share of its size that a graph may keep for int8 to be worth its loss of accuracy.
+WORTHWHILE = 0.9
 
 
 @dataclass
@@ -47,7 +50,11 @@ def build(
     options = {"rate": student.rate, "max_seconds": max_seconds, **options}
     off = check.check_graph(run(content), expected, **options)
     if quantize == "int8":
-        content = to_int8(content)
+        size, content = len(content), to_int8(content)
+        if len(content) > WORTHWHILE * size:
+            logging.warning(
+                "--quantize int8: %.2f MB in place of %.2f: it saves little", len(content) / 1e6, size / 1e6
+            )
         off = check.check_graph(run(content), expected, tolerance=-check.FLOOR, **options)  # that it is no nonsense
     return Built(content, off, facts)
 

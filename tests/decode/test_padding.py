@@ -5,7 +5,7 @@ import tiny_asr
 import torch
 from espnet2.asr.frontend.default import DefaultFrontend
 
-from espnet_kd.decode.padding import OneByOne, ReflectedEach, exact_frontend
+from espnet_kd.decode.padding import OneByOne, ReflectedEach, exact_frontend, make_batch_exact
 
 LENGTHS = (16000, 15999, 8123, 512, 257)  # samples; half a window is 256
 
@@ -45,3 +45,17 @@ def test_the_frontend_itself_is_left_as_it_was():
 @pytest.mark.parametrize("options", [{"apply_stft": False}, {"center": False}])
 def test_what_is_not_reflected_runs_one_by_one(options):
     assert type(exact_frontend(DefaultFrontend(fs=16000, **options))) is OneByOne
+
+
+@torch.no_grad()
+def test_the_deviation_of_an_utterance_is_its_own():
+    """ESPnet counts the padding, which is not 0 any more after the mean is taken away."""
+    model = tiny_asr.build({**tiny_asr.config(), "normalize_conf": {"norm_vars": True}})
+    speech, lengths = batch()
+    speech, lengths = speech[:3], lengths[:3]
+    alone = [model.encode(speech[i : i + 1, :n], lengths[i : i + 1])[0][0] for i, n in enumerate(lengths.tolist())]
+    assert make_batch_exact(model)
+    together, frames = model.encode(speech, lengths)
+    for got, n, one in zip(together, frames, alone):
+        assert n == len(one)
+        torch.testing.assert_close(got[:n], one, rtol=1e-4, atol=1e-4)

@@ -12,12 +12,15 @@ import torch
 from espnet_kd.cli import UserError
 from espnet_kd.deploy import block_stream, check, forms, session, sherpa, write
 from espnet_kd.deploy.graph import StudentGraph, example_batch, write_graph
+from espnet_kd.distill.export import export
+from espnet_kd.targets.experiment import find_experiment, load_model
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
 
 #: What is refused, by the encoder, or of sherpa-onnx by the normalisation or the frames.
 REFUSED = {
     "contextual_block_conformer": "encoder: ContextualBlockConformerEncoder",
+    "contextual_block_conformer, 60 ms": "encoder: ContextualBlockConformerEncoder",
     "contextual_block_transformer": "encoder: ContextualBlockTransformerEncoder",
     "rnn": "encoder: RNNEncoder",
     "vgg_rnn": "encoder: VGGRNNEncoder",
@@ -75,6 +78,19 @@ def test_exact_or_refused(tmp_path, form, encoder, normalize):
         assert len(log_probs[0]) == repeats * len(expected)
         assert np.array_equal(log_probs[0, ::repeats], log_probs[0, repeats - 1 :: repeats])
         assert check.difference(log_probs[0, ::repeats, 1:-1], expected[:, 1:-1]) <= check.TOLERANCE
+
+
+def test_the_page_has_the_graph_of_onnx():
+    """So that the table holds for it as well."""
+    assert forms._BUILDERS["web"] is forms._BUILDERS["onnx"]
+
+
+@pytest.mark.parametrize("encoder, normalize", TABLE, ids=[f"{e}-{n}" for e, n in TABLE])
+def test_for_espnet_every_student_is_exact(tmp_path, encoder, normalize):
+    experiment = tiny_students.experiment(tmp_path / "exp", encoder, normalize)
+    models = [load_model(*find_experiment(place))[0] for place in (experiment, export(experiment))]
+    one, other = (check.reference_of(model)([tiny_asr.audio(1.3, 3)])[0] for model in models)
+    assert np.array_equal(one, other)
 
 
 def test_what_is_in_it(tmp_path):
@@ -169,13 +185,14 @@ def test_opsets(tmp_path, opset):
     assert json.loads((out / "student.json").read_text())["opset"] == opset
 
 
-def test_int8_is_smaller_and_recognises(tmp_path):
+def test_int8_recognises_and_says_where_it_saves_little(tmp_path, caplog):
     pytest.importorskip("onnx", reason="onnx is in the extra 'onnx'")
     student = tiny_students.student()
     outs = [
         write.write_form(student, "onnx", tmp_path / q, write.Options(quantize=q, max_seconds=10))
         for q in ("none", "int8")
     ]
+    assert "--quantize int8: " in caplog.text  # of a student that is this small
     sizes = [(o / "model.onnx").stat().st_size for o in outs]
     waves = [tiny_asr.audio(4.0, 7)]
     one, other = (session.run_of(session.onnx_session(str(o / "model.onnx")))(waves)[0] for o in outs)

@@ -23,7 +23,7 @@ from espnet_kd.deploy.live import LiveTranscriber
 from espnet_kd.deploy.stream import Stream
 from espnet_kd.targets.experiment import find_experiment, load_model
 
-ENCODERS = ["contextual_block_conformer", "contextual_block_transformer"]
+ENCODERS = ["contextual_block_conformer", "contextual_block_transformer", "contextual_block_conformer, 60 ms"]
 
 
 PARAMS = list(itertools.product(ENCODERS, ["global_mvn", None], ["espnet", "onnx"]))
@@ -77,7 +77,7 @@ def test_the_first_frames_are_known_before_the_audio_ends(pair):
     for start in range(0, len(wave), 1600):
         stream.accept(wave[start : start + 1600])
         known.append(stream.frames)
-    assert known[12] > 0 and known == sorted(known)
+    assert known[int(24 * student.frame_shift / 0.1)] > 0 and known == sorted(known)  # a block has 20 frames
     # a frame is known when its block has ended, at the latest a hop, the look-ahead and the subsampling later
     late = [(i + 1) * 0.1 - frames * student.frame_shift for i, frames in enumerate(known) if frames]
     assert max(late) <= (8 + 8 + 4 + 2) * student.frame_shift

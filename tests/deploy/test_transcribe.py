@@ -14,7 +14,7 @@ import tiny_students
 from espnet_kd.bin import asr_kd_export, asr_kd_transcribe
 from espnet_kd.cli import UserError
 from espnet_kd.decode.recognise import Recogniser
-from espnet_kd.deploy import reading
+from espnet_kd.deploy import backends, reading
 from espnet_kd.deploy.student import load_student
 from espnet_kd.deploy.transcript import Segment, Token, Transcript, read_tokens, render, subtitles, words_of
 from espnet_kd.transcribe import Transcriber
@@ -234,3 +234,31 @@ def test_subtitles():
     transcript = Transcript("a", 3700.0, [Segment(0, 1, "", [Token("a<b", 3661.0015, 3662.5, 1.0)])])
     assert render(transcript, "srt", " ".join) == "1\n01:01:01,002 --> 01:01:02,500\na<b\n"
     assert render(transcript, "vtt", " ".join) == "WEBVTT\n\n1\n01:01:01.002 --> 01:01:02.500\na&lt;b\n"
+
+
+def test_pieces_of_words(tmp_path):
+    """With its SentencePiece model, which an export has, and without, as the page for the browser is."""
+    import sentencepiece
+
+    (tmp_path / "text").write_text("one two three four five six seven eight\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(tmp_path / "text"), model_prefix=str(tmp_path / "bpe"), vocab_size=22, minloglevel=2
+    )
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "bpe.model"))
+    pieces = [model.id_to_piece(i) for i in range(model.vocab_size()) if model.id_to_piece(i)[0] != "<"]
+    tokens = ["<blank>", "<unk>", *pieces, "<sos/eos>"]
+    about = {"token_type": "bpe", "tokens": tokens, "space_symbol": "<space>"}
+    spoken = model.encode("four eight two", out_type=str)
+    with_model = backends.text_of(about, tmp_path)(spoken)
+    (tmp_path / "bpe.model").rename(tmp_path / "gone")
+    assert with_model == backends.text_of(about, tmp_path)(spoken) == "four eight two"
+
+    (tmp_path / "gone").rename(tmp_path / "bpe.model")
+    changes = {"token_list": tokens, "token_type": "bpe", "bpemodel": str(tmp_path / "bpe.model")}
+    experiment = tiny_students.experiment(tmp_path / "exp", sharpen=20.0, **changes)
+    asr_kd_export.main(["--expdir", str(experiment), "--format", "onnx"])
+    assert (experiment / "export_onnx/bpe.model").read_bytes() == (tmp_path / "bpe.model").read_bytes()
+    found = Transcriber(experiment / "export_onnx")(WAVE)
+    assert found.text == Transcriber(experiment)(WAVE).text != ""
+    words = words_of(found.tokens, Transcriber(experiment).backend.to_text)
+    assert " ".join(w.text for w in words).split() == found.text.split()

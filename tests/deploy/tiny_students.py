@@ -39,6 +39,10 @@ ENCODERS = {
     ),
     "contextual_block_conformer": ("contextual_block_conformer", {}),
     "contextual_block_transformer": ("contextual_block_transformer", {}),
+    "contextual_block_conformer, 60 ms": (
+        "contextual_block_conformer",
+        {"input_layer": "conv2d6", "ctx_pos_enc": False, "normalize_before": False},
+    ),
     "rnn": ("rnn", {}),
     "vgg_rnn": ("vgg_rnn", {}),
 }

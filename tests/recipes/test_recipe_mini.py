@@ -12,6 +12,9 @@ import pytest
 import yaml
 from recipe import TINY, Recipe
 
+from espnet_kd.data.datadir import read_map
+from espnet_kd.transcribe import Transcriber
+
 SIZES = "--train 24 --valid 6 --test 8"
 TEACHER = f"{TINY} --max_epoch 2"
 STUDENT = f"{TINY} --max_epoch 6"
@@ -72,6 +75,25 @@ def test_every_kd_stage_has_its_epochs_and_statistics(finished):
             assert f"{name}=" in train and f"{name}=" in valid
         assert all(f"{name}=" in valid for name in ends)
     assert "loss_blank_kl=" in found[0][1] and all(f"{name}=" in found[-1][1] for name in ends)
+
+
+def test_stage_11_writes_measures_and_reports_other_forms(finished):
+    pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
+    finished.run("--stage", "11", "--stop_stage", "11", "--export_formats", "onnx", "--export_args", "--max_seconds 9")
+    student = finished.dir / "exp/student_progressive_fkl"
+    assert json.loads((student / "export_onnx/student.json").read_text())["max_seconds"] == 9
+    shown = json.loads((student / "exports.json").read_text())
+    assert [(row["format"], row["testset"], row["same_text"]) for row in shown] == [
+        ("espnet", "test", 8), ("onnx", "test", 8),
+    ]  # fmt: skip
+    # the text of the recipe's own decoding
+    decoded = read_map(student / "decode_test/1best_recog/text")
+    transcriber = Transcriber(student / "export_onnx")
+    for utt_id, path in read_map(finished.dir / "dump/raw/test/wav.scp").items():
+        assert transcriber(finished.dir / path).text.split() == decoded[utt_id].split()
+    finished.run("--stage", "13")
+    assert "## Exported forms" in (finished.dir / "exp/RESULTS.md").read_text()
+    assert "- teacher: exp/teacher\n" in (student / "export_onnx/README.md").read_text()
 
 
 def test_finished_stages_are_harmless(finished):

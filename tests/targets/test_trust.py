@@ -12,7 +12,7 @@ import tiny_asr
 import torch
 import yaml
 
-from espnet_kd.bin import asr_kd_cache, asr_kd_export, asr_kd_inference, asr_kd_nbest
+from espnet_kd.bin import asr_kd_cache, asr_kd_export, asr_kd_inference, asr_kd_nbest, asr_kd_transcribe
 from espnet_kd.cli import UserError
 from espnet_kd.offline import ASRTask
 from espnet_kd.targets import trust
@@ -114,6 +114,9 @@ COMMANDS = {
     "cache": (asr_kd_cache, lambda e, d, o: ["--teacher", e, "--data_dir", d, "--kd_config", "kl", "--output", o]),
     "nbest": (asr_kd_nbest, lambda e, d, o: ["--teacher", e, "--data_dir", d, "--output", o]),
     "export": (asr_kd_export, lambda e, d, o: ["--expdir", e, "--output_dir", o]),
+    "export to onnx": (asr_kd_export, lambda e, d, o: ["--expdir", e, "--format", "onnx", "--output_dir", o]),
+    "transcribe": (asr_kd_transcribe, lambda e, d, o: ["--model", e, "a.wav", "--output_dir", o]),
+    "stream": (asr_kd_transcribe, lambda e, d, o: ["--model", e, "a.wav", "--streaming"]),
 }
 
 
