@@ -31,7 +31,7 @@ from espnet_kd.decode.detokenise import build_detokeniser
 from espnet_kd.decode.greedy import ctc_greedy
 from espnet_kd.decode.padding import make_batch_exact
 from espnet_kd.targets.audio_options import sampling_rate, takes_audio, volume
-from espnet_kd.targets.encode import ctc_tokens, input_width
+from espnet_kd.targets.encode import ctc_tokens, input_width, least_samples
 
 BLANK_ID = 0  # ESPnet's CTC: the first token of every token list
 Found = TypeVar("Found")
@@ -92,7 +92,7 @@ class Recogniser:
         self.device = next(model.parameters()).device
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self.no_text = sorted({model.sos, model.eos})
-        self._min_samples = least_samples(model)
+        self._min_samples = least_samples(model, self.rate or 16000)
         if not make_batch_exact(model):
             logging.warning("%s: the last frames of a batch depend a little on padding", type(model.encoder).__name__)
         if self.device.type == "cpu":  # as convolutions are computed there; else their output is laid out anew
@@ -119,18 +119,13 @@ class Recogniser:
     @torch.inference_mode()
     def logits(self, speech: Sequence[np.ndarray]) -> Tuple[torch.Tensor, torch.Tensor]:
         """CTC logits (B, T, V) and frames (B,) of utterances (N_i,); frames are 0 where the audio is too short."""
-        from espnet2.asr.encoder.conformer_encoder import TooShortUttError
-
         waves = [torch.from_numpy(normalise(x, self.volume)) for x in speech]
         lengths = torch.tensor([len(w) for w in waves])
         too_short = lengths < self._min_samples
         # Too short ones are stretched with silence so that the others can be decoded; they count no frames below.
         padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
         padded = torch.nn.functional.pad(padded, (0, max(0, self._min_samples - padded.size(1))))
-        try:
-            encoded, frames = self.encode(padded.to(self.device), lengths.clamp(min=self._min_samples).to(self.device))
-        except TooShortUttError:
-            return torch.zeros(len(waves), 0, len(self.token_list)), torch.zeros(len(waves), dtype=torch.long)
+        encoded, frames = self.encode(padded.to(self.device), lengths.clamp(min=self._min_samples).to(self.device))
         if isinstance(encoded, tuple):  # (output, outputs of InterCTC layers)
             encoded = encoded[0]
         frames = frames.cpu().clamp(max=encoded.size(1)).masked_fill(too_short, 0)
@@ -297,11 +292,6 @@ def normalise(samples: np.ndarray, volume: Optional[float]) -> np.ndarray:
     if volume is not None and peak > 0:
         samples = samples * (volume / peak)
     return samples.astype(np.float32, copy=False)
-
-
-def least_samples(model: torch.nn.Module) -> int:
-    """Samples that audio must have: the STFT reflects half a window at each end, which a shorter signal hasn't."""
-    return getattr(getattr(model.frontend, "stft", None), "n_fft", 0) // 2 + 1
 
 
 def audio_rate(args: argparse.Namespace) -> Optional[int]:

@@ -14,10 +14,10 @@ import torch
 import yaml
 
 from espnet_kd.cli import UserError
-from espnet_kd.decode.recognise import Hypothesis, audio_rate, least_samples, normalise
+from espnet_kd.decode.recognise import Hypothesis, audio_rate, normalise
 from espnet_kd.targets.audio_options import volume
-from espnet_kd.targets.encode import input_width
-from espnet_kd.targets.experiment import load_model, read_config, write_statistics
+from espnet_kd.targets.encode import input_width, least_samples
+from espnet_kd.targets.experiment import drop_nothing, load_model, read_config, write_statistics
 from espnet_kd.targets.named_files import find_token_model
 from espnet_kd.targets.trust import guarded
 
@@ -62,7 +62,7 @@ class StockRecogniser:
         self.rate = audio_rate(args)
         self.num_parameters = sum(p.numel() for p in model.parameters())
         self._volume = volume(args)
-        self._least_samples = least_samples(model)
+        self._least_samples = least_samples(model, self.rate or 16000)
         for name in ("espnet", "espnet2.bin.asr_inference"):
             logging.getLogger(name).setLevel(logging.WARNING)  # else a dozen lines for each utterance
         try:
@@ -70,6 +70,7 @@ class StockRecogniser:
                 self._speech2text = asr_inference.Speech2Text(
                     str(here), str(model_file), device=device, ctc_weight=ctc_weight, **options
                 )
+            drop_nothing(self._speech2text.asr_model)
         except ModuleNotFoundError as e:
             raise UserError(f"ESPnet's decoding needs {e.name}, which is not installed: pip install {e.name}") from e
         except OSError as e:
@@ -80,15 +81,9 @@ class StockRecogniser:
         return [self._recognise(samples) for samples in speech]
 
     def _recognise(self, samples: np.ndarray) -> List[Hypothesis]:
-        from espnet2.asr.encoder.conformer_encoder import TooShortUttError
-
-        nothing = [Hypothesis([], [], "", 0.0)]
         if len(samples) < self._least_samples:
-            return nothing
-        try:
-            found = self._speech2text(normalise(samples, self._volume))
-        except TooShortUttError:
-            return nothing
+            return [Hypothesis([], [], "", 0.0)]
+        found = self._speech2text(normalise(samples, self._volume))
         if isinstance(found, tuple):  # (hypotheses, what InterCTC layers say)
             found = found[0]
         return [Hypothesis(ids, tokens, text or "", float(h.score)) for text, tokens, ids, h in found]

@@ -199,6 +199,7 @@ def load_model(
         model.load_state_dict(state)
     except RuntimeError as e:  # torch's message lists missing keys, unexpected keys and sizes
         raise UserError(f"{model_file} does not fit {config}: {e}") from e
+    drop_nothing(model)
     logging.info("loaded %s", model_file)
     return model.to(device).eval(), args
 
@@ -210,6 +211,13 @@ def foreign(args: argparse.Namespace) -> ContextManager:
     from espnet_kd.foreign.encoders import known_to_espnet
 
     return known_to_espnet()
+
+
+def drop_nothing(model: torch.nn.Module) -> None:
+    """Switch off the dropout of ESPnet's RNN encoders, which acts in eval mode as well."""
+    for module in model.modules():
+        if type(module).__name__ == "RNNP":
+            module.dropout = 0.0
 
 
 def _add_adapter(model: torch.nn.Module, args: argparse.Namespace) -> None:

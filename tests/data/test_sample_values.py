@@ -21,6 +21,7 @@ from espnet_kd.data.formatting import format_data
 FS = 16000
 NOISE = 0.1 * np.random.default_rng(0).standard_normal(FS)
 WHOLE = np.round(NOISE * 32768).astype("<i2")
+WHOLE[FS // 2 : FS // 2 + 5] = [32767, -32768, 32766, -32767, 20001]  # where a scale of 32767 would show
 
 
 def with_value(value: float) -> np.ndarray:

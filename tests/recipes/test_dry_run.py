@@ -326,6 +326,10 @@ def test_a_model_of_other_settings(prepared):
         done = prepared.run(*options, *other, "--python", "false", check=False)
         assert done.returncode == 1 and "is trained" not in done.stdout
     assert "the plain is trained" in prepared.run(*options).stdout  # as before
+    settings = prepared.dir / "exp/student_plain_trained/.settings"
+    settings.write_text("12 34\n")  # an earlier version's
+    prepared.run(*options)
+    assert "the plain is trained" in prepared.run(*options).stdout
     (prepared.dir / "dump/raw/train/wav.scp").write_text("x z\n")
     done = prepared.run(*options, check=False)
     (prepared.dir / "dump/raw/train/wav.scp").write_text("x y\n")

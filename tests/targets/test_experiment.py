@@ -270,3 +270,15 @@ def test_a_file_of_deepspeed(saved):
     torch.save({"module": model.state_dict(), "epoch": 3}, directory / AVE)
     loaded, _ = load_model(*find_experiment(directory))
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in loaded.state_dict().items())
+
+
+@pytest.mark.parametrize("encoder", ["rnn", "vgg_rnn"])
+def test_nothing_is_dropped_out_of_a_loaded_model(tmp_path, encoder):
+    """ESPnet's RNNP drops out in eval mode too: a teacher would give other posteriors at every call."""
+    conf = tiny_asr.config()
+    conf.update(encoder=encoder, encoder_conf=dict(num_layers=2, hidden_size=8, output_size=12, dropout=0.5))
+    exp = tiny_asr.save(tiny_asr.build(conf, sharpen=5.0), conf, tmp_path)
+    model, _ = load_model(*find_experiment(exp))
+    speech, lengths = torch.from_numpy(tiny_asr.audio(1.0, 1))[None], torch.tensor([16000])
+    first, second = (model.encode(speech.clone(), lengths)[0] for _ in range(2))
+    assert torch.equal(first, second)

@@ -250,7 +250,8 @@ train_once() {
         data=$(cat "${tokens}" "${raw}/${train_set}/wav.scp" | cksum)
         settings="${data} $(cat "${config}" - <<<"${seed} $* ${feats_normalize}" | cksum)"
         [ ! -f "${dir}/checkpoint.pth" ] || found=$(cat "${dir}/.settings" 2>/dev/null || echo nothing known)
-        [[ -z "${found}" || "${found}" = "${data} "* ]] || fail "${dir} holds a model of other tokens or audio than" \
+        # Two numbers alone are an earlier version's, of data and options together.
+        [[ -z "${found}" || "${found}" = "${data} "* || "${found}" =~ ^[0-9]+\ [0-9]+$ ]] || fail "${dir} holds a model of other tokens or audio than" \
             "${tokens} and ${raw}/${train_set}/wav.scp; choose another --expdir, or remove it"
         if [ -f "${dir}/.done" ] && [ "${found}" = "${settings}" ]; then
             log "the ${role} is trained, ${dir}"
