@@ -1,5 +1,7 @@
 """What a target cache keeps of a frame: as many tokens as carry its mass, in few bytes, with the stated error."""
 
+import math
+
 import kaldiio
 import numpy as np
 import pytest
@@ -8,7 +10,7 @@ import torch
 from espnet_kd.losses import factorized_kl, kl
 from espnet_kd.targets.cache import Policy, ark_names
 from espnet_kd.targets.cache_writer import compression
-from espnet_kd.targets.nucleus import LEVELS, SPAN, dequantise, in_nucleus, pack, quantise, unpack
+from espnet_kd.targets.nucleus import LEVELS, NONE, SPAN, dequantise, in_nucleus, pack, quantise, unpack
 from espnet_kd.topk import compress
 
 
@@ -46,14 +48,26 @@ def test_as_many_tokens_as_carry_the_mass(mass):
         assert counts.min() == 1 and counts.max() > 5
 
 
-def test_codes_are_off_by_what_is_stated():
-    log_p = -torch.linspace(0, SPAN, 100_000, dtype=torch.float64)
-    codes = quantise(log_p)
-    assert codes.min() == 0 and codes.max() == LEVELS
-    error = (dequantise(codes).exp() - log_p.exp()).abs()
-    assert 0.005 < error.max() < 0.006
-    at = (log_p.exp() - 0.001).abs().argmin()
-    assert error[at - 200 : at + 200].max() < 0.04 * 0.001
+@pytest.mark.parametrize("span", [0.5, 4.0, 12.0])
+def test_codes_are_off_by_what_is_stated(span):
+    below = torch.linspace(0, span, 1000, dtype=torch.float64)
+    log_p = (-below).log_softmax(0)
+    codes, spans = quantise(log_p[None])
+    assert codes.min() == 0 and 0.95 * LEVELS < codes.max() <= LEVELS
+    assert 0 <= spans.item() - span / SPAN * 255 <= 1 + 1e-6  # rounded up
+    got = dequantise(codes, spans)[0]
+    ratio = (got - got[0]) - (log_p - log_p[0])
+    allowed = ((spans * SPAN / 255) * below).sqrt() / LEVELS + 0.25 * span / LEVELS**2
+    assert (ratio.abs() <= 1.001 * allowed + 1e-9).all() and ratio.abs().max() > 0.8 * allowed.max()
+    assert got.exp().sum().item() == pytest.approx(1, abs=1e-12)
+
+
+def test_none_is_none():
+    log_p = torch.tensor([[0.0, -math.inf, -30.0], [-1.0, -1.0, -1.0], [-math.inf, 0.0, -2.0]])
+    codes, spans = quantise(log_p)
+    assert codes.tolist()[:2] == [[0, NONE, NONE], [0, 0, 0]] and spans.tolist()[:2] == [0, 0]
+    assert codes[2, 0] == NONE
+    torch.testing.assert_close(dequantise(codes, spans)[1].exp(), torch.full((3,), 1 / 3, dtype=torch.float64))
 
 
 @pytest.mark.parametrize(("num_tokens", "frames"), [(500, 300), (65536, 40), (65537, 40), (60, 33000)])
@@ -71,7 +85,7 @@ def test_ids_and_frames_come_back_as_they_were(num_tokens, frames, tmp_path):
     assert torch.equal(got.tokens[spoken], said.tokens[spoken][:, :width].where(kept[:, :width], 0))
     assert (got.log_probs[~spoken] == -torch.inf).all()
     assert sizes["tokens"] == pytest.approx(int(kept.sum()) * (2 if num_tokens <= 65536 else 4), abs=30)
-    assert sizes["log_probs"] == pytest.approx(int(kept.sum() + spoken.sum()), abs=30)
+    assert sizes["log_probs"] == pytest.approx(int(kept.sum() + 2 * spoken.sum()), abs=30)
     assert sizes["blank"] == pytest.approx(2 * frames, abs=30)
     torch.testing.assert_close(
         got.log_probs[spoken].exp(), said.log_probs[spoken][:, :width].where(kept[:, :width], -torch.inf).exp(),
