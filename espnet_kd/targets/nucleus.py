@@ -4,7 +4,9 @@ What is kept is exact but for rounding. Of an utterance of T frames, N of them w
 
     blank      (T, 1 + n)  log p/(1−p) of blank, at temperature 1 and at n others; within ±60, off by at most 0.001
     rows       (N, 2)      the frame, and how many tokens it has, negative where blank is likelier than any of them
-    tokens     (M, 1)      their ids, those of a frame after each other, the likeliest first; less 32768 where V ≤ 65536
+    tokens     (L, 1)      their ids, those of a frame after each other, the likeliest and then the others by their ids;
+                           less 32768 where V ≤ 65536. Where V ≤ 1024, L ≥ M bytes: how many ids are passed over from
+                           the one before (of the first two of a frame from blank), 255 and a further byte for more
     log_probs  (M + 2N, 1) codes 0…255: how likely they are, how likely the remainder of each row is, the span of each
 
 A row's span is 12/255 nats times its code, and code c of a token, or of all others together, lies span · (c/254)² nats
@@ -15,6 +17,7 @@ is kept. Only ratios are written; what is read sums to 1.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import List, Protocol, Sequence, Tuple
 
 import numpy as np
@@ -29,7 +32,7 @@ SPAN = 12.0
 NONE, LEVELS = 255, 254
 LIMIT = 60.0  #: of log-odds, in nats
 OFFSET = 2**15  #: Kaldi's integers of 16 bits have a sign
-SMALL_VOCABULARY = 2**16
+IN_BYTES, IN_16_BITS = 2**10, 2**16  #: the largest vocabularies of which ids are written so
 
 
 class Kept(Protocol):
@@ -47,6 +50,7 @@ def pack(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np.ndarray
     there = torch.ones_like(nonblank) if policy.tokens_on == "all" else nonblank
     some = x[there]
     kept = in_nucleus(some, policy.mass)
+    some, kept = _by_id(some, kept)
     inner = _inner(some)
     counts = kept.sum(1)
     inner = inner.masked_fill(~kept, -torch.inf).double()
@@ -64,9 +68,9 @@ def pack(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np.ndarray
         will_be = ((_normalised(codes, counts) + mass).double() / tau).exp().sum(1)
         total[there] = (total[there] - was).clamp(min=0) + will_be
         columns.append((scaled - total.log()).clamp(-LIMIT, LIMIT).float())
-    offset = OFFSET if x.num_tokens <= SMALL_VOCABULARY else 0
     rows = torch.stack([there.nonzero()[:, 0], torch.where(nonblank[there], counts, -counts)], 1)
-    written = [torch.stack(columns, 1), rows, (some.tokens[kept] - offset)[:, None], codes[:, None]]
+    ids = write_ids(some.tokens[kept], counts, x.num_tokens)
+    written = [torch.stack(columns, 1), rows, ids[:, None], codes[:, None]]
     return [*(y.float().numpy() for y in written), *hidden]
 
 
@@ -79,8 +83,8 @@ def unpack(arrays: Sequence[np.ndarray], policy: Kept, num_tokens: int) -> Tuple
     columns, rows, tokens, codes, *hidden = map(torch.from_numpy, arrays)
     # Rounded: 16 bits come back a few thousandths off the whole number.
     rows, tokens, codes = (x.round().long() for x in (rows, tokens[:, 0], codes[:, 0]))
-    tokens = tokens + (OFFSET if num_tokens <= SMALL_VOCABULARY else 0)
     frames, counts, nonblank = rows[:, 0], rows[:, 1].abs(), rows[:, 1] > 0
+    tokens = read_ids(tokens, counts, num_tokens)
     _check(columns, frames, counts, tokens, codes, policy, num_tokens)
     odds = columns[:, 0]
     log_blank = F.logsigmoid(odds)
@@ -106,6 +110,46 @@ def in_nucleus(x: TopK, mass: float) -> Tensor:
     kept = (before < mass) & (_inner(x) >= -SPAN) & (p > 0)
     kept[:, :1] = True
     return kept
+
+
+def write_ids(tokens: Tensor, counts: Tensor, num_tokens: int) -> Tensor:
+    """(L,) what is written of the ids (M,) of rows, ``counts`` of them each, the second of a row and on in order."""
+    if num_tokens > IN_BYTES:
+        return tokens - (OFFSET if num_tokens <= IN_16_BITS else 0)
+    before = torch.cat([tokens.new_zeros(1), tokens])[:-1].masked_fill(_places(counts) < 2, 0)
+    passed = tokens - before - 1
+    ends = (passed // NONE + 1).cumsum(0)
+    out = tokens.new_full((int(ends[-1]) if len(ends) else 0,), NONE)
+    out[ends - 1] = passed % NONE
+    return out
+
+
+def read_ids(written: Tensor, counts: Tensor, num_tokens: int) -> Tensor:
+    """The inverse of :func:`write_ids` (ValueError: it is not)."""
+    if num_tokens > IN_BYTES:
+        return written + (OFFSET if num_tokens <= IN_16_BITS else 0)
+    ends = (written != NONE).nonzero()[:, 0]
+    if len(ends) != int(counts.sum()) or (len(written) and written[-1] == NONE):
+        raise ValueError("tokens.ark holds no such array")
+    total = written.cumsum(0)[ends] + torch.arange(1, len(ends) + 1)
+    steps = torch.diff(total, prepend=total.new_zeros(1))
+    place = _places(counts)
+    firsts = (torch.arange(len(ends)) - place).clamp(max=max(len(ends) - 1, 0))
+    return torch.where(place == 0, steps, total - total[firsts])
+
+
+def _places(counts: Tensor) -> Tensor:
+    """(M,) of each token its place in its row, from 0."""
+    starts = counts.cumsum(0) - counts
+    return torch.arange(int(counts.sum())) - starts.repeat_interleave(counts)
+
+
+def _by_id(x: TopK, kept: Tensor) -> Tuple[TopK, Tensor]:
+    """Rows with their likeliest token first, the others that are kept by their ids, the rest last."""
+    key = x.tokens.masked_fill(~kept, x.num_tokens)
+    key[:, :1] = 0
+    order = key.argsort(dim=1, stable=True)
+    return replace(x, tokens=x.tokens.gather(1, order), log_probs=x.log_probs.gather(1, order)), kept.gather(1, order)
 
 
 def quantise(log_p: Tensor) -> Tuple[Tensor, Tensor]:
