@@ -18,7 +18,7 @@ is kept. Only ratios are written; what is read sums to 1.
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import List, Protocol, Sequence, Tuple
+from typing import Dict, List, Protocol, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -74,25 +74,29 @@ def pack(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np.ndarray
     return [*(y.float().numpy() for y in written), *hidden]
 
 
-def unpack(arrays: Sequence[np.ndarray], policy: Kept, num_tokens: int) -> Tuple[TopK, List[Tensor]]:
-    """The inverse of :func:`pack`: a :class:`TopK` of T frames, with the tokens of the longest row, and hidden states.
+def unpack(each: Sequence[Sequence[np.ndarray]], policy: Kept, num_tokens: int) -> TopK:
+    """The inverse of :func:`pack` for several utterances: a :class:`TopK` of all their frames, one after another, with
+    the tokens of the longest row. At once, because utterance by utterance the calls would take longer than the work.
 
     Raises:
         ValueError: arrays that do not belong together.
     """
-    columns, rows, tokens, codes, *hidden = map(torch.from_numpy, arrays)
+    columns, rows, tokens, codes = ([torch.from_numpy(arrays[i]) for arrays in each] for i in range(4))
+    _check_sizes(columns, rows, codes, policy)
+    first = np.cumsum([0, *map(len, columns)]).tolist()
     # Rounded: 16 bits come back a few thousandths off the whole number.
-    rows, tokens, codes = (x.round().long() for x in (rows, tokens[:, 0], codes[:, 0]))
-    frames, counts, nonblank = rows[:, 0], rows[:, 1].abs(), rows[:, 1] > 0
-    tokens = read_ids(tokens, counts, num_tokens)
-    _check(columns, frames, counts, tokens, codes, policy, num_tokens)
-    odds = columns[:, 0]
-    log_blank = F.logsigmoid(odds)
-    norms = {tau: log_blank / tau - F.logsigmoid(columns[:, 1 + i]) for i, tau in enumerate(policy.temperatures)}
+    frames = torch.cat([x[:, 0] + start for x, start in zip(rows, first)]).round().long()
+    counts = torch.cat([x[:, 1] for x in rows]).round().long()
+    parts = [x[:, 0].split([len(x) - 2 * len(r), len(r), len(r)]) for x, r in zip(codes, rows)]
+    codes = torch.cat([part for place in range(3) for part in (p[place] for p in parts)]).round().long()
+    log_blank, odds, norms = _read_blank(torch.cat(columns), policy)
+    nonblank, counts = counts > 0, counts.abs()
+    tokens = read_ids(torch.cat(tokens)[:, 0].round().long(), counts, num_tokens)
+    _check(len(odds), frames, counts, tokens, codes, num_tokens)
     width = max(int(counts.max()), 1) if len(counts) else 1
-    all_tokens = torch.zeros(len(columns), width, dtype=torch.int64)
+    all_tokens = torch.zeros(len(odds), width, dtype=torch.int64)
     log_probs = torch.full(all_tokens.shape, -torch.inf)
-    if len(rows):
+    if len(frames):
         all_tokens[frames] = _spread(tokens, counts, 0)
         said = (_normalised(codes, counts) + F.logsigmoid(-odds[frames])[:, None]).float()
         # Rounding must not change whether blank is the likeliest.
@@ -100,7 +104,14 @@ def unpack(arrays: Sequence[np.ndarray], policy: Kept, num_tokens: int) -> Tuple
         above = torch.nextafter(limit, torch.ones_like(limit))
         said[:, 0] = torch.where(nonblank, torch.maximum(said[:, 0], above), torch.minimum(said[:, 0], limit))
         log_probs[frames] = said
-    return TopK(log_blank, all_tokens, log_probs, num_tokens, norms), hidden
+    return TopK(log_blank, all_tokens, log_probs, num_tokens, norms)
+
+
+def _read_blank(columns: Tensor, policy: Kept) -> Tuple[Tensor, Tensor, Dict[float, Tensor]]:
+    """(T,) log p(blank) and its log-odds, and the norms at other temperatures."""
+    log_blank = F.logsigmoid(columns[:, 0])
+    norms = {tau: log_blank / tau - F.logsigmoid(columns[:, 1 + i]) for i, tau in enumerate(policy.temperatures)}
+    return log_blank, columns[:, 0], norms
 
 
 def in_nucleus(x: TopK, mass: float) -> Tensor:
@@ -186,15 +197,23 @@ def _spread(values: Tensor, counts: Tensor, fill: int) -> Tensor:
     return out
 
 
-def _check(
-    columns: Tensor, frames: Tensor, counts: Tensor, tokens: Tensor, codes: Tensor, policy: Kept, num_tokens: int
-) -> None:
-    """Refuse what :func:`pack` does not make (ValueError)."""
+def _check_sizes(columns: Sequence[Tensor], rows: Sequence[Tensor], codes: Sequence[Tensor], policy: Kept) -> None:
+    """Refuse arrays of other shapes than :func:`pack` makes (ValueError)."""
     for name, wrong in (
-        ("blank", columns.size(1) != 1 + len(policy.temperatures)),
-        ("rows", bool(((frames < 0) | (frames >= len(columns)) | (counts < 1)).any())),
-        ("tokens", len(tokens) != int(counts.sum()) or bool(((tokens < 1) | (tokens >= num_tokens)).any())),
-        ("log_probs", len(codes) != len(tokens) + 2 * len(counts) or bool(((codes < 0) | (codes > NONE)).any())),
+        ("blank", any(x.size(1) != 1 + len(policy.temperatures) for x in columns)),
+        ("rows", any(bool(((r[:, 0] < -0.5) | (r[:, 0] > len(x) - 0.5)).any()) for r, x in zip(rows, columns))),
+        ("log_probs", any(len(x) < 2 * len(r) for x, r in zip(codes, rows))),
     ):
         if wrong:
+            raise ValueError(f"{name}.ark holds no such array")
+
+
+def _check(num_frames: int, frames: Tensor, counts: Tensor, tokens: Tensor, codes: Tensor, num_tokens: int) -> None:
+    """Refuse numbers that :func:`pack` does not write (ValueError)."""
+    for name, wrong in (
+        ("rows", (frames < 0) | (frames >= num_frames) | (counts < 1)),
+        ("tokens", (tokens < 1) | (tokens >= num_tokens)),
+        ("log_probs", (codes < 0) | (codes > NONE)),
+    ):
+        if wrong.any() or len(tokens) != int(counts.sum()) or len(codes) != len(tokens) + 2 * len(counts):
             raise ValueError(f"{name}.ark holds no such array")

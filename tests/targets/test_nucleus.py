@@ -41,7 +41,7 @@ def written_and_read(said, policy, place):
         kaldiio.save_mat(str(file), x, compression_method=compression(name, x, policy))
         back.append(np.array(kaldiio.load_mat(str(file)), dtype=np.float32))
         sizes[name] = file.stat().st_size
-    return unpack(back, policy, said.num_tokens)[0], sizes
+    return unpack([back], policy, said.num_tokens), sizes
 
 
 @pytest.mark.parametrize("mass", [0.5, 0.9, 0.99, 1.0])
@@ -170,7 +170,7 @@ def test_few_frames_and_certain_ones(tokens_on, frames, certain, tmp_path):
     policy = Policy(5, 0.99, tokens_on)
     if frames:
         arrays = pack(said, [], policy)
-        got = unpack(arrays, policy, 9)[0]
+        got = unpack([arrays], policy, 9)
         torch.testing.assert_close(got.log_blank.exp(), said.log_blank.exp(), atol=1e-3, rtol=0)
         assert torch.equal(got.argmax(), said.argmax())
         assert not got[got.log_probs[:, 0] > -torch.inf].remainder_at(1.0).isnan().any()
@@ -202,4 +202,23 @@ def test_arrays_that_do_not_belong_together_are_refused(name, index, value):
     else:
         arrays[place][index] = value
     with pytest.raises(ValueError, match=r"\.ark holds no such array"):
-        unpack(arrays, policy, 40)
+        unpack([arrays], policy, 40)
+
+
+def test_several_utterances_at_once():
+    """Of different lengths, one without a row and one without a frame between."""
+    policy = Policy(12, 0.98, temperatures=(2.0,))
+    said = [compress(logits(n, 40, seed=n), 12, (2.0,)) for n in (30, 1, 7)]
+    arrays = [pack(x, [], policy) for x in said]
+    empty = [a[:0] for a in arrays[0]]
+    assert len(arrays[1][1]) == 0  # a blank frame alone
+    together = unpack([arrays[0], empty, arrays[1], arrays[2]], policy, 40)
+    start = 0
+    for x in (unpack([a], policy, 40) for a in arrays):
+        n, k = x.tokens.shape
+        part = together[slice(start, start + n)]
+        assert torch.equal(part.log_blank, x.log_blank) and torch.equal(part.norms[2.0], x.norms[2.0])
+        assert torch.equal(part.tokens[:, :k], x.tokens) and torch.equal(part.log_probs[:, :k], x.log_probs)
+        assert (part.log_probs[:, k:] == -torch.inf).all()
+        start += n
+    assert start == len(together.log_blank)
