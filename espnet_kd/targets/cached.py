@@ -109,17 +109,17 @@ class CachedTeacher:
         text: Optional[Tensor] = None,
         text_lengths: Optional[Tensor] = None,
     ) -> EncoderOutputs:
-        """What the teacher said of a batch, found by ``utt_ids``; the audio is not looked at.
+        """The targets of a batch, found by ``utt_ids``; the audio is not looked at.
 
         Raises:
             UserError: an utterance is missing or damaged.
         """
-        said = self.read(utt_ids, taps)
+        found = self.read(utt_ids, taps)
         if self.device.type == "cpu":
-            return said
-        logits = said.logits.map(lambda x: x.to(self.device))
-        hidden = {tap: h.to(self.device) for tap, h in said.hidden.items()}
-        return EncoderOutputs(logits, said.lengths.to(self.device), said.frame_shift, hidden)
+            return found
+        logits = found.logits.map(lambda x: x.to(self.device))
+        hidden = {tap: h.to(self.device) for tap, h in found.hidden.items()}
+        return EncoderOutputs(logits, found.lengths.to(self.device), found.frame_shift, hidden)
 
     def read(self, utt_ids: Sequence[str], taps: Sequence[str] = ()) -> EncoderOutputs:
         """The targets of a batch on the CPU (:class:`UserError`: an utterance is missing or damaged)."""

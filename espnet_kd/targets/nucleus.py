@@ -98,12 +98,12 @@ def unpack(each: Sequence[Sequence[np.ndarray]], policy: Kept, num_tokens: int) 
     log_probs = torch.full(all_tokens.shape, -torch.inf)
     if len(frames):
         all_tokens[frames] = _spread(tokens, counts, 0)
-        said = (_normalised(codes, counts) + F.logsigmoid(-odds[frames])[:, None]).float()
+        kept = (_normalised(codes, counts) + F.logsigmoid(-odds[frames])[:, None]).float()
         # Rounding must not change whether blank is the likeliest.
         limit = log_blank[frames]
         above = torch.nextafter(limit, torch.ones_like(limit))
-        said[:, 0] = torch.where(nonblank, torch.maximum(said[:, 0], above), torch.minimum(said[:, 0], limit))
-        log_probs[frames] = said
+        kept[:, 0] = torch.where(nonblank, torch.maximum(kept[:, 0], above), torch.minimum(kept[:, 0], limit))
+        log_probs[frames] = kept
     return TopK(log_blank, all_tokens, log_probs, num_tokens, norms)
 
 

@@ -33,23 +33,23 @@ def logits(frames, num_tokens, seed=0, scale=3.0):
     return x
 
 
-def written_and_read(said, policy, place):
+def written_and_read(targets, policy, place):
     """Through Kaldi's arks, and the bytes that each of them takes."""
     back, sizes = [], {}
-    for name, x in zip(ark_names(policy), pack(said, [], policy)):
+    for name, x in zip(ark_names(policy), pack(targets, [], policy)):
         file = place / name
         kaldiio.save_mat(str(file), x, compression_method=compression(name, x, policy))
         back.append(np.array(kaldiio.load_mat(str(file)), dtype=np.float32))
         sizes[name] = file.stat().st_size
-    return unpack([back], policy, said.num_tokens), sizes
+    return unpack([back], policy, targets.num_tokens), sizes
 
 
 @pytest.mark.parametrize("mass", [0.5, 0.9, 0.99, 1.0])
 def test_as_many_tokens_as_carry_the_mass(mass):
-    said = compress(logits(60, 40), 20)
-    kept = in_nucleus(said, mass)
-    p = said.log_probs.exp()
-    total = said.log_blank.exp() + (p * kept).sum(1)
+    targets = compress(logits(60, 40), 20)
+    kept = in_nucleus(targets, mass)
+    p = targets.log_probs.exp()
+    total = targets.log_blank.exp() + (p * kept).sum(1)
     less = total - (p * kept).where(kept, torch.inf).amin(1)  # without the last one
     counts = kept.sum(1)
     assert (kept == (torch.arange(20) < counts[:, None])).all() and (counts >= 1).all()
@@ -88,15 +88,15 @@ def test_ids_and_frames_come_back_as_they_were(num_tokens, frames, tmp_path):
     """Also where they need more bits, and the largest of all."""
     x = logits(frames, num_tokens)
     x[1, num_tokens - 1] = 30.0
-    said = compress(x, 16)
+    targets = compress(x, 16)
     policy = Policy(16, mass=0.99)
-    got, sizes = written_and_read(said, policy, tmp_path)
-    spoken = said.argmax() != 0
-    assert torch.equal(got.argmax(), said.argmax()) and 0.3 < spoken.float().mean() < 0.7
-    kept = in_nucleus(said[spoken], policy.mass)
-    assert torch.equal(got.tokens[spoken][:, 0], said.tokens[spoken][:, 0])  # the likeliest
-    p = kept * said.log_probs[spoken].exp()
-    expected = torch.zeros(int(spoken.sum()), num_tokens).scatter(1, said.tokens[spoken], p)
+    got, sizes = written_and_read(targets, policy, tmp_path)
+    spoken = targets.argmax() != 0
+    assert torch.equal(got.argmax(), targets.argmax()) and 0.3 < spoken.float().mean() < 0.7
+    kept = in_nucleus(targets[spoken], policy.mass)
+    assert torch.equal(got.tokens[spoken][:, 0], targets.tokens[spoken][:, 0])  # the likeliest
+    p = kept * targets.log_probs[spoken].exp()
+    expected = torch.zeros(int(spoken.sum()), num_tokens).scatter(1, targets.tokens[spoken], p)
     found = torch.zeros_like(expected).scatter(1, got.tokens[spoken], got.log_probs[spoken].exp())
     assert torch.equal(found[:, 1:] > 0, expected[:, 1:] > 0)
     torch.testing.assert_close(found[:, 1:], expected[:, 1:], atol=6e-3, rtol=0)
@@ -127,17 +127,17 @@ def test_ids_in_bytes(num_tokens):
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 2.0])
 @pytest.mark.parametrize("tokens_on", ["nonblank", "all"])
 def test_what_is_read_sums_to_one(tokens_on, temperature, tmp_path):
-    said = compress(logits(200, 50), 12, (temperature,))
+    targets = compress(logits(200, 50), 12, (temperature,))
     temperatures = (temperature,) if temperature != 1 else ()
-    got, _ = written_and_read(said, Policy(12, 0.98, tokens_on, temperatures), tmp_path)
+    got, _ = written_and_read(targets, Policy(12, 0.98, tokens_on, temperatures), tmp_path)
     there = got[got.log_probs[:, 0] > -torch.inf]
-    assert len(there.log_blank) == (200 if tokens_on == "all" else int((said.argmax() != 0).sum()))
+    assert len(there.log_blank) == (200 if tokens_on == "all" else int((targets.argmax() != 0).sum()))
     parts = there.log_blank_at(temperature).exp(), there.log_tokens_at(temperature).exp().sum(1)
     # Of what is rounded apart, log-odds at the two temperatures, a thousandth is left.
     torch.testing.assert_close(sum(parts) + there.remainder_at(temperature), torch.ones(len(there.log_blank)),
                                atol=2e-3 if temperature != 1 else 1e-5, rtol=0)  # fmt: skip
     torch.testing.assert_close(
-        got.log_blank_at(temperature).exp(), said.log_blank_at(temperature).exp(), atol=0.01, rtol=0
+        got.log_blank_at(temperature).exp(), targets.log_blank_at(temperature).exp(), atol=0.01, rtol=0
     )
 
 
@@ -166,16 +166,16 @@ def test_few_frames_and_certain_ones(tokens_on, frames, certain, tmp_path):
     if certain:  # of blank, of a token
         x = torch.full((frames, 9), -torch.inf)
         x[::2, 0], x[1::2, 3] = 0.0, 0.0
-    said = compress(x, 5)
+    targets = compress(x, 5)
     policy = Policy(5, 0.99, tokens_on)
     if frames:
-        arrays = pack(said, [], policy)
+        arrays = pack(targets, [], policy)
         got = unpack([arrays], policy, 9)
-        torch.testing.assert_close(got.log_blank.exp(), said.log_blank.exp(), atol=1e-3, rtol=0)
-        assert torch.equal(got.argmax(), said.argmax())
+        torch.testing.assert_close(got.log_blank.exp(), targets.log_blank.exp(), atol=1e-3, rtol=0)
+        assert torch.equal(got.argmax(), targets.argmax())
         assert not got[got.log_probs[:, 0] > -torch.inf].remainder_at(1.0).isnan().any()
     else:
-        assert [len(a) for a in pack(said, [], policy)] == [0, 0, 0, 0]
+        assert [len(a) for a in pack(targets, [], policy)] == [0, 0, 0, 0]
 
 
 def test_blank_is_the_likeliest_after_rounding_exactly_where_it_was(tmp_path):
@@ -183,10 +183,10 @@ def test_blank_is_the_likeliest_after_rounding_exactly_where_it_was(tmp_path):
     x = torch.full((400, 9), -6.0)
     x[:, 0] = 0.0
     x[:, 2] = torch.linspace(-1e-3, 1e-3, 400)
-    said = compress(x, 5)
+    targets = compress(x, 5)
     for tokens_on in ("nonblank", "all"):
-        got, _ = written_and_read(said, Policy(5, 0.99, tokens_on), tmp_path)
-        assert torch.equal(got.argmax(), said.argmax()) and 0 < (said.argmax() != 0).sum() < 400
+        got, _ = written_and_read(targets, Policy(5, 0.99, tokens_on), tmp_path)
+        assert torch.equal(got.argmax(), targets.argmax()) and 0 < (targets.argmax() != 0).sum() < 400
 
 
 @pytest.mark.parametrize("name, index, value", [
@@ -208,8 +208,8 @@ def test_arrays_that_do_not_belong_together_are_refused(name, index, value):
 def test_several_utterances_at_once():
     """Of different lengths, one without a row and one without a frame between."""
     policy = Policy(12, 0.98, temperatures=(2.0,))
-    said = [compress(logits(n, 40, seed=n), 12, (2.0,)) for n in (30, 1, 7)]
-    arrays = [pack(x, [], policy) for x in said]
+    targets = [compress(logits(n, 40, seed=n), 12, (2.0,)) for n in (30, 1, 7)]
+    arrays = [pack(x, [], policy) for x in targets]
     empty = [a[:0] for a in arrays[0]]
     assert len(arrays[1][1]) == 0  # a blank frame alone
     together = unpack([arrays[0], empty, arrays[1], arrays[2]], policy, 40)
