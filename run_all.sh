@@ -23,7 +23,7 @@ same teacher, with the same seed and epochs; at the end decoding, a verdict for 
   --methods  pages of conf/methods by name, paths of pages, or all: every page that the recipe can run
   --seeds    default 0
   --jobs     runs side by side; default 2 where there are two CPU cores and --ngpu is 0, else 1. Small models may
-             share a GPU: --ngpu 1 --jobs 3
+             share a GPU, by how much faster is not measured: --ngpu 1 --jobs 3
   --recipe   a directory of egs2, default mini
 A method whose student has to be another one has conf/train_student_METHOD.yaml in the recipe, and a plain student of
 that file to be compared with. A failed run is named at the end; the others go on.

@@ -30,7 +30,7 @@ class TopK:
     """
 
     log_blank: Tensor  #: (B, T)
-    tokens: Tensor  #: (B, T, k) int64, the likeliest first
+    tokens: Tensor  #: (B, T, k) int64; the first is the likeliest, the others are in any order
     log_probs: Tensor  #: (B, T, k); −∞ where none was kept, and there token 0
     num_tokens: int  #: V
     #: Temperature τ other than 1 → (B, T) log Σ_k p(k)^(1/τ), which makes the posterior at τ exact.

@@ -102,7 +102,8 @@ class Sandbox:
             shutil.copytree(ROOT / "egs2", tree / "egs2", symlinks=True, ignore=produced)
             shutil.copytree(ROOT / "tests/benchmarks", tree / "tests/benchmarks")
             shutil.copytree(ROOT / "conf", tree / "conf")
-            for name in ("run_all.sh", "tests/run.sh"):
+            (tree / "tests/gpu").mkdir()
+            for name in ("run_all.sh", "tests/run.sh", "tests/gpu/run.sh"):
                 shutil.copy(ROOT / name, tree / name)
             # What the reader has: a student's YAML, a checkout of ESPnet.
             shutil.copy(ROOT / "egs2/mini/asr_kd1/conf/train_student.yaml", tree)
@@ -179,8 +180,8 @@ class Sandbox:
         elif name == "./run_all.sh":
             self.check_run_all(words, call.place)
         else:
-            assert (name, call.place) == ("./tests/run.sh", "."), f"unknown command {name} {words}"
-            self.check_help("tests/run.sh")  # its further words are pytest's
+            assert name in ("./tests/run.sh", "./tests/gpu/run.sh") and call.place == ".", f"unknown: {name} {words}"
+            self.check_help(name.removeprefix("./"))  # further words are pytest's
 
     def check_help(self, script: str) -> str:
         done = self.bash(f"./{script} --help", ".", stubs=False)

@@ -32,8 +32,8 @@ def run(*commands, cwd=None):
     argv = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, cwd=cwd)
     assert done.returncode == 0, done.stderr
-    said, _, modules = done.stdout.rpartition("found ")
-    return said, set(json.loads(modules))
+    printed, _, modules = done.stdout.rpartition("found ")
+    return printed, set(json.loads(modules))
 
 
 def unwanted(modules):
@@ -47,12 +47,12 @@ def unwanted(modules):
 def test_every_page_is_checked_without_torch(capsys):
     """And is found to need what it is found to need with torch."""
     pages = list_pages()
-    said, modules = run(*(("espnet_kd.bin.asr_kd_page", [page]) for page in pages))
+    printed, modules = run(*(("espnet_kd.bin.asr_kd_page", [page]) for page in pages))
     assert unwanted(modules) == []
     assert len(modules) < 700
     for page in pages:
         asr_kd_page.main([page])
-    assert said == capsys.readouterr().out
+    assert printed == capsys.readouterr().out
 
 
 def test_page_with_mistakes_is_refused_without_torch(tmp_path):
@@ -70,8 +70,8 @@ def test_objective_from_outside_that_needs_torch(tmp_path):
     (tmp_path / "outside.py").write_text(OBJECTIVE)
     page = {"stages": [{"objectives": [{"objective": "outside.Mine", "height": 2.0}, {"objective": "factorized_kl"}]}]}
     (tmp_path / "page.yaml").write_text(yaml.safe_dump(page))
-    said, modules = run(("espnet_kd.bin.asr_kd_page", ["page.yaml"]), cwd=tmp_path)
-    assert "teacher=required" in said and "torch" in modules
+    printed, modules = run(("espnet_kd.bin.asr_kd_page", ["page.yaml"]), cwd=tmp_path)
+    assert "teacher=required" in printed and "torch" in modules
 
 
 @pytest.mark.parametrize("what", ["score", "watch"])

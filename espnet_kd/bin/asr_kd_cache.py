@@ -33,7 +33,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--mass", type=float, default=0.995, help="tokens of a frame are kept until, with blank, they have this share"
     )
-    parser.add_argument("--top_k", type=int, default=128, help="the most that are kept of a frame, blank apart")
+    parser.add_argument("--top_k", type=int, default=96, help="the most that are kept of a frame, blank apart")
     parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="0: CPU, 1: GPU")
     parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio in a batch, padding included")
     parser.add_argument("--nj", type=int, default=1, help="batches at the same time; 1 on a GPU")

@@ -23,7 +23,7 @@ from espnet_kd.late import Later
 
 @dataclass(frozen=True)
 class _Step:
-    """One forward of the model, as a message tells it."""
+    """One forward of the model, for a message."""
 
     epoch: int
     number: int
@@ -33,12 +33,12 @@ class _Step:
 
     def __str__(self) -> str:
         parts = {k: float(v) for k, v in self.parts.items() if k.startswith("loss") and v is not None}
-        said = ", ".join(f"{k} {v}" for k, v in parts.items() if not abs(v) < float("inf"))
+        losses = ", ".join(f"{k} {v}" for k, v in parts.items() if not abs(v) < float("inf"))
         utt_ids = self.batch.get("utt_id", ())
         silent = [u for u, x in zip(utt_ids, self.batch.get("speech", ())) if not torch.isfinite(x).all()]
         of = f"the audio of {', '.join(silent)}" if silent else f"utterances {', '.join(utt_ids)}"
         step = f"step {self.number}" if self.training else "validation"
-        return f"epoch {self.epoch}, {step}: the loss is not finite ({said}), {of}"
+        return f"epoch {self.epoch}, {step}: the loss is not finite ({losses}), {of}"
 
 
 class NonFiniteLosses:
@@ -50,7 +50,7 @@ class NonFiniteLosses:
             diverged exceeds any limit in the same one.
         progress: names epoch and step.
 
-    On a GPU, where looking at once would be a wait, a step is told of when a later one begins.
+    On a GPU, where looking at once would be a wait, a step is reported when a later one begins.
     """
 
     def __init__(self, limit: int, progress: Progress):
@@ -67,7 +67,7 @@ class NonFiniteLosses:
         model.register_forward_hook(self._check, with_kwargs=True)
 
     def finish(self) -> None:
-        """Tell of the last steps too (:class:`UserError` as above)."""
+        """Report the last steps too (:class:`UserError` as above)."""
         self._later.finish()
 
     def _remember(self, model: torch.nn.Module, args: Tuple[Any, ...]) -> None:

@@ -9,8 +9,8 @@ A cache is a directory::
                          line, sorted
       blank.ark .scp     how likely blank is, of every frame; 16 bits a number, scaled by the utterance's range
       rows.ark .scp      which frames have tokens, and how many; 16 bits a number
-      tokens.ark .scp    the ids of these tokens; 16 bits each, 32 of vocabularies above 65,536
-      log_probs.ark .scp how likely they are; 8 bits each
+      tokens.ark .scp    the ids of these tokens; 8 to 16 bits each, 32 of vocabularies above 65,536
+      log_probs.ark .scp how likely they are, against each other; 8 bits each
       encoder.3.ark .scp (T, D) hidden states of a tap, in Kaldi's 8-bit compression
 
 The arks are Kaldi's, so that other tools read them; :mod:`espnet_kd.targets.nucleus` says what the numbers mean. Files

@@ -161,8 +161,10 @@ def is_whole(shard: Path, manifest: Manifest, utterances: Sequence[Utterance]) -
 
 def compression(name: str, x: np.ndarray, policy: Policy) -> Optional[int]:
     """How kaldiio compresses an array of an ark; None: not at all."""
-    if name in ("rows", "tokens"):  # in float32 where there are more than 16 bits hold
-        return SIXTEEN_BIT_INTEGERS if x.max() < 2**15 else None
+    if name in ("rows", "tokens"):  # whole numbers, exact in any case
+        if x.min() >= 0 and x.max() < 2**8:
+            return EIGHT_BIT_INTEGERS
+        return SIXTEEN_BIT_INTEGERS if x.min() >= -(2**15) and x.max() < 2**15 else None
     return {"blank": SIXTEEN_BITS, "log_probs": EIGHT_BIT_INTEGERS}.get(name, EIGHT_BITS)
 
 

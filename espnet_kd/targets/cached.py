@@ -12,11 +12,13 @@ from torch import Tensor
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines
+from espnet_kd.frames import valid
 from espnet_kd.targets.cache import (
     MEND,
     TOKENS,
     Entry,
     PathLike,
+    ark_names,
     hash_tokens,
     read_arrays,
     read_index,
@@ -107,29 +109,31 @@ class CachedTeacher:
         text: Optional[Tensor] = None,
         text_lengths: Optional[Tensor] = None,
     ) -> EncoderOutputs:
-        """What the teacher said of a batch, found by ``utt_ids``; the audio is not looked at.
+        """The targets of a batch, found by ``utt_ids``; the audio is not looked at.
 
         Raises:
             UserError: an utterance is missing or damaged.
         """
-        said = self.read(utt_ids, taps)
+        found = self.read(utt_ids, taps)
         if self.device.type == "cpu":
-            return said
-        logits = said.logits.map(lambda x: x.to(self.device))
-        hidden = {tap: h.to(self.device) for tap, h in said.hidden.items()}
-        return EncoderOutputs(logits, said.lengths.to(self.device), said.frame_shift, hidden)
+            return found
+        logits = found.logits.map(lambda x: x.to(self.device))
+        hidden = {tap: h.to(self.device) for tap, h in found.hidden.items()}
+        return EncoderOutputs(logits, found.lengths.to(self.device), found.frame_shift, hidden)
 
     def read(self, utt_ids: Sequence[str], taps: Sequence[str] = ()) -> EncoderOutputs:
         """The targets of a batch on the CPU (:class:`UserError`: an utterance is missing or damaged)."""
-        found = [self._read(utt_id) for utt_id in utt_ids]
-        lengths = torch.tensor([len(x.log_blank) for x, _ in found])
+        each = [self._read(utt_id) for utt_id in utt_ids]
+        lengths = torch.tensor([len(arrays[0]) for arrays in each])
+        logits = pad(self._unpack(utt_ids, each), lengths)
         hidden = {}
         for tap in set(taps):
-            each = [h[self.policy.taps.index(tap)] for _, h in found]
+            place = len(ark_names(self.policy)) - len(self.policy.taps) + self.policy.taps.index(tap)
+            states = [torch.from_numpy(arrays[place]) for arrays in each]
             # Of an utterance without frames there is no array, hence no width.
-            each = [h if len(h) else h.new_zeros(0, self.hidden_size) for h in each]
-            hidden[tap] = torch.nn.utils.rnn.pad_sequence(each, batch_first=True)
-        return EncoderOutputs(together([x for x, _ in found]), lengths, self.frame_shift, hidden)
+            states = [h if len(h) else h.new_zeros(0, self.hidden_size) for h in states]
+            hidden[tap] = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
+        return EncoderOutputs(logits, lengths, self.frame_shift, hidden)
 
     def _find(self, utt_id: str) -> Optional[int]:
         key = utt_id.encode()
@@ -138,38 +142,49 @@ class CachedTeacher:
         i = int(np.searchsorted(self._ids, key))
         return i if i < len(self._ids) and self._ids[i] == key else None
 
-    def _read(self, utt_id: str) -> Tuple[TopK, List[Tensor]]:
+    def _read(self, utt_id: str) -> List[np.ndarray]:
+        """The arrays of an utterance."""
+        shard, entry = self._entry(utt_id)
+        return read_arrays(shard, self.policy, entry)
+
+    def _entry(self, utt_id: str) -> Tuple[Path, Entry]:
+        """Where an utterance lies."""
         i = self._find(utt_id)
         if i is None:
             raise UserError(f"utterance '{utt_id}' is not in the target cache {self.path}; make it for this data")
         number, frames, rows, crc, *offsets = (int(n) for n in self._numbers[i])
         entry = Entry(utt_id, frames, rows, crc, tuple(None if o < 0 else o for o in offsets))
-        shard = shard_dir(self.path, number)
-        arrays = read_arrays(shard, self.policy, entry)
+        return shard_dir(self.path, number), entry
+
+    def _unpack(self, utt_ids: Sequence[str], each: Sequence[List[np.ndarray]]) -> TopK:
+        """The frames of all utterances, one after another."""
         try:
-            return unpack(arrays, self.policy, self.manifest.num_tokens)
+            return unpack(each, self.policy, self.manifest.num_tokens)
         except ValueError as e:
-            raise UserError(f"{shard}: the targets of '{utt_id}' are damaged ({e}); {MEND}") from e
+            if len(each) > 1:
+                for utt_id, arrays in zip(utt_ids, each):  # whose fault it is
+                    self._unpack([utt_id], [arrays])
+            raise UserError(
+                f"{self._entry(utt_ids[0])[0]}: the targets of '{utt_ids[0]}' are damaged ({e}); {MEND}"
+            ) from e
 
 
-def together(each: Sequence[TopK]) -> TopK:
-    """One batch (B, T, k) of utterances (T_i, k_i). Padding has no token, and p(blank) 1.
+def pad(x: TopK, lengths: Tensor) -> TopK:
+    """A batch (B, T, k) of utterances' frames that lie one after another. Padding has no token, and p(blank) 1.
 
     k is a multiple of 16, or all tokens: few different sizes, for each of which a kernel is compiled on a GPU.
     """
-    most = max(x.tokens.size(-1) for x in each)
-    k = min(-(-most // 16) * 16, max(each[0].num_tokens - 1, most))
+    k = x.tokens.size(-1)
+    wide = max(min(-(-k // 16) * 16, x.num_tokens - 1), k)
+    inside = valid(lengths, int(lengths.max()))
 
-    def pad(get: Callable[[TopK], Tensor], fill: float) -> Tensor:
-        parts = [get(x) for x in each]
-        shape = [k] if parts[0].dim() > 1 else []
-        out = parts[0].new_full((len(parts), max(map(len, parts)), *shape), fill)
-        for row, part in zip(out, parts):
-            row[tuple(slice(n) for n in part.shape)] = part
+    def spread(values: Tensor, fill: float) -> Tensor:
+        out = values.new_full((*inside.shape, *([wide] if values.dim() > 1 else [])), fill)
+        if values.dim() > 1:
+            out[..., :k][inside] = values
+        else:
+            out[inside] = values
         return out
 
-    norms = {tau: pad(lambda x, tau=tau: x.norms[tau], 0.0) for tau in each[0].norms}
-    return TopK(
-        pad(lambda x: x.log_blank, 0.0), pad(lambda x: x.tokens, 0), pad(lambda x: x.log_probs, -torch.inf),
-        each[0].num_tokens, norms,
-    )  # fmt: skip
+    norms = {tau: spread(norm, 0.0) for tau, norm in x.norms.items()}
+    return TopK(spread(x.log_blank, 0.0), spread(x.tokens, 0), spread(x.log_probs, -torch.inf), x.num_tokens, norms)

@@ -1,7 +1,7 @@
 """What a step needs beside its batch, read and laid out where ESPnet loads its data: in the data loader's workers.
 
 A worker prepares batches while the training process computes, and its failures end the training. With a batch come what
-a target cache says of it, and as Python's numbers the lengths of its labels, which to ask a GPU for would be a wait.
+a target cache holds of it, and as Python's numbers the lengths of its labels, which to ask a GPU for would be a wait.
 """
 
 from __future__ import annotations
@@ -84,13 +84,14 @@ class Brought:
         return from_plain(plain) if plain is not None and set(taps) <= plain["hidden"].keys() else None
 
 
-def to_plain(said: EncoderOutputs) -> Dict[str, Any]:
+def to_plain(targets: EncoderOutputs) -> Dict[str, Any]:
     """Cached targets as a dictionary of tensors and numbers, which loader, pinning and ESPnet's ``to_device`` know."""
-    x = said.logits
+    x = targets.logits
     assert isinstance(x, TopK)
     return {
         "log_blank": x.log_blank, "tokens": x.tokens, "log_probs": x.log_probs, "num_tokens": x.num_tokens,
-        "norms": dict(x.norms), "lengths": said.lengths, "frame_shift": said.frame_shift, "hidden": dict(said.hidden),
+        "norms": dict(x.norms), "lengths": targets.lengths, "frame_shift": targets.frame_shift,
+        "hidden": dict(targets.hidden),
     }  # fmt: skip
 
 

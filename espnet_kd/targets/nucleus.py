@@ -4,16 +4,21 @@ What is kept is exact but for rounding. Of an utterance of T frames, N of them w
 
     blank      (T, 1 + n)  log p/(1−p) of blank, at temperature 1 and at n others; within ±60, off by at most 0.001
     rows       (N, 2)      the frame, and how many tokens it has, negative where blank is likelier than any of them
-    tokens     (M, 1)      their ids, those of a frame after each other, the likeliest first; less 32768 where V ≤ 65536
-    log_probs  (M + N, 1)  codes 0…255 of log p(token | not blank), then of the remainder of each row; 255 there: none
+    tokens     (L, 1)      their ids, those of a frame after each other, the likeliest and then the others by their ids;
+                           less 32768 where V ≤ 65536. Where V ≤ 1024, L ≥ M bytes: how many ids are passed over from
+                           the one before (of the first two of a frame from blank), 255 and a further byte for more
+    log_probs  (M + 2N, 1) codes 0…255: how likely they are, how likely the remainder of each row is, the span of each
 
-Code c is −12 · (c/255)² nats: a probability is off by at most 0.006, one of 0.001 by 4 % of itself. What is rounded is
-made to sum to 1 again when it is read.
+A row's span is 12/255 nats times its code, and code c of a token, or of all others together, lies span · (c/254)² nats
+below the likeliest of its row; 255 is "none". So a token that is x nats below the likeliest is off by at most
+√(span · x)/254 of its probability: with the largest span by 1.4 % for one a third as likely, by 5 % for the least that
+is kept. Only ratios are written; what is read sums to 1.
 """
 
 from __future__ import annotations
 
-from typing import List, Protocol, Sequence, Tuple
+from dataclasses import replace
+from typing import Dict, List, Protocol, Sequence, Tuple
 
 import numpy as np
 import torch
@@ -24,10 +29,10 @@ from espnet_kd.topk import TopK
 
 #: A token less likely than exp(−SPAN) of those that are not blank is never kept, unless it is the likeliest.
 SPAN = 12.0
-LEVELS = 255
+NONE, LEVELS = 255, 254
 LIMIT = 60.0  #: of log-odds, in nats
 OFFSET = 2**15  #: Kaldi's integers of 16 bits have a sign
-SMALL_VOCABULARY = 2**16
+IN_BYTES, IN_16_BITS = 2**10, 2**16  #: the largest vocabularies of which ids are written so
 
 
 class Kept(Protocol):
@@ -45,10 +50,13 @@ def pack(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np.ndarray
     there = torch.ones_like(nonblank) if policy.tokens_on == "all" else nonblank
     some = x[there]
     kept = in_nucleus(some, policy.mass)
+    some, kept = _by_id(some, kept)
     inner = _inner(some)
     counts = kept.sum(1)
-    rest = (1 - inner.masked_fill(~kept, -torch.inf).double().exp().sum(1)).clamp(min=0).log()
-    codes = torch.cat([quantise(inner[kept]), quantise(rest.float())])
+    inner = inner.masked_fill(~kept, -torch.inf).double()
+    rest = (1 - inner.exp().sum(1)).clamp(min=0).log()
+    coded, spans = quantise(torch.cat([inner, rest[:, None]], 1))
+    codes = torch.cat([coded[:, :-1][kept], coded[:, -1], spans])
     odds = (x.log_blank - x.log_nonblank_at(1.0)).clamp(-LIMIT, LIMIT)
     columns = [odds]
     for tau in policy.temperatures:
@@ -60,39 +68,50 @@ def pack(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np.ndarray
         will_be = ((_normalised(codes, counts) + mass).double() / tau).exp().sum(1)
         total[there] = (total[there] - was).clamp(min=0) + will_be
         columns.append((scaled - total.log()).clamp(-LIMIT, LIMIT).float())
-    offset = OFFSET if x.num_tokens <= SMALL_VOCABULARY else 0
     rows = torch.stack([there.nonzero()[:, 0], torch.where(nonblank[there], counts, -counts)], 1)
-    written = [torch.stack(columns, 1), rows, (some.tokens[kept] - offset)[:, None], codes[:, None]]
+    ids = write_ids(some.tokens[kept], counts, x.num_tokens)
+    written = [torch.stack(columns, 1), rows, ids[:, None], codes[:, None]]
     return [*(y.float().numpy() for y in written), *hidden]
 
 
-def unpack(arrays: Sequence[np.ndarray], policy: Kept, num_tokens: int) -> Tuple[TopK, List[Tensor]]:
-    """The inverse of :func:`pack`: a :class:`TopK` of T frames, with the tokens of the longest row, and hidden states.
+def unpack(each: Sequence[Sequence[np.ndarray]], policy: Kept, num_tokens: int) -> TopK:
+    """The inverse of :func:`pack` for several utterances: a :class:`TopK` of all their frames, one after another, with
+    the tokens of the longest row. At once, because utterance by utterance the calls would take longer than the work.
 
     Raises:
         ValueError: arrays that do not belong together.
     """
-    columns, rows, tokens, codes, *hidden = map(torch.from_numpy, arrays)
+    columns, rows, tokens, codes = ([torch.from_numpy(arrays[i]) for arrays in each] for i in range(4))
+    _check_sizes(columns, rows, codes, policy)
+    first = np.cumsum([0, *map(len, columns)]).tolist()
     # Rounded: 16 bits come back a few thousandths off the whole number.
-    rows, tokens, codes = (x.round().long() for x in (rows, tokens[:, 0], codes[:, 0]))
-    tokens = tokens + (OFFSET if num_tokens <= SMALL_VOCABULARY else 0)
-    frames, counts, nonblank = rows[:, 0], rows[:, 1].abs(), rows[:, 1] > 0
-    _check(columns, frames, counts, tokens, codes, policy, num_tokens)
-    odds = columns[:, 0]
-    log_blank = F.logsigmoid(odds)
-    norms = {tau: log_blank / tau - F.logsigmoid(columns[:, 1 + i]) for i, tau in enumerate(policy.temperatures)}
+    frames = torch.cat([x[:, 0] + start for x, start in zip(rows, first)]).round().long()
+    counts = torch.cat([x[:, 1] for x in rows]).round().long()
+    parts = [x[:, 0].split([len(x) - 2 * len(r), len(r), len(r)]) for x, r in zip(codes, rows)]
+    codes = torch.cat([part for place in range(3) for part in (p[place] for p in parts)]).round().long()
+    log_blank, odds, norms = _read_blank(torch.cat(columns), policy)
+    nonblank, counts = counts > 0, counts.abs()
+    tokens = read_ids(torch.cat(tokens)[:, 0].round().long(), counts, num_tokens)
+    _check(len(odds), frames, counts, tokens, codes, num_tokens)
     width = max(int(counts.max()), 1) if len(counts) else 1
-    all_tokens = torch.zeros(len(columns), width, dtype=torch.int64)
+    all_tokens = torch.zeros(len(odds), width, dtype=torch.int64)
     log_probs = torch.full(all_tokens.shape, -torch.inf)
-    if len(rows):
+    if len(frames):
         all_tokens[frames] = _spread(tokens, counts, 0)
-        said = (_normalised(codes, counts) + F.logsigmoid(-odds[frames])[:, None]).float()
+        kept = (_normalised(codes, counts) + F.logsigmoid(-odds[frames])[:, None]).float()
         # Rounding must not change whether blank is the likeliest.
         limit = log_blank[frames]
         above = torch.nextafter(limit, torch.ones_like(limit))
-        said[:, 0] = torch.where(nonblank, torch.maximum(said[:, 0], above), torch.minimum(said[:, 0], limit))
-        log_probs[frames] = said
-    return TopK(log_blank, all_tokens, log_probs, num_tokens, norms), hidden
+        kept[:, 0] = torch.where(nonblank, torch.maximum(kept[:, 0], above), torch.minimum(kept[:, 0], limit))
+        log_probs[frames] = kept
+    return TopK(log_blank, all_tokens, log_probs, num_tokens, norms)
+
+
+def _read_blank(columns: Tensor, policy: Kept) -> Tuple[Tensor, Tensor, Dict[float, Tensor]]:
+    """(T,) log p(blank) and its log-odds, and the norms at other temperatures."""
+    log_blank = F.logsigmoid(columns[:, 0])
+    norms = {tau: log_blank / tau - F.logsigmoid(columns[:, 1 + i]) for i, tau in enumerate(policy.temperatures)}
+    return log_blank, columns[:, 0], norms
 
 
 def in_nucleus(x: TopK, mass: float) -> Tensor:
@@ -104,14 +123,59 @@ def in_nucleus(x: TopK, mass: float) -> Tensor:
     return kept
 
 
-def quantise(log_p: Tensor) -> Tensor:
-    """Codes 0…255 of log-probabilities, int64."""
-    return (-log_p / SPAN).clamp(0, 1).sqrt().mul(LEVELS).round().long()
+def write_ids(tokens: Tensor, counts: Tensor, num_tokens: int) -> Tensor:
+    """(L,) what is written of the ids (M,) of rows, ``counts`` of them each, the second of a row and on in order."""
+    if num_tokens > IN_BYTES:
+        return tokens - (OFFSET if num_tokens <= IN_16_BITS else 0)
+    before = torch.cat([tokens.new_zeros(1), tokens])[:-1].masked_fill(_places(counts) < 2, 0)
+    passed = tokens - before - 1
+    ends = (passed // NONE + 1).cumsum(0)
+    out = tokens.new_full((int(ends[-1]) if len(ends) else 0,), NONE)
+    out[ends - 1] = passed % NONE
+    return out
 
 
-def dequantise(codes: Tensor) -> Tensor:
-    """Log-probabilities of codes, float64."""
-    return -SPAN * (codes.double() / LEVELS).square()
+def read_ids(written: Tensor, counts: Tensor, num_tokens: int) -> Tensor:
+    """The inverse of :func:`write_ids` (ValueError: it is not)."""
+    if num_tokens > IN_BYTES:
+        return written + (OFFSET if num_tokens <= IN_16_BITS else 0)
+    ends = (written != NONE).nonzero()[:, 0]
+    if len(ends) != int(counts.sum()) or (len(written) and written[-1] == NONE):
+        raise ValueError("tokens.ark holds no such array")
+    total = written.cumsum(0)[ends] + torch.arange(1, len(ends) + 1)
+    steps = torch.diff(total, prepend=total.new_zeros(1))
+    place = _places(counts)
+    firsts = (torch.arange(len(ends)) - place).clamp(max=max(len(ends) - 1, 0))
+    return torch.where(place == 0, steps, total - total[firsts])
+
+
+def _places(counts: Tensor) -> Tensor:
+    """(M,) of each token its place in its row, from 0."""
+    starts = counts.cumsum(0) - counts
+    return torch.arange(int(counts.sum())) - starts.repeat_interleave(counts)
+
+
+def _by_id(x: TopK, kept: Tensor) -> Tuple[TopK, Tensor]:
+    """Rows with their likeliest token first, the others that are kept by their ids, the rest last."""
+    key = x.tokens.masked_fill(~kept, x.num_tokens)
+    key[:, :1] = 0
+    order = key.argsort(dim=1, stable=True)
+    return replace(x, tokens=x.tokens.gather(1, order), log_probs=x.log_probs.gather(1, order)), kept.gather(1, order)
+
+
+def quantise(log_p: Tensor) -> Tuple[Tensor, Tensor]:
+    """Codes (N, k) of rows of log-probabilities, and the codes of their spans (N,); int64."""
+    below = log_p.amax(1, keepdim=True) - log_p
+    there = below <= SPAN  # not −∞, nor of a remainder that is next to nothing
+    spans = (below.masked_fill(~there, 0.0).amax(1) / SPAN * NONE).ceil().long()
+    codes = (below * NONE / SPAN / spans.clamp(min=1)[:, None]).clamp(0, 1).sqrt().mul(LEVELS).round().long()
+    return codes.masked_fill(~there, NONE), spans
+
+
+def dequantise(codes: Tensor, spans: Tensor) -> Tensor:
+    """(N, k) log-probabilities that sum to 1, float64; −∞ where there is none."""
+    below = spans.double()[:, None] * SPAN / NONE * (codes.double() / LEVELS).square()
+    return (-below).masked_fill(codes == NONE, -torch.inf).log_softmax(1)
 
 
 def _inner(x: TopK) -> Tensor:
@@ -121,13 +185,11 @@ def _inner(x: TopK) -> Tensor:
 
 def _normalised(codes: Tensor, counts: Tensor) -> Tensor:
     """(N, k) log p(token | not blank) of N rows' codes, which with the remainder sum to 1; −∞ where there is none."""
-    rest = codes[len(codes) - len(counts) :]
-    log_p = _spread(dequantise(codes[: len(codes) - len(counts)]), counts, -torch.inf)
-    log_rest = dequantise(rest).masked_fill(rest == LEVELS, -torch.inf)
-    return log_p - torch.cat([log_p, log_rest[:, None]], 1).logsumexp(1, keepdim=True)
+    tokens, rest, spans = codes.split([len(codes) - 2 * len(counts), len(counts), len(counts)])
+    return dequantise(torch.cat([_spread(tokens, counts, NONE), rest[:, None]], 1), spans)[:, :-1]
 
 
-def _spread(values: Tensor, counts: Tensor, fill: float) -> Tensor:
+def _spread(values: Tensor, counts: Tensor, fill: int) -> Tensor:
     """(N, most) of M values, ``counts`` of them a row."""
     most = int(counts.max()) if len(counts) else 0
     out = values.new_full((len(counts), most), fill)
@@ -135,15 +197,23 @@ def _spread(values: Tensor, counts: Tensor, fill: float) -> Tensor:
     return out
 
 
-def _check(
-    columns: Tensor, frames: Tensor, counts: Tensor, tokens: Tensor, codes: Tensor, policy: Kept, num_tokens: int
-) -> None:
-    """Refuse what :func:`pack` does not make (ValueError)."""
+def _check_sizes(columns: Sequence[Tensor], rows: Sequence[Tensor], codes: Sequence[Tensor], policy: Kept) -> None:
+    """Refuse arrays of other shapes than :func:`pack` makes (ValueError)."""
     for name, wrong in (
-        ("blank", columns.size(1) != 1 + len(policy.temperatures)),
-        ("rows", bool(((frames < 0) | (frames >= len(columns)) | (counts < 1)).any())),
-        ("tokens", len(tokens) != int(counts.sum()) or bool(((tokens < 1) | (tokens >= num_tokens)).any())),
-        ("log_probs", len(codes) != len(tokens) + len(counts) or bool(((codes < 0) | (codes > LEVELS)).any())),
+        ("blank", any(x.size(1) != 1 + len(policy.temperatures) for x in columns)),
+        ("rows", any(bool(((r[:, 0] < -0.5) | (r[:, 0] > len(x) - 0.5)).any()) for r, x in zip(rows, columns))),
+        ("log_probs", any(len(x) < 2 * len(r) for x, r in zip(codes, rows))),
     ):
         if wrong:
+            raise ValueError(f"{name}.ark holds no such array")
+
+
+def _check(num_frames: int, frames: Tensor, counts: Tensor, tokens: Tensor, codes: Tensor, num_tokens: int) -> None:
+    """Refuse numbers that :func:`pack` does not write (ValueError)."""
+    for name, wrong in (
+        ("rows", (frames < 0) | (frames >= num_frames) | (counts < 1)),
+        ("tokens", (tokens < 1) | (tokens >= num_tokens)),
+        ("log_probs", (codes < 0) | (codes > NONE)),
+    ):
+        if wrong.any() or len(tokens) != int(counts.sum()) or len(codes) != len(tokens) + 2 * len(counts):
             raise ValueError(f"{name}.ark holds no such array")

@@ -28,7 +28,7 @@ from espnet_kd.distill.objectives import lay_on
 from espnet_kd.losses import factorized_kl
 from espnet_kd.targets.cache import Policy, ark_names
 from espnet_kd.targets.cache_writer import compression
-from espnet_kd.targets.cached import together
+from espnet_kd.targets.cached import pad
 from espnet_kd.targets.encode import EncoderOutputs, measure_frame_shift
 from espnet_kd.targets.experiment import find_experiment, load_model
 from espnet_kd.targets.nucleus import pack, unpack
@@ -88,7 +88,7 @@ class Way:
                 ark.seek(len(f"{utt_id} ".encode()))
                 x = np.array(kaldiio.matio.read_kaldi(ark), dtype=np.float32)
             back.append(x)
-        return unpack(back, policy, logits.size(-1))[0]
+        return unpack([back], policy, logits.size(-1))
 
     def row(self, full: float, norm: float, frames: int, spoken: int, frame_shift: float) -> Tuple[str, bool, float]:
         """A line of the table, whether it is within 1 %, and its bytes per frame at 40 ms."""
@@ -97,6 +97,19 @@ class Way:
         at_40_ms = self.blank_bytes / frames + self.row_bytes / (frames * frame_shift) * 0.04
         cells = f"{self.name} | {self.tokens / max(spoken, 1):.1f} | {100 * errors[0]:.2f} % | {100 * errors[1]:.2f} %"
         return f"| {cells} | {size:.1f} | {at_40_ms:.1f} |", max(errors) <= WITHIN, at_40_ms
+
+
+def together(each: Sequence[TopK], lengths: Tensor) -> TopK:
+    """A batch of utterances."""
+    k = max(x.tokens.size(-1) for x in each)
+    fill = {torch.int64: 0, torch.float32: -torch.inf}
+
+    def widen(x: Tensor) -> Tensor:
+        return x if x.dim() == 1 else torch.nn.functional.pad(x, (0, k - x.size(1)), value=fill[x.dtype])
+
+    wide = [x.map(widen) for x in each]
+    names = ("log_blank", "tokens", "log_probs")
+    return pad(TopK(*(torch.cat([getattr(x, n) for x in wide]) for n in names), each[0].num_tokens), lengths)
 
 
 def value_and_gradient(student: Tensor, teacher: Posterior, lengths: Tensor) -> Tuple[float, Tensor]:
@@ -130,7 +143,7 @@ def measure(args: argparse.Namespace) -> List[str]:
         frames += sum(map(len, each))
         spoken += sum(int((x.argmax(-1) != 0).sum()) for x in each)
         for way in ways:
-            kept = together([way.keep(u.utt_id, x) for u, x in zip(batch, each)])
+            kept = together([way.keep(u.utt_id, x) for u, x in zip(batch, each)], of_teacher.lengths)
             laid = lay_on(of_student, replace(of_teacher, logits=kept), "least_blank")
             value, other = value_and_gradient(of_student.logits, laid.logits, laid.lengths)
             way.difference += value - reference
@@ -162,7 +175,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument(
         "--mass", type=float, nargs="+", default=[0.9, 0.95, 0.98, 0.99, 0.995, 0.997, 0.998, 0.999, 0.9995]
     )
-    parser.add_argument("--top_k", type=int, default=128, help="the most tokens of a nucleus")
+    parser.add_argument("--top_k", type=int, default=96, help="the most tokens of a nucleus")
     parser.add_argument("--most", type=int, default=100, help="utterances, spread over the data dir; 0: all")
     args = parser.parse_args(argv)
     torch.set_num_threads(1)

@@ -41,7 +41,8 @@ def say_blank(self, utt_ids, *args, **kwargs):
     sizes.append(len(utt_ids))
     return result
 
-def without_transcripts(self, speech, speech_lengths, text, text_lengths, **kwargs):
+def without_transcripts(self, speech, speech_lengths, text, text_lengths, kd=None, **kwargs):
+    # ``kd``: what the data loader has brought, such as the lengths of the transcripts
     return forward(self, speech, speech_lengths, text[:, :0], torch.zeros_like(text_lengths), **kwargs)
 
 forward = ESPnetASRKDModel.forward

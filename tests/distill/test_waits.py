@@ -102,7 +102,7 @@ def test_no_page_makes_the_host_wait(name, cached, teacher_dir, tmp_path):
             batch[BROUGHT]["targets"] = to_plain(compressed(teacher, tiny_kd.batch(), model))
             model.teacher = copy.copy(teacher)
             model.teacher.targets = None  # not asked
-        # The second step: in the first a teacher has not yet been heard of these utterances.
+        # The second step: in the first the teacher's targets of these utterances are not yet kept.
         waits, loss = step(model, batch, count=2)
         assert loss.isfinite().all() and "espnet_kd" not in owners(waits), [w for w in waits if w.owner == "espnet_kd"]
 
@@ -113,9 +113,9 @@ def compressed(teacher, batch, model):
     from espnet_kd.topk import compress
 
     taps = sorted({t for _, _, reads in model.parts(True) if reads for t in reads})
-    said = teacher.targets(batch["utt_id"], batch["speech"], batch["speech_lengths"], taps)
+    targets = teacher.targets(batch["utt_id"], batch["speech"], batch["speech_lengths"], taps)
     temperatures = sorted({tau for terms in model.terms for _, o, _ in terms for tau in o.temperatures})
-    return replace(said, logits=compress(said.logits, 6, temperatures), hidden=dict(said.hidden))
+    return replace(targets, logits=compress(targets.logits, 6, temperatures), hidden=dict(targets.hidden))
 
 
 def test_a_hybrid_student_with_utterances_that_are_not_transcribed(write_page):

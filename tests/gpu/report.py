@@ -56,8 +56,8 @@ class Report:
                     timeout=SECONDS,
                 )  # fmt: skip
             except subprocess.TimeoutExpired as e:
-                said = e.stdout.decode(errors="replace") if isinstance(e.stdout, bytes) else e.stdout or ""
-                done = subprocess.CompletedProcess(command, 124, said)
+                printed = e.stdout.decode(errors="replace") if isinstance(e.stdout, bytes) else e.stdout or ""
+                done = subprocess.CompletedProcess(command, 124, printed)
         with open(self.output / f"{name}.log", "a") as log:
             log.write(done.stdout)
         return done

@@ -69,11 +69,11 @@ def test_training_in_fp16(corpus, tmp_path, teacher_dir, nbest, monkeypatch):  #
 def test_cache_is_written_and_trained_from(corpus, tmp_path, teacher_dir, thirds):
     data = [str(corpus.dir / name) for name in ("train", "valid")]
     command = ["--teacher", str(teacher_dir), "--data_dir", *data, "--kd_config", str(thirds), "--top_k", "9"]
-    said = []
+    targets = []
     for name, device in (("targets", NGPU), ("on_cpu", ["--ngpu", "0"])):
         asr_kd_cache.main([*command, "--output", str(tmp_path / name), *device])
-        said.append(CachedTeacher(tmp_path / name).targets(["train0", "valid0"], None, None).logits.log_blank.exp())
-    assert (said[0] - said[1]).abs().mean() < 0.01  # on a GPU the encoder is in bf16
+        targets.append(CachedTeacher(tmp_path / name).targets(["train0", "valid0"], None, None).logits.log_blank.exp())
+    assert (targets[0] - targets[1]).abs().mean() < 0.01  # on a GPU the encoder is in bf16
     for workers in ("0", "2"):
         out = tmp_path / workers
         more = ["--target_cache", str(tmp_path / "targets"), "--kd_config", str(thirds), "--num_workers", workers]

@@ -27,7 +27,7 @@ def collate(data):
     return list(data), {"speech": torch.zeros(2, 5), "text_lengths": torch.tensor([3, 0])}
 
 
-def said(hidden=("encoder",), temperatures=(2.0,)):
+def targets(hidden=("encoder",), temperatures=(2.0,)):
     x = compress(torch.randn(2, 4, 9), 3, temperatures)
     return EncoderOutputs(x, torch.tensor([4, 2]), 0.04, {tap: torch.randn(2, 4, 5) for tap in hidden})
 
@@ -42,7 +42,7 @@ class Cached:
         self.asked.append((list(utt_ids), taps))
         if self.error:
             raise UserError(self.error)
-        return said(taps)
+        return targets(taps)
 
 
 @pytest.mark.parametrize("epoch, epochs, taps", [
@@ -73,7 +73,7 @@ def test_what_is_wrong_is_told_by_the_step():
 
 def test_targets_come_over_as_they_are():
     """As they go through the loader, ESPnet's ``to_device``, and a batch that is repeated for two views."""
-    one = said()
+    one = targets()
     other = from_plain(to_device(to_plain(one), "cpu"))
     assert (other.frame_shift, other.logits.num_tokens) == (0.04, 9) and other.logits.norms.keys() == {2.0}
     for x, y in ((one.logits.tokens, other.logits.tokens), (one.logits.norms[2.0], other.logits.norms[2.0]),
