@@ -55,7 +55,7 @@ def make_parts(everything: Sequence[Gathered]) -> List[Part]:
 
 def title_of(parts: Sequence[Part]) -> str:
     """What a report is called: the ends of the directories that it is of."""
-    return f"Knowledge distillation: {', '.join('/'.join(p.gathered.expdir.resolve().parts[-3:]) for p in parts)}"
+    return f"Knowledge distillation: {', '.join(str(Path(*p.gathered.expdir.resolve().parts[-3:])) for p in parts)}"
 
 
 class Pictures:
