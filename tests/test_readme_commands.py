@@ -115,10 +115,10 @@ class Sandbox:
             path.write_text(STUB)
             path.chmod(0o755)
         (directory / "pages").mkdir()
-        for name in list_pages():
+        for name in [*list_pages(), *map(str, (ROOT / "tests/benchmarks").glob("*.yaml"))]:
             with contextlib.redirect_stdout(io.StringIO()) as said:
                 asr_kd_page.main([name])
-            (directory / "pages" / name).write_text(said.getvalue())
+            (directory / "pages" / Path(name).stem).write_text(said.getvalue())
         self.calls = directory / "calls"
         self.env = {
             **os.environ,
