@@ -246,7 +246,7 @@ class Sandbox:
                 return
         pages = getattr(args, "kd_config", None) or []
         for page in [pages] if isinstance(pages, str) else pages:
-            load_page(page)
+            load_page(str(self.real / place / page) if page.endswith(".yaml") else page)
 
 
 @pytest.fixture(scope="module")
