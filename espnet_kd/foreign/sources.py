@@ -5,7 +5,6 @@ Nothing here imports torch: a stage that has nothing to import must not take sec
 
 from __future__ import annotations
 
-import hashlib
 import importlib
 import json
 import re
@@ -13,6 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Tuple
 
 from espnet_kd.cli import UserError
+from espnet_kd.files import sha256_of
 from espnet_kd.safe_yaml import parse_yaml
 
 #: What a directory of Hugging Face's needs, and what else of it decides what the model computes.
@@ -57,7 +57,7 @@ def find_source(source: str, tokens: str | None = None) -> Tuple[List[Path], Dic
             raise UserError(f"--tokens: there is no file {tokens}")
     else:
         raise UserError(f"{source} is not a model that can be imported; give hf:DIRECTORY, hf:OWNER/NAME or onnx:FILE")
-    return files, {**record, "files": {f.name: _sha256(f) for f in files}}
+    return files, {**record, "files": {f.name: sha256_of(f) for f in files}}
 
 
 def locate(where: str) -> Tuple[Path, Dict[str, Any]]:
@@ -154,11 +154,3 @@ def need(package: str) -> Any:
         return importlib.import_module(package)
     except ImportError as e:
         raise UserError(f"models of other makers need the package {package.partition('.')[0]}: {EXTRA}") from e
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as f:
-        for block in iter(lambda: f.read(1 << 20), b""):
-            digest.update(block)
-    return digest.hexdigest()
