@@ -70,7 +70,7 @@ def test_objective_from_outside_that_needs_torch(tmp_path):
     (tmp_path / "outside.py").write_text(OBJECTIVE)
     page = {"stages": [{"objectives": [{"objective": "outside.Mine", "height": 2.0}, {"objective": "factorized_kl"}]}]}
     (tmp_path / "page.yaml").write_text(yaml.safe_dump(page))
-    printed, modules = run(("espnet_kd.bin.asr_kd_page", ["page.yaml"]), cwd=tmp_path)
+    printed, modules = run(("espnet_kd.bin.asr_kd_page", ["page.yaml", "--import_objectives"]), cwd=tmp_path)
     assert "teacher=required" in printed and "torch" in modules
 
 

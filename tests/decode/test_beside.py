@@ -100,6 +100,7 @@ def test_next_batches_are_begun_before_the_first_is_ended(tmp_path, ahead, order
 
 def test_on_a_gpu_jobs_are_for_the_search(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     args = argparse.Namespace(ngpu=1, nj=3)
     assert choose_device(args) == "cuda" and (args.nj, args.search_jobs) == (1, 3)
     args = argparse.Namespace(ngpu=0, nj=1)

@@ -11,8 +11,9 @@ from espnet_kd.bin import asr_kd_cache, asr_kd_import, asr_kd_train  # noqa: E40
 from espnet_kd.cli import UserError  # noqa: E402
 from espnet_kd.distill.page import list_pages, load_page  # noqa: E402
 
-#: layer_pruning copies the teacher's layers, and no student is built like it; delayed_kd has a streaming student.
-PAGES = [p for p in list_pages() if load_page(p).teacher == "required" and p != "layer_pruning"]
+#: These two copy the teacher's layers, and no student of ESPnet's is built like it.
+COPIES = ("layer_pruning", "self_kd")
+PAGES = [p for p in list_pages() if load_page(p).teacher == "required" and p not in COPIES]
 
 
 @pytest.fixture(scope="module")
@@ -35,10 +36,11 @@ def test_a_step(corpus, foreign, tmp_path, page):
     assert all(torch.isfinite(v).all() for v in state.values())
 
 
-def test_layer_pruning_is_refused_by_name(corpus, foreign, tmp_path):
+@pytest.mark.parametrize("page", COPIES)
+def test_layer_pruning_is_refused_by_name(corpus, foreign, tmp_path, page):
     with pytest.raises(UserError, match="layer pruning"):
         asr_kd_train.main(
-            corpus.options(tmp_path / "out", "--teacher", str(foreign), "--kd_config", "layer_pruning", max_epoch=1)
+            corpus.options(tmp_path / "out", "--teacher", str(foreign), "--kd_config", page, max_epoch=1)
         )
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 import pytest
-from recipe import ROOT, TINY, Recipe
+from recipe import ROOT, STOCK, TINY, Recipe
 from webpage import BROWSER, check_in_browser, check_static
 
 STUDENT = f"{TINY} --max_epoch 3"
@@ -37,7 +37,7 @@ def student(recipe):
     data = [f"dump/raw/{d}/{f}" for d in ("train", "valid") for f in ("wav.scp,speech,sound", "text,text,text")]
     stats = recipe.dir / "exp/stats_train_char"
     stock = [
-        *(sys.executable, "-m", "espnet2.bin.asr_train", "--config", "conf/train_teacher.yaml", *TINY.split()),
+        *(sys.executable, "-m", "espnet2.bin.asr_train", "--config", "conf/train_teacher.yaml", *STOCK.split()),
         *("--token_type", "char", "--token_list", "data/token_list/char/tokens.txt", "--max_epoch", "2"),
         *("--train_data_path_and_name_and_type", data[0], "--train_data_path_and_name_and_type", data[1]),
         *("--valid_data_path_and_name_and_type", data[2], "--valid_data_path_and_name_and_type", data[3]),
