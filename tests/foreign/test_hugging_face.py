@@ -56,6 +56,28 @@ def test_posteriors_and_greedy_text_are_those_of_transformers(tmp_path, family, 
         assert " ".join(text.split()) == " ".join(wanted.split())
 
 
+@pytest.mark.parametrize("family, shift", [("wav2vec2-bert", 0.02), ("parakeet_ctc", 0.08)])
+def test_families_that_take_features(tmp_path, family, shift):
+    """Features by their own extractor; frames of 20 and of 80 ms."""
+    directory = tiny_hf.save_of_features(tmp_path / "hf", family)
+    asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])
+    teacher = OnlineTeacher(tmp_path / "exp")
+    assert teacher.frame_shift == pytest.approx(shift)
+    speech, lengths = utterances([1.3, 0.7])
+    out = teacher.targets(["a", "b"], speech, lengths)
+    model = transformers.AutoModelForCTC.from_pretrained(directory).eval()
+    extractor = transformers.AutoFeatureExtractor.from_pretrained(directory)
+    rows = tiny_hf.names(False)
+    order = [rows.index({"<blank>": "<pad>", "<space>": "|"}.get(t, t)) for t in teacher.token_list[:-1]]
+    for i, n in enumerate(lengths):
+        with torch.no_grad():
+            logits = model(**extractor(speech[i, :n].numpy(), sampling_rate=16000, return_tensors="pt")).logits[0]
+        logits[:, [rows.index("<s>"), rows.index("</s>")]] = -1e9
+        assert out.lengths[i] == len(logits)
+        mine = out.logits[i, : len(logits)].softmax(-1)
+        assert (mine[:, :-1] - logits.softmax(-1)[:, order]).abs().max() <= 1e-6
+
+
 def test_taps_are_the_layers_hidden_states(tmp_path):
     directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
     asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])

@@ -64,3 +64,28 @@ def save(directory: Path, family: str, blank_last: bool = False, seed: int = 0, 
     ).save_pretrained(directory)
     model.save_pretrained(directory)
     return directory
+
+
+def save_of_features(directory: Path, family: str) -> Path:
+    """A model of a family that takes features, with its feature extractor."""
+    import transformers
+
+    tokens = names(False)
+    if family == "wav2vec2-bert":
+        options = dict(LAYERS, feature_projection_input_dim=160, output_hidden_size=32, bos_token_id=1, eos_token_id=2)
+        extractor = transformers.SeamlessM4TFeatureExtractor()
+    else:
+        options = {"encoder_config": dict(LAYERS, num_mel_bins=80, subsampling_conv_channels=16)}
+        extractor = transformers.ParakeetFeatureExtractor(feature_size=80)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCTC.from_config(
+        transformers.AutoConfig.for_model(family, vocab_size=len(tokens), pad_token_id=0, **options)
+    ).eval()
+    directory.mkdir(parents=True)
+    (directory / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
+    transformers.Wav2Vec2CTCTokenizer(
+        str(directory / "vocab.json"), pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(directory)
+    extractor.save_pretrained(directory)
+    model.save_pretrained(directory)
+    return directory
