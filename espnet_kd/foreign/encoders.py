@@ -42,7 +42,7 @@ class ForeignEncoder(AbsEncoder):
         Returns:
             (B, T, D) and each layer's hidden states, (B, T, D); an empty list where these are not wanted
         """
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} needs a run method")
 
     def forward(
         self, xs_pad: Tensor, ilens: Tensor, prev_states: Optional[Tensor] = None
@@ -279,9 +279,3 @@ def run_graph(session: Any, speech: np.ndarray) -> np.ndarray:
 def content_of(graph: bytes) -> Tensor:
     """A file's content as the buffer of :class:`OnnxCTCEncoder`."""
     return torch.frombuffer(bytearray(graph), dtype=torch.uint8)
-
-
-def rename(state: Mapping[str, Tensor], old: str, new: str) -> Dict[str, Tensor]:
-    """The part of a state dict below a prefix, below another one."""
-    return {new + k[len(old) :]: v for k, v in state.items() if k.startswith(old)}
-
