@@ -21,6 +21,7 @@ from torch import Tensor
 BACKENDS = ("rows", "masked", "fused")
 Function = TypeVar("Function", bound=Callable[..., Any])
 _forced: List[str] = []
+_try_kernels: List[Callable[[torch.device], None]] = []
 
 
 def backend_of(*tensors: Tensor) -> str:
@@ -29,7 +30,7 @@ def backend_of(*tensors: Tensor) -> str:
         name = _forced[-1]
     elif all(may_look(x) for x in tensors):
         name = "rows"
-    elif all(has_values(x) and x.is_cuda for x in tensors) and _triton_works(tensors[0].device):
+    elif all(has_values(x) and x.is_cuda for x in tensors) and _kernels_work(tensors[0].device):
         name = "fused"
     else:
         name = "masked"
@@ -79,13 +80,19 @@ def has_values(x: Tensor) -> bool:
     return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
-@functools.cache
-def _triton_works(device: torch.device) -> bool:
-    """Whether a kernel can be compiled and run on ``device``: tried once, and logged."""
-    try:
-        from espnet_kd.losses import fused
+def offer_kernels(try_out: Callable[[torch.device], None]) -> None:
+    """Make the backend ``fused`` available. ``try_out`` runs a kernel on a device, and raises where it cannot."""
+    _try_kernels[:] = [try_out]
+    _kernels_work.cache_clear()
 
-        fused.try_out(device)
+
+@functools.cache
+def _kernels_work(device: torch.device) -> bool:
+    """Whether a kernel can be compiled and run on ``device``: tried once, and logged."""
+    if not _try_kernels:
+        return False
+    try:
+        _try_kernels[0](device)
     # Triton, its compiler, a C compiler, the driver or the device may each be missing or too old, with errors of
     # their own; whatever it is, the masked path computes the same.
     except Exception as e:  # noqa: BLE001

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import logging
+import math
 import os
 import sys
 from pathlib import Path
@@ -32,6 +33,33 @@ def refuse_empty(args: argparse.Namespace, may_be: Collection[str] = ()) -> None
         values = value if isinstance(value, (list, tuple)) else [value]
         if name not in may_be and any(isinstance(part, str) and not part.strip() for part in values):
             raise UserError(f"--{name} is empty (an unset variable?); give a value, or leave the option out")
+
+
+def add_batch_options(parser: argparse.ArgumentParser, *, nj: str, force: str, ngpu: str = "") -> None:
+    """Add ``--ngpu --batch_seconds --nj --force``, which every command that runs a model over data dirs has.
+
+    Args:
+        nj, force: the help of these, which differs.
+        ngpu: what the help of ``--ngpu`` adds.
+    """
+    parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help=f"0: CPU, 1: GPU{ngpu}")
+    parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio in a batch, padding included")
+    parser.add_argument("--nj", type=int, default=1, help=nj)
+    parser.add_argument("--force", action="store_true", help=force)
+
+
+def check_positive(args: argparse.Namespace, *names: str) -> None:
+    """Refuse those of the options ``names`` that are below 1, and a ``--batch_seconds`` that is no number above 0.
+
+    Raises:
+        UserError: naming the option.
+    """
+    for name in names:
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
+    seconds = getattr(args, "batch_seconds", 1.0)
+    if not (seconds > 0 and math.isfinite(seconds)):
+        raise UserError(f"--batch_seconds is {seconds}; it must be a number above 0")
 
 
 def check_gpus(ngpu: int) -> None:

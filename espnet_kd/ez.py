@@ -16,8 +16,8 @@ from typing import Any, List, Mapping, Sequence, Tuple, Union
 
 import yaml
 
-from espnet_kd.bin import asr_kd_export, asr_kd_train
 from espnet_kd.cli import UserError
+from espnet_kd.distill.train_options import to_options
 from espnet_kd.files import replacing
 
 PathLike = Union[str, Path]
@@ -55,7 +55,7 @@ class Distiller:
         teachers = [teacher] if isinstance(teacher, (str, Path)) else list(teacher)
         if teachers:
             self._kd += ["--teacher", *map(str, teachers)]
-        self._own = asr_kd_train.to_options(options)
+        self._own = to_options(options)
         for part, directory in (("train", train_dump_dir), ("valid", valid_dump_dir)):
             for name, (file, kind) in data_info.items():
                 self._own += [f"--{part}_data_path_and_name_and_type", f"{Path(directory) / file},{name},{kind}"]
@@ -63,7 +63,7 @@ class Distiller:
     def collect_stats(self) -> None:
         """Write shapes and feature statistics to ``stats_dir``: ``train/feats_stats.npz`` is what global_mvn reads."""
         # Without the normalisation, which would read what is made here.
-        asr_kd_train.main([*self._options(self.stats_dir), "--collect_stats", "true", "--normalize", "none"])
+        _train([*self._options(self.stats_dir), "--collect_stats", "true", "--normalize", "none"])
 
     def train(self) -> Path:
         """Train all KD stages and return the exported student's directory.
@@ -77,9 +77,10 @@ class Distiller:
                 shapes += [f"--{part}_shape_file", str(path)]
         if not shapes:
             raise UserError(f"no statistics in {self.stats_dir}: call collect_stats() first")
-        asr_kd_train.main([*self._options(self.output_dir), *self._kd, *shapes])
-        asr_kd_export.main(["--expdir", str(self.output_dir)])
-        return self.output_dir / "export"
+        _train([*self._options(self.output_dir), *self._kd, *shapes])
+        from espnet_kd.distill.export import export
+
+        return export(self.output_dir)
 
     def _options(self, output_dir: Path) -> List[str]:
         config = self._config
@@ -88,3 +89,9 @@ class Distiller:
             with replacing(config) as f:
                 yaml.safe_dump(dict(self._config), f)
         return ["--config", str(config), *self._own, "--output_dir", str(output_dir)]
+
+
+def _train(options: List[str]) -> None:
+    from espnet_kd.tasks.training import train_student  # imports ESPnet, which takes seconds
+
+    train_student(options)

@@ -9,12 +9,13 @@ import tiny_asr
 import torch
 
 from espnet_kd.bench import decoding, loss, steps, timing
+from espnet_kd.bench.table import headline, table
 from espnet_kd.bin import asr_kd_bench, asr_kd_inference
 from espnet_kd.cli import UserError
 from espnet_kd.decode.beam_recognise import BeamRecogniser
-from espnet_kd.decode.recognise import Utterance
+from espnet_kd.experiments.models import find_experiment, load_model
+from espnet_kd.inference.recognise import Utterance
 from espnet_kd.losses import factorized_kl
-from espnet_kd.targets.experiment import find_experiment, load_model
 
 SMALL = (3, 20, 50, 5)
 
@@ -53,7 +54,7 @@ def test_steps_part(capsys):
     assert found["cached_step"] > 0 and found["online_step"] > 0 and found["cache_bytes"] > 0
     # 40 ms a frame, less the one or two that a second of audio loses at its ends.
     assert found["cache_bytes_per_hour"] / found["cache_bytes"] in (23 * 3600, 24 * 3600)
-    printed = asr_kd_bench.table([{"vocabulary": 30, **found}])
+    printed = table([{"vocabulary": 30, **found}])
     assert "KD step from the cache / plain step | vocabulary = 30 |" in printed
     assert f"cache, bytes per hour of audio | vocabulary = 30 | {found['cache_bytes_per_hour']:,.0f} |" in printed
 
@@ -65,8 +66,8 @@ def test_what_noise_hides_is_no_ratio(ours, monkeypatch):
     monkeypatch.setattr(loss, "peak_memory", lambda run: 2**20)
     monkeypatch.setattr(loss, "bandwidth_share", lambda step, rounds: 0.5)
     found = loss.measure(0.2, 1, SMALL)
-    assert found["fkl_time"] is None and json.loads(json.dumps(asr_kd_bench.headline([found])))["fkl_time"] is None
-    assert "plainly written / ours |  | too noisy: give more --rounds |" in asr_kd_bench.table([found])
+    assert found["fkl_time"] is None and json.loads(json.dumps(headline([found])))["fkl_time"] is None
+    assert "plainly written / ours |  | too noisy: give more --rounds |" in table([found])
 
 
 def test_a_process_that_dies_is_told():
@@ -115,7 +116,7 @@ def test_decoding_part(tmp_path, capsys):
         assert difference == pytest.approx(measured[f"wer_{name}"] - measured[f"wer_stock_{name}"])
         assert low <= difference <= high
         assert 0 <= sum(measured[f"likelier_{name}"]) <= 5
-    printed = asr_kd_bench.table(found["measured"])
+    printed = table(found["measured"])
     assert "| likelier texts found, beam: by ours / by asr_inference |" in printed
     assert "| WER in percent, greedy: ours − asr_inference [95 % interval] | beam_size = 4, " in printed
     (data / "text").write_text("".join(greedy.splitlines(keepends=True)[1:]))

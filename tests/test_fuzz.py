@@ -13,8 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from espnet_kd.bin import asr_kd_page
-from espnet_kd.distill.checkpoints import read_checkpoint
 from espnet_kd.distill.page import METHODS_DIR
+from espnet_kd.experiments.checkpoints import read_checkpoint
 
 pytestmark = pytest.mark.usefixtures("elsewhere")
 

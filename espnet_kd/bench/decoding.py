@@ -66,10 +66,10 @@ def measure(
 
     from espnet_kd.data.datadir import read_map
     from espnet_kd.decode.beam_recognise import BeamRecogniser
-    from espnet_kd.decode.recognise import Recogniser, make_batches, read_audio, read_utterances, recognise_batches
     from espnet_kd.decode.score import count_errors, name_some, paired_bootstrap
     from espnet_kd.decode.stock import StockRecogniser
-    from espnet_kd.targets.experiment import find_experiment, load_model
+    from espnet_kd.experiments.models import find_experiment, load_model
+    from espnet_kd.inference.recognise import Recogniser, make_batches, read_audio, read_utterances, recognise_batches
 
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"

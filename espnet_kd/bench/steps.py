@@ -40,11 +40,11 @@ def measure(
         step + one teacher forward); seconds of each; ``cache_bytes`` per frame of this cache, with the hidden states
         that the method reads, and ``cache_bytes_per_hour`` of audio.
     """
-    from espnet_kd.bin import asr_kd_cache
     from espnet_kd.distill.model import ESPnetASRKDModel
     from espnet_kd.distill.page import load_page
     from espnet_kd.distill.plan import make_plan
     from espnet_kd.distill.schedule import Progress
+    from espnet_kd.distill.target_cache import make_cache
     from espnet_kd.targets.cached import CachedTeacher
     from espnet_kd.targets.loading import BROUGHT, to_plain
     from espnet_kd.targets.online import OnlineTeacher
@@ -58,10 +58,7 @@ def measure(
         root = Path(scratch)
         experiment = models.save_experiment(root / "teacher", models.config(vocabulary, teacher), data, nonblank)
         data_dir = models.save_data_dir(root / "data", data)
-        asr_kd_cache.main(
-            ["--teacher", str(experiment), "--kd_config", method, "--data_dir", str(data_dir)]
-            + ["--output", str(root / "targets")]
-        )
+        make_cache(str(experiment), [method], [str(data_dir)], str(root / "targets"))
         teachers = {"online": OnlineTeacher(experiment), "cached": CachedTeacher(root / "targets")}
         kd = {
             name: ESPnetASRKDModel.adopt(

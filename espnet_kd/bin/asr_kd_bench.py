@@ -15,28 +15,12 @@ import contextlib
 import json
 import math
 import sys
-from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Optional, Sequence
 
 from espnet_kd import cli
-from espnet_kd.bin.asr_kd_inference import BEAM_SIZE_TOKEN_HELP
+from espnet_kd.decode.decodings import BEAM_SIZE_TOKEN_HELP
 
 PARTS = ("steps", "loss", "decoding")
-#: What the table says of each ratio: key, meaning.
-TABLE = (
-    ("cached_step", "KD step from the cache / plain step"),
-    ("online_step", "KD step with the teacher / (plain step + teacher forward)"),
-    ("fkl_time", "factorized KL beside CTC: extra time, plainly written / ours"),
-    ("fkl_memory", "factorized KL beside CTC: extra peak memory, plainly written / ours"),
-    ("fkl_bandwidth", "factorized KL alone: bytes it must move in a second / bytes a copy moves"),
-    ("cache_bytes", "cache, bytes per frame"),
-    ("cache_bytes_per_hour", "cache, bytes per hour of audio"),
-    ("greedy", "greedy decoding: asr_inference / ours, time"),
-    ("beam", "beam search of equal width: asr_inference / ours, time"),
-    ("beam_for_greedy", "asr_inference of width 1 / our beam search, time"),
-)
-
-
 def get_parser() -> argparse.ArgumentParser:
     """Command line of asr_kd_bench."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -66,11 +50,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     args = get_parser().parse_args(argv)
     cli.refuse_empty(args)
-    if args.rounds < 1:
-        raise cli.UserError(f"--rounds is {args.rounds}; it must be 1 or more")
-    for name in ("beam_size", "beam_size_token"):
-        if getattr(args, name) < 1:
-            raise cli.UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
+    cli.check_positive(args, "rounds", "beam_size", "beam_size_token")
     if min(args.vocabulary) < 5 or args.most < 0:
         raise cli.UserError("--vocabulary must be 5 or more, --most 0 or more")
     if not 0 <= args.join_seconds < math.inf:
@@ -84,109 +64,13 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         parts.remove("decoding")
 
     with contextlib.redirect_stdout(sys.stderr):  # ESPnet prints as it is imported; the output is to be JSON
+        from espnet_kd.bench.table import headline, machine, measure, table  # imports torch
+
         measured = measure(parts, args)
     if args.json:
         print(json.dumps({"machine": machine(), "measured": measured, **headline(measured)}, indent=2))
     else:
         print(table(measured))
-
-
-def measure(parts: Sequence[str], args: argparse.Namespace) -> List[Dict[str, Any]]:
-    """What each part measures, with the options that it was measured with."""
-    import torch
-
-    torch.set_num_threads(1)
-    measured: List[Dict[str, Any]] = []
-    if "steps" in parts:
-        from espnet_kd.bench import steps
-
-        for vocabulary in args.vocabulary:
-            measured.append({"part": "steps", "vocabulary": vocabulary, **steps.measure(vocabulary, args.rounds)})
-    if "loss" in parts:
-        from espnet_kd.bench import loss
-
-        for share in args.nonblank:
-            measured.append({"part": "loss", "nonblank": share, **loss.measure(share, args.rounds)})
-    if "decoding" in parts:
-        from espnet_kd.bench import decoding
-
-        found = decoding.measure(
-            Path(args.expdir),
-            Path(args.data_dir),
-            args.rounds,
-            beam_size=args.beam_size,
-            beam_size_token=args.beam_size_token,
-            most=args.most,
-            join_seconds=args.join_seconds,
-        )
-        searches = {name: getattr(args, name) for name in ("beam_size", "beam_size_token", "join_seconds")}
-        measured.append({"part": "decoding", **searches, **found})
-    return measured
-
-
-def headline(measured: Sequence[Dict[str, Any]]) -> Dict[str, Optional[float]]:
-    """The ratios by their names; of several vocabularies or shares the first. None: lost in noise."""
-    return {key: next(m[key] for m in measured if key in m) for key, _ in TABLE if any(key in m for m in measured)}
-
-
-def table(measured: Sequence[Dict[str, Any]]) -> str:
-    """The ratios as a Markdown table, and what they were measured with."""
-    from espnet_kd.bench.decoding import PAIRS  # imports torch
-
-    rows: List[Tuple[str, str, str]] = []
-    for m in measured:
-        what = ", ".join(
-            f"{k} = {m[k]:g}"
-            for k in ("vocabulary", "nonblank", "beam_size", "beam_size_token", "join_seconds")
-            if m.get(k)
-        )
-        rows += [(meaning, what, shown(m[key])) for key, meaning in TABLE if key in m]
-        for key, name in (("greedy", "greedy"), ("beam", "beam"), ("beam_for_greedy", "our beam, its width 1")):
-            if f"wer_{key}_difference" in m:
-                ours, stock = (m[f"wer_{search}"] for search in PAIRS[key])
-                difference, low, high = m[f"wer_{key}_difference"]
-                wers = f"{ours:.2f} − {stock:.2f} = {difference:.2f} [{low:.2f}, {high:.2f}]"
-                rows.append((f"WER in percent, {name}: ours − asr_inference [95 % interval]", what, wers))
-                likelier = " / ".join(map(str, m[f"likelier_{key}"]))
-                rows.append((f"likelier texts found, {name}: by ours / by asr_inference", what, likelier))
-    lines = ["| | with | ratio |", "|---|---|---|", *(f"| {a} | {b} | {c} |" for a, b, c in rows)]
-    return "\n".join([*lines, "", ", ".join(f"{k} {v}" for k, v in machine().items())])
-
-
-def shown(value: Optional[float]) -> str:
-    """A figure of the table."""
-    if value is None:
-        return "too noisy: give more --rounds"
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
-
-
-def machine() -> Dict[str, str]:
-    """Processor and versions."""
-    import platform
-    from importlib.metadata import PackageNotFoundError, version
-
-    import torch
-
-    try:
-        espnet = version("espnet")
-    except PackageNotFoundError:  # which the loss alone does not need
-        espnet = "not installed"
-
-    names = [line for line in _cpuinfo() if line.startswith("model name")]
-    processor = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
-    return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor}, one thread",
-        "Python": platform.python_version(),
-        "torch": torch.__version__,
-        "ESPnet": espnet,
-    }
-
-
-def _cpuinfo() -> List[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []
 
 
 if __name__ == "__main__":

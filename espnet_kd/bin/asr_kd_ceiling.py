@@ -48,8 +48,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     from espnet_kd.data.lengths import espnet_encoder
     from espnet_kd.data.tokenizing import Tokenizer
     from espnet_kd.frames import nearest_multiple
-    from espnet_kd.targets.ceiling import measure_ceiling
-    from espnet_kd.targets.experiment import find_experiment, read_config
+    from espnet_kd.decode.ceiling import measure_ceiling
+    from espnet_kd.experiments.models import find_experiment, read_config
     from espnet_kd.targets.online import OnlineTeacher
 
     config = read_config(find_experiment(args.teacher)[0])

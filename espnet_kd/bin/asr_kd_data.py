@@ -210,7 +210,7 @@ def _tokens(args: argparse.Namespace) -> None:
     if args.teacher is not None and args.nlsyms:
         raise UserError("--nlsyms: the symbols that stay whole are the teacher's; leave this option out")
     if args.teacher is not None:
-        from espnet_kd.targets.experiment import find_experiment, read_config  # imports torch
+        from espnet_kd.experiments.models import find_experiment, read_config  # imports torch
 
         config, _ = find_experiment(args.teacher)
         path = take_token_list(config, read_config(config), args.out, args.token_type)

@@ -69,7 +69,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         raise UserError("--output_dir goes with one --format; leave it out for several")
     # --help and mistakes in the command line are answered at once
     from espnet_kd.distill.export import export
-    from espnet_kd.targets.experiment import find_experiment
+    from espnet_kd.experiments.models import find_experiment
 
     home = find_experiment(args.expdir)[0].parent
     home = home.parent if home.name == "export" else home

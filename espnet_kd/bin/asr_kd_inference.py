@@ -15,27 +15,10 @@ decoder takes part, an utterance at a time.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import datetime
-import hashlib
-import json
-import logging
-import math
-import os
-import time
-from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from typing import Optional, Sequence
 
 from espnet_kd import cli
-from espnet_kd.files import check_writable, replacing, sha256_of
-
-#: The models that `espnet_kd.targets.experiment.find_experiment` chooses from.
-MODELS = ("model.pth", "*.ave.pth", "*.ave_*best.pth", "*.best.pth", "latest.pth", "student.pth")
-#: Endings of a file that stands for an experiment: a model beside its config.yaml, or one that ESPnet packed.
-FILES = (".pth", ".zip")
-#: The numbers that a search is made with.
-SEARCH = ("beam_size", "nbest", "beam_size_token", "ngram_weight", "ctc_weight")
-BEAM_SIZE_TOKEN_HELP = "likeliest tokens of a frame that a beam search tries"
+from espnet_kd.decode.decodings import BEAM_SIZE_TOKEN_HELP, check_options, decode_experiments
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -50,16 +33,12 @@ def get_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--data_dir", required=True, nargs="+", metavar="DIR", help="data dirs with wav.scp")
     parser.add_argument("--output_dir", help="of one experiment and one data dir; default EXP/decode_<data dir>")
-    parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="0: CPU, 1: GPU")
-    parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio in a batch, padding included")
-    parser.add_argument(
-        "--nj",
-        type=int,
-        default=1,
-        help="batches decoded at the same time, but for their beam searches; on a GPU processes that search beams; "
+    cli.add_batch_options(
+        parser,
+        nj="batches decoded at the same time, without their beam searches; on a GPU processes that search beams; "
         "1 with --ctc_weight below 1",
+        force="decode again even if it is done",
     )
-    parser.add_argument("--force", action="store_true", help="decode again even if it is done")
     parser.add_argument("--beam_size", type=int, default=1, help="hypotheses kept per frame; 1: greedy")
     parser.add_argument("--nbest", type=int, default=1, help="hypotheses of an utterance that are written, at most")
     parser.add_argument("--beam_size_token", type=int, default=20, help=BEAM_SIZE_TOKEN_HELP)
@@ -69,246 +48,16 @@ def get_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_options(args: argparse.Namespace) -> None:
-    """Refuse numbers that no batched search can have, before anything is loaded.
-
-    Raises:
-        UserError: which option, and what it must be.
-    """
-    for name in ("nj", "nbest", "beam_size", "beam_size_token"):
-        if getattr(args, name) < 1:
-            raise cli.UserError(f"--{name} is {getattr(args, name)}; it must be 1 or more")
-    if args.beam_size < args.nbest:
-        raise cli.UserError(f"--beam_size is {args.beam_size}; for --nbest {args.nbest} it must be that or more")
-    if not (args.batch_seconds > 0 and math.isfinite(args.batch_seconds)):
-        raise cli.UserError(f"--batch_seconds is {args.batch_seconds}; it must be a number above 0")
-
-
 def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command.
 
     Raises:
-        UserError: anything that the user can mend.
+        UserError: anything that the user can correct.
     """
     args = get_parser().parse_args(argv)
     cli.refuse_empty(args)
     check_options(args)
-    if not 0 <= args.ctc_weight <= 1:
-        raise cli.UserError(f"--ctc_weight is {args.ctc_weight}; it must be between 0 and 1")
-    if not math.isfinite(args.ngram_weight):
-        raise cli.UserError(f"--ngram_weight is {args.ngram_weight}; it must be a number")
-    if args.ngram_file and args.beam_size == 1:
-        raise cli.UserError("--ngram_file has no say in greedy decoding; give --beam_size, e.g. 10")
-    if args.ctc_weight < 1:
-        args.nj = 1  # ESPnet's search is for one thread; recipes pass --nj anyway
-    places = list_decodings(args.expdir, args.data_dir, args.output_dir)
-    search = {name: getattr(args, name) for name in SEARCH}
-    ngram = {"ngram_sha256": _hash_ngram(args.ngram_file) if args.ngram_file else None}
-    # {experiment: [(data dir, output dir, inputs)]} of what is left to do
-    todo: Dict[str, List[Tuple[Path, Path, Dict]]] = {}
-    for expdir, data_dir, output_dir in places:
-        inputs = {**describe_inputs(Path(expdir), data_dir), "search": {**search, **ngram}}
-        if not args.force and is_done(output_dir, inputs):
-            logging.info("%s is decoded already with this model, data and search (--force decodes again)", output_dir)
-        else:
-            todo.setdefault(expdir, []).append((data_dir, output_dir, inputs))
-    if not todo:
-        return
-    for decodings in todo.values():
-        for _, output_dir, _ in decodings:
-            check_writable(output_dir)
-
-    start = time.perf_counter()
-    # Imported here: --help, mistakes in the command line and finished decodings are answered at once.
-    from espnet_kd.decode.recognise import choose_device, read_utterances
-    from espnet_kd.targets.experiment import find_experiment
-
-    device = choose_device(args)
-    found = {expdir: find_experiment(expdir) for expdir in todo}  # all of them, before the first is decoded
-    for number, (expdir, decodings) in enumerate(todo.items(), 1):
-        config, model_file = found[expdir]
-        if len(todo) > 1:
-            logging.info("experiment %d of %d: %s", number, len(todo), expdir)
-        recogniser = _load(config, model_file, args, device)
-        _warm_up(recogniser)
-        load_seconds = time.perf_counter() - start
-        for data_dir, output_dir, inputs in decodings:
-            utterances = read_utterances(data_dir, recogniser.rate)
-            facts = {
-                "model": str(model_file),
-                "data_dir": str(data_dir),
-                **search,
-                "ngram_file": args.ngram_file,
-                "load_seconds": round(load_seconds, 3),
-                "inputs": inputs,
-            }
-            _decode(recogniser, utterances, output_dir, facts, args)
-        start = time.perf_counter()
-
-
-def list_decodings(
-    expdirs: Sequence[str], data_dirs: Sequence[str], output_dir: Optional[str] = None
-) -> List[Tuple[str, Path, Path]]:
-    """Every (experiment, data dir, its output directory).
-
-    Raises:
-        UserError: ``output_dir`` for several, or several that would go to one place.
-    """
-    if output_dir and (len(expdirs) > 1 or len(data_dirs) > 1):
-        raise cli.UserError("--output_dir goes with one --expdir and one --data_dir; leave it out for several")
-    places: List[Tuple[str, Path, Path]] = []
-    taken: Dict[str, str] = {}
-    for expdir in expdirs:
-        for data_dir in data_dirs:
-            place = Path(output_dir) if output_dir else decode_dir(expdir, data_dir)
-            pair = f"{expdir} on {data_dir}"
-            other = taken.setdefault(os.path.abspath(place), pair)
-            if other is not pair:
-                raise cli.UserError(f"{other} and {pair} would both be in {place}; give --output_dir, one at a time")
-            places.append((expdir, Path(data_dir), place))
-    return places
-
-
-def decode_dir(expdir: Union[str, Path], data_dir: Union[str, Path]) -> Path:
-    """``EXP/decode_<name of the data dir>`` of EXP, EXP/FILE.pth, EXP/FILE.zip or EXP/export."""
-    path = Path(expdir)
-    if path.suffix in FILES:
-        path = path.parent
-    if path.name == "export":
-        path = path.parent
-    return path / f"decode_{os.path.basename(os.path.abspath(data_dir))}"
-
-
-def _load(config: Path, model_file: Path, args: argparse.Namespace, device: str):
-    """Load an experiment as what decodes it with the options given: batches of samples to the N-best of each."""
-    from espnet_kd.decode.recognise import Recogniser
-    from espnet_kd.targets.experiment import load_model
-
-    options = {name: getattr(args, name) for name in ("beam_size", "nbest", "ngram_file", "ngram_weight")}
-    if args.ctc_weight < 1:
-        from espnet_kd.decode.stock import StockRecogniser
-
-        return StockRecogniser(config, model_file, device, ctc_weight=args.ctc_weight, **options)
-    model, train_args = load_model(config, model_file, device)
-    if args.beam_size == 1:
-        return Recogniser(model, train_args, config.parent)
-    from espnet_kd.decode.beam_recognise import BeamRecogniser  # greedy decoding does without its libraries
-
-    options["beam_size_token"] = args.beam_size_token
-    return BeamRecogniser(model, train_args, config.parent, search_jobs=args.search_jobs, **options)
-
-
-def _decode(recogniser, utterances: List, output_dir: Path, facts: Dict, args: argparse.Namespace) -> None:
-    """Decode one data dir; ``facts`` go to decode.json with what is measured here."""
-    import torch
-
-    from espnet_kd.decode.recognise import recognise
-
-    hypotheses, timing = recognise(recogniser, utterances, args.batch_seconds, args.nj)
-    # decode.json vouches for the rest: it goes before anything is replaced, and comes back last.
-    (output_dir / "decode.json").unlink(missing_ok=True)
-    write_nbest(output_dir, hypotheses, args.nbest)
-    rtf = timing.decode_seconds / timing.audio_seconds if timing.audio_seconds else None
-    facts = {
-        "params": recogniser.num_parameters,
-        "utterances": len(utterances),
-        "audio_seconds": round(timing.audio_seconds, 3),
-        "decode_seconds": round(timing.decode_seconds, 4),
-        "rtf": rtf,
-        "read_seconds": round(timing.read_seconds, 4),
-        "threads": args.nj * torch.get_num_threads(),
-        "search_processes": args.search_jobs if args.beam_size > 1 and args.ctc_weight == 1 else 0,
-        "device": torch.cuda.get_device_name() if args.ngpu else "cpu",
-        "batch_seconds": args.batch_seconds,
-        **_versions(),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        **facts,
-    }
-    with replacing(output_dir / "decode.json") as f:
-        json.dump(facts, f, indent=2)
-        f.write("\n")
-    logging.info("%d utterances → %s, real-time factor %s", len(utterances), output_dir, rtf and f"{rtf:.5f}")
-
-
-def describe_inputs(experiment: Path, data_dir: Path) -> Dict:
-    """What a decoding of EXP or EXP/FILE.pth is made from: hashes of the models there are to choose from, and wav.scp.
-
-    Contents, not times: an export that is written again is the same model.
-
-    Raises:
-        UserError: the data dir has no wav.scp.
-    """
-    try:
-        wav_scp = hashlib.sha256((data_dir / "wav.scp").read_bytes()).hexdigest()
-    except OSError as e:
-        raise cli.UserError(f"cannot read {data_dir}/wav.scp: {e.strerror}; is --data_dir a data dir?") from e
-    if experiment.suffix in FILES:
-        directory, files = experiment.parent, [experiment]
-    else:
-        directory, files = experiment, sorted({f for pattern in MODELS for f in experiment.glob(pattern)})
-    hashes: Dict[Path, str] = {}
-    models = {}
-    for file in (directory / "config.yaml", *files):
-        if file.is_file():
-            target = file.resolve()  # ESPnet's names are mostly links to the same few files
-            if target not in hashes:
-                hashes[target] = sha256_of(target)
-            models[file.name] = hashes[target]
-    return {"models": models, "wav_scp_sha256": wav_scp}
-
-
-def _hash_ngram(path: str) -> str:
-    try:
-        return sha256_of(path)
-    except OSError as e:
-        raise cli.UserError(f"cannot read --ngram_file {path}: {e.strerror}") from e
-
-
-def is_done(output_dir: Path, inputs: Dict) -> bool:
-    """Whether ``output_dir`` holds a whole decoding of just these inputs."""
-    try:
-        return json.loads((output_dir / "decode.json").read_text(encoding="utf-8"))["inputs"] == inputs
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
-
-
-def write_nbest(output_dir: Path, hypotheses: Dict[str, List], nbest: int) -> None:
-    """Write text, token, token_int and score of ``{utt_id: N-best}``, as ESPnet does but with plain scores.
-
-    Where an utterance has fewer than n hypotheses, ``<n>best_recog`` lacks it. What another search left of more than
-    ``nbest`` is removed.
-    """
-    columns = {
-        "text": lambda h: h.text,
-        "token": lambda h: " ".join(h.tokens),
-        "token_int": lambda h: " ".join(map(str, h.token_ids)),
-        "score": lambda h: f"{h.score:.6f}",
-    }
-    for n in range(nbest):
-        for name, show in columns.items():
-            with replacing(output_dir / f"{n + 1}best_recog" / name) as f:
-                f.writelines(f"{utt_id} {show(found[n])}\n" for utt_id, found in hypotheses.items() if n < len(found))
-    n = nbest + 1
-    while (left := output_dir / f"{n}best_recog").is_dir():
-        for name in columns:
-            (left / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # there is something of the user's in it
-            left.rmdir()
-        n += 1
-
-
-def _warm_up(recogniser) -> None:
-    """Decode half a second of silence, so that one-time costs stay out of the real-time factor."""
-    import numpy as np
-
-    recogniser([np.zeros((recogniser.rate or 16000) // 2, dtype=np.float32)])
-
-
-def _versions() -> Dict[str, str]:
-    import espnet2
-    import torch
-
-    return {"torch": torch.__version__, "espnet": espnet2.__version__}
+    decode_experiments(args)
 
 
 if __name__ == "__main__":

@@ -12,15 +12,11 @@ wav.scp is read, no text. A finished file of the same teacher, data and search i
 from __future__ import annotations
 
 import argparse
-import datetime
-import json
-import logging
-from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Optional, Sequence
 
 from espnet_kd import cli
-from espnet_kd.bin.asr_kd_inference import BEAM_SIZE_TOKEN_HELP, check_options, describe_inputs
-from espnet_kd.files import check_writable, replacing
+from espnet_kd.decode.decodings import BEAM_SIZE_TOKEN_HELP, check_options
+from espnet_kd.decode.nbest_list import make_nbest
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -34,10 +30,12 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nbest", type=int, default=5, help="hypotheses of an utterance, at most")
     parser.add_argument("--beam_size", type=int, default=20, help="hypotheses kept per frame; 4 × --nbest misses few")
     parser.add_argument("--beam_size_token", type=int, default=20, help=BEAM_SIZE_TOKEN_HELP)
-    parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="0: CPU, 1: GPU (the search is on the CPU)")
-    parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio in a batch, padding included")
-    parser.add_argument("--nj", type=int, default=1, help="batches at the same time; on a GPU processes that search")
-    parser.add_argument("--force", action="store_true", help="search again even if it is done")
+    cli.add_batch_options(
+        parser,
+        nj="batches at the same time; on a GPU processes that search",
+        force="search again even if it is done",
+        ngpu=" (the search is on the CPU)",
+    )
     return parser
 
 
@@ -45,90 +43,12 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command.
 
     Raises:
-        UserError: anything that the user can mend.
+        UserError: anything that the user can correct.
     """
     args = get_parser().parse_args(argv)
     cli.refuse_empty(args)
     check_options(args)
-    output = Path(args.output)
-    if output.is_dir():
-        raise cli.UserError(f"--output {output} is a directory; give a file, e.g. {output / 'nbest'}")
-    search = {"nbest": args.nbest, "beam_size": args.beam_size, "beam_size_token": args.beam_size_token}
-    inputs = {**search, "data": [describe_inputs(Path(args.teacher), Path(d)) for d in args.data_dir]}
-    sidecar, log_prior = Path(f"{output}.json"), Path(f"{output}.log_prior.npy")
-    if not args.force and output.is_file() and log_prior.is_file() and _read_inputs(sidecar) == inputs:
-        logging.info("%s is done already with this teacher, data and search (--force makes it again)", output)
-        return
-
-    check_writable(output.parent)
-    # Imported here: --help, mistakes in the command line and finished files are answered at once.
-    import numpy as np
-
-    from espnet_kd.decode.beam_recognise import NbestRecogniser
-    from espnet_kd.decode.recognise import choose_device, recognise
-    from espnet_kd.targets.experiment import find_experiment, load_model
-    from espnet_kd.targets.nbest import write_nbest
-
-    device = choose_device(args)
-    config, model_file = find_experiment(args.teacher)
-    model, train_args = load_model(config, model_file, device)
-    recogniser = NbestRecogniser(model, train_args, config.parent, search_jobs=args.search_jobs, **search)
-    utterances = read_all_utterances(args.data_dir, recogniser.rate)
-    found, timing = recognise(recogniser, utterances, args.batch_seconds, args.nj)
-
-    # The sidecar vouches for the file: it goes before that is replaced, and comes back last.
-    sidecar.unlink(missing_ok=True)
-    write_nbest(output, found, recogniser.token_list)
-    with replacing(log_prior, "wb") as f:
-        np.save(f, recogniser.log_prior())
-    facts = {
-        "teacher": str(model_file),
-        "data_dirs": args.data_dir,
-        "utterances": len(found),
-        "hypotheses": sum(map(len, found.values())),
-        "audio_seconds": round(timing.audio_seconds, 3),
-        "decode_seconds": round(timing.decode_seconds, 4),
-        "read_seconds": round(timing.read_seconds, 4),
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "inputs": inputs,
-    }
-    with replacing(sidecar) as f:
-        json.dump(facts, f, indent=2)
-        f.write("\n")
-    logging.info(
-        "%d hypotheses of %d utterances → %s, in %.0f s for %.0f s of audio",
-        facts["hypotheses"], len(found), output, timing.decode_seconds + timing.read_seconds, timing.audio_seconds,
-    )  # fmt: skip
-
-
-def read_all_utterances(data_dirs: Sequence[str], rate: Optional[int]) -> List:
-    """List the utterances of several data dirs as one (see `espnet_kd.decode.recognise.read_utterances`).
-
-    Raises:
-        UserError: an utterance stands in two of them, or what `read_utterances` refuses.
-    """
-    from espnet_kd.decode.recognise import read_utterances
-
-    utterances: List = []
-    home: Dict[str, str] = {}
-    for data_dir in data_dirs:
-        for utterance in read_utterances(data_dir, rate):
-            if utterance.utt_id in home:
-                other = home[utterance.utt_id]
-                raise cli.UserError(
-                    f"{data_dir}/wav.scp: {utterance.utt_id} stands in {other}/wav.scp too; leave one data dir out"
-                )
-            home[utterance.utt_id] = data_dir
-            utterances.append(utterance)
-    return utterances
-
-
-def _read_inputs(sidecar: Path) -> Optional[Dict]:
-    """What a finished file was made from; None where nothing vouches for it."""
-    try:
-        return json.loads(sidecar.read_text(encoding="utf-8"))["inputs"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    make_nbest(args)
 
 
 if __name__ == "__main__":

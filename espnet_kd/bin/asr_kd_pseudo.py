@@ -53,7 +53,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     from espnet_kd.data.datadir import Utterance, read_data_dir, refuse_same, write_data_dir
     from espnet_kd.data.pseudo import Label, Limits, count_reasons, judge, missing, read_labels
     from espnet_kd.data.tokenizing import TokenList
-    from espnet_kd.decode.recognise import read_utterances
+    from espnet_kd.inference.recognise import read_utterances
 
     refuse_same([args.data_dir], args.out, "--out")
     tokens = TokenList(args.token_list).tokens if args.token_list else ()
@@ -101,8 +101,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
 def _texts(experiment: str, args: argparse.Namespace) -> Dict[str, str]:
     """Greedy transcripts of the data dir by an experiment."""
     import espnet_kd.offline  # noqa: F401, I001  (before espnet2)
-    from espnet_kd.decode.recognise import Recogniser, choose_device, read_utterances, recognise
-    from espnet_kd.targets.experiment import find_experiment, load_model
+    from espnet_kd.inference.recognise import Recogniser, choose_device, read_utterances, recognise
+    from espnet_kd.experiments.models import find_experiment, load_model
 
     config, model_file = find_experiment(experiment)
     device = choose_device(args)

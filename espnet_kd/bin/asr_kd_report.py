@@ -56,9 +56,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         watch(expdirs, once=args.once)
         return
     # Imported here: --help and mistakes in the command line are answered at once.
+    from espnet_kd.deploy.section import show_exports
     from espnet_kd.files import replacing
     from espnet_kd.report import sections as show
-    from espnet_kd.report.exports import show_exports
     from espnet_kd.report.frame_section import show_frames
     from espnet_kd.report.page import to_html, to_markdown
     from espnet_kd.report.results import gather, write_json

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from espnet_kd import cli
-from espnet_kd.bin.asr_kd_inference import list_decodings
+from espnet_kd.decode.decodings import list_decodings
 from espnet_kd.files import replacing
 
 

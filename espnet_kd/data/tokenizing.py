@@ -13,9 +13,9 @@ from typing import Callable, List, Optional, Sequence, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines
+from espnet_kd.pieces import BLANK, SOS_EOS, SPACE, UNKNOWN, load_model, read_pieces
 
 PathLike = Union[str, Path]
-BLANK, UNKNOWN, SOS_EOS, SPACE = "<blank>", "<unk>", "<sos/eos>", "<space>"
 SPECIAL = (UNKNOWN, BLANK, SOS_EOS, SPACE, "<s>", "</s>")
 NLSYMS, CLEANER, BPE_MODEL = "nlsyms.txt", "cleaner", "bpe.model"
 
@@ -91,22 +91,6 @@ class TokenList(Tokenizer):
     def unknown(self, text: str) -> List[str]:
         """Return the tokens of ``text`` that the list lacks, sorted; ESPnet takes ``<unk>`` for each."""
         return sorted({token for token in self.split(text) if token not in self._known})
-
-
-def load_model(model: bytes, name: str = "the BPE model"):
-    """Return the SentencePiece processor of a model (:class:`UserError` naming ``name`` where it is none)."""
-    import sentencepiece
-
-    try:
-        return sentencepiece.SentencePieceProcessor(model_proto=model)
-    except RuntimeError as e:
-        raise UserError(f"{name} is not a SentencePiece model: {e}") from e
-
-
-def read_pieces(model: bytes, name: str = "the BPE model") -> List[str]:
-    """Return all pieces of a SentencePiece model, in order (:class:`UserError` naming ``name`` where it is none)."""
-    processor = load_model(model, name)
-    return [processor.id_to_piece(i) for i in range(processor.get_piece_size())]
 
 
 def usable_pieces(model: bytes, name: str = "the BPE model") -> List[str]:

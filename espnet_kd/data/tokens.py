@@ -33,8 +33,8 @@ from espnet_kd.data.tokenizing import (
     read_symbols,
     usable_pieces,
 )
+from espnet_kd.experiments.named_files import read_token_list
 from espnet_kd.files import read_settings, remove_leftovers, replacing
-from espnet_kd.targets.named_files import read_token_list
 
 PathLike = Union[str, Path]
 VERSION = 1

@@ -13,7 +13,7 @@ from flashlight.lib.text.decoder import CriterionType, LexiconFreeDecoder, Lexic
 
 from espnet_kd import frames
 from espnet_kd.cli import UserError
-from espnet_kd.decode.greedy import ctc_collapse
+from espnet_kd.inference.greedy import ctc_collapse
 
 #: Nats below the best that are kept however far: the beam alone prunes. Finite, so that -inf never passes.
 _NO_THRESHOLD = 1e30

@@ -14,8 +14,8 @@ import torch
 
 from espnet_kd.decode.beam import BeamSearch
 from espnet_kd.decode.beside import BesideSearch
-from espnet_kd.decode.recognise import Hypothesis, Recogniser
 from espnet_kd.frames import valid
+from espnet_kd.inference.recognise import Hypothesis, Recogniser
 
 
 class BeamRecogniser(Recogniser):

@@ -14,16 +14,16 @@ import torch
 import yaml
 
 from espnet_kd.cli import UserError
-from espnet_kd.decode.recognise import Hypothesis, audio_rate, normalise
-from espnet_kd.targets.audio_options import volume
-from espnet_kd.targets.encode import input_width, least_samples
-from espnet_kd.targets.experiment import drop_nothing, load_model, read_config, write_statistics
-from espnet_kd.targets.named_files import find_token_model
-from espnet_kd.targets.trust import guarded
+from espnet_kd.experiments.audio_options import volume
+from espnet_kd.experiments.models import drop_nothing, load_model, read_config, write_statistics
+from espnet_kd.experiments.named_files import find_token_model
+from espnet_kd.experiments.trust import guarded
+from espnet_kd.inference.encode import input_width, least_samples
+from espnet_kd.inference.recognise import Hypothesis, audio_rate, normalise
 
 
 class StockRecogniser:
-    """Stands in for a `espnet_kd.decode.recognise.Recogniser`; for one thread."""
+    """Stands in for a `espnet_kd.inference.recognise.Recogniser`; for one thread."""
 
     def __init__(
         self,

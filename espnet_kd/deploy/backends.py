@@ -91,9 +91,9 @@ class EspnetBackend:
     blank = 0
 
     def __init__(self, path: Path):
-        from espnet_kd.decode.recognise import Recogniser, audio_rate
-        from espnet_kd.targets.encode import measure_frame_shift
-        from espnet_kd.targets.experiment import find_experiment, load_model
+        from espnet_kd.experiments.models import find_experiment, load_model
+        from espnet_kd.inference.encode import measure_frame_shift
+        from espnet_kd.inference.recognise import Recogniser, audio_rate
 
         config, model_file = find_experiment(path)
         model, args = load_model(config, model_file)
@@ -139,7 +139,7 @@ def text_of(about: Any, folder: Path) -> Callable[[List[str]], str]:
     kind = about["token_type"]
     if kind == "bpe" and not (folder / "bpe.model").is_file():
         return lambda tokens: "".join(tokens).replace("▁", " ").strip()
-    from espnet_kd.decode.detokenise import build_detokeniser
+    from espnet_kd.inference.detokenise import build_detokeniser
 
     options = {"space_symbol": about["space_symbol"], "bpemodel": "bpe.model", "token_list": about["tokens"]}
     return build_detokeniser(argparse.Namespace(token_type=kind, **options), folder)

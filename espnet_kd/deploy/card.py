@@ -9,8 +9,8 @@ import yaml
 
 from espnet_kd.deploy.measure import read_rows, table
 from espnet_kd.distill.export import usage_of_export
+from espnet_kd.environment import environment
 from espnet_kd.files import read_settings, replacing, sha256_of
-from espnet_kd.report.environment import environment
 from espnet_kd.report.page import Section, Table, to_markdown
 
 CARD = "README.md"
@@ -60,7 +60,7 @@ def write_cards(expdir: Path, folders: Mapping[str, Path]) -> None:
 
 def make_card(expdir: Path, form: str, folder: Path, folders: Mapping[str, Path]) -> str:
     """The card of one export; ``folders`` are all that were made together."""
-    from espnet_kd.targets.experiment import read_config
+    from espnet_kd.experiments.models import read_config
 
     config = read_config(expdir / "config.yaml")
     given, stage = read_settings(expdir / "experiment.json"), read_settings(expdir / "kd_stage.json")

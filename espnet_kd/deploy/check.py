@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from espnet_kd.cli import UserError
-from espnet_kd.decode.recognise import normalise
 from espnet_kd.deploy.graph import example_batch
 from espnet_kd.deploy.session import Run, Waves
+from espnet_kd.inference.recognise import normalise
 
 #: Largest difference of log-probabilities, in nats.
 TOLERANCE = 1e-4

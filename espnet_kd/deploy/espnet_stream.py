@@ -30,10 +30,10 @@ class StreamingStudent:
         Raises:
             UserError: an encoder or an option that needs all of the audio at once.
         """
-        from espnet_kd.decode.detokenise import build_detokeniser
-        from espnet_kd.decode.recognise import audio_rate
-        from espnet_kd.targets.audio_options import volume
-        from espnet_kd.targets.encode import ctc_tokens, least_samples, measure_frame_shift
+        from espnet_kd.experiments.audio_options import volume
+        from espnet_kd.inference.detokenise import build_detokeniser
+        from espnet_kd.inference.encode import ctc_tokens, least_samples, measure_frame_shift
+        from espnet_kd.inference.recognise import audio_rate
 
         check_streaming(model, volume(args))
         rate = audio_rate(args)

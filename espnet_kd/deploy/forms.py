@@ -16,7 +16,7 @@ from espnet_kd.deploy import block_graph, check, session, sherpa
 from espnet_kd.deploy.block_stream import Windows
 from espnet_kd.deploy.graph import StudentGraph, example_batch, write_graph
 from espnet_kd.deploy.student import Student
-from espnet_kd.targets.encode import least_samples, measure_frame_shift
+from espnet_kd.inference.encode import least_samples, measure_frame_shift
 
 #: Seconds of audio that is given to a streaming graph at once when it is tried.
 PIECE = 0.37

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from espnet_kd.cli import UserError
-from espnet_kd.decode.padding import EXACT_ENCODERS, is_exact, make_encoder_exact
 from espnet_kd.deploy.features import LogMel, Normalisation, padding
-from espnet_kd.targets.encode import least_samples, measure_frame_shift
+from espnet_kd.inference.encode import least_samples, measure_frame_shift
+from espnet_kd.inference.padding import EXACT_ENCODERS, is_exact, make_encoder_exact
 
 #: Why encoders cannot be exported; any other that is not in ``EXACT_ENCODERS`` is not known to be exact.
 REASONS = {

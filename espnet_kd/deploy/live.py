@@ -78,7 +78,7 @@ def _load(path: Path, threads: int) -> Streaming:
 
         return OnnxStreamingStudent(path, threads)
     from espnet_kd.deploy.espnet_stream import StreamingStudent
-    from espnet_kd.targets.experiment import find_experiment, load_model
+    from espnet_kd.experiments.models import find_experiment, load_model
 
     config, model_file = find_experiment(path)
     return StreamingStudent(*load_model(config, model_file), config.parent)

@@ -97,7 +97,7 @@ def measure(folder: Path, data_dir: Path) -> Dict[str, Any]:
     from espnet_kd.data.datadir import read_map
     from espnet_kd.deploy.live import CHUNK, LiveTranscriber, chunks
     from espnet_kd.deploy.reading import read_blocks
-    from espnet_kd.transcribe import Transcriber
+    from espnet_kd.deploy.transcriber import Transcriber
 
     about = folder / "student.json"
     facts = json.loads(about.read_text(encoding="utf-8")) if about.is_file() else {}

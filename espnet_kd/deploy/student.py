@@ -10,9 +10,9 @@ from typing import Any, List, Optional, Union
 import torch
 
 from espnet_kd.distill.export import TOKEN_MODEL, export
-from espnet_kd.targets.audio_options import sampling_rate, volume
-from espnet_kd.targets.encode import ctc_tokens
-from espnet_kd.targets.experiment import find_experiment, load_model
+from espnet_kd.experiments.audio_options import sampling_rate, volume
+from espnet_kd.experiments.models import find_experiment, load_model
+from espnet_kd.inference.encode import ctc_tokens
 
 
 @dataclass

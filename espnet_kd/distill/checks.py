@@ -8,7 +8,7 @@ import torch
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives import Objective, lay_on
-from espnet_kd.targets.encode import EncoderOutputs, check_taps, probe
+from espnet_kd.inference.encode import EncoderOutputs, check_taps, probe
 from espnet_kd.targets.teacher import Teacher
 
 if TYPE_CHECKING:

@@ -15,8 +15,8 @@ from espnet2.utils.nested_dict_action import NestedDictAction
 from espnet2.utils.types import float_or_none, int_or_none, str2bool, str_or_none
 
 from espnet_kd.cli import UserError
+from espnet_kd.experiments.models import read_config
 from espnet_kd.strict import check_mapping, check_type, describe, nearest, parameters, takes_anything
-from espnet_kd.targets.experiment import read_config
 
 #: What an option's converter makes of a word, as annotations. YAML's numbers serve as words.
 _TYPES: Dict[Any, Any] = {

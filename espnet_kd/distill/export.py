@@ -16,9 +16,8 @@ import yaml
 from espnet_kd.cli import UserError
 from espnet_kd.distill.page import objective_class
 from espnet_kd.distill.record import RECORD
-from espnet_kd.files import replacing, replacing_directory
-from espnet_kd.targets.audio_options import sampling_rate
-from espnet_kd.targets.experiment import (
+from espnet_kd.experiments.audio_options import sampling_rate
+from espnet_kd.experiments.models import (
     find_experiment,
     load_model,
     load_state,
@@ -26,8 +25,9 @@ from espnet_kd.targets.experiment import (
     student_only,
     write_statistics,
 )
-from espnet_kd.targets.named_files import find_token_model
-from espnet_kd.targets.portable import PORTABLE, can_fold, fold, unfold_config, unfold_state
+from espnet_kd.experiments.named_files import find_token_model
+from espnet_kd.experiments.portable import PORTABLE, can_fold, fold, unfold_config, unfold_state
+from espnet_kd.files import replacing, replacing_directory
 
 #: Options that the task adds to ESPnet's; an exported config.yaml has none of them.
 KD_OPTIONS = (

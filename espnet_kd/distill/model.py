@@ -19,8 +19,8 @@ from espnet_kd.distill.objectives import Batch, Objective, lay_on
 from espnet_kd.distill.page import ObjectiveSpec
 from espnet_kd.distill.plan import Moment, Plan
 from espnet_kd.distill.schedule import Progress, Weight
+from espnet_kd.inference.encode import EncoderOutputs, encode, measure_frame_shift, recording_decoder
 from espnet_kd.losses.common import full_precision
-from espnet_kd.targets.encode import EncoderOutputs, encode, measure_frame_shift, recording_decoder
 from espnet_kd.targets.loading import BROUGHT, Brought, Part
 from espnet_kd.targets.teacher import Teacher
 from espnet_kd.topk import NotKept

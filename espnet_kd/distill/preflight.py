@@ -18,15 +18,15 @@ from espnet_kd.cli import UserError
 from espnet_kd.data.audio import is_pipe, read_audio_info
 from espnet_kd.data.datadir import read_map, read_pairs
 from espnet_kd.distill.requirements import check_requirements
-from espnet_kd.targets.audio_options import (
+from espnet_kd.experiments.audio_options import (
     check_channels,
     check_iterator,
     check_teacher_audio,
     sampling_rate,
     takes_audio,
 )
-from espnet_kd.targets.encode import input_width
-from espnet_kd.targets.experiment import find_experiment, read_config
+from espnet_kd.experiments.models import find_experiment, read_config
+from espnet_kd.inference.encode import input_width
 
 if TYPE_CHECKING:
     from espnet2.asr.espnet_model import ESPnetASRModel

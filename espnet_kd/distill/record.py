@@ -13,9 +13,9 @@ from espnet_kd.cli import UserError
 from espnet_kd.distill.page import Page
 from espnet_kd.distill.plan import Plan
 from espnet_kd.distill.requirements import tokens_of
+from espnet_kd.experiments.models import read_config
 from espnet_kd.files import replacing
 from espnet_kd.targets.cache import read_manifest
-from espnet_kd.targets.experiment import read_config
 
 RECORD = "kd_stage.json"
 #: Files that only a training leaves.

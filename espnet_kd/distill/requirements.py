@@ -17,7 +17,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import read_pairs
 from espnet_kd.data.statistics import check_statistics
 from espnet_kd.data.tokenizing import check_model
-from espnet_kd.targets.experiment import load_state
+from espnet_kd.experiments.models import load_state
 
 #: (option, value that needs it; None: true) → (module, what to install).
 PACKAGES: Tuple[Tuple[str, Optional[str], str, str], ...] = (

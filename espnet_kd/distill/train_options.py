@@ -5,10 +5,10 @@ Pages are passed on. Everything else of ESPnet's, the paths of data and models a
 
 from __future__ import annotations
 
-from typing import Any, Dict, Mapping
+from typing import Any, Dict, List, Mapping
 
 from espnet_kd.cli import UserError
-from espnet_kd.strict import check_mapping, nearest
+from espnet_kd.strict import check_mapping, nearest, to_yaml
 
 OPTIMIZATION = (
     *("optim", "optim_conf", "scheduler", "scheduler_conf", "exclude_weight_decay", "exclude_weight_decay_conf"),
@@ -70,3 +70,17 @@ def _check_plain(value: Any, where: str, depth: int = 0) -> None:
         raise UserError(f"{where}: expected a word, a number or a list of them, found {value!r}")
     elif isinstance(value, str) and (value.startswith("-") or any(c in value for c in "/\\\n\0")):
         raise UserError(f"{where}: {value!r} looks like a path or an option, which a page may not hold")
+
+
+def to_options(train: Mapping[str, Any]) -> List[str]:
+    """A page's ``train:`` block as command line options, so that ESPnet's parser checks them."""
+    options: List[str] = []
+    for key, value in train.items():
+        if isinstance(value, Mapping):
+            for inner, v in value.items():
+                options += [f"--{key}", f"{inner}={to_yaml(v)}"]
+        elif isinstance(value, list):
+            options += [f"--{key}", *(",".join(map(str, v)) if isinstance(v, list) else str(v) for v in value)]
+        else:
+            options += [f"--{key}", str(value).lower() if isinstance(value, bool) else str(value)]
+    return options

@@ -33,7 +33,7 @@ class ForeignEncoder(AbsEncoder):
     would change their output.
     """
 
-    #: For :func:`espnet_kd.targets.encode.probe`: long test signals cost it no more memory than long utterances do.
+    #: For :func:`espnet_kd.inference.encode.probe`: long test signals cost it no more memory than long utterances do.
     long_probes = True
 
     def run(self, speech: Tensor) -> Tuple[Tensor, List[Tensor]]:

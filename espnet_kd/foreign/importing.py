@@ -16,7 +16,7 @@ from espnet_kd.files import replacing
 from espnet_kd.foreign import encoders
 from espnet_kd.foreign.sources import BESIDE, CONFIG, RECORD, need, read_json
 from espnet_kd.foreign.vocabulary import Vocabulary, make_vocabulary
-from espnet_kd.targets.named_files import UNKNOWN
+from espnet_kd.pieces import UNKNOWN
 
 #: Names of the CTC blank, those first that mean nothing else.
 BLANKS = ("<blank>", "<blk>", "<pad>", "[PAD]")

@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from espnet_kd.cli import UserError
-from espnet_kd.targets.named_files import BLANK, SOS, UNKNOWN
+from espnet_kd.pieces import BLANK, SOS_EOS, SPACE, UNKNOWN
 
-SPACE = "<space>"
 #: The logit of a token that the model does not have: finite, so that 0 · logit is 0 and no KL is NaN.
 ABSENT = -1e4
 
@@ -69,7 +68,7 @@ def make_vocabulary(
         elif name not in leave_out:
             tokens.append(SPACE if name == delimiter else name)
             rows.append(row)
-    tokens.append(SOS)
+    tokens.append(SOS_EOS)
     rows.append(None)
     double = {t for t in tokens if tokens.count(t) > 1} if len(set(tokens)) < len(tokens) else set()
     if double:

@@ -9,6 +9,9 @@ none), compute in float32 or better, and give 0 with a gradient path when no fra
 ``nonblank_mass`` and ``activation_energy`` are frame weights (B, T) for ``weighted_representation``.
 """
 
+import torch
+
+from espnet_kd.backend import offer_kernels
 from espnet_kd.losses.divergence import consistency, delayed_kl, kl, softmax_l2
 from espnet_kd.losses.factorized import blank_kl, factorized_kl
 from espnet_kd.losses.guided import guided_ctc
@@ -32,3 +35,12 @@ __all__ = [
     "softmax_l2",
     "weighted_representation",
 ]
+
+
+def _try_kernels(device: torch.device) -> None:
+    from espnet_kd.losses import fused  # imports Triton, which not every machine has
+
+    fused.try_out(device)
+
+
+offer_kernels(_try_kernels)

@@ -14,14 +14,14 @@ import torch
 from tqdm import tqdm
 
 from espnet_kd.cli import UserError
-from espnet_kd.decode.recognise import BLANK_ID, Recogniser, Utterance, read_audio, read_utterances, recognise
+from espnet_kd.experiments.audio_options import sampling_rate
+from espnet_kd.experiments.models import find_experiment, load_model
 from espnet_kd.frames import align, nearest_multiple, valid
+from espnet_kd.inference.encode import measure_frame_shift
+from espnet_kd.inference.recognise import BLANK_ID, Recogniser, Utterance, read_audio, read_utterances, recognise
 from espnet_kd.report.labels import Row
 from espnet_kd.report.matching import match
 from espnet_kd.report.results import Gathered, find_data, find_recipe, read_json
-from espnet_kd.targets.audio_options import sampling_rate
-from espnet_kd.targets.encode import measure_frame_shift
-from espnet_kd.targets.experiment import find_experiment, load_model
 from espnet_kd.topk import TopK, compress
 
 

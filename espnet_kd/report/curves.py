@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import List, Sequence, Tuple
 
-from espnet_kd.report.history import History
+from espnet_kd.experiments.history import History
 from espnet_kd.report.plotting import add_legend, look, picture, scale_log
 
 

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from espnet_kd.cli import UserError
+from espnet_kd.experiments.history import read_parts, read_stages, seconds
 from espnet_kd.files import replacing
 from espnet_kd.report.curves import Curve
-from espnet_kd.report.history import read_parts, read_stages, seconds
 from espnet_kd.report.labels import Row, describe, label_rows
 
 ROLES = ("teacher", "plain", "student")
@@ -218,7 +218,7 @@ def _short(path: Path) -> str:
 def _seed(path: Path) -> Optional[int]:
     if not (path / "config.yaml").is_file():
         return None
-    from espnet_kd.targets.experiment import read_config  # only here: it takes torch
+    from espnet_kd.experiments.models import read_config  # only here: it takes torch
 
     try:
         return read_config(path / "config.yaml").get("seed")

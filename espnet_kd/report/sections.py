@@ -9,11 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, List, Optional, Sequence
 
+from espnet_kd.environment import environment
+from espnet_kd.experiments.history import History, read_parts, seconds
 from espnet_kd.report.audio import Audio
 from espnet_kd.report.compare import UNITS, Difference, Kind, Rate, compare, find_plain
 from espnet_kd.report.curves import draw_curves
-from espnet_kd.report.environment import environment
-from espnet_kd.report.history import History, read_parts, seconds
 from espnet_kd.report.labels import Row, label_rows
 from espnet_kd.report.learning import best_teacher_cer, collect_learning, draw_learning, rank_by_epoch, rank_by_time
 from espnet_kd.report.page import Block, Examples, Items, Picture, Section, Table

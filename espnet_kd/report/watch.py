@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterator, List, Optional, Sequence, Tuple
 
 from espnet_kd.cli import UserError
-from espnet_kd.report.history import read_progress, seconds
+from espnet_kd.experiments.history import read_progress, seconds
 from espnet_kd.report.sections import duration
 from espnet_kd.safe_yaml import parse_yaml
 

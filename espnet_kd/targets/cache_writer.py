@@ -17,8 +17,9 @@ import torch
 
 from espnet_kd import files
 from espnet_kd.cli import UserError
-from espnet_kd.decode.recognise import Recogniser, Utterance
 from espnet_kd.files import locked, replacing
+from espnet_kd.inference.encode import check_taps, half_on_gpu, recording
+from espnet_kd.inference.recognise import Recogniser, Utterance
 from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.cache import (
     COUNTS,
@@ -36,7 +37,6 @@ from espnet_kd.targets.cache import (
     read_manifest,
     shard_dir,
 )
-from espnet_kd.targets.encode import check_taps, half_on_gpu, recording
 from espnet_kd.targets.nucleus import pack
 from espnet_kd.topk import compress
 

@@ -13,6 +13,7 @@ from torch import Tensor
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines
 from espnet_kd.frames import valid
+from espnet_kd.inference.encode import FEATURE_RATE, EncoderOutputs
 from espnet_kd.targets.cache import (
     MEND,
     TOKENS,
@@ -25,7 +26,6 @@ from espnet_kd.targets.cache import (
     read_manifest,
     shard_dir,
 )
-from espnet_kd.targets.encode import FEATURE_RATE, EncoderOutputs
 from espnet_kd.targets.nucleus import unpack
 from espnet_kd.targets.teacher import Needs
 from espnet_kd.topk import TopK

@@ -7,20 +7,26 @@ a target cache holds of it, and as Python's numbers the lengths of its labels, w
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Callable, Collection, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Callable, Collection, Dict, List, Optional, Protocol, Sequence, Tuple
 
 from torch import Tensor
 
 from espnet_kd.cli import UserError
-from espnet_kd.distill.schedule import Progress
+from espnet_kd.inference.encode import EncoderOutputs
 from espnet_kd.targets.cached import CachedTeacher
-from espnet_kd.targets.encode import EncoderOutputs
 from espnet_kd.topk import TopK
 
 BROUGHT = "kd"  #: its name in a batch
 #: A part of the training: begin and end as shares of it, and the taps that it reads; None where it reads no targets.
 Part = Tuple[float, float, Optional[Tuple[str, ...]]]
 Loaded = Tuple[List[str], Dict[str, Any]]
+
+
+class Epochs(Protocol):
+    """Where a training stands (:class:`espnet_kd.distill.schedule.Progress`)."""
+
+    epoch: int  #: from 1
+    max_epoch: int
 
 
 @dataclass
@@ -36,7 +42,7 @@ class Loading:
     collate: Callable[[Collection[Any]], Loaded]
     teacher: Optional[CachedTeacher]
     parts: Sequence[Part]
-    progress: Progress
+    progress: Epochs
 
     def __call__(self, data: Collection[Any]) -> Loaded:
         """Utterance ids and the batch, of what the data set gives of each utterance."""

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from espnet_kd.backend import may_look
+from espnet_kd.inference.encode import EncoderOutputs
 from espnet_kd.late import LateCheck
-from espnet_kd.targets.encode import EncoderOutputs
 
 _CHECK_AUDIO = LateCheck()
 

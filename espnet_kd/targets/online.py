@@ -10,10 +10,9 @@ from espnet.nets.pytorch_backend.transformer.add_sos_eos import add_sos_eos
 from torch import Tensor
 
 from espnet_kd.cli import UserError
-from espnet_kd.decode.padding import OneByOne
-from espnet_kd.losses.common import full_precision
-from espnet_kd.targets.audio_options import sampling_rate, to_volume, volume
-from espnet_kd.targets.encode import (
+from espnet_kd.experiments.audio_options import sampling_rate, to_volume, volume
+from espnet_kd.experiments.models import find_experiment, load_model
+from espnet_kd.inference.encode import (
     EncoderOutputs,
     check_taps,
     ctc_tokens,
@@ -23,7 +22,8 @@ from espnet_kd.targets.encode import (
     least_samples,
     measure_frame_shift,
 )
-from espnet_kd.targets.experiment import find_experiment, load_model
+from espnet_kd.inference.padding import OneByOne
+from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.memory import Memory, fingerprints
 from espnet_kd.targets.teacher import Needs
 

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from espnet_kd.backend import without_gradient
 from espnet_kd.cli import UserError
+from espnet_kd.inference.encode import EncoderOutputs
 from espnet_kd.late import LateCheck
 from espnet_kd.losses.common import full_precision
-from espnet_kd.targets.encode import EncoderOutputs
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from torch import Tensor
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import read_pairs
 from espnet_kd.data.parallel import leave_with_parent
-from espnet_kd.distill.checkpoints import check_updated, hand_over, keep_previous
+from espnet_kd.distill.epoch_end import check_updated, hand_over
 from espnet_kd.distill.foresight import check_criteria, check_teacher_speaks, check_text_lengths
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.nonfinite import NonFiniteLosses
@@ -27,11 +27,12 @@ from espnet_kd.distill.page import KDStage, Page, check_cacheable, load_page
 from espnet_kd.distill.plan import Plan, make_plan
 from espnet_kd.distill.preflight import check_disk, log_memory
 from espnet_kd.distill.schedule import EpochHooks, Progress
+from espnet_kd.experiments.checkpoints import keep_previous
+from espnet_kd.experiments.models import find_experiment
 from espnet_kd.files import sha256_of
+from espnet_kd.inference.encode import input_width, measure_frame_shift
 from espnet_kd.offline import ASRTask
 from espnet_kd.targets.cached import CachedTeacher
-from espnet_kd.targets.encode import input_width, measure_frame_shift
-from espnet_kd.targets.experiment import find_experiment
 from espnet_kd.targets.loading import Loading
 from espnet_kd.targets.nbest import read_nbest
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate

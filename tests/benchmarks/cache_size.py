@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from espnet_kd.decode.recognise import Recogniser, make_batches, read_audio, read_utterances
 from espnet_kd.distill.objectives import lay_on
+from espnet_kd.experiments.models import find_experiment, load_model
+from espnet_kd.inference.encode import EncoderOutputs, measure_frame_shift
+from espnet_kd.inference.recognise import Recogniser, make_batches, read_audio, read_utterances
 from espnet_kd.losses import factorized_kl
 from espnet_kd.targets.cache import Policy, ark_names
 from espnet_kd.targets.cache_writer import compression
 from espnet_kd.targets.cached import pad
-from espnet_kd.targets.encode import EncoderOutputs, measure_frame_shift
-from espnet_kd.targets.experiment import find_experiment, load_model
 from espnet_kd.targets.nucleus import pack, unpack
 from espnet_kd.topk import Posterior, TopK, compress
 

@@ -12,11 +12,12 @@ import torch
 
 from espnet_kd.bin import asr_kd_nbest
 from espnet_kd.cli import UserError
+from espnet_kd.decode import nbest_list
 from espnet_kd.decode.beam import BeamSearch
 from espnet_kd.decode.beam_recognise import NbestRecogniser
-from espnet_kd.decode.greedy import ctc_greedy
-from espnet_kd.decode.recognise import Recogniser
-from espnet_kd.targets.experiment import find_experiment, load_model
+from espnet_kd.experiments.models import find_experiment, load_model
+from espnet_kd.inference.greedy import ctc_greedy
+from espnet_kd.inference.recognise import Recogniser
 from espnet_kd.targets.nbest import read_nbest
 
 
@@ -211,7 +212,7 @@ def test_sidecar_never_vouches_for_another_file(tmp_path, expdir, dirs, monkeypa
     asr_kd_nbest.main(options(expdir, dirs, output))
     whole = output.read_bytes()
     with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
-        m.setattr(asr_kd_nbest, "replacing", lambda path, mode="w": (_ for _ in ()).throw(KeyboardInterrupt))
+        m.setattr(nbest_list, "replacing", lambda path, mode="w": (_ for _ in ()).throw(KeyboardInterrupt))
         asr_kd_nbest.main([*options(expdir, dirs, output), "--nbest", "1"])
     assert output.read_bytes() != whole
     asr_kd_nbest.main(options(expdir, dirs, output))

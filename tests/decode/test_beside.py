@@ -14,7 +14,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.decode import recognise as decoding
 from espnet_kd.decode.beam import BeamSearch
 from espnet_kd.decode.beside import BesideSearch
-from espnet_kd.decode.recognise import choose_device, recognise
+from espnet_kd.inference.recognise import choose_device, recognise
 
 TOKENS = ["<blank>", "a", "b", "c", "d", "<sos/eos>"]
 OPTIONS = {"nbest": 4, "beam_size": 6, "drop": [5]}

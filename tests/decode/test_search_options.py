@@ -9,8 +9,8 @@ import tiny_asr
 from espnet_kd.bin import asr_kd_inference
 from espnet_kd.cli import UserError
 from espnet_kd.decode.beam_recognise import BeamRecogniser
-from espnet_kd.decode.recognise import Recogniser
-from espnet_kd.targets.experiment import find_experiment, load_model
+from espnet_kd.experiments.models import find_experiment, load_model
+from espnet_kd.inference.recognise import Recogniser
 
 FILES = ("text", "token", "token_int", "score")
 SECONDS = {"a": 1.1, "b": 0.55, "c": 0.8}
@@ -123,7 +123,7 @@ def test_ngram_model_has_its_say(tmp_path, expdir, data):
     ],
 )
 def test_mistakes_are_told_before_anything_is_loaded(tmp_path, data, monkeypatch, more, message):
-    monkeypatch.setattr("espnet_kd.targets.experiment.load_model", None)
+    monkeypatch.setattr("espnet_kd.experiments.models.load_model", None)
     with pytest.raises(UserError, match=message):
         decode(tmp_path, data, tmp_path / "out", *more)
     assert not (tmp_path / "out").exists()

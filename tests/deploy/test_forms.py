@@ -13,7 +13,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.deploy import block_stream, check, forms, session, sherpa, write
 from espnet_kd.deploy.graph import StudentGraph, example_batch, write_graph
 from espnet_kd.distill.export import export
-from espnet_kd.targets.experiment import find_experiment, load_model
+from espnet_kd.experiments.models import find_experiment, load_model
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
 
@@ -207,7 +207,7 @@ def test_the_text_is_that_of_decoding(tmp_path):
     generator = torch.Generator().manual_seed(0)
     log_probs = (3 * torch.randn(1, 200, len(student.tokens), generator=generator)).log_softmax(-1)
     assert (log_probs.argmax(-1) == len(student.tokens) - 1).any()
-    from espnet_kd.decode.greedy import ctc_collapse, ctc_greedy
+    from espnet_kd.inference.greedy import ctc_collapse, ctc_greedy
 
     ((expected, _),) = ctc_greedy(log_probs, torch.tensor([200]), drop=student.no_text)
     assert ctc_collapse(graph.expand(log_probs)[0].argmax(-1)) == expected

@@ -21,7 +21,7 @@ from espnet_kd.deploy.check import TOLERANCE, difference
 from espnet_kd.deploy.espnet_stream import StreamingStudent
 from espnet_kd.deploy.live import LiveTranscriber
 from espnet_kd.deploy.stream import Stream
-from espnet_kd.targets.experiment import find_experiment, load_model
+from espnet_kd.experiments.models import find_experiment, load_model
 
 ENCODERS = ["contextual_block_conformer", "contextual_block_transformer", "contextual_block_conformer, 60 ms"]
 
@@ -63,7 +63,7 @@ def test_a_stream_is_the_whole_audio(pair, piece):
         found, stream = streamed(student, [wave[i : i + piece] for i in range(0, len(wave), piece)])
         expected = whole(model, wave)
         assert found.shape == expected.shape and difference(found, expected) <= TOLERANCE, seconds
-        from espnet_kd.decode.greedy import ctc_greedy
+        from espnet_kd.inference.greedy import ctc_greedy
 
         ((ids, _),) = ctc_greedy(
             torch.from_numpy(expected)[None], torch.tensor([len(expected)]), drop=student.no_text

@@ -13,10 +13,10 @@ import tiny_students
 
 from espnet_kd.bin import asr_kd_export, asr_kd_transcribe
 from espnet_kd.cli import UserError
-from espnet_kd.decode.recognise import Recogniser
 from espnet_kd.deploy import backends, reading
 from espnet_kd.deploy.student import load_student
 from espnet_kd.deploy.transcript import Segment, Token, Transcript, read_tokens, render, subtitles, words_of
+from espnet_kd.inference.recognise import Recogniser
 from espnet_kd.transcribe import Transcriber
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")

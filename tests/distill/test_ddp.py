@@ -11,7 +11,7 @@ import sys
 import pytest
 import tiny_asr
 
-from espnet_kd.targets.experiment import load_state
+from espnet_kd.experiments.models import load_state
 
 # What a rank runs: the real command; the teacher of rank 1 is made to say blank everywhere.
 DRIVER = """

@@ -15,8 +15,8 @@ import yaml
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.export import FILES, export
-from espnet_kd.targets.experiment import find_experiment, load_model, load_state
-from espnet_kd.targets.portable import PORTABLE
+from espnet_kd.experiments.models import find_experiment, load_model, load_state
+from espnet_kd.experiments.portable import PORTABLE
 
 
 def with_statistics(directory, **changes):

@@ -11,8 +11,8 @@ import pytest
 import torch
 import yaml
 
-from espnet_kd.bin.asr_kd_train import await_finish
 from espnet_kd.cli import UserError
+from espnet_kd.tasks.training import await_finish
 
 #: Stand-ins for Kaldi's slurm.pl and for slurm itself: each of the machines that are asked for is a process here.
 SLURM_PL = """#!/usr/bin/env bash

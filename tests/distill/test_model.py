@@ -13,7 +13,7 @@ from espnet_kd.distill.objectives import Batch, Objective, lay_on
 from espnet_kd.distill.page import METHODS_DIR, load_page
 from espnet_kd.distill.plan import make_plan
 from espnet_kd.distill.schedule import Progress, Ramp
-from espnet_kd.targets.encode import EncoderOutputs
+from espnet_kd.inference.encode import EncoderOutputs
 from espnet_kd.targets.online import OnlineTeacher
 
 PLAIN = {"teacher": "none", "stages": [{"share": 1.0}]}

@@ -17,7 +17,7 @@ from espnet_kd import losses
 from espnet_kd.backend import using
 from espnet_kd.distill.objectives import OBJECTIVES, Batch, lay_on
 from espnet_kd.distill.schedule import Progress
-from espnet_kd.targets.encode import EncoderOutputs
+from espnet_kd.inference.encode import EncoderOutputs
 from espnet_kd.topk import compress
 
 UTTS, FRAMES, WIDTH, VOCABULARY, LABELS = 4, 12, 8, 9, 3

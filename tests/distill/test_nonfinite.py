@@ -14,10 +14,10 @@ from espnet_kd import late
 from espnet_kd.backend import using
 from espnet_kd.bin import asr_kd_train
 from espnet_kd.cli import UserError
-from espnet_kd.distill.checkpoints import read_checkpoint
 from espnet_kd.distill.nonfinite import NonFiniteLosses
 from espnet_kd.distill.schedule import Progress
-from espnet_kd.targets.experiment import load_state
+from espnet_kd.experiments.checkpoints import read_checkpoint
+from espnet_kd.experiments.models import load_state
 from espnet_kd.targets.online import OnlineTeacher
 
 

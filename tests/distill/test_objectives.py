@@ -17,7 +17,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives import OBJECTIVES
 from espnet_kd.distill.objectives.base import taps_at
 from espnet_kd.distill.page import list_pages, load_page
-from espnet_kd.targets.encode import encode
+from espnet_kd.inference.encode import encode
 from espnet_kd.targets.nbest import weights
 
 

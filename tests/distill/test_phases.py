@@ -12,10 +12,10 @@ from tiny_phases import EPOCHS, MID, RESTART, Killed, assert_same, train, write_
 
 from espnet_kd.bin import asr_kd_cache
 from espnet_kd.cli import UserError
-from espnet_kd.distill.checkpoints import read_checkpoint
 from espnet_kd.distill.page import load_page
 from espnet_kd.distill.schedule import Progress
-from espnet_kd.targets.experiment import load_state
+from espnet_kd.experiments.checkpoints import read_checkpoint
+from espnet_kd.experiments.models import load_state
 
 PAGES = {"mid": MID, "restart": RESTART, "whole epochs": dict(shares=(0.25, 0.25, 0.5))}
 
@@ -276,11 +276,11 @@ def test_an_end_before_the_end_of_a_kd_stage_is_an_error(corpus, teacher_dir, tm
     """Whatever ends ESPnet's training without an error."""
     from espnet2.train.reporter import Reporter
 
-    from espnet_kd.bin import asr_kd_train
+    from espnet_kd.tasks import training
 
     monkeypatch.setattr(Reporter, "check_early_stopping", lambda self, patience, *criterion: True)
-    original = asr_kd_train.train
-    monkeypatch.setattr(asr_kd_train, "train", lambda cmd: original([*cmd, "--patience", "1"]))
+    original = training.train
+    monkeypatch.setattr(training, "train", lambda cmd: original([*cmd, "--patience", "1"]))
     page = write_page(tmp_path, **MID)
     with pytest.raises(
         UserError, match="training ended after epoch 1 of 2 in .*patience may only end the last KD stage"

@@ -12,11 +12,11 @@ from tiny_phases import MID, Killed, assert_same, train, write_page
 
 from espnet_kd.bin import asr_kd_train
 from espnet_kd.cli import UserError
-from espnet_kd.distill.checkpoints import read_checkpoint
 from espnet_kd.distill.page import load_page
 from espnet_kd.distill.plan import make_plan
 from espnet_kd.distill.record import HARMLESS, claim, differences, make_record, write_record
-from espnet_kd.targets.experiment import load_state
+from espnet_kd.experiments.checkpoints import read_checkpoint
+from espnet_kd.experiments.models import load_state
 from espnet_kd.targets.online import OnlineTeacher
 
 PARSER = asr_kd_train.get_parser()

@@ -9,7 +9,7 @@ from tiny_phases import MID, RESTART, Killed, assert_same, train, write_page
 
 from espnet_kd.bin import asr_kd_train
 from espnet_kd.cli import UserError
-from espnet_kd.distill.checkpoints import keep_previous, mend, read_checkpoint
+from espnet_kd.experiments.checkpoints import keep_previous, mend, read_checkpoint
 
 
 def checkpoint(path, epoch):

@@ -9,11 +9,11 @@ import torch
 import yaml
 
 from espnet_kd.bin import asr_kd_train
-from espnet_kd.distill import checkpoints
-from espnet_kd.distill.checkpoints import read_checkpoint
 from espnet_kd.distill.page import METHODS_DIR
 from espnet_kd.distill.schedule import EpochHooks
-from espnet_kd.tasks import asr_kd
+from espnet_kd.experiments import checkpoints
+from espnet_kd.experiments.checkpoints import read_checkpoint
+from espnet_kd.tasks import asr_kd, training
 
 #: Twelve steps, three an epoch.
 EPOCHS = 4
@@ -107,9 +107,9 @@ class Moments:
         patch.setattr(EpochHooks, "_count", stepping)
         patch.setattr(torch, "save", saving)
         patch.setattr(asr_kd, "hand_over", self.around(asr_kd.hand_over, "hand-over", lambda o, p, epoch, **_: epoch))
-        finish = self.around(asr_kd_train._finish, "record", lambda a, r, number, *_: number)
-        patch.setattr(asr_kd_train, "_finish", finish)
-        patch.setattr(asr_kd_train, "forget_optimizer", self.around(asr_kd_train.forget_optimizer, "restart"))
+        finish = self.around(training._finish, "record", lambda a, r, number, *_: number)
+        patch.setattr(training, "_finish", finish)
+        patch.setattr(training, "forget_optimizer", self.around(training.forget_optimizer, "restart"))
         if at == ("while", "restart"):
             patch.setattr(checkpoints.os, "replace", lambda *a: self.pass_by("while", "restart"))
 

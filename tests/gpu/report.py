@@ -160,7 +160,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         print("error: no CUDA device (torch.cuda.is_available() is False): give --cpu", file=sys.stderr)
         return 2
     sys.path.insert(0, str(ROOT))
-    from espnet_kd.bin.asr_kd_bench import machine, table
+    from espnet_kd.bench.table import machine, table
 
     start = time.monotonic()
     report = Report(args.output, args.cpu)

@@ -21,8 +21,8 @@ from test_pages_end_to_end import directory, nbest, options  # noqa: F401 (fixtu
 from tiny_student import deeper
 
 from espnet_kd.bin import asr_kd_cache, asr_kd_inference, asr_kd_train
-from espnet_kd.distill.checkpoints import read_checkpoint
 from espnet_kd.distill.page import list_pages, load_page
+from espnet_kd.experiments.checkpoints import read_checkpoint
 from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.loading import BROUGHT
 from espnet_kd.targets.online import OnlineTeacher

@@ -116,13 +116,13 @@ class TestChoice:
 
         monkeypatch.setattr("espnet_kd.losses.fused.try_out", broken)
         monkeypatch.setattr(backend, "has_values", lambda x: True)
-        backend._triton_works.cache_clear()
+        backend._kernels_work.cache_clear()
         with FakeTensorMode():
             x = torch.zeros(1, 1, 4, device="cuda")
         try:
             assert backend.backend_of(x, x) == backend.backend_of(x, x) == "masked"
         finally:
-            backend._triton_works.cache_clear()
+            backend._kernels_work.cache_clear()
         assert [r.getMessage() for r in caplog.records if "Triton cannot be used" in r.getMessage()] == [
             "losses on cuda:0: in plain torch, slower, because Triton cannot be used: Failed to find C compiler"
         ]

@@ -22,7 +22,7 @@ import torch
 import zygote
 from recipe import TINY, Recipe
 
-from espnet_kd.distill.checkpoints import load_checkpoint
+from espnet_kd.experiments.checkpoints import load_checkpoint
 
 SMALL = ["--local_data_opts", "--train 24 --valid 6 --test 8", "--nj", "1"]
 SMALL += ["--teacher_args", f"{TINY} --num_workers 0 --max_epoch 3"]

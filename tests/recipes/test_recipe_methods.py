@@ -361,8 +361,8 @@ def test_the_streaming_student_learns_and_hears_little_of_what_comes(recipe):
     import tiny_asr
     import torch
 
+    from espnet_kd.inference.encode import measure_frame_shift
     from espnet_kd.offline import ASRTask
-    from espnet_kd.targets.encode import measure_frame_shift
 
     def build(name):
         conf = {k: v for k, v in read(recipe, name).items() if k in (*ENCODER, "model_conf", "specaug", "specaug_conf")}

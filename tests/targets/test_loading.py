@@ -12,11 +12,11 @@ from tiny_cache import command
 
 from espnet_kd.bin import asr_kd_cache, asr_kd_train
 from espnet_kd.cli import UserError
-from espnet_kd.distill.checkpoints import read_checkpoint
 from espnet_kd.distill.schedule import Progress
+from espnet_kd.experiments.checkpoints import read_checkpoint
+from espnet_kd.inference.encode import EncoderOutputs
 from espnet_kd.targets.cache import shard_dir
 from espnet_kd.targets.cached import CachedTeacher
-from espnet_kd.targets.encode import EncoderOutputs
 from espnet_kd.targets.loading import BROUGHT, Brought, Loading, from_plain, to_plain
 from espnet_kd.topk import compress
 

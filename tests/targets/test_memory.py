@@ -5,7 +5,7 @@ import tiny_kd
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from espnet_kd.targets.encode import EncoderOutputs
+from espnet_kd.inference.encode import EncoderOutputs
 from espnet_kd.targets.memory import Memory, fingerprints
 from espnet_kd.targets.online import OnlineTeacher
 

@@ -14,7 +14,7 @@ from espnet_kd.targets.teacher import Needs
 
 
 def test_targets_are_what_the_model_says(teacher_dir):
-    from espnet_kd.targets.experiment import find_experiment, load_model
+    from espnet_kd.experiments.models import find_experiment, load_model
 
     teacher = OnlineTeacher(teacher_dir)
     model, _ = load_model(*find_experiment(teacher_dir))

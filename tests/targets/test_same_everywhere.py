@@ -14,10 +14,10 @@ from hypothesis import Phase, event, given, settings
 from hypothesis import strategies as st
 
 from espnet_kd.bin import asr_kd_cache
-from espnet_kd.decode.recognise import Recogniser, read_audio, read_utterances
-from espnet_kd.targets.audio_options import sampling_rate
+from espnet_kd.experiments.audio_options import sampling_rate
+from espnet_kd.experiments.models import find_experiment, load_model
+from espnet_kd.inference.recognise import Recogniser, read_audio, read_utterances
 from espnet_kd.targets.cached import CachedTeacher
-from espnet_kd.targets.experiment import find_experiment, load_model
 from espnet_kd.targets.nucleus import LEVELS, SPAN
 from espnet_kd.targets.online import OnlineTeacher
 

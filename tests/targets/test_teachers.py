@@ -18,9 +18,9 @@ import yaml
 
 from espnet_kd.bin import asr_kd_cache, asr_kd_inference, asr_kd_nbest, asr_kd_train
 from espnet_kd.cli import UserError
-from espnet_kd.decode.recognise import Recogniser, read_audio, read_utterances
+from espnet_kd.experiments.models import find_experiment, load_model
+from espnet_kd.inference.recognise import Recogniser, read_audio, read_utterances
 from espnet_kd.targets.cached import CachedTeacher
-from espnet_kd.targets.experiment import find_experiment, load_model
 from espnet_kd.targets.online import OnlineTeacher
 
 LAYERS = dict(output_size=16, attention_heads=2, num_blocks=2, linear_units=32)
@@ -347,7 +347,7 @@ def test_an_adapter_without_its_package(tmp_path, monkeypatch):
 
 def test_old_names_of_an_s3prl_frontend():
     """ESPnet renames them where it loads such a file; s3prl itself is not needed for that."""
-    from espnet_kd.targets.states import fit_state
+    from espnet_kd.experiments.states import fit_state
 
     model = torch.nn.Module()
     model.frontend = torch.nn.Module()

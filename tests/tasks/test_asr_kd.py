@@ -18,6 +18,8 @@ from espnet_kd.cli import UserError
 from espnet_kd.distill.export import KD_OPTIONS
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.page import load_page
+from espnet_kd.distill.train_options import to_options
+from espnet_kd.files import locked
 from espnet_kd.offline import ASRTask
 from espnet_kd.tasks.asr_kd import ASRKDTask, check_data, check_utterances
 
@@ -162,7 +164,7 @@ def test_a_stage_left_out_has_nothing_to_do(corpus, teacher_dir, tmp_path, caplo
 @pytest.mark.faults("two runs at once")
 def test_two_runs_in_one_directory_are_refused(corpus, teacher_dir, tmp_path):
     options = corpus.options(tmp_path / "out", "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")
-    with asr_kd_train.locked(tmp_path / "out"), pytest.raises(UserError, match="in use by another run"):
+    with locked(tmp_path / "out"), pytest.raises(UserError, match="in use by another run"):
         asr_kd_train.main(options)
 
 
@@ -177,12 +179,12 @@ def test_a_pages_train_block_as_options():
         "freeze_param": ["encoder.embed", "frontend"], "optim_conf": {"lr": 0.5, "betas": [0.9, 0.99]},
         "accum_grad": 2,
     }  # fmt: skip
-    args = ASRKDTask.get_parser().parse_args(asr_kd_train.to_options(block))
+    args = ASRKDTask.get_parser().parse_args(to_options(block))
     assert [list(c) for c in args.best_model_criterion] == block["best_model_criterion"]
     assert args.unused_parameters is True and args.freeze_param == block["freeze_param"] and args.accum_grad == 2
     assert args.optim_conf == block["optim_conf"]
     # In front of the user's options, so that these win.
-    cmd = [*asr_kd_train.to_options(block), "--accum_grad", "4", "--unused_parameters", "false"]
+    cmd = [*to_options(block), "--accum_grad", "4", "--unused_parameters", "false"]
     args = ASRKDTask.get_parser().parse_args(cmd)
     assert args.accum_grad == 4 and args.unused_parameters is False
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from espnet_kd import frames as fr
 from espnet_kd.cli import UserError
 from espnet_kd.distill.schedule import Progress
-from espnet_kd.targets.encode import EncoderOutputs, depth_of
+from espnet_kd.inference.encode import EncoderOutputs, depth_of
 from espnet_kd.targets.teacher import Needs
 
 if TYPE_CHECKING:

@@ -20,8 +20,8 @@ from espnet_kd.distill.objectives.base import (
 )
 from espnet_kd.distill.objectives.posteriors import Selection
 from espnet_kd.distill.schedule import Progress
+from espnet_kd.inference.encode import EncoderOutputs
 from espnet_kd.losses.common import full_precision
-from espnet_kd.targets.encode import EncoderOutputs
 from espnet_kd.targets.nbest import weights
 from espnet_kd.targets.teacher import Teacher
 

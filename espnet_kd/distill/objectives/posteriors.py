@@ -14,7 +14,7 @@ from espnet_kd import losses
 from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives.base import Batch, Objective, check_temperature
 from espnet_kd.distill.schedule import Progress
-from espnet_kd.targets.encode import EncoderOutputs
+from espnet_kd.inference.encode import EncoderOutputs
 
 
 class Selection:

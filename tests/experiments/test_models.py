@@ -13,7 +13,7 @@ import torch
 import yaml
 
 from espnet_kd.cli import UserError
-from espnet_kd.targets.experiment import find_experiment, load_model, load_state, student_only
+from espnet_kd.experiments.models import find_experiment, load_model, load_state, student_only
 
 AVE, AVE_N, BEST = "valid.loss.ave.pth", "valid.loss.ave_10best.pth", "valid.loss.best.pth"
 SECOND, LATEST, MODEL = "train.acc.ave.pth", "latest.pth", "model.pth"

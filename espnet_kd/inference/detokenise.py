@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Callable, List, Union
 
-from espnet_kd.targets.named_files import find_token_model
+from espnet_kd.experiments.named_files import find_token_model
 
 
 def build_detokeniser(args: argparse.Namespace, config_dir: Union[str, Path]) -> Callable[[List[str]], str]:

@@ -17,12 +17,12 @@ import numpy as np
 import torch
 
 from espnet_kd.cli import UserError, trusts_pickles
+from espnet_kd.experiments.named_files import read_token_list
+from espnet_kd.experiments.packed import check_expansion, is_packed, unpack
+from espnet_kd.experiments.portable import PORTABLE, unfold_config, unfold_state
+from espnet_kd.experiments.states import fit_state
+from espnet_kd.experiments.trust import FOREIGN, check_components, guarded
 from espnet_kd.safe_yaml import parse_yaml
-from espnet_kd.targets.named_files import read_token_list
-from espnet_kd.targets.packed import check_expansion, is_packed, unpack
-from espnet_kd.targets.portable import PORTABLE, unfold_config, unfold_state
-from espnet_kd.targets.states import fit_state
-from espnet_kd.targets.trust import FOREIGN, check_components, guarded
 
 #: Prefix of what is trained beside a student (projections, heads) and dropped from it afterwards.
 KD_PREFIX = "kd_heads."
@@ -36,7 +36,7 @@ def find_experiment(path: Union[str, Path]) -> Tuple[Path, Path]:
     ``student.pth``.
 
     Raises:
-        UserError: nothing there, no config.yaml, or no model in it; as :func:`espnet_kd.targets.packed.unpack`.
+        UserError: nothing there, no config.yaml, or no model in it; as :func:`espnet_kd.experiments.packed.unpack`.
     """
     path = Path(path)
     if is_packed(path):
@@ -165,9 +165,9 @@ def load_model(
 ) -> Tuple[Any, argparse.Namespace]:
     """Build the ESPnet ASR model of ``config`` and load ``model_file`` into it, in eval mode.
 
-    Nothing that the configuration names is loaded, downloaded or run (:mod:`espnet_kd.targets.trust`). Every key must
-    match (ESPnet's own loader lets missing ones pass), but for what :func:`espnet_kd.targets.states.fit_state` knows of
-    older files; keys under ``kd_heads.`` are left out.
+    Nothing that the configuration names is loaded, downloaded or run (:mod:`espnet_kd.experiments.trust`). Every key
+    must match (ESPnet's own loader accepts missing ones), except for the differences of older files that
+    :func:`espnet_kd.experiments.states.fit_state` knows; keys under ``kd_heads.`` are left out.
 
     Returns:
         (ESPnetASRModel, argparse.Namespace of the config)

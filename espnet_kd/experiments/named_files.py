@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any, Iterator, List, Optional, Sequence, Union
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.tokenizing import read_pieces
-
-BLANK, UNKNOWN, SOS = "<blank>", "<unk>", "<sos/eos>"
+from espnet_kd.pieces import BLANK, SOS_EOS, UNKNOWN, read_pieces
 
 
 def places(given: Union[str, Path], config: Path) -> Iterator[Path]:
@@ -81,7 +79,7 @@ def check_token_model(path: Path, token_list: Sequence[str]) -> Optional[str]:
         return " ".join(str(e).split())
     except OSError as e:
         return f"cannot read the token model {path}: {e.strerror}"
-    strange = [t for t in token_list if t not in pieces and t not in (BLANK, UNKNOWN, SOS)]
+    strange = [t for t in token_list if t not in pieces and t not in (BLANK, UNKNOWN, SOS_EOS)]
     if len(strange) > 0.1 * len(token_list):
         return f"the token model {path} has other pieces than the token list ({' '.join(strange[:3])} …)"
     return None

@@ -23,7 +23,7 @@ from espnet_kd.strict import nearest
 #: Encoders of this package for models of other makers; all that they are is in the experiment's own files.
 FOREIGN = ("hugging_face_ctc", "onnx_ctc")
 #: Components of ``espnet2.tasks.asr`` (202511) that open no file, reach for no network and import nothing by name.
-#: global_mvn opens its statistics, which is not left to it (:mod:`espnet_kd.targets.experiment`).
+#: global_mvn opens its statistics, which is not left to it (:mod:`espnet_kd.experiments.models`).
 LOADS_NOTHING: Dict[str, Tuple[str, ...]] = {
     "frontend": ("default", "sliding_window", "fused", "wav2vec_cnn"),
     "specaug": ("specaug",),

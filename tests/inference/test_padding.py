@@ -5,7 +5,7 @@ import tiny_asr
 import torch
 from espnet2.asr.frontend.default import DefaultFrontend
 
-from espnet_kd.decode.padding import OneByOne, ReflectedEach, exact_frontend, make_batch_exact
+from espnet_kd.inference.padding import OneByOne, ReflectedEach, exact_frontend, make_batch_exact
 
 LENGTHS = (16000, 15999, 8123, 512, 257)  # samples; half a window is 256
 

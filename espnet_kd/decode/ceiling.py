@@ -12,10 +12,10 @@ from tqdm import tqdm
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import read_map
 from espnet_kd.data.tokenizing import Tokenizer
-from espnet_kd.decode.greedy import ctc_greedy
-from espnet_kd.decode.recognise import read_audio, read_utterances
 from espnet_kd.decode.score import count_errors
 from espnet_kd.frames import align
+from espnet_kd.inference.greedy import ctc_greedy
+from espnet_kd.inference.recognise import read_audio, read_utterances
 from espnet_kd.targets.online import OnlineTeacher
 
 

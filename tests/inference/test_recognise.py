@@ -15,7 +15,9 @@ import torch
 
 from espnet_kd.bin import asr_kd_inference
 from espnet_kd.cli import UserError
-from espnet_kd.decode.recognise import (
+from espnet_kd.decode.decodings import decode_dir, describe_inputs
+from espnet_kd.experiments.models import find_experiment, load_model
+from espnet_kd.inference.recognise import (
     Recogniser,
     Utterance,
     build_detokeniser,
@@ -24,7 +26,6 @@ from espnet_kd.decode.recognise import (
     read_audio,
     read_utterances,
 )
-from espnet_kd.targets.experiment import find_experiment, load_model
 
 SECONDS = (2.17, 1.503, 1.0, 0.9, 0.31)
 
@@ -257,7 +258,7 @@ def test_several_experiments_decode_several_data_dirs(tmp_path, expdir, waves, r
 def test_places_of_several_decodings(tmp_path):
     here = tmp_path / "raw" / "test"
     for exp in ("exp/a", "exp/a/export", "exp/a/valid.loss.ave.pth", "exp/a/export/model.pth"):
-        assert asr_kd_inference.decode_dir(exp, here) == Path("exp/a/decode_test")
+        assert decode_dir(exp, here) == Path("exp/a/decode_test")
     with pytest.raises(UserError, match="--output_dir goes with one"):
         asr_kd_inference.main(["--expdir", "a", "b", "--data_dir", str(here), "--output_dir", "x"])
     with pytest.raises(UserError, match="a on .*test and a/export on .*test would both be in a/decode_test"):
@@ -283,10 +284,10 @@ def test_what_a_kd_stage_ended_with_is_decoded_again_when_it_changes(tmp_path, e
     shutil.copy(model, stage / "student.pth")
     assert find_experiment(stage) == (stage / "config.yaml", stage / "student.pth")
     (tmp_path / "wav.scp").write_text("a a.wav\n")
-    before = asr_kd_inference.describe_inputs(stage, tmp_path)
-    assert asr_kd_inference.describe_inputs(stage, tmp_path) == before
+    before = describe_inputs(stage, tmp_path)
+    assert describe_inputs(stage, tmp_path) == before
     (stage / "student.pth").write_bytes(b"another")
-    assert asr_kd_inference.describe_inputs(stage, tmp_path) != before
+    assert describe_inputs(stage, tmp_path) != before
 
 
 @pytest.mark.parametrize("kind, message", [("flac", "is damaged"), ("wav", "is cut"), ("nan", "is no number")])

@@ -8,9 +8,9 @@ import tiny_asr
 import torch
 import yaml
 
-from espnet_kd.bin.asr_kd_inference import decode_dir
 from espnet_kd.cli import UserError
-from espnet_kd.targets.experiment import find_experiment, load_model
+from espnet_kd.decode.decodings import decode_dir
+from espnet_kd.experiments.models import find_experiment, load_model
 from espnet_kd.targets.online import OnlineTeacher
 
 

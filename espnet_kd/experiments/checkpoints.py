@@ -14,14 +14,11 @@ import numpy as np
 import torch
 
 from espnet_kd.cli import UserError
-from espnet_kd.distill.plan import Plan
-from espnet_kd.distill.schedule import Progress
+from espnet_kd.experiments.models import load_safely
 from espnet_kd.files import replacing
-from espnet_kd.targets.experiment import load_safely, student_only
 
 CHECKPOINT = "checkpoint.pth"
 PREVIOUS = "checkpoint.prev.pth"
-STUDENT = "student.pth"  #: the student alone, as a KD stage ends with it
 
 
 def keep_previous(output_dir: Path) -> None:
@@ -37,7 +34,7 @@ def load_checkpoint(path: Path) -> Dict[str, Any]:
     """Load what ESPnet's trainer wrote: tensors, and of other objects only the numbers and times of its reporter.
 
     Raises:
-        UserError: a whole file that holds anything else (:func:`espnet_kd.targets.experiment.load_safely`).
+        UserError: a whole file that holds anything else (:func:`espnet_kd.experiments.models.load_safely`).
         Whatever torch raises for an absent or damaged one.
     """
     scalars = [type(np.dtype(t)) for t in ("float32", "float64", "int64")]
@@ -87,64 +84,11 @@ def check_ended(output_dir: Path, max_epoch: int, early: bool) -> None:
         )
 
 
-def check_updated(output_dir: Path, progress: Progress, first_rank: bool = True) -> None:
-    """Refuse a training whose last epoch did not change the model; the first rank takes that epoch back.
-
-    ESPnet ends such a training without an error, and would count the epoch as trained when it is resumed. All ranks of
-    a parallel run call this.
-
-    Raises:
-        UserError: no step of the epoch had finite gradients.
-    """
-    if progress.updates != 0:
-        return
-    if first_rank:
-        checkpoint, previous = output_dir / CHECKPOINT, output_dir / PREVIOUS
-        if previous.is_file() and progress.epoch > 1:
-            os.replace(previous, checkpoint)
-        else:
-            checkpoint.unlink(missing_ok=True)
-        (output_dir / f"{progress.epoch}epoch.pth").unlink(missing_ok=True)
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # a process that leaves with an error may end the others
-    lower = "lower the learning rate (optim_conf: lr)"
-    raise UserError(
-        f"{output_dir}: no step of epoch {progress.epoch} had finite gradients, or it has fewer batches than "
-        "accum_grad: nothing was learnt in it, and it is not counted; see the log, and "
-        + (lower if progress.epoch == 1 else f"train into another directory: {lower}")
-    )
-
-
 def forget_optimizer(output_dir: Path) -> None:
     """Take optimizer and schedule out of a checkpoint: ESPnet's resume then goes on with new ones."""
     states = {**load_checkpoint(output_dir / CHECKPOINT), "optimizers": [], "schedulers": []}
     with replacing(output_dir / CHECKPOINT, "wb") as f:
         torch.save(states, f)
-
-
-def hand_over(output_dir: Path, plan: Plan, epoch: int, stopped: bool = False) -> None:
-    """Keep the student that a KD stage ends with: of each that ends in ``epoch``, which has just been trained.
-
-    That of the last KD stage is ``student.pth`` in ``output_dir`` itself; that of an earlier one lies in its directory
-    ``kd_stage<k>`` with the configuration, so that it can be decoded.
-
-    Args:
-        stopped: whether training ended with this epoch, perhaps before ``max_epoch`` (ESPnet's ``patience``).
-    """
-    for phase in plan.phases:
-        if phase.epochs(plan.max_epoch)[1] != epoch and not (stopped and phase is plan.phases[-1]):
-            continue
-        number = phase.stage.number
-        out = output_dir if number == plan.numbers[-1] else output_dir / f"kd_stage{number}"
-        model = output_dir / f"{epoch}epoch.pth"
-        if not model.is_file() and (out / STUDENT).is_file():
-            continue  # training went on long ago, and ESPnet has removed that epoch's model
-        out.mkdir(exist_ok=True)
-        with replacing(out / STUDENT, "wb") as f:
-            torch.save(student_only(load_safely(model)), f)
-        if out != output_dir:
-            with replacing(out / "config.yaml") as f:
-                f.write((output_dir / "config.yaml").read_text(encoding="utf-8"))
 
 
 def mend(output_dir: Path) -> int:

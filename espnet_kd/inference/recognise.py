@@ -1,7 +1,7 @@
 """Batched CTC recognition of a data dir with an ESPnet ASR experiment or export.
 
 Audio goes in as in ``espnet2.bin.asr_inference`` (soundfile's floats in [-1, 1], no augmentation), batches are
-made of utterances of like length, and give what each utterance gives alone (see `espnet_kd.decode.padding`).
+made of utterances of like length, and give what each utterance gives alone (see `espnet_kd.inference.padding`).
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from tqdm import tqdm
 from espnet_kd.cli import UserError, check_gpus
 from espnet_kd.data.audio import read_audio_info, read_samples
 from espnet_kd.data.datadir import read_map
-from espnet_kd.decode.detokenise import build_detokeniser
-from espnet_kd.decode.greedy import ctc_greedy
-from espnet_kd.decode.padding import make_batch_exact
-from espnet_kd.targets.audio_options import sampling_rate, takes_audio, volume
-from espnet_kd.targets.encode import ctc_tokens, input_width, least_samples
+from espnet_kd.experiments.audio_options import sampling_rate, takes_audio, volume
+from espnet_kd.inference.detokenise import build_detokeniser
+from espnet_kd.inference.encode import ctc_tokens, input_width, least_samples
+from espnet_kd.inference.greedy import ctc_greedy
+from espnet_kd.inference.padding import make_batch_exact
 
 BLANK_ID = 0  # ESPnet's CTC: the first token of every token list
 Found = TypeVar("Found")
@@ -70,7 +70,7 @@ class Recogniser:
     """An ESPnet model with its tokens, ready to decode batches."""
 
     def __init__(self, model: torch.nn.Module, args: argparse.Namespace, config_dir: Union[str, Path] = "."):
-        """Take a loaded ESPnetASRModel and its configuration (see `espnet_kd.targets.experiment.load_model`).
+        """Take a loaded ESPnetASRModel and its configuration (see `espnet_kd.experiments.models.load_model`).
 
         Args:
             model: in eval mode on its device; it is changed for exact batches, so don't train it afterwards.
@@ -201,6 +201,26 @@ def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> L
         utterances.append(Utterance(utt_id, path, samples, found))
     if not utterances:
         raise UserError(f"{data_dir}/wav.scp is empty")
+    return utterances
+
+
+def read_all_utterances(data_dirs: Sequence[str], rate: Optional[int]) -> List[Utterance]:
+    """List the utterances of several data dirs as one (see :func:`read_utterances`).
+
+    Raises:
+        UserError: an utterance stands in two of them, or what `read_utterances` refuses.
+    """
+    utterances: List[Utterance] = []
+    home: Dict[str, str] = {}
+    for data_dir in data_dirs:
+        for utterance in read_utterances(data_dir, rate):
+            if utterance.utt_id in home:
+                other = home[utterance.utt_id]
+                raise UserError(
+                    f"{data_dir}/wav.scp: {utterance.utt_id} stands in {other}/wav.scp too; leave one data dir out"
+                )
+            home[utterance.utt_id] = data_dir
+            utterances.append(utterance)
     return utterances
 
 

@@ -8,7 +8,7 @@ import torch
 from espnet2.asr.encoder.conformer_encoder import TooShortUttError
 
 from espnet_kd.cli import UserError
-from espnet_kd.targets.encode import check_taps, encode, least_samples, measure_frame_shift, taps_of
+from espnet_kd.inference.encode import check_taps, encode, least_samples, measure_frame_shift, taps_of
 
 LAYERS = 3
 ENCODERS = {

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from espnet_kd.decode.greedy import ctc_collapse, ctc_greedy
+from espnet_kd.inference.greedy import ctc_collapse, ctc_greedy
 
 
 @pytest.mark.parametrize(

@@ -83,7 +83,7 @@ def seconds(history: History) -> float:
 
 
 def _from_checkpoint(path: Path) -> Optional[History]:
-    from espnet_kd.distill.checkpoints import load_checkpoint  # only here: it takes torch
+    from espnet_kd.experiments.checkpoints import load_checkpoint  # only here: it takes torch
 
     try:
         stats = load_checkpoint(path)["reporter"]["stats"]

@@ -8,8 +8,8 @@ import yaml
 from espnet_kd.bin import asr_kd_ceiling
 from espnet_kd.cli import UserError
 from espnet_kd.data.tokenizing import Tokenizer
-from espnet_kd.targets.ceiling import measure_ceiling
-from espnet_kd.targets.encode import EncoderOutputs
+from espnet_kd.decode.ceiling import measure_ceiling
+from espnet_kd.inference.encode import EncoderOutputs
 
 TOKENS = ["<blank>", "<unk>", "<space>", "A", "B", "<sos/eos>"]
 

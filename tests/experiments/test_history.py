@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_results import record, train
 
-from espnet_kd.report.history import read_history, read_parts, read_stages, seconds
+from espnet_kd.experiments.history import read_history, read_parts, read_stages, seconds
 
 
 def test_log_stands_in_for_a_missing_or_damaged_checkpoint(tmp_path):

@@ -1,0 +1,70 @@
+"""What is checked and kept at the end of an epoch."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+
+from espnet_kd.cli import UserError
+from espnet_kd.distill.plan import Plan
+from espnet_kd.distill.schedule import Progress
+from espnet_kd.experiments.checkpoints import CHECKPOINT, PREVIOUS
+from espnet_kd.experiments.models import load_safely, student_only
+from espnet_kd.files import replacing
+
+STUDENT = "student.pth"  #: the student alone, as a KD stage ends with it
+
+
+def check_updated(output_dir: Path, progress: Progress, first_rank: bool = True) -> None:
+    """Refuse a training whose last epoch did not change the model; the first rank takes that epoch back.
+
+    ESPnet ends such a training without an error, and would count the epoch as trained when it is resumed. All ranks of
+    a parallel run call this.
+
+    Raises:
+        UserError: no step of the epoch had finite gradients.
+    """
+    if progress.updates != 0:
+        return
+    if first_rank:
+        checkpoint, previous = output_dir / CHECKPOINT, output_dir / PREVIOUS
+        if previous.is_file() and progress.epoch > 1:
+            os.replace(previous, checkpoint)
+        else:
+            checkpoint.unlink(missing_ok=True)
+        (output_dir / f"{progress.epoch}epoch.pth").unlink(missing_ok=True)
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()  # a process that leaves with an error may end the others
+    lower = "lower the learning rate (optim_conf: lr)"
+    raise UserError(
+        f"{output_dir}: no step of epoch {progress.epoch} had finite gradients, or it has fewer batches than "
+        "accum_grad: nothing was learnt in it, and it is not counted; see the log, and "
+        + (lower if progress.epoch == 1 else f"train into another directory: {lower}")
+    )
+
+
+def hand_over(output_dir: Path, plan: Plan, epoch: int, stopped: bool = False) -> None:
+    """Keep the student that a KD stage ends with: of each that ends in ``epoch``, which has just been trained.
+
+    That of the last KD stage is ``student.pth`` in ``output_dir`` itself; that of an earlier one lies in its directory
+    ``kd_stage<k>`` with the configuration, so that it can be decoded.
+
+    Args:
+        stopped: whether training ended with this epoch, perhaps before ``max_epoch`` (ESPnet's ``patience``).
+    """
+    for phase in plan.phases:
+        if phase.epochs(plan.max_epoch)[1] != epoch and not (stopped and phase is plan.phases[-1]):
+            continue
+        number = phase.stage.number
+        out = output_dir if number == plan.numbers[-1] else output_dir / f"kd_stage{number}"
+        model = output_dir / f"{epoch}epoch.pth"
+        if not model.is_file() and (out / STUDENT).is_file():
+            continue  # training went on long ago, and ESPnet has removed that epoch's model
+        out.mkdir(exist_ok=True)
+        with replacing(out / STUDENT, "wb") as f:
+            torch.save(student_only(load_safely(model)), f)
+        if out != output_dir:
+            with replacing(out / "config.yaml") as f:
+                f.write((output_dir / "config.yaml").read_text(encoding="utf-8"))

@@ -1,0 +1,25 @@
+"""The special tokens of a token list, and the pieces of a SentencePiece model, without importing ESPnet."""
+
+from __future__ import annotations
+
+from typing import Any, List
+
+from espnet_kd.cli import UserError
+
+BLANK, UNKNOWN, SOS_EOS, SPACE = "<blank>", "<unk>", "<sos/eos>", "<space>"
+
+
+def load_model(model: bytes, name: str = "the BPE model") -> Any:
+    """Return the SentencePiece processor of a model (:class:`UserError` naming ``name`` where it is none)."""
+    import sentencepiece
+
+    try:
+        return sentencepiece.SentencePieceProcessor(model_proto=model)
+    except RuntimeError as e:
+        raise UserError(f"{name} is not a SentencePiece model: {e}") from e
+
+
+def read_pieces(model: bytes, name: str = "the BPE model") -> List[str]:
+    """Return all pieces of a SentencePiece model, in order (:class:`UserError` naming ``name`` where it is none)."""
+    processor = load_model(model, name)
+    return [processor.id_to_piece(i) for i in range(processor.get_piece_size())]

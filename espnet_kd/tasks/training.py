@@ -1,0 +1,198 @@
+"""One training from its options to its end: checks, the directory's record, ESPnet's trainer for each part of it."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import logging
+import math
+import sys
+import time
+import uuid
+from pathlib import Path
+from typing import Any, Dict, List, Sequence
+
+import torch
+
+from espnet_kd.cli import UserError, check_gpus, refuse_empty
+from espnet_kd.distill.configuration import check_configuration, check_options
+from espnet_kd.distill.page import list_pages, load_page
+from espnet_kd.distill.plan import Phase, Plan, make_plan
+from espnet_kd.distill.preflight import check_files
+from espnet_kd.distill.record import OUTPUT_OPTION, RECORD, claim, claim_plain, make_record, write_record
+from espnet_kd.distill.train_options import to_options
+from espnet_kd.experiments.checkpoints import check_ended, forget_optimizer, mend
+from espnet_kd.experiments.models import load_state
+from espnet_kd.files import locked, replacing
+from espnet_kd.tasks.asr_kd import ASRKDTask
+
+
+def train_student(cmd: Sequence[str]) -> None:
+    """Train as the options of ``asr_kd_train`` describe: a student by a method page, or any plain model.
+
+    Raises:
+        UserError: whatever the user can correct in the options, the data or the directory.
+    """
+    cmd = list(cmd)
+    parser = ASRKDTask.get_parser()
+    args = check_configuration(parser, cmd)
+    refuse_empty(args, may_be=[a.dest for a in parser._actions if a.default == ""])
+    if args.kd_config is None and not (args.collect_stats or args.print_config):
+        given = [o for o in ("teacher", "target_cache", "nbest", "kd_stage", "kd_stages") if getattr(args, o)]
+        if given:
+            raise UserError(f"--{given[0]} needs a method: give --kd_config (known: {', '.join(list_pages())})")
+    if not first_rank(args):
+        logging.getLogger().setLevel(logging.ERROR)  # one process speaks for all, as ESPnet has it
+    with contextlib.ExitStack() as stack:
+        if args.output_dir and not args.collect_stats and not args.print_config:
+            if first_rank(args):
+                stack.enter_context(locked(Path(args.output_dir), OUTPUT_OPTION))
+            if args.dist_launcher is None:
+                check_gpus(args.ngpu)
+            if args.max_epoch < 1:
+                raise UserError(f"--max_epoch is {args.max_epoch}; it must be 1 or more")
+            check_files(args)
+            for given in args.init_param:
+                load_state(given.split(":")[0])  # ESPnet would load it with all that it holds
+        _run(cmd, args)
+
+
+def train(cmd: List[str]) -> None:
+    """ESPnet's training."""
+    try:
+        ASRKDTask.main(cmd=cmd)
+    except torch.multiprocessing.ProcessExitedException as e:
+        if e.exit_code != 1:
+            raise
+        sys.exit(1)  # one process per GPU: that one has told why
+
+
+def _run(cmd: List[str], args: argparse.Namespace) -> None:
+    if args.kd_config is None or args.print_config or args.collect_stats or args.dry_run or not args.output_dir:
+        # Statistics need no teacher, and without a page this is ESPnet's own training, made safe against kills.
+        trains = args.output_dir and not (args.print_config or args.collect_stats or args.dry_run)
+        if trains:
+            claim_plain(args, ASRKDTask.get_parser())
+        if args.resume and args.output_dir and first_rank(args):
+            mend(Path(args.output_dir))
+        train(cmd)
+        if trains and first_rank(args):
+            check_ended(Path(args.output_dir), args.max_epoch, args.patience is not None)
+        return
+    if args.ngpu > 1 and not args.multiprocessing_distributed and args.dist_world_size is None:
+        raise UserError("--ngpu above 1 needs --multiprocessing_distributed true (one process per GPU)")
+    page = load_page(args.kd_config)
+    for option in ("teacher", "target_cache"):
+        if getattr(args, option) and page.teacher == "none":
+            logging.warning("%s has no teacher: --%s is not used", page.method, option)
+    if args.kd_stage is not None and args.kd_stage < 1:
+        raise UserError(f"--kd_stage is {args.kd_stage}; it must be 1 or more")
+    plan = make_plan(page, args.max_epoch, args.kd_stages)
+    if args.kd_stage not in (None, *plan.numbers):
+        logging.info("KD stage %d: nothing to do, this run has KD stages %s", args.kd_stage, plan.numbers)
+        return
+    check_options(ASRKDTask.get_parser(), page.train, f"{page.path}: train")
+    cmd = [*to_options(page.train), *cmd, "--resume", "true"]
+    args = check_configuration(ASRKDTask.get_parser(), cmd)
+    output_dir = Path(args.output_dir)
+    record = make_record(args, ASRKDTask.get_parser(), plan)
+    done = claim(output_dir, record, plan)
+    for part in plan.parts():
+        wanted = [p.stage.number for p in part if args.kd_stage is None or p.stage.number <= args.kd_stage]
+        finished = [number for number in wanted if number <= done]
+        if finished:
+            logging.info("KD stage %s is finished in %s", " and ".join(map(str, finished)), output_dir)
+        # Only the last KD stage may end early: those before it are then trained without it, and without patience.
+        alone = args.patience is not None and wanted[-1:] == plan.numbers[-1:]
+        for number in wanted[-2:] if alone else wanted[-1:]:
+            if number > done:
+                _train_part(cmd, args, plan, part, number, record, done)
+                done = number
+    if done == plan.numbers[-1] and first_rank(args):
+        with replacing(output_dir / "experiment.json") as f:
+            json.dump({"role": "student", "method": page.method, "kd_stages": plan.numbers, "seed": args.seed}, f)
+
+
+def _train_part(
+    cmd: List[str],
+    args: argparse.Namespace,
+    plan: Plan,
+    part: List[Phase],
+    number: int,
+    record: Dict[str, Any],
+    done: int,
+) -> None:
+    """Train KD stages that share an optimizer up to the end of ``number``: an ESPnet run, or the next epochs of one."""
+    output_dir, end = Path(args.output_dir), plan.end_epoch(number)
+    first, _ = part[0].epochs(plan.max_epoch)
+    if first_rank(args):
+        write_record(output_dir, record, done, False)
+        reached = mend(output_dir)
+        if reached < first - 1:
+            raise UserError(
+                f"{output_dir} has finished KD stage {done} by its record ({RECORD}), but its checkpoint is of epoch "
+                f"{reached}, before KD stage {part[0].stage.number} begins; remove {output_dir} to train anew"
+            )
+        if part[0].stage.restart and reached == first - 1 > 0:
+            forget_optimizer(output_dir)
+        names = ", ".join(f"{p.stage.number} ({p.stage.name})" for p in part if p.stage.number <= number)
+        since = f", from epoch {reached + 1}" if reached else ""
+        logging.info("KD stage %s: to epoch %d of %d in %s%s", names, end, plan.max_epoch, output_dir, since)
+    own = [*cmd, "--kd_stage", str(number)]
+    if number != plan.numbers[-1]:
+        own += ["--patience", "none"]
+    # A part has its share of the student's warm-up [ours]: a short one would never leave it.
+    warmup = (args.scheduler_conf or {}).get("warmup_steps")
+    share = part[-1].end - part[0].begin
+    if warmup and share < 1:
+        own += ["--scheduler_conf", f"warmup_steps={max(1, round(warmup * share))}"]
+    # Every part of an externally launched job forms a process group of its own, hence its own file.
+    if args.dist_init_method.startswith("file://"):
+        own += ["--dist_init_method", f"{args.dist_init_method}.kd_stage{number}"]
+    train(own)
+    ended = number == plan.numbers[-1]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.barrier()
+        if first_rank(args):
+            _finish(args, record, number, end, ended)
+        torch.distributed.barrier()
+        if not args.dist_init_method.startswith("file://"):
+            # The next part meets in a file: torchrun's store outlives a group, and would give it old addresses.
+            name = [uuid.uuid4().hex]
+            torch.distributed.broadcast_object_list(name, src=0)
+            args.dist_init_method = f"file://{output_dir.resolve()}/.dist_init_{name[0]}"
+        torch.distributed.destroy_process_group()
+    elif first_rank(args):
+        _finish(args, record, number, end, ended)
+    else:
+        await_finish(output_dir, number)
+
+
+def _finish(args: argparse.Namespace, record: Dict[str, Any], number: int, end: int, ended: bool) -> None:
+    """Check that a KD stage has ended, and record it."""
+    check_ended(Path(args.output_dir), end, ended and args.patience is not None)
+    write_record(Path(args.output_dir), record, number, ended)
+
+
+def first_rank(args: argparse.Namespace) -> bool:
+    """Whether this process is the one of an externally launched job (torchrun, slurm) that writes."""
+    from espnet2.train.distributed_utils import get_node_rank, get_rank
+
+    if args.multiprocessing_distributed:  # one such process per machine, whose children are the ranks
+        return not get_node_rank(args.dist_rank, args.dist_launcher)
+    return not get_rank(args.dist_rank, args.dist_launcher)
+
+
+def await_finish(output_dir: Path, number: int, seconds: float = 600.0) -> None:
+    """Wait, on another machine, until the first one has recorded the end of a KD stage.
+
+    Raises:
+        UserError: it did not within ``seconds``.
+    """
+    for _ in range(math.ceil(seconds / 0.5)):
+        with contextlib.suppress(OSError, ValueError):
+            if json.loads((output_dir / RECORD).read_text(encoding="utf-8"))["finished_kd_stage"] >= number:
+                return
+        time.sleep(0.5)
+    raise UserError(f"the first machine did not finish {output_dir} in {seconds:.0f} s; do both see this directory?")
