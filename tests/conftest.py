@@ -12,7 +12,7 @@ from pathlib import Path
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Helpers that several directories use: tiny_asr.py (one random experiment), tiny_kd.py (a corpus and a training run),
 # tiny_espnet.py (data as ESPnet leaves it).
-for helpers in ("data", "decode", "distill", "foreign"):
+for helpers in ("data", "decode", "distill", "foreign", "report"):
     sys.path.insert(0, str(Path(__file__).parent / helpers))
 
 import pytest  # noqa: E402

@@ -11,9 +11,9 @@ import torch
 
 from espnet_kd.bin import asr_kd_inference, asr_kd_nbest
 from espnet_kd.cli import UserError
-from espnet_kd.decode import recognise as decoding
 from espnet_kd.decode.beam import BeamSearch
 from espnet_kd.decode.beside import BesideSearch
+from espnet_kd.inference import recognise as decoding
 from espnet_kd.inference.recognise import choose_device, recognise
 
 TOKENS = ["<blank>", "a", "b", "c", "d", "<sos/eos>"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from espnet_kd.cli import UserError
-from espnet_kd.targets import audio_options as audio
+from espnet_kd.experiments import audio_options as audio
 
 RATES = {
     "default frontend": (dict(frontend_conf={"fs": "8k"}), 8000),

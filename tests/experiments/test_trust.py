@@ -14,9 +14,9 @@ import yaml
 
 from espnet_kd.bin import asr_kd_cache, asr_kd_export, asr_kd_inference, asr_kd_nbest, asr_kd_transcribe
 from espnet_kd.cli import UserError
+from espnet_kd.experiments import trust
 from espnet_kd.experiments.models import find_experiment, load_model
 from espnet_kd.offline import ASRTask
-from espnet_kd.targets import trust
 from espnet_kd.targets.online import OnlineTeacher
 
 CHOICES = {c.name: c.classes for c in ASRTask.class_choices_list}

@@ -19,8 +19,8 @@ from espnet_kd.distill.checks import check_rates
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.experiments.checkpoints import read_checkpoint
 from espnet_kd.frames import valid
+from espnet_kd.inference import encode
 from espnet_kd.inference.encode import measure_frame_shift
-from espnet_kd.targets import encode
 from espnet_kd.targets.cache import Manifest, ark_names, read_manifest, shard_dir
 from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.online import OnlineTeacher

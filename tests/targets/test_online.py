@@ -8,7 +8,7 @@ import tiny_kd
 import torch
 
 from espnet_kd.cli import UserError
-from espnet_kd.targets import encode
+from espnet_kd.inference import encode
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate
 from espnet_kd.targets.teacher import Needs
 
