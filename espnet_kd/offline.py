@@ -3,7 +3,7 @@
 ESPnet imports a phonemizer (which would download NLTK data), Transformers, S3PRL, text-to-speech and more, whatever the
 configuration, and has typeguard rewrite each of its functions: most of the time that a process took to start. Here
 these libraries wait until a configuration uses them, and ESPnet's functions do not check their arguments' types: what a
-user writes is checked by :mod:`espnet_kd.distill.configuration`.
+user writes is checked by :mod:`espnet_kd.distill.checks.configuration`.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from espnet_kd import frames as fr
 from espnet_kd.cli import UserError
-from espnet_kd.distill.checks import check_objective, check_pair, check_rates
+from espnet_kd.distill.checks.pairs import check_objective, check_pair, check_rates
 from espnet_kd.distill.objectives import Batch, Objective, lay_on
 from espnet_kd.distill.page import ObjectiveSpec
 from espnet_kd.distill.plan import Moment, Plan

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 from espnet_kd.cli import UserError
+from espnet_kd.distill.checks.options import tokens_of
 from espnet_kd.distill.page import Page
 from espnet_kd.distill.plan import Plan
-from espnet_kd.distill.requirements import tokens_of
 from espnet_kd.experiments.models import read_config
 from espnet_kd.experiments.record import differences
 from espnet_kd.experiments.resume import is_compared

@@ -36,7 +36,7 @@ RESERVED = ("config", "kd_config", "kd_stage", "kd_stages", "max_epoch", "output
 def check_train_options(content: Any, where: str) -> Dict[str, Any]:
     """The ``train:`` block of a page, with options of :data:`ALLOWED` alone.
 
-    What their values must be, ESPnet's own parser says (:func:`espnet_kd.distill.configuration.check_options`).
+    What their values must be, ESPnet's own parser says (:func:`espnet_kd.distill.checks.configuration.check_options`).
 
     Args:
         where: the block's place in messages, ``page.yaml: train``.

@@ -19,18 +19,16 @@ from torch import Tensor
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import read_pairs
 from espnet_kd.data.parallel import leave_with_parent
+from espnet_kd.distill.checks import check_models
 from espnet_kd.distill.epoch_end import check_updated, hand_over
-from espnet_kd.distill.foresight import check_criteria, check_teacher_speaks, check_text_lengths
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.nonfinite import NonFiniteLosses
 from espnet_kd.distill.page import KDStage, Page, check_cacheable, load_page
 from espnet_kd.distill.plan import Plan, make_plan
-from espnet_kd.distill.preflight import check_disk, log_memory
 from espnet_kd.distill.schedule import EpochHooks, Progress
 from espnet_kd.experiments.checkpoints import keep_previous
 from espnet_kd.experiments.models import find_experiment
 from espnet_kd.files import sha256_of
-from espnet_kd.inference.encode import input_width, measure_frame_shift
 from espnet_kd.offline import ASRTask
 from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.loading import Loading
@@ -147,16 +145,8 @@ class ASRKDTask(ASRTask):
             nbest = cls._nbest(args) if any(phase.stage.nbest for phase in plan.phases) else None
             teacher = cls._teacher(args, plan.page) if plan.page.teacher == "required" else None
             model = ESPnetASRKDModel.adopt(student, plan, teacher, cls.progress, sampling_rate(args), nbest)
-            if teacher is not None:
-                check_teacher_speaks(args, teacher)
             cls.kd_model = model
-        check_criteria(args, model, cls.plan)
-        if not input_width(student):
-            check_text_lengths(args, measure_frame_shift(student, sampling_rate(args)), sampling_rate(args))
-        check_disk(args, model, 0 if cls.plan is None else len(cls.plan.phases))
-        runs = teacher is not None and not args.target_cache
-        beside = sum(x.nbytes for x in teacher.state_dict().values()) if runs else 0
-        log_memory(args, model, sampling_rate(args), beside)
+        check_models(args, student, model, cls.plan, teacher)
         cls.losses = NonFiniteLosses(args.max_nonfinite, cls.progress)
         cls.losses.watch(model)
         return model
