@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The main job, from nothing to a results table; with --methods many methods and one table. See --help.
+# Run a recipe from installation to a results table; with --methods, compare many methods in one table. See --help.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd -P)
 
@@ -12,27 +12,29 @@ Example: ./run_all.sh
          ./run_all.sh --methods "kl self_kd progressive_fkl" --seeds "0 1"
          ./run_all.sh --methods all --recipe an4 --an4 /corpora/an4 --ngpu 1
 
-On a fresh machine it makes .venv, installs, and runs a recipe. The default is the embedded one (egs2/mini/asr_kd1):
-speech synthesised on the spot, no download of data, no GPU.
+On a fresh machine this script creates .venv, installs the project, and runs a recipe. The default recipe is the embedded
+one (egs2/mini/asr_kd1): it synthesises its speech, downloads no data and needs no GPU.
 
-Without --methods: a teacher, a plain student, the same student distilled by progressive factorized KD in three KD
-stages, decoding, a verdict, and a report with tables and pictures in egs2/mini/asr_kd1/exp.
+Without --methods it trains a teacher, a plain student, and the same student distilled by progressive factorized KD in
+three KD stages. It decodes them and writes a verdict and a report with tables and pictures to egs2/mini/asr_kd1/exp.
 
-With --methods: data and teacher once, then for each seed the plain student and a student of each method, all from the
-same teacher, with the same seed and epochs; at the end decoding, a verdict for each, and one report that compares them.
-  --methods  pages of conf/methods by name, paths of pages, or all: every page that the recipe can run
-  --seeds    default 0
-  --jobs     runs side by side; default 2 where there are two CPU cores and --ngpu is 0, else 1. Small models may
-             share a GPU, by how much faster is not measured: --ngpu 1 --jobs 3
-  --recipe   a directory of egs2, default mini
-A method whose student has to be another one has conf/train_student_METHOD.yaml in the recipe, and a plain student of
-that file to be compared with. A failed run is named at the end; the others go on.
+With --methods it prepares data and teacher once. Then it trains for each seed the plain student and one student for each
+method, all with the same teacher, seed and epochs. At the end it decodes all students, and writes a verdict for each and
+one report that compares them.
+  --methods  names of pages in conf/methods, paths of pages, or all: every page that the recipe can run
+  --seeds    default: 0
+  --jobs     number of runs at the same time; default: 2 if there are two CPU cores and --ngpu is 0, else 1. Small
+             models can share a GPU (--ngpu 1 --jobs 3); the gain is not measured
+  --recipe   a directory of egs2; default: mini
+If a method needs another student, the recipe has conf/train_student_METHOD.yaml for it, and the student is compared with
+a plain student of that file. If a run fails, the other runs continue, and an error at the end names the failed one.
 
-The console gets a line for each step, one line of progress, and the verdict; all else is in exp/run_all/*.log.
+The console shows one line for each finished step, one line of progress, and the verdict. All other output is in
+exp/run_all/*.log.
 
-Exit codes: 0 done; 1 a mistake or a failure, said in one line; 2 wrong options; 130 stopped with Ctrl-C, 143 with kill.
-Run it again and it continues where it stopped, or shows the verdict. Further options go to every stage of the recipe's
-run.sh, whose --help lists them.
+Exit codes: 0 done; 1 a mistake or a failure, reported in one line; 2 wrong options; 130 stopped with Ctrl-C, 143 with
+kill. If you run the same command again, it continues where it stopped, or shows the verdict. Further options are passed
+to every stage of the recipe's run.sh, whose --help lists them.
 EOF_USAGE
 }
 
