@@ -1,5 +1,10 @@
+<<<<<<< HEAD:espnet_kd/distill/checks/training.py
 """What would make a training useless without an error: a criterion that no epoch has, transcripts that are longer than
 the student's frames, a teacher that recognises nothing, a disk without room.
+=======
+"""What a training would pass over in silence, or stop at without a word on its cause: a criterion that no epoch has,
+transcripts that no alignment fits, statistics of other features, a teacher that recognises nothing.
+>>>>>>> 9ed5d43215e09f1955832944fbf74dd8a6068bfe:espnet_kd/distill/checks/training.py
 """
 
 from __future__ import annotations
@@ -62,6 +67,20 @@ def statistics(args: argparse.Namespace, model: ESPnetASRModel, plan: Optional[P
         for spec, _ in plan.phases[-1].terms:
             known |= {f"loss_{spec.key}", *spec.make().statistics}
     return known
+
+
+def check_statistics(args: argparse.Namespace, model: ESPnetASRModel) -> None:
+    """Refuse statistics for ``global_mvn`` that are of other features than the model's (:class:`UserError`)."""
+    mean = getattr(model.normalize, "mean", None)
+    if model.frontend is None or not isinstance(mean, torch.Tensor):
+        return
+    size = model.frontend.output_size()
+    if mean.numel() != size:
+        raise UserError(
+            f"normalize_conf: {args.normalize_conf.get('stats_file')} has statistics of {mean.numel()} features, and "
+            f"the frontend of this configuration makes {size} (frontend_conf: n_mels); give it the same, or an --expdir"
+            " of its own, from stage 4 on"
+        )
 
 
 def check_text_lengths(args: argparse.Namespace, frame_shift: float, rate: float) -> None:
