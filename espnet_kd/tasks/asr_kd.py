@@ -19,13 +19,9 @@ from torch import Tensor
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import read_pairs
 from espnet_kd.data.parallel import leave_with_parent
-<<<<<<< HEAD
 from espnet_kd.distill.checks import check_models
+from espnet_kd.distill.checks.training import check_normalisation
 from espnet_kd.distill.epoch_end import check_updated, hand_over
-=======
-from espnet_kd.experiments.checkpoints import check_updated, hand_over, keep_previous
-from espnet_kd.distill.checks.training import check_criteria, check_statistics, check_teacher_speaks, check_text_lengths
->>>>>>> 9ed5d43215e09f1955832944fbf74dd8a6068bfe
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.nonfinite import NonFiniteLosses
 from espnet_kd.distill.page import KDStage, Page, check_cacheable, load_page
@@ -140,7 +136,7 @@ class ASRKDTask(ASRTask):
         if getattr(args, "collect_stats", False):
             student.__class__ = StatisticsModel
             return student
-        check_statistics(args, student)
+        check_normalisation(args, student)
         cls.progress, cls.plan = Progress(max_epoch=args.max_epoch or 1), None
         model, teacher = student, None
         if getattr(args, "kd_config", None) is not None:

@@ -1,10 +1,6 @@
-<<<<<<< HEAD:espnet_kd/distill/checks/training.py
-"""What would make a training useless without an error: a criterion that no epoch has, transcripts that are longer than
-the student's frames, a teacher that recognises nothing, a disk without room.
-=======
-"""What a training would pass over in silence, or stop at without a word on its cause: a criterion that no epoch has,
-transcripts that no alignment fits, statistics of other features, a teacher that recognises nothing.
->>>>>>> 9ed5d43215e09f1955832944fbf74dd8a6068bfe:espnet_kd/distill/checks/training.py
+"""What would make a training useless without an error, or stop it without a cause: a criterion that no epoch has,
+transcripts that are longer than the student's frames, statistics of other features, a teacher that recognises
+nothing, a disk without room.
 """
 
 from __future__ import annotations
@@ -69,7 +65,7 @@ def statistics(args: argparse.Namespace, model: ESPnetASRModel, plan: Optional[P
     return known
 
 
-def check_statistics(args: argparse.Namespace, model: ESPnetASRModel) -> None:
+def check_normalisation(args: argparse.Namespace, model: ESPnetASRModel) -> None:
     """Refuse statistics for ``global_mvn`` that are of other features than the model's (:class:`UserError`)."""
     mean = getattr(model.normalize, "mean", None)
     if model.frontend is None or not isinstance(mean, torch.Tensor):
