@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from espnet_kd.cli import UserError
+from espnet_kd.distill.options import KD_OPTIONS
 from espnet_kd.distill.page import objective_class
 from espnet_kd.distill.record import RECORD
 from espnet_kd.experiments.audio_options import sampling_rate
@@ -29,11 +30,6 @@ from espnet_kd.experiments.named_files import find_token_model
 from espnet_kd.experiments.portable import PORTABLE, can_fold, fold, unfold_config, unfold_state
 from espnet_kd.files import replacing, replacing_directory
 
-#: Options that the task adds to ESPnet's; an exported config.yaml has none of them.
-KD_OPTIONS = (
-    *("teacher", "target_cache", "kd_config", "kd_stage", "kd_stages", "teacher_memory", "augmented_teacher", "nbest"),
-    *("max_nonfinite", "blank_teacher"),
-)
 MODEL, CONFIG, STATISTICS, TOKEN_MODEL = "model.pth", "config.yaml", "feats_stats.npz", "bpe.model"
 DECODE, README = "decode.yaml", "README.md"
 #: What an export consists of.

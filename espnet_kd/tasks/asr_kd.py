@@ -13,7 +13,6 @@ from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.iterators.sequence_iter_factory import SequenceIterFactory
 from espnet2.train.distributed_utils import DistributedOption
-from espnet2.utils.types import str2bool, str_or_none
 from torch import Tensor
 
 from espnet_kd.cli import UserError
@@ -24,6 +23,7 @@ from espnet_kd.distill.checks.training import check_normalisation
 from espnet_kd.distill.epoch_end import check_updated, hand_over
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.nonfinite import NonFiniteLosses
+from espnet_kd.distill.options import KD_OPTIONS
 from espnet_kd.distill.page import KDStage, Page, check_cacheable, load_page
 from espnet_kd.distill.plan import Plan, make_plan
 from espnet_kd.distill.schedule import EpochHooks, Progress
@@ -44,7 +44,7 @@ DATA_OPTIONS = ("train_data_path_and_name_and_type", "valid_data_path_and_name_a
 
 
 class ASRKDTask(ASRTask):
-    """ASRTask plus ``--teacher``, ``--kd_config`` and ``--kd_stage``."""
+    """ASRTask with the options of :mod:`espnet_kd.distill.options`, of which ``--kd_config`` chooses the method."""
 
     #: Of the run in this process: ESPnet builds model and iterators by separate class methods, in one process.
     progress: Progress = Progress()
@@ -57,57 +57,8 @@ class ASRKDTask(ASRTask):
         """Add ESPnet's ASR options and this task's."""
         super().add_task_arguments(parser)
         group = parser.add_argument_group(description="Distillation related")
-        group.add_argument(
-            "--teacher",
-            nargs="*",
-            default=[],
-            metavar="EXP[/FILE.pth]",
-            help="A finished ESPnet ASR experiment, an export, or a zip of espnet2.bin.pack; of several the "
-            "probabilities are averaged",
-        )
-        group.add_argument(
-            "--target_cache",
-            type=str_or_none,
-            metavar="DIR",
-            help="What the teacher said (asr_kd_cache), instead of running it; with --teacher it must be that one's",
-        )
-        group.add_argument("--kd_config", type=str_or_none, help="Method page: a name in conf/methods, or a path")
-        group.add_argument("--kd_stage", type=int, help="Train up to the end of this KD stage, and stop")
-        group.add_argument(
-            "--kd_stages",
-            type=int,
-            nargs="+",
-            help="Use only these KD stages of the page; the share of those left out goes to the last one",
-        )
-        group.add_argument(
-            "--teacher_memory",
-            type=float,
-            default=1000.0,
-            metavar="MB",
-            help="Remember what an online teacher said of a batch, up to this size: on a small corpus it runs once",
-        )
-        group.add_argument(
-            "--nbest", type=str_or_none, help="The teacher's N-best of training and validation data (asr_kd_nbest)"
-        )
-        group.add_argument(
-            "--augmented_teacher",
-            type=str2bool,
-            default=False,
-            help="Let an online teacher hear noise and reverberation that the data loader adds",
-        )
-        group.add_argument(
-            "--blank_teacher",
-            type=str2bool,
-            default=False,
-            help="Train also with a teacher that is blank on nearly all frames of the training data",
-        )
-        group.add_argument(
-            "--max_nonfinite",
-            type=int,
-            default=20,
-            metavar="N",
-            help="Stop where more batches of an epoch than this have a loss that is not finite; each is named",
-        )
+        for name, arguments in KD_OPTIONS.items():
+            group.add_argument(f"--{name}", **arguments)
 
     @classmethod
     def required_data_names(cls, train: bool = True, inference: bool = False) -> Tuple[str, ...]:

@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from espnet_kd.bin import asr_kd_train
-from espnet_kd.distill.export import KD_OPTIONS, export
+from espnet_kd.distill.export import export
+from espnet_kd.distill.options import KD_OPTIONS
 from espnet_kd.distill.page import METHODS_DIR, list_pages, load_page
 from espnet_kd.distill.schedule import EpochHooks
 from espnet_kd.experiments.checkpoints import load_checkpoint

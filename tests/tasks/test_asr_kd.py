@@ -15,8 +15,8 @@ from espnet2.train.distributed_utils import resolve_distributed_mode
 
 from espnet_kd.bin import asr_kd_train
 from espnet_kd.cli import UserError
-from espnet_kd.distill.export import KD_OPTIONS
 from espnet_kd.distill.model import ESPnetASRKDModel
+from espnet_kd.distill.options import KD_OPTIONS
 from espnet_kd.distill.page import load_page
 from espnet_kd.distill.train_options import to_options
 from espnet_kd.files import locked

@@ -12,7 +12,7 @@ import yaml
 
 from espnet_kd.bin import asr_kd_export, asr_kd_train
 from espnet_kd.cli import UserError
-from espnet_kd.distill.export import KD_OPTIONS
+from espnet_kd.distill.options import KD_OPTIONS
 from espnet_kd.experiments.checkpoints import read_checkpoint
 from espnet_kd.experiments.models import find_experiment, load_model, load_state, student_only
 
