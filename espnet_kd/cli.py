@@ -17,7 +17,7 @@ from typing import Callable, Collection, NoReturn, Optional, Sequence
 
 
 class UserError(Exception):
-    """A mistake in what the user gave; the message says what, where, and what to do."""
+    """A mistake of the user; the message states what is wrong, where, and what to do."""
 
 
 def refuse_empty(args: argparse.Namespace, may_be: Collection[str] = ()) -> None:
@@ -69,8 +69,8 @@ def check_gpus(ngpu: int) -> None:
     usable = torch.cuda.device_count() if ngpu else 0
     if ngpu > usable:
         raise UserError(
-            f"--ngpu {ngpu}: torch finds {usable} usable GPUs on this machine; give --ngpu {usable}, or see what "
-            "nvidia-smi says"
+            f"--ngpu {ngpu}: torch finds {usable} usable GPUs on this machine; give --ngpu {usable}, or see "
+            "nvidia-smi"
         )
 
 
@@ -103,11 +103,11 @@ def run(main: Callable[[Optional[Sequence[str]]], None]) -> NoReturn:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
     except (OSError, RuntimeError) as e:
-        said = refusal(e)
-        if said is None:
+        reason = refusal(e)
+        if reason is None:
             raise
         logging.debug("where it was refused", exc_info=True)
-        print(f"error: {said}; mend that, and the same command goes on", file=sys.stderr)
+        print(f"error: {reason}; correct that, and the same command continues", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("error: interrupted; the same command continues where it stopped", file=sys.stderr)

@@ -27,7 +27,7 @@ def replacing(path: Union[str, Path], mode: str = "w", sync: bool = True) -> Ite
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        # mkstemp makes 0600; the file is to have what the user's umask says, as open() would give.
+        # mkstemp makes 0600; the file gets the mode of the user's umask, as from open().
         umask = os.umask(0)
         os.umask(umask)
         os.fchmod(fd, 0o666 & ~umask)
@@ -90,7 +90,7 @@ def sha256_of(path: Union[str, Path]) -> str:
 
 
 def read_settings(path: Path) -> Any:
-    """What a JSON file of settings says; an empty dict, which equals no settings, where it is missing or damaged."""
+    """The content of a JSON file; an empty dict, which equals no settings, where it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):

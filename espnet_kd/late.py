@@ -56,7 +56,7 @@ class Later:
 
 
 class LateCheck(Later):
-    """Refuses what a tensor says is wrong; ``check(wrong, message)`` raises ValueError, of the first that is True."""
+    """``check(wrong, message)`` raises ValueError for the first tensor ``wrong`` that is True."""
 
     def __call__(self, wrong: Tensor, message: Callable[[], str]) -> None:
         """See :class:`Later`; the message is made when it is needed."""

@@ -62,7 +62,7 @@ def check_type(value: Any, hint: Any, where: str) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from YAML can be what an annotation says; a list serves as a tuple, 1 as a number."""
+    """Whether a value read from YAML fits an annotation; a list serves as a tuple, 1 as a number."""
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, h) for h in inner)
@@ -106,7 +106,7 @@ def describe(hint: Any) -> str:
 def parameters(function: Callable[..., Any]) -> Dict[str, Any]:
     """{parameter that may be named: annotation} of a function or class.
 
-    What is not annotated is expected to be like its default; ``Any`` where that says nothing. A default of None makes
+    Without an annotation a value must be of its default's type; ``Any`` where that has none. A default of None makes
     None welcome.
     """
     target = function.__init__ if isinstance(function, type) else function

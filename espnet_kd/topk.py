@@ -111,7 +111,7 @@ class TopK:
         return log_nonblank.exp() * share.to(log_nonblank.dtype)
 
 
-#: What a teacher says of each frame: logits (…, V), or cached targets.
+#: A teacher's output for each frame: logits (…, V), or cached targets.
 Posterior = Union[Tensor, TopK]
 
 

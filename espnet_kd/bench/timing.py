@@ -86,7 +86,7 @@ def _measure(sender: Any, run: Callable[..., Any], args: Any) -> None:
 
 
 def _peak_rss() -> int:
-    """Bytes of this process's resident memory at most, as far as the system tells."""
+    """Bytes of this process's resident memory at most, as far as the system reports it."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE).group(1))

@@ -1,9 +1,9 @@
-r"""Keep what a teacher says of data dirs on disk, so that training runs without the teacher.
+r"""Write a teacher's outputs for data dirs to disk, so that training runs without the teacher.
 
     python -m espnet_kd.bin.asr_kd_cache --teacher exp/teacher --kd_config progressive_fkl \
         --data_dir dump/raw/train dump/raw/valid --output exp/teacher/targets --nj 4
 
-The page says what is kept: tokens on non-blank frames or on all, temperatures, hidden states. The same command
+The page decides what is kept: tokens on non-blank frames or on all, temperatures, hidden states. The same command
 continues a run that was stopped, or checks one that is finished: every array is read, damaged shards are made again.
 With --job 2/4, on several machines or GPUs at once, each does its part, all of the same number; run the command without
 --job at the end. Train with --target_cache DIR.

@@ -4,7 +4,7 @@ r"""Write the N-best of a teacher for data dirs, the targets of sequence-level d
         --output exp/teacher/nbest --nbest 5 --beam_size 20
 
 FILE gets a line 'utt_id rank score tokens…' for each hypothesis (see espnet_kd.targets.nbest), found by CTC prefix
-beam search without lexicon or language model; FILE.json says how it was made, FILE.log_prior.npy holds the log of the
+beam search without lexicon or language model; FILE.json records how it was made, FILE.log_prior.npy has the log of the
 tokens' mean posterior (V,), for pages with `frames: {rule: elimination, log_prior: FILE.log_prior.npy}`. Only
 wav.scp is read, no text. A finished file of the same teacher, data and search is kept; --force makes it again.
 """

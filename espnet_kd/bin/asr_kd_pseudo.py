@@ -7,7 +7,7 @@
 --labels is the output of any recogniser: a Kaldi-style text, or JSON, one object a line with utt_id, text and
 optionally confidence. --teacher makes the transcripts here. Each transcript is brought to the token list's characters,
 and left out where it is empty, has other characters, repeats a phrase, is too fast or too slow for its audio, or is far
-from what a CTC teacher gives. OUT becomes a data dir with what is kept, and OUT/pseudo.tsv says of each utterance why.
+from what a CTC teacher gives. OUT becomes a data dir with what is kept, and OUT/pseudo.tsv has all reasons.
 """
 
 from __future__ import annotations

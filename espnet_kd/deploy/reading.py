@@ -54,7 +54,7 @@ def read_live(rate: int, seconds: float = 0.1) -> Iterator[np.ndarray]:
     """Yield what arrives at standard input, 16-bit little-endian samples of one channel at ``rate`` Hz, raw or as WAV.
 
     Raises:
-        UserError: a WAV header that says something else.
+        UserError: the WAV header does not fit the data.
     """
     stream = sys.stdin.buffer
     head = stream.read(12)

@@ -85,7 +85,7 @@ def read_tokens(
 
 
 def words_of(tokens: Sequence[Token], to_text: Callable[[List[str]], str]) -> List[Segment]:
-    """Group tokens to words with their times; ``to_text`` says where a blank stands between two.
+    """Group tokens to words with their times; ``to_text`` gives the places of blanks between words.
 
     Of writings without blanks, Chinese and Japanese, every token is a word.
     """

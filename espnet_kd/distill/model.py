@@ -103,7 +103,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
             model.kd_heads = torch.nn.ModuleDict(heads)
         return model
 
-    # Given in adopt; annotated here because no __init__ says so.
+    # Set in adopt; annotated here because there is no __init__.
     plan: Plan
     progress: Progress
     teacher: Optional[Teacher]
@@ -133,7 +133,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
             kwargs: ``utt_id``, auxiliary labels of InterCTC, and what :mod:`espnet_kd.targets.loading` has brought
 
         Returns:
-            loss, statistics, batch size, as ESPnet's trainer wants them
+            loss, statistics, batch size, in the form of ESPnet's trainer
 
         The loss is ctc_weight · (w_ctc · CTC + Σ weight · objective) + (1 − ctc_weight) · (w_att · attention + Σ weight
         · objective of the decoder); without objectives and with weights 1 it is ESPnetASRModel's. In validation it is

@@ -75,7 +75,7 @@ class Plan:
         return self.phase(number).epochs(self.max_epoch)[1]
 
     def parts(self) -> List[List[Phase]]:
-        """Phases that share optimizer and schedule: a new part begins where a page says ``restart``."""
+        """Phases that share optimizer and schedule: a new part begins at each KD stage with ``restart: true``."""
         parts: List[List[Phase]] = []
         for phase in self.phases:
             if not parts or phase.stage.restart:

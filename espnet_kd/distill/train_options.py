@@ -1,4 +1,4 @@
-"""What a page's ``train:`` block may hold: options of ESPnet that say how a student is trained, none that name a file.
+"""What a page's ``train:`` block may hold: ESPnet options of the training, but none that names a file.
 
 Pages are passed on. Everything else of ESPnet's, the paths of data and models above all, is left to the command line.
 """
@@ -36,7 +36,7 @@ RESERVED = ("config", "kd_config", "kd_stage", "kd_stages", "max_epoch", "output
 def check_train_options(content: Any, where: str) -> Dict[str, Any]:
     """The ``train:`` block of a page, with options of :data:`ALLOWED` alone.
 
-    What their values must be, ESPnet's own parser says (:func:`espnet_kd.distill.checks.configuration.check_options`).
+    Their values are checked by ESPnet's own parser (:func:`espnet_kd.distill.checks.configuration.check_options`).
 
     Args:
         where: the block's place in messages, ``page.yaml: train``.

@@ -39,7 +39,7 @@ def load_checkpoint(path: Path) -> Dict[str, Any]:
     """
     scalars = [type(np.dtype(t)) for t in ("float32", "float64", "int64")]
     allowed = [datetime.timedelta, np.dtype, np.float64(0).__reduce__()[0], *scalars]
-    # Memory-mapped: who wants the reporter's few numbers does not read model and optimizer.
+    # Memory-mapped: to get the reporter's few numbers, model and optimizer need not be read.
     return load_safely(path, allowed, mmap=True)
 
 

@@ -145,7 +145,7 @@ def load_state(model_file: Union[str, Path]) -> Dict[str, torch.Tensor]:
         state = load_safely(model_file)
     except UserError:
         raise
-    except Exception as e:  # pickle, zip, runtime or OS error: all of them say that this file is no good
+    except Exception as e:  # pickle, zip, runtime or OS errors: in each case the file cannot be used
         reason = next(iter(str(e).splitlines()), "") or type(e).__name__
         raise UserError(f"cannot load {model_file}: {reason}; is the file damaged, or not a model?") from e
     if isinstance(state, dict) and isinstance(state.get("module"), dict):
@@ -167,7 +167,7 @@ def load_model(
 
     Nothing that the configuration names is loaded, downloaded or run (:mod:`espnet_kd.experiments.trust`). Every key
     must match (ESPnet's own loader accepts missing ones), except for the differences of older files that
-    :func:`espnet_kd.experiments.states.fit_state` knows; keys under ``kd_heads.`` are left out.
+    :func:`espnet_kd.experiments.states.fit_state` handles; keys under ``kd_heads.`` are left out.
 
     Returns:
         (ESPnetASRModel, argparse.Namespace of the config)
@@ -205,7 +205,7 @@ def load_model(
 
 
 def foreign(args: argparse.Namespace) -> ContextManager:
-    """While ESPnet builds a model of another maker, it knows this package's encoder for it."""
+    """Add this package's encoders to ESPnet's choices while a model from another toolkit is built."""
     if str(args.encoder).lower() not in FOREIGN:
         return contextlib.nullcontext()
     from espnet_kd.foreign.encoders import known_to_espnet
@@ -234,7 +234,7 @@ def _add_adapter(model: torch.nn.Module, args: argparse.Namespace) -> None:
 def _statistics(args: argparse.Namespace, state: Dict[str, torch.Tensor], where: str) -> Iterator[None]:
     """Give GlobalMVN a file to open, made of the mean and deviation that are in the model.
 
-    It insists on a file when it is built. The one that config.yaml names may be absent, or that of another recipe.
+    GlobalMVN requires a file when it is built. The one that config.yaml names may be absent, or that of another recipe.
     """
     if str(getattr(args, "normalize", None)).lower() != "global_mvn":
         yield

@@ -31,7 +31,7 @@ def check_expansion(archive: Union[str, Path]) -> None:
     size = Path(archive).stat().st_size
     with zipfile.ZipFile(archive) as packed:
         members = packed.infolist()
-    # zipfile gives no more of a member than its entry says, however much there is.
+    # zipfile reads no more of a member than the size in its entry.
     total = sum(member.file_size for member in members)
     if total > EXPANSION * size + ALLOWANCE or len(members) > MAX_MEMBERS:
         raise UserError(

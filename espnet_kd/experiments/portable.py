@@ -1,8 +1,8 @@
 """An export's normalisation, as ESPnet can build it without a file: a diagonal linear layer before the encoder.
 
 ESPnet's GlobalMVN opens its statistics wherever the working directory is, although they are in the model as well. An
-export says the same with ``preencoder: linear``, whose values are parameters. The statistics stay in the model file
-under their own names, which ESPnet passes over, and config.yaml says under ``PORTABLE`` what was replaced: here an
+export does the same with ``preencoder: linear``, whose values are parameters. The statistics stay in the model file
+under their own names, which ESPnet ignores, and config.yaml has under ``PORTABLE`` what was replaced: here an
 export is loaded as the student that it was, equal in every bit.
 """
 

@@ -118,7 +118,7 @@ def _refuse_other_tasks(args: argparse.Namespace, where: Union[str, Path]) -> No
 
 
 def _choices() -> Dict[str, Tuple[str, ...]]:
-    """Everything that ESPnet knows of each option, lower case as ESPnet compares it."""
+    """All choices that ESPnet has for each option, in lower case as ESPnet compares them."""
     from espnet_kd.offline import ASRTask
 
     known = {c.name: tuple(name.lower() for name in c.classes) for c in ASRTask.class_choices_list}

@@ -166,7 +166,7 @@ ENCODERS = {"hugging_face_ctc": HuggingFaceCTCEncoder, "onnx_ctc": OnnxCTCEncode
 
 @contextlib.contextmanager
 def known_to_espnet() -> Iterator[None]:
-    """While ESPnet builds a model, it knows the encoders of this module."""
+    """Add the encoders of this module to ESPnet's choices while a model is built."""
     from espnet2.tasks.asr import encoder_choices
 
     encoder_choices.classes.update(ENCODERS)
@@ -238,7 +238,7 @@ def open_graph(content: bytes) -> Any:
 
 
 def graph_inputs(session: Any) -> Tuple[Any, Optional[Any]]:
-    """The inputs of an ONNX file: audio (B, N), and the number of samples (B,) where it wants that too.
+    """The inputs of an ONNX file: audio (B, N), and the number of samples (B,) where the graph has that input.
 
     Raises:
         UserError: it has other inputs.

@@ -21,7 +21,7 @@ BESIDE = ("preprocessor_config.json", "tokenizer_config.json", "special_tokens_m
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "tf_model.h5")
 EXTRA = "pip install 'espnet_kd[foundation]'"
-RECORD = "foreign"  #: the key of config.yaml that says where an experiment was imported from
+RECORD = "foreign"  #: the key of config.yaml with the source of an imported experiment
 
 
 

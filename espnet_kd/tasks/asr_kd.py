@@ -82,7 +82,7 @@ class ASRKDTask(ASRTask):
         cls.kd_model = cls.losses = None
         try:
             student = super().build_model(args)
-        except Exception as e:  # what ESPnet's classes say of their arguments, and of files that they open
+        except Exception as e:  # whatever ESPnet's classes raise because of their arguments and files
             raise UserError(f"cannot build the model of {args.config}: {type(e).__name__}: {e}") from e
         if getattr(args, "collect_stats", False):
             student.__class__ = StatisticsModel
@@ -164,8 +164,8 @@ class ASRKDTask(ASRTask):
                 found.append("preprocessor_conf: data_aug_effects")
             if found:
                 raise UserError(
-                    f"{', '.join(found)} act before the model, so that an online teacher would hear augmented audio; "
-                    "take them out, or say --augmented_teacher true"
+                    f"{', '.join(found)} act before the model, so that an online teacher would get augmented audio; "
+                    "take them out, or give --augmented_teacher true"
                 )
         # Augmented in the data loader, an utterance differs from epoch to epoch; cut into chunks, all have its id.
         changing = args.augmented_teacher or args.iterator_type != "sequence"
@@ -200,7 +200,7 @@ class ASRKDTask(ASRTask):
 
 
 class StatisticsModel(ESPnetASRModel):
-    """ESPnet's model for ``--collect_stats``, which there insists on text without using it."""
+    """ESPnet's model for ``--collect_stats``, which requires text there, without using it."""
 
     def collect_feats(
         self,

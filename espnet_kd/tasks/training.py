@@ -42,7 +42,7 @@ def train_student(cmd: Sequence[str]) -> None:
         if given:
             raise UserError(f"--{given[0]} needs a method: give --kd_config (known: {', '.join(list_pages())})")
     if not first_rank(args):
-        logging.getLogger().setLevel(logging.ERROR)  # one process speaks for all, as ESPnet has it
+        logging.getLogger().setLevel(logging.ERROR)  # one process logs for all, as in ESPnet
     with contextlib.ExitStack() as stack:
         if args.output_dir and not args.collect_stats and not args.print_config:
             if first_rank(args):
@@ -58,7 +58,7 @@ def train(cmd: List[str]) -> None:
     except torch.multiprocessing.ProcessExitedException as e:
         if e.exit_code != 1:
             raise
-        sys.exit(1)  # one process per GPU: that one has told why
+        sys.exit(1)  # one process per GPU: that process has printed the error
 
 
 def _run(cmd: List[str], args: argparse.Namespace) -> None:
