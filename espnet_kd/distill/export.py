@@ -116,7 +116,7 @@ student = Speech2Text(folder / "{CONFIG}", folder / "{MODEL}", {more})
 text, *_ = student(soundfile.read("speech.wav")[0])[0]  # {rate:g} Hz, one channel
 ```
 
-It needs ESPnet (`pip install espnet torchaudio`) and nothing else. `{DECODE}` has options to decode a CTC model: ESPnet's
+It needs ESPnet (`pip install espnet torchaudio`) and nothing else. `{DECODE}` has options for a CTC model: ESPnet's
 defaults ask for an attention decoder too. Of the zip beside this folder:
 `Speech2Text(**espnet2.main_funcs.pack_funcs.unpack("export.zip", "student"), ctc_weight=1.0)`.
 {place}"""

@@ -20,7 +20,7 @@ KD_OPTIONS: Dict[str, Dict[str, Any]] = {
     "target_cache": {
         "type": str_or_none,
         "metavar": "DIR",
-        "help": "The teacher's outputs on disk (asr_kd_cache), used instead of a running teacher; a --teacher beside it "
+        "help": "The teacher's outputs on disk (asr_kd_cache), instead of a running teacher; a --teacher beside it "
         "must be the cache's",
     },
     "kd_config": {"type": str_or_none, "help": "Method page: a name in conf/methods, or a path"},
