@@ -182,7 +182,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         """What the parts of the training, or what validation, reads of a teacher (`espnet_kd.targets.loading`)."""
         found: List[Part] = []
         for phase, terms in zip(self.plan.phases, self.terms):
-            taps = [o.teacher_taps for _, o, _ in terms if o.hears_teacher]
+            taps = [o.teacher_taps for _, o, _ in terms if o.uses_teacher]
             reads = tuple(sorted({t for each in taps for t in each})) if taps else None
             found.append((phase.begin, phase.end, reads))
         return found if train else [(0.0, 1.0, found[-1][2])]
@@ -335,7 +335,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         stats: Dict[str, Optional[Tensor]],
     ) -> Tensor:
         target = None
-        if self.teacher is not None and any(o.hears_teacher for _, o, _ in terms):
+        if self.teacher is not None and any(o.uses_teacher for _, o, _ in terms):
             taps = [t for _, o, _ in terms for t in o.teacher_taps]
             target = brought.targets(taps) or self.teacher.targets(
                 batch.utt_ids, speech, speech_lengths, taps, batch.text, batch.text_lengths

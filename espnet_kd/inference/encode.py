@@ -1,11 +1,11 @@
-"""What an ESPnet encoder says about a batch: logits, hidden states at taps, lengths, frame shift."""
+"""Outputs of an ESPnet encoder and its CTC head for a batch: logits, hidden states at taps, lengths, frame shift."""
 
 from __future__ import annotations
 
 import bisect
 import contextlib
 from dataclasses import dataclass, field
-from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any, ContextManager, Dict, Generic, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
 
 import torch
 from torch import Tensor
@@ -33,15 +33,23 @@ SORTED = ("RNNEncoder", "VGGRNNEncoder")
 FEATURE_RATE = 100.0
 
 
-@dataclass
-class EncoderOutputs:
-    """One batch through an encoder and its CTC head."""
+P = TypeVar("P", bound=Posterior)
 
-    logits: Posterior  #: (B, T, V) logits or log-probabilities; of cached targets their short form
+
+@dataclass
+class EncoderOutputs(Generic[P]):
+    """The outputs of an encoder and its CTC head for one batch."""
+
+    logits: P  #: (B, T, V) logits or log-probabilities, or the compressed form of cached targets
     lengths: Tensor  #: (B,) frames
     frame_shift: float  #: seconds
     hidden: Dict[str, Tensor] = field(default_factory=dict)  #: tap → (B, T, D)
     decoder: Optional[Tensor] = None  #: (B, L + 1, V) logits of the attention decoder, for each label and <sos/eos>
+
+
+#: A student's outputs are tensors; a teacher's may be the compressed posteriors of a target cache.
+StudentOutputs = EncoderOutputs[Tensor]
+TeacherOutputs = EncoderOutputs[Posterior]
 
 
 def taps_of(encoder: torch.nn.Module) -> List[str]:
