@@ -80,7 +80,7 @@ def trusts_pickles() -> bool:
 
 
 def refusal(error: BaseException) -> Optional[str]:
-    """What the system refused (no permission, no space), in a line; None where ``error`` is something else."""
+    """One line on what the operating system refused (permission, space); None if ``error`` is something else."""
     if isinstance(error, OSError):
         return f"{error.filename or 'cannot read or write'}: {error.strerror or error}"
     # torch.save, and those of its errors that name no cause
@@ -103,11 +103,11 @@ def run(main: Callable[[Optional[Sequence[str]]], None]) -> NoReturn:
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
     except (OSError, RuntimeError) as e:
-        said = refusal(e)
-        if said is None:
+        reason = refusal(e)
+        if reason is None:
             raise
         logging.debug("where it was refused", exc_info=True)
-        print(f"error: {said}; mend that, and the same command goes on", file=sys.stderr)
+        print(f"error: {reason}; mend that, and the same command goes on", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("error: interrupted; the same command continues where it stopped", file=sys.stderr)

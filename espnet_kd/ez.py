@@ -18,9 +18,7 @@ import yaml
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.train_options import to_options
-from espnet_kd.files import replacing
-
-PathLike = Union[str, Path]
+from espnet_kd.files import PathLike, replacing
 
 
 class Distiller:

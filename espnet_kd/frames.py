@@ -1,7 +1,7 @@
 """Which frames count, and how a teacher's frames are laid beside a student's. Torch and NumPy only.
 
 Conventions: ``lengths`` (B,) counts frames; masks are (B, T) bool, True where a frame counts; blank is token 0
-unless said otherwise; frame shifts are in seconds.
+unless stated otherwise; frame shifts are in seconds.
 """
 
 from __future__ import annotations

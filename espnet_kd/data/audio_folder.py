@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Tuple
 
 from tqdm import tqdm
 
@@ -15,8 +15,8 @@ from espnet_kd.cli import UserError
 from espnet_kd.data.audio import read_audio_info
 from espnet_kd.data.characters import MAX_ID, id_fault
 from espnet_kd.data.datadir import Utterance, write_data_dir
+from espnet_kd.files import PathLike
 
-PathLike = Union[str, Path]
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".sph", ".aiff")
 NAMES = ("train", "valid", "test")
 

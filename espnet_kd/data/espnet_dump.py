@@ -25,7 +25,7 @@ from espnet_kd.data.datadir import (
     PathLike,
     Spool,
     Utterance,
-    os_errors_told,
+    os_errors_as_user_errors,
     read_data_dir,
     read_pairs,
     refuse_same,
@@ -54,7 +54,7 @@ def take_espnet_data(espnet_data: PathLike, sets: Sequence[str], out: PathLike, 
     for name, source in sources.items():
         refuse_same([source], Path(out) / name, "--out")
         _check_text(source)
-    with os_errors_told(out):
+    with os_errors_as_user_errors(out):
         for name, source in sources.items():
             _take(source, Path(espnet_data), Path(out) / name, nj)
 
@@ -244,9 +244,9 @@ def _run(key: str, audio: str, root: Path) -> IO[bytes]:
     command = audio.rstrip("| ")
     done = subprocess.run(command, shell=True, cwd=root, stdin=subprocess.DEVNULL, capture_output=True)
     if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        output = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise UserError(
-            f"'{key}': '{command}' failed in {root} with {done.returncode}{': ' + said[-1] if said else ''}; are the "
-            "programs of ESPnet's path.sh on the path?"
+            f"'{key}': '{command}' failed in {root} with {done.returncode}{': ' + output[-1] if output else ''}; "
+            "are the programs of ESPnet's path.sh on the path?"
         )
     return io.BytesIO(done.stdout)

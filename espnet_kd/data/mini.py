@@ -13,7 +13,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Set, Union
+from typing import Dict, List, Mapping, Optional, Set
 
 import numpy as np
 
@@ -23,9 +23,8 @@ from espnet_kd.data.audio import write_audio
 from espnet_kd.data.datadir import Utterance, write_data_dir
 from espnet_kd.data.parallel import map_with_bar
 from espnet_kd.data.sentences import make_sentence, words
-from espnet_kd.files import read_settings, replacing
+from espnet_kd.files import PathLike, read_settings, replacing
 
-PathLike = Union[str, Path]
 FS = 16000
 VERSION = 3  # part of the settings: raise it when the same settings give other bytes
 DEFAULT_SIZES = {"train": 2400, "valid": 100, "test": 250}
@@ -227,9 +226,9 @@ def prepare_mini(
     settings.check()
     if min(sizes.values()) < 1 or nj < 1:
         raise UserError(f"every split needs an utterance and nj a process: {sizes}, nj {nj}")
-    told = {"version": VERSION, **settings.__dict__, "sizes": sizes}
+    wanted = {"version": VERSION, **settings.__dict__, "sizes": sizes}
     marker = out / "mini.json"
-    if read_settings(marker) == told:
+    if read_settings(marker) == wanted:
         logging.info("%s: the corpus is there with these settings", out)
         return dict(sizes)
     _check_voices()
@@ -250,7 +249,7 @@ def prepare_mini(
         voices, minutes = len({u.speaker for u in utts}), sum(n for _, n in rows) / FS / 60
         logging.info("%s %d utterances, %d voices, %.1f min", split, len(utts), voices, minutes)
     with replacing(marker) as f:
-        json.dump(told, f, indent=2)
+        json.dump(wanted, f, indent=2)
     return dict(sizes)
 
 

@@ -21,7 +21,7 @@ CHUNK = 16  # items a process gets at a time
 
 def start_worker() -> None:
     """What a worker process does first."""
-    # Ctrl-C reaches the whole process group; the parent alone speaks, and stops the others.
+    # Ctrl-C reaches the whole process group; only the parent reports it, and stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     leave_with_parent()
 

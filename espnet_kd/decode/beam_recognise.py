@@ -16,6 +16,7 @@ from espnet_kd.decode.beam import BeamSearch
 from espnet_kd.decode.beside import BesideSearch
 from espnet_kd.frames import valid
 from espnet_kd.inference.recognise import Hypothesis, Recogniser
+from espnet_kd.targets.nbest import Hypotheses
 
 
 class BeamRecogniser(Recogniser):
@@ -47,10 +48,8 @@ class BeamRecogniser(Recogniser):
             here = BeamSearch(self.token_list, **options)
             self._begin_search = lambda log_probs, frames: functools.partial(here, log_probs, frames)
 
-    def begin_search(
-        self, log_probs: torch.Tensor, frames: torch.Tensor
-    ) -> Callable[[], List[List[Tuple[List[int], float]]]]:
-        """Start to search log-probabilities (B, T, V); the result is the N-best of each, (token ids, score).
+    def begin_search(self, log_probs: torch.Tensor, frames: torch.Tensor) -> Callable[[], List[Hypotheses]]:
+        """Start to search log-probabilities (B, T, V); the result is the N-best of each utterance.
 
         Raises:
             UserError: now or when the result is asked for: the model gives NaN.
@@ -58,7 +57,7 @@ class BeamRecogniser(Recogniser):
         with self._no_nan():
             finish = self._begin_search(log_probs, frames)
 
-        def result() -> List[List[Tuple[List[int], float]]]:
+        def result() -> List[Hypotheses]:
             with self._no_nan():
                 return finish()
 
@@ -79,7 +78,7 @@ class BeamRecogniser(Recogniser):
         """
         logits, frames = self.logits(speech)
         finish = self.begin_search(logits.float().log_softmax(dim=-1), frames)
-        return lambda: [[self.hypothesis(ids, score) for ids, score in hypotheses] for hypotheses in finish()]
+        return lambda: [[self.hypothesis(ids, score) for score, ids in hypotheses] for hypotheses in finish()]
 
     def __call__(self, speech: Sequence[np.ndarray]) -> List[List[Hypothesis]]:
         """Recognise a batch (see ``begin``); best hypotheses first."""
@@ -100,7 +99,7 @@ class NbestRecogniser(BeamRecogniser):
         total = torch.stack([mass for mass, _ in self._mass]).sum(0) / max(sum(n for _, n in self._mass), 1)
         return total.clamp(min=1e-10).log().numpy()
 
-    def begin(self, speech: Sequence[np.ndarray]) -> Callable[[], List[List[Tuple[float, array]]]]:
+    def begin(self, speech: Sequence[np.ndarray]) -> Callable[[], List[Hypotheses]]:
         """Run the model on utterances, each (N_i,) float samples at ``rate`` Hz, as one batch, and begin to search.
 
         Returns:
@@ -116,4 +115,4 @@ class NbestRecogniser(BeamRecogniser):
         self._mass.append((log_probs[counted].double().exp().sum(0).cpu(), int(frames.sum())))
         finish = self.begin_search(log_probs, frames)
         # Arrays, since the hypotheses of the whole corpus are held at once.
-        return lambda: [[(score, array("i", ids)) for ids, score in hypotheses] for hypotheses in finish()]
+        return lambda: [[(score, array("i", ids)) for score, ids in hypotheses] for hypotheses in finish()]

@@ -46,7 +46,7 @@ def make_nbest(args: argparse.Namespace) -> None:
     utterances = read_all_utterances(args.data_dir, recogniser.rate)
     found, timing = recognise(recogniser, utterances, args.batch_seconds, args.nj)
 
-    # The sidecar vouches for the file: it goes before that is replaced, and comes back last.
+    # The sidecar marks a whole file: it is removed before the file is replaced, and written last.
     sidecar.unlink(missing_ok=True)
     write_nbest(output, found, recogniser.token_list)
     with replacing(log_prior, "wb") as f:
@@ -72,7 +72,7 @@ def make_nbest(args: argparse.Namespace) -> None:
 
 
 def _read_inputs(sidecar: Path) -> Optional[Dict]:
-    """What a finished file was made from; None where nothing vouches for it."""
+    """The inputs of a finished file; None if the sidecar is missing or damaged."""
     try:
         return json.loads(sidecar.read_text(encoding="utf-8"))["inputs"]
     except (OSError, ValueError, KeyError, TypeError):

@@ -22,6 +22,7 @@ from espnet_kd.distill.schedule import Progress, Weight
 from espnet_kd.inference.encode import EncoderOutputs, encode, measure_frame_shift, recording_decoder
 from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.loading import BROUGHT, Brought, Part
+from espnet_kd.targets.nbest import Hypotheses
 from espnet_kd.targets.teacher import Teacher
 from espnet_kd.topk import NotKept
 
@@ -44,7 +45,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         teacher: Optional[Teacher],
         progress: Progress,
         sampling_rate: float,
-        nbest: Optional[Mapping[str, List[Tuple[float, Sequence[int]]]]] = None,
+        nbest: Optional[Mapping[str, Hypotheses]] = None,
     ) -> ESPnetASRKDModel:
         """Turn the student that ESPnet built into the KD model of a training.
 
@@ -109,7 +110,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
     teacher: Optional[Teacher]
     frame_shift: float  #: seconds
     terms: List[List[Term]]  #: of each phase of the plan
-    nbest: Optional[Mapping[str, List[Tuple[float, Sequence[int]]]]]
+    nbest: Optional[Mapping[str, Hypotheses]]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ESPnetASRKDModel:
         if self.teacher is not None:
@@ -192,7 +193,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         terms = self.terms[now.phase.index]
         return [term for term in terms if not self.training or now(term[2])]
 
-    def _hypotheses(self, utt_ids: Sequence[str]) -> Optional[List[List[Tuple[float, Sequence[int]]]]]:
+    def _hypotheses(self, utt_ids: Sequence[str]) -> Optional[List[Hypotheses]]:
         """The N-best of a batch."""
         if self.nbest is None:
             return None

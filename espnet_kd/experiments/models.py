@@ -18,7 +18,7 @@ import torch
 
 from espnet_kd.cli import UserError, trusts_pickles
 from espnet_kd.experiments.named_files import read_token_list
-from espnet_kd.experiments.packed import check_expansion, is_packed, unpack
+from espnet_kd.experiments.packed import check_expansion, is_packed, unpack_model
 from espnet_kd.experiments.portable import PORTABLE, unfold_config, unfold_state
 from espnet_kd.experiments.states import fit_state
 from espnet_kd.experiments.trust import FOREIGN, check_components, guarded
@@ -36,11 +36,12 @@ def find_experiment(path: Union[str, Path]) -> Tuple[Path, Path]:
     ``student.pth``.
 
     Raises:
-        UserError: nothing there, no config.yaml, or no model in it; as :func:`espnet_kd.experiments.packed.unpack`.
+        UserError: nothing there, no config.yaml, or no model in it; or an archive that
+            :func:`espnet_kd.experiments.packed.unpack_model` refuses.
     """
     path = Path(path)
     if is_packed(path):
-        path = unpack(path)
+        path = unpack_model(path)
     if path.suffix == ".pth":
         config, candidates = path.parent / "config.yaml", [path]
     elif path.is_dir():
@@ -67,7 +68,7 @@ def find_experiment(path: Union[str, Path]) -> Tuple[Path, Path]:
 
 def _criteria(content: Dict, config: Path) -> List[Tuple[str, str]]:
     """(phase, key) of ``best_model_criterion``, those of validation first: what fits the training data best may have
-    learnt it by heart, and ESPnet's own default begins with the loss of training.
+    memorised them, and ESPnet's own default begins with the loss of training.
     """
     criteria = content.get("best_model_criterion") or []
     if not isinstance(criteria, list) or not all(isinstance(c, list) and len(c) > 1 for c in criteria):

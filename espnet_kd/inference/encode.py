@@ -195,10 +195,10 @@ def half_on_gpu(device: torch.device) -> ContextManager:
 @contextlib.contextmanager
 def recording_decoder(model: torch.nn.Module) -> Iterator[List[Tensor]]:
     """Fill the yielded list with what the attention decoder gives while it runs: logits (B, L + 1, V)."""
-    said: List[Tensor] = []
-    handle = model.decoder.register_forward_hook(lambda module, inputs, output: said.append(output[0]))
+    outputs: List[Tensor] = []
+    handle = model.decoder.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
     try:
-        yield said
+        yield outputs
     finally:
         handle.remove()
 

@@ -48,7 +48,7 @@ class Hypothesis:
 
 
 @dataclass
-class Utterance:
+class AudioFile:
     """One line of a wav.scp and the length of its audio (``samples`` at ``rate`` Hz)."""
 
     utt_id: str
@@ -177,7 +177,7 @@ def choose_device(args: argparse.Namespace) -> str:
     return "cuda" if args.ngpu else "cpu"
 
 
-def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> List[Utterance]:
+def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> List[AudioFile]:
     """List the utterances of a data dir with their lengths, reading only the headers of the audio.
 
     Args:
@@ -198,19 +198,19 @@ def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> L
             raise UserError(f"{data_dir}/wav.scp, utterance {utt_id}: {e}") from e
         if rate is not None and found != rate:
             raise UserError(f"{data_dir}/wav.scp: {utt_id} has {found} Hz and the model wants {rate} Hz; resample it")
-        utterances.append(Utterance(utt_id, path, samples, found))
+        utterances.append(AudioFile(utt_id, path, samples, found))
     if not utterances:
         raise UserError(f"{data_dir}/wav.scp is empty")
     return utterances
 
 
-def read_all_utterances(data_dirs: Sequence[str], rate: Optional[int]) -> List[Utterance]:
+def read_all_utterances(data_dirs: Sequence[str], rate: Optional[int]) -> List[AudioFile]:
     """List the utterances of several data dirs as one (see :func:`read_utterances`).
 
     Raises:
         UserError: an utterance stands in two of them, or what `read_utterances` refuses.
     """
-    utterances: List[Utterance] = []
+    utterances: List[AudioFile] = []
     home: Dict[str, str] = {}
     for data_dir in data_dirs:
         for utterance in read_utterances(data_dir, rate):
@@ -224,7 +224,7 @@ def read_all_utterances(data_dirs: Sequence[str], rate: Optional[int]) -> List[U
     return utterances
 
 
-def read_audio(utterance: Utterance) -> np.ndarray:
+def read_audio(utterance: AudioFile) -> np.ndarray:
     """Samples (N,) as float32 in [-1, 1]; of several channels the first, as ESPnet's frontend takes it in eval.
 
     Raises:
@@ -234,9 +234,9 @@ def read_audio(utterance: Utterance) -> np.ndarray:
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
-def make_batches(utterances: Sequence[Utterance], batch_seconds: float) -> List[List[Utterance]]:
+def make_batches(utterances: Sequence[AudioFile], batch_seconds: float) -> List[List[AudioFile]]:
     """Group utterances of like length, longest first, so that a padded batch lasts at most ``batch_seconds``."""
-    batches: List[List[Utterance]] = []
+    batches: List[List[AudioFile]] = []
     for utterance in sorted(utterances, key=lambda u: (-u.samples / u.rate, u.utt_id)):
         longest = batches[-1][0] if batches else None
         if longest is None or (len(batches[-1]) + 1) * longest.samples / longest.rate > batch_seconds:
@@ -247,7 +247,7 @@ def make_batches(utterances: Sequence[Utterance], batch_seconds: float) -> List[
 
 def recognise(
     recogniser: Callable[[Sequence[np.ndarray]], List[Found]],
-    utterances: Sequence[Utterance],
+    utterances: Sequence[AudioFile],
     batch_seconds: float = 60.0,
     nj: int = 1,
     progress: bool = True,

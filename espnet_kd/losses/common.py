@@ -13,9 +13,14 @@ from espnet_kd.backend import may_look
 from espnet_kd.topk import Posterior, TopK
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type to compute in: float32, or float64 where ``x`` has it."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def full_precision(x: Tensor) -> Tensor:
-    """float32 for half types; float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    """Convert half types to float32; float32 and float64 stay as they are."""
+    return x.to(compute_dtype(x))
 
 
 class Counted:

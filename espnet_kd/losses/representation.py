@@ -93,7 +93,7 @@ def weighted_representation(
 
 @without_gradient
 def nonblank_mass(teacher_logits: Posterior, *, blank_id: int = 0) -> Tensor:
-    """1 − p(blank), exact also where p(blank) rounds to 1: how surely the teacher hears a token.
+    """1 − p(blank), exact also where p(blank) rounds to 1: the probability of any token.
 
     Args:
         teacher_logits: (B, T, V), or log-probabilities.

@@ -86,7 +86,7 @@ def compare(gathered: Gathered) -> List[Kind]:
             groups.setdefault((row["testset"], label(row), row["params"]), []).append(row)
     kinds = []
     for (_, name, _), members in groups.items():
-        if len({r["seed"] for r in members}) < len(members):  # told apart by their tags alone
+        if len({r["seed"] for r in members}) < len(members):  # only their tags distinguish them
             parts = [(f"{name} ({r['experiment']})", [r]) for r in members]
         else:
             parts = [(name, members)]

@@ -79,12 +79,12 @@ class Pictures:
 
 def tell_verdict(parts: Sequence[Part]) -> Section:
     """In plain words what distillation brought; its first block holds a paragraph for each distilled kind."""
-    told = [text for part in parts for text in make_verdicts(part.kinds, part.where)]
+    verdicts = [text for part in parts for text in make_verdicts(part.kinds, part.where)]
     how = (
         "Each distilled student against the plain student, which has the same size and was trained on the "
         "transcripts alone, and against its teacher."
     )
-    return Section("Verdict", how, [Items(told or ["No distilled student is scored yet."])])
+    return Section("Verdict", how, [Items(verdicts or ["No distilled student is scored yet."])])
 
 
 def summarise(parts: Sequence[Part]) -> Section:
@@ -112,7 +112,7 @@ def summarise(parts: Sequence[Part]) -> Section:
 _COMPARISON = (
     "Means over seeds, in percent. To plain: difference in points to the plain student of the same seeds and size; "
     "below 0 is better. In brackets 95 % bootstrap intervals, for differences paired by seed and utterance: over seeds "
-    "and utterances where a line has several seeds, so that they speak for other seeds and utterances of the kind; "
+    "and utterances where a line has several seeds, so that they hold for other seeds and utterances of the same kind; "
     "over utterances alone where it has one seed, and then another seed may well lie outside. With two or three seeds "
     "an interval is rough. p belongs to the difference in WER, of one method alone: of twenty that do nothing, one has "
     "p < 0.05. Sub/Del/Ins: words substituted, deleted, inserted. Real-time factor: the mean over all models of "

@@ -43,7 +43,7 @@ class Kept(Protocol):
     temperatures: Tuple[float, ...]
 
 
-def pack(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np.ndarray]:
+def pack_targets(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np.ndarray]:
     """What is written of one utterance: its :class:`TopK` of T frames and hidden states (T, D), as float32 arrays."""
     x = x.map(lambda y: y.cpu())
     nonblank = x.argmax() != 0
@@ -74,9 +74,12 @@ def pack(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np.ndarray
     return [*(y.float().numpy() for y in written), *hidden]
 
 
-def unpack(each: Sequence[Sequence[np.ndarray]], policy: Kept, num_tokens: int) -> TopK:
-    """The inverse of :func:`pack` for several utterances: a :class:`TopK` of all their frames, one after another, with
-    the tokens of the longest row. At once, because utterance by utterance the calls would take longer than the work.
+def unpack_targets(each: Sequence[Sequence[np.ndarray]], policy: Kept, num_tokens: int) -> TopK:
+    """The inverse of :func:`pack_targets` for several utterances.
+
+    Returns:
+        A :class:`TopK` of all their frames, one after another, with as many tokens as the longest row has. All
+        utterances are unpacked in one call, because a call for each would take longer than the work.
 
     Raises:
         ValueError: arrays that do not belong together.
@@ -198,7 +201,7 @@ def _spread(values: Tensor, counts: Tensor, fill: int) -> Tensor:
 
 
 def _check_sizes(columns: Sequence[Tensor], rows: Sequence[Tensor], codes: Sequence[Tensor], policy: Kept) -> None:
-    """Refuse arrays of other shapes than :func:`pack` makes (ValueError)."""
+    """Refuse arrays of other shapes than :func:`pack_targets` makes (ValueError)."""
     for name, wrong in (
         ("blank", any(x.size(1) != 1 + len(policy.temperatures) for x in columns)),
         ("rows", any(bool(((r[:, 0] < -0.5) | (r[:, 0] > len(x) - 0.5)).any()) for r, x in zip(rows, columns))),
@@ -209,7 +212,7 @@ def _check_sizes(columns: Sequence[Tensor], rows: Sequence[Tensor], codes: Seque
 
 
 def _check(num_frames: int, frames: Tensor, counts: Tensor, tokens: Tensor, codes: Tensor, num_tokens: int) -> None:
-    """Refuse numbers that :func:`pack` does not write (ValueError)."""
+    """Refuse numbers that :func:`pack_targets` does not write (ValueError)."""
     for name, wrong in (
         ("rows", (frames < 0) | (frames >= num_frames) | (counts < 1)),
         ("tokens", (tokens < 1) | (tokens >= num_tokens)),

@@ -34,7 +34,7 @@ from espnet_kd.inference.encode import input_width, measure_frame_shift
 from espnet_kd.offline import ASRTask
 from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.loading import Loading
-from espnet_kd.targets.nbest import read_nbest
+from espnet_kd.targets.nbest import Hypotheses, read_nbest
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate
 from espnet_kd.targets.teacher import SeveralTeachers, Teacher
 
@@ -70,7 +70,7 @@ class ASRKDTask(ASRTask):
             "--target_cache",
             type=str_or_none,
             metavar="DIR",
-            help="What the teacher said (asr_kd_cache), instead of running it; with --teacher it must be that one's",
+            help="A target cache (asr_kd_cache) that replaces a running teacher; with --teacher it must be of that one",
         )
         group.add_argument("--kd_config", type=str_or_none, help="Method page: a name in conf/methods, or a path")
         group.add_argument("--kd_stage", type=int, help="Train up to the end of this KD stage, and stop")
@@ -85,7 +85,7 @@ class ASRKDTask(ASRTask):
             type=float,
             default=1000.0,
             metavar="MB",
-            help="Remember what an online teacher said of a batch, up to this size: on a small corpus it runs once",
+            help="Keep up to this size of an online teacher's outputs in memory: on a small corpus it runs only once",
         )
         group.add_argument(
             "--nbest", type=str_or_none, help="The teacher's N-best of training and validation data (asr_kd_nbest)"
@@ -94,7 +94,7 @@ class ASRKDTask(ASRTask):
             "--augmented_teacher",
             type=str2bool,
             default=False,
-            help="Let an online teacher hear noise and reverberation that the data loader adds",
+            help="Also give an online teacher the noise and reverberation that the data loader adds",
         )
         group.add_argument(
             "--blank_teacher",
@@ -201,7 +201,7 @@ class ASRKDTask(ASRTask):
             hand_over(Path(args.output_dir), cls.plan, epoch, stopped=ended and args.patience is not None)
 
     @staticmethod
-    def _nbest(args: argparse.Namespace) -> Optional[Dict[str, List[Tuple[float, Sequence[int]]]]]:
+    def _nbest(args: argparse.Namespace) -> Optional[Dict[str, Hypotheses]]:
         if args.nbest is None:
             return None
         nbest = read_nbest(Path(args.nbest), args.token_list)
@@ -221,8 +221,8 @@ class ASRKDTask(ASRTask):
                 found.append("preprocessor_conf: data_aug_effects")
             if found:
                 raise UserError(
-                    f"{', '.join(found)} act before the model, so that an online teacher would hear augmented audio; "
-                    "take them out, or say --augmented_teacher true"
+                    f"{', '.join(found)} act before the model, so that an online teacher would get augmented audio; "
+                    "take them out, or give --augmented_teacher true"
                 )
         # Augmented in the data loader, an utterance differs from epoch to epoch; cut into chunks, all have its id.
         changing = args.augmented_teacher or args.iterator_type != "sequence"

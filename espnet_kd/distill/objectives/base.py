@@ -18,6 +18,7 @@ from espnet_kd import frames as fr
 from espnet_kd.cli import UserError
 from espnet_kd.distill.schedule import Position
 from espnet_kd.inference.encode import StudentOutputs, TeacherOutputs, depth_of
+from espnet_kd.targets.nbest import Hypotheses
 from espnet_kd.targets.teacher import Needs
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ class Batch:
     text: Optional[Tensor] = None  #: (B, L); None in training without labels
     text_lengths: Optional[Tensor] = None  #: (B,); 0 where an utterance is not transcribed
     #: The N-best of each utterance: (score in nats, token ids), best first.
-    nbest: Optional[List[List[Tuple[float, Sequence[int]]]]] = None
+    nbest: Optional[List[Hypotheses]] = None
     #: Number of differently augmented copies of each utterance in the batch, copy after copy; 1 in validation.
     views: int = 1
     #: ctc(log_probs (B, T, V), lengths) → scalar on the scale of the page's ``ctc: per``, over the transcribed
