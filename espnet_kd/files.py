@@ -34,7 +34,7 @@ def replacing(path: PathLike, mode: str = "w", sync: bool = True) -> Iterator[IO
         umask = os.umask(0)
         os.umask(umask)
         os.fchmod(fd, 0o666 & ~umask)
-        with open(fd, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as f:
+        with open(fd, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
             if sync:

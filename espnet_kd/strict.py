@@ -16,7 +16,7 @@ import yaml
 
 from espnet_kd.cli import UserError
 
-_NAMES = {
+_NAMES: Dict[Any, str] = {
     **{bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "nothing"},
     **{list: "a list", tuple: "a list", dict: "a mapping"},
 }
@@ -113,7 +113,7 @@ def parameters(function: Callable[..., Any]) -> Dict[str, Any]:
     """
     hints: Dict[str, Any] = {}
     # The fields of a dataclass are resolved in the module of the class that defines each, its __init__ in one module.
-    for annotated in (function, function.__init__) if isinstance(function, type) else (function,):
+    for annotated in (function, inspect.getattr_static(function, "__init__", None)):
         with contextlib.suppress(NameError, TypeError, AttributeError):  # names that only a type checker imports
             hints.update(typing.get_type_hints(annotated))
     found = {}

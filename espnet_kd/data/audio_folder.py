@@ -53,7 +53,8 @@ def prepare_audio_folder(
     most = len(order) // 10
     valid, test = min(valid, most), min(test, most)
     parts = {"valid": order[:valid], "test": order[valid : valid + test], "train": order[valid + test :]}
-    counts, left_out = {}, []
+    counts: Dict[str, int] = {}
+    left_out: List[str] = []
     for part in NAMES:
         whole = [(name, *_length(found[name], left_out)) for name in tqdm(parts[part], desc=part, unit="file")]
         segments = any(seconds > longest for _, _, seconds in whole)  # then all of them are, as data dirs want it

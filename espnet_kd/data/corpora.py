@@ -15,11 +15,11 @@ import urllib.request
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Collection, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
+from typing import Collection, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.audio import read_audio_info
-from espnet_kd.data.datadir import MAX_SHOWN, Utterance, os_errors_as_user_errors, write_data_dir
+from espnet_kd.data.datadir import MAX_SHOWN, Spool, Utterance, os_errors_as_user_errors, write_data_dir
 from espnet_kd.data.parallel import map_with_bar
 from espnet_kd.files import PathLike, remove_leftovers, replacing
 
@@ -85,7 +85,12 @@ class LeftOut:
 
 
 def write_corpus_dir(
-    data_dir: PathLike, groups: Collection[Sequence[Utterance]], left_out: LeftOut, *, nj: int, fs: int = 16000
+    data_dir: PathLike,
+    groups: Union[Spool, Collection[Sequence[Utterance]]],
+    left_out: LeftOut,
+    *,
+    nj: int,
+    fs: int = 16000,
 ) -> int:
     """Probe the audio of ``groups`` with ``nj`` processes, write the data dir and return its number of utterances.
 

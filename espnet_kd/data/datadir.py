@@ -216,8 +216,9 @@ def sort_externally(items: Iterable[Item], key: Callable[[Item], Any], directory
     All of them are read before the first is yielded; equal keys stay in their order. More than RUN of them wait,
     pickled, in nameless files of ``directory``, of which a kill leaves nothing.
     """
-    items, runs = iter(items), []
-    while chunk := sorted(itertools.islice(items, RUN), key=key):
+    rest = iter(items)
+    runs: List[Spool] = []
+    while chunk := sorted(itertools.islice(rest, RUN), key=key):
         if not runs and len(chunk) < RUN:
             yield from chunk
             return

@@ -119,9 +119,9 @@ def prepare_librispeech(
                 left_out = LeftOut(skip_faulty)
                 listed[name] = Spool(out, _list(these, left_out, found)), left_out
         for name, (_, left_out) in listed.items():
-            for part in dict.fromkeys(part for part, _ in sources[name]):
-                if part.name not in divided or name == "train":  # of a part that is divided it is logged once
-                    _expect(part, found[part.name], left_out)
+            for directory in dict.fromkeys(directory for directory, _ in sources[name]):
+                if directory.name not in divided or name == "train":  # of a part that is divided it is logged once
+                    _expect(directory, found[directory.name], left_out)
         return {name: write_corpus_dir(out / name, spool, gone, nj=nj) for name, (spool, gone) in listed.items()}
 
 

@@ -102,7 +102,7 @@ def _count(sentences: List[np.ndarray], order: int, words: int) -> List[_Order]:
 
 def _estimate(orders: List[_Order], words: int) -> List[tuple]:
     """Return (log10 probabilities, log10 backoff weights) of the n-grams of each length."""
-    out = []
+    out: List[tuple] = []
     lower: Optional[np.ndarray] = None
     for k, o in enumerate(orders):
         count = o.count.astype(np.float64)

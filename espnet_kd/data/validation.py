@@ -115,7 +115,7 @@ def validate(
         nj = nj if check_audio else 1  # nothing is worth a process where nothing is opened
         spans: Iterable[Span] = _check_audio(data_dir / "wav.scp", work, sizes["wav.scp"], fs, nj, faults)
         if segmented:
-            spans = _check_segments(data_dir, {key: rest for key, _, *rest in spans}, faults)
+            spans = _check_segments(data_dir, {key: (seconds, channels) for key, _, seconds, channels in spans}, faults)
         for utt_id, number, seconds, channels in spans:
             if channels not in (1, None):
                 where = f"{data_dir / names[0]}:{number}: utterance '{utt_id}'"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +26,8 @@ from espnet_kd.targets.nbest import Hypotheses
 from espnet_kd.targets.teacher import Teacher
 from espnet_kd.topk import NotKept
 
+#: What ESPnet's reporter takes: None for a statistic that this batch lacks.
+Statistics = Dict[str, Union[Tensor, float, None]]
 #: An objective's entry in the page, the objective, its weight.
 Term = Tuple[ObjectiveSpec, Objective, Weight]
 
@@ -160,10 +162,10 @@ class ESPnetASRKDModel(ESPnetASRModel):
         student = EncoderOutputs(log_probs, lengths, self.frame_shift, hidden)
         batch = Batch(
             kwargs.get("utt_id", ()), text, text_lengths, self._hypotheses(kwargs.get("utt_id", ())), views,
-            ctc=lambda *args: self._ctc(now, *args) if len(args) > 2 else self._ctc(now, *args, *labels, None, counts),
+            ctc=lambda *args: self._ctc(now, *(args if len(args) > 2 else (*args, *labels, None, counts))),
             ctc_head=self._log_probs,
         )  # fmt: skip
-        stats: Dict[str, Optional[Tensor]] = {}
+        stats: Statistics = {}
         loss = log_probs.new_zeros(())
         if text is not None:
             loss = loss + self.ctc_weight * self._ctc_branch(
@@ -211,14 +213,14 @@ class ESPnetASRKDModel(ESPnetASRModel):
         text_lengths: Optional[Tensor],
         label_counts: Optional[List[int]],
         taps: Sequence[str],
-        stats: Dict[str, Optional[Tensor]],
+        stats: Statistics,
     ) -> Tensor:
         """Weighted attention loss of the transcribed utterances; the decoder's outputs where a tap asks for them."""
         weight = now(now.phase.stage.attention_weight)
         loss = out.new_zeros(())
         if not weight and "decoder" not in taps:
             return loss
-        if text is None:
+        if text is None or text_lengths is None:
             raise UserError("the attention decoder needs text; set attention: {weight: 0} or ctc_weight: 1.0")
         counts = text_lengths.tolist() if label_counts is None else label_counts
         rows = [i for i, n in enumerate(counts) if n > 0]
@@ -228,7 +230,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
             errors = None if self.training or self.error_calculator is None else math.nan
             stats.update(acc=math.nan, cer=errors, wer=errors, loss_att=nothing.detach())
             return nothing
-        branch = (out, student.lengths, text, text_lengths)
+        branch: Tuple[Tensor, ...] = (out, student.lengths, text, text_lengths)
         if len(rows) < len(counts):
             chosen = torch.tensor(rows).to(out.device, non_blocking=True)
             branch = tuple(x.index_select(0, chosen) for x in branch)
@@ -288,7 +290,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         text: Tensor,
         text_lengths: Tensor,
         label_counts: Optional[List[int]],
-        stats: Dict[str, Optional[Tensor]],
+        stats: Statistics,
         batch: Dict[str, Any],
     ) -> Tensor:
         """Weighted CTC and InterCTC; with weight 0 CTC is computed for the statistics alone."""
@@ -333,7 +335,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         speech_lengths: Tensor,
         batch: Batch,
         brought: Brought,
-        stats: Dict[str, Optional[Tensor]],
+        stats: Statistics,
     ) -> Tensor:
         target = None
         if self.teacher is not None and any(o.uses_teacher for _, o, _ in terms):

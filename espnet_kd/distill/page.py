@@ -7,7 +7,7 @@ import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Literal, Mapping, Sequence, Union
+from typing import Any, Callable, Dict, List, Literal, Mapping, Sequence, Type, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives import OBJECTIVES, Objective
@@ -264,7 +264,7 @@ def _objective(content: Any, where: str, imports: bool) -> ObjectiveSpec:
     return ObjectiveSpec(name, weight, entry, make)
 
 
-def objective_class(name: str, where: str, imports: bool = True) -> type:
+def objective_class(name: str, where: str, imports: bool = True) -> Type[Objective]:
     """Find an objective by its name, or by the dotted path of a class outside the package (``imports``: else Unread).
 
     Raises:

@@ -11,7 +11,7 @@ import re
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any, ContextManager, Dict, Iterator, List, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, ContextManager, Dict, Iterator, List, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ from espnet_kd.experiments.portable import PORTABLE, unfold_config, unfold_state
 from espnet_kd.experiments.states import fit_state
 from espnet_kd.experiments.trust import FOREIGN, check_components, guarded
 from espnet_kd.safe_yaml import parse_yaml
+
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
 #: Prefix of what is trained beside a student (projections, heads) and dropped from it afterwards.
 KD_PREFIX = "kd_heads."
@@ -214,14 +217,14 @@ def foreign(args: argparse.Namespace) -> ContextManager:
     return known_to_espnet()
 
 
-def drop_nothing(model: torch.nn.Module) -> None:
+def drop_nothing(model: ESPnetASRModel) -> None:
     """Switch off the dropout of ESPnet's RNN encoders, which acts in eval mode as well."""
     for module in model.modules():
         if type(module).__name__ == "RNNP":
             module.dropout = 0.0
 
 
-def _add_adapter(model: torch.nn.Module, args: argparse.Namespace) -> None:
+def _add_adapter(model: ESPnetASRModel, args: argparse.Namespace) -> None:
     """The layers that ESPnet's fine-tuning adds, in the state in which it saves them."""
     from espnet2.layers.create_adapter import create_adapter
 

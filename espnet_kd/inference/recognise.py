@@ -18,7 +18,21 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+    Union,
+)
 
 import numpy as np
 import torch
@@ -32,6 +46,9 @@ from espnet_kd.inference.detokenise import build_detokeniser
 from espnet_kd.inference.encode import ctc_tokens, input_width, least_samples
 from espnet_kd.inference.greedy import ctc_greedy
 from espnet_kd.inference.padding import make_batch_exact
+
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
 BLANK_ID = 0  # ESPnet's CTC: the first token of every token list
 Found = TypeVar("Found")
@@ -69,7 +86,7 @@ class Timing:
 class Recogniser:
     """An ESPnet model with its tokens, ready to decode batches."""
 
-    def __init__(self, model: torch.nn.Module, args: argparse.Namespace, config_dir: Union[str, Path] = "."):
+    def __init__(self, model: ESPnetASRModel, args: argparse.Namespace, config_dir: Union[str, Path] = "."):
         """Take a loaded ESPnetASRModel and its configuration (see `espnet_kd.experiments.models.load_model`).
 
         Args:
@@ -98,12 +115,12 @@ class Recogniser:
         if self.device.type == "cpu":  # as convolutions are computed there; else their output is laid out anew
             for module in model.modules():
                 if isinstance(module, torch.nn.Conv2d):
-                    module.to(memory_format=torch.channels_last)
+                    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self.model = model
         self._here = threading.local()
 
     @property
-    def own_model(self) -> torch.nn.Module:
+    def own_model(self) -> ESPnetASRModel:
         """The model for this thread, with the same parameters: ESPnet's attention keeps its weights in itself on the
         way, so that in one model threads would mix them up.
         """
@@ -131,8 +148,11 @@ class Recogniser:
         frames = frames.cpu().clamp(max=encoded.size(1)).masked_fill(too_short, 0)
         return self.own_model.ctc.ctc_lo(encoded), frames
 
-    def __call__(self, speech: Sequence[np.ndarray]) -> List[List[Hypothesis]]:
-        """Recognise utterances, each (N_i,) float samples at ``rate`` Hz, as one batch; here one hypothesis each.
+    def __call__(self, speech: Sequence[np.ndarray]) -> List[Any]:
+        """Recognise utterances, each (N_i,) float samples at ``rate`` Hz, as one batch.
+
+        Returns:
+            For each utterance a list with one :class:`Hypothesis`. Subclasses return something else for each.
 
         Raises:
             UserError: the model gives NaN.

@@ -54,8 +54,8 @@ def factorized_representation(
     else:
         raise ValueError(f"distance must be cosine or l2, not {distance!r}")
     is_nonblank = counted.take(fr.nonblank(teacher_logits, counted.mask, blank_id))
-    halves = (counted.mean(d, student_hidden, where=half) for half in (is_nonblank, ~is_nonblank))
-    return 0.5 * sum(halves)
+    nonblank, blank = (counted.mean(d, student_hidden, where=half) for half in (is_nonblank, ~is_nonblank))
+    return 0.5 * (nonblank + blank)
 
 
 def weighted_representation(

@@ -54,8 +54,8 @@ class RowwiseFactorizedKL(torch.autograd.Function):
         if not len(rows):
             return student.new_zeros((), dtype=compute_dtype(student))
         read = _Reader(student, len(rows))
-        kind = _Buckets if isinstance(teacher, TopK) else _Dense
-        ctx.teacher = kind(teacher, len(rows), blank_id, temperature)
+        shape = len(rows), blank_id, temperature
+        ctx.teacher = _Buckets(teacher, *shape) if isinstance(teacher, TopK) else _Dense(teacher, *shape)
         found, blanks = [], student.new_zeros((), dtype=torch.float64)
         sums = [blanks.clone(), blanks.clone()]  # over NB and over BL frames
         for block in rows.split(read.height):
@@ -74,10 +74,11 @@ class RowwiseFactorizedKL(torch.autograd.Function):
             )
             norm = finite(p.token_norm) - finite(p.log_nonblank)
             found.append((block, p.log_nonblank.exp(), push, q.token_norm, norm, p.is_nonblank))
-        *kept, is_nonblank = (torch.cat(x) for x in zip(*found))
+        block, mass, push, token_norm, norm, is_nonblank = (torch.cat(x) for x in zip(*found))
         counts = is_nonblank.sum().clamp(min=1).double(), (~is_nonblank).sum().clamp(min=1).double()
-        pull = torch.where(is_nonblank, *(w / n for w, n in zip(weights[1:], counts)))
-        ctx.frames = _Frames(*kept, pull.to(compute_dtype(student)))
+        of_nonblank, of_blank = (w / n for w, n in zip(weights[1:], counts))
+        pull = torch.where(is_nonblank, of_nonblank, of_blank)
+        ctx.frames = _Frames(block, mass, push, token_norm, norm, pull.to(compute_dtype(student)))
         loss = weights[0] * blanks / len(rows) + sum(w * s / n for w, s, n in zip(weights[1:], sums, counts))
         return loss.to(compute_dtype(student))
 

@@ -204,7 +204,7 @@ def _find_models(
         if recipe is None:
             notes.append(f"{row['experiment']}: the model that decoded it, {given or 'of unknown name'}, is not there")
         else:
-            models[row["experiment"]] = (recipe, given)
+            models[row["experiment"]] = (recipe, str(given))
     theirs = [models[row["experiment"]] for row in rows if row["role"] == "teacher" and row["experiment"] in models]
     teachers: Dict[str, Place] = {}
     for row in rows:

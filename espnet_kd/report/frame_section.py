@@ -36,7 +36,8 @@ def _show(part: Part, testset: str, pictures: Pictures, num_utts: int, num_examp
     # Only here: a report without this section does without models.
     from espnet_kd.report.alignment import Frames, run_models
 
-    where, notes, gathered = part.name(testset), [], part.gathered
+    where, gathered = part.name(testset), part.gathered
+    notes: List[str] = []
     chosen = choose_student(gathered, part.kinds, testset)
     examples = dict(choose_examples(chosen, num_examples)) if chosen else {}
     try:
@@ -45,7 +46,8 @@ def _show(part: Part, testset: str, pictures: Pictures, num_utts: int, num_examp
         frames = Frames()
         notes.append(str(e))
     label = label_rows(gathered.rows)
-    lines, offsets = [], {}
+    lines: List[List[str]] = []
+    offsets: Dict[str, Counter] = {}
     for row in gathered.rows:
         agreement = frames.agreements.get(row["experiment"])
         if row["testset"] != testset or agreement is None:
@@ -93,7 +95,8 @@ def _tracks(chosen: Chosen, frames: Any, utt_id: str) -> List[Track]:
 
 def _line(experiment: str, label: str, shares: Dict[str, Optional[float]]) -> List[str]:
     def percent(key: str) -> str:
-        return "–" if shares[key] is None else f"{100 * shares[key]:.1f} %"
+        share = shares[key]
+        return "–" if share is None else f"{100 * share:.1f} %"
 
     distance, delay = shares["distance"], shares["delay"]
     return [

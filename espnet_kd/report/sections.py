@@ -62,7 +62,8 @@ class Pictures:
     """Names for the pictures of one report in its directory."""
 
     def __init__(self, directory: Path):
-        self.directory, self._numbers = directory, Counter()
+        self.directory = directory
+        self._numbers: Counter[str] = Counter()
 
     def name(self, kind: str) -> Path:
         """A file for another picture of this kind."""
@@ -87,22 +88,27 @@ def tell_verdict(parts: Sequence[Part]) -> Section:
     return Section("Verdict", how, [Items(verdicts or ["No distilled student is scored yet."])])
 
 
+def texts_of(section: Section) -> List[str]:
+    """The short texts of a section."""
+    return [text for block in section.blocks if isinstance(block, Items) for text in block.texts]
+
+
 def summarise(parts: Sequence[Part]) -> Section:
     """Who is how good, at what cost; the runs behind it are folded."""
     blocks: List[Block] = []
     for part in parts:
         gathered = part.gathered
         if part.kinds:
-            head = ("method", "test set", "seeds", "parameters", "epochs", "CER", "WER", "WER to plain", "p",
-                    "CER to plain", "Sub/Del/Ins", "real-time factor", "training")  # fmt: skip
+            head = ["method", "test set", "seeds", "parameters", "epochs", "CER", "WER", "WER to plain", "p",
+                    "CER to plain", "Sub/Del/Ins", "real-time factor", "training"]  # fmt: skip
             blocks.append(Table(head, [_compared(kind) for kind in part.kinds], part.where))
         stages = [line for curve in gathered.curves for line in _stages(curve.experiment, curve.stages, gathered)]
         if stages:
-            head = ("experiment", "KD stage", "epochs", "training", "validation loss, first → last", "test set",
-                    "CER", "WER")  # fmt: skip
+            head = ["experiment", "KD stage", "epochs", "training", "validation loss, first → last", "test set",
+                    "CER", "WER"]  # fmt: skip
             blocks.append(Table(head, stages, part.name("KD stages"), folded=True))
-        head = ("experiment", "kind", "seed", "test set", "CER", "WER", "CER to plain", "WER to plain",
-                "real-time factor", "epochs", "training")  # fmt: skip
+        head = ["experiment", "kind", "seed", "test set", "CER", "WER", "CER to plain", "WER to plain",
+                "real-time factor", "epochs", "training"]  # fmt: skip
         label = label_rows(gathered.rows)
         body = [_run(row, label(row), gathered) for row in gathered.rows]
         blocks.append(Table(head, body, part.name("Every run"), folded=True))
@@ -225,7 +231,8 @@ def _compared(kind: Kind) -> List[str]:
         seeds = [r["seed"] for r in rows]
         only = "" if against.seeds == seeds else f" (seeds {' '.join(map(_or_dash, against.seeds))})"
         cer, wer = (
-            f"{rate.value:+.2f} [{rate.low:+.2f}, {rate.high:+.2f}]{only}" for rate in map(against.rates.get, UNITS)
+            f"{rate.value:+.2f} [{rate.low:+.2f}, {rate.high:+.2f}]{only}"
+            for rate in (against.rates[unit] for unit in UNITS)
         )
         differences = [wer, f"{against.rates['wer'].p:.3f}", cer]
     else:
@@ -257,8 +264,8 @@ def _stages(experiment: str, stages: Sequence[History], gathered: Gathered) -> L
         parts = [(number, str(len(history)), history) for number, history in zip(numbers, stages)]
     lines = []
     for number, epochs, history in parts:
-        losses = [history[e].get("valid", {}).get("loss") for e in sorted(history)]
-        losses = [f"{loss:.2f}" for loss in losses if loss is not None]
+        found = (history[e].get("valid", {}).get("loss") for e in sorted(history))
+        losses = [f"{loss:.2f}" for loss in found if loss is not None]
         change = f"{losses[0]} → {losses[-1]}" if losses else "–"
         scored = rows if number == parts[-1][0] else read_scores(gathered.paths[experiment] / f"kd_stage{number}")
         for row in scored or [dict.fromkeys(("testset", *UNITS))]:

@@ -27,7 +27,7 @@ import re
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
@@ -113,7 +113,8 @@ def read_manifest(cache: PathLike) -> Manifest:
             for name, hint in parameters(kind).items():
                 if name in found:
                     check_type(found[name], hint, f"{path} is damaged: {name}")
-        policy = Policy(**{k: tuple(v) if isinstance(v, list) else v for k, v in policy.items()})
+        kept: Dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in policy.items()}
+        policy = Policy(**kept)
         manifest = Manifest(policy=policy, **content)
         _check_values(manifest)
         return manifest
@@ -160,7 +161,7 @@ def checksum(arrays: Sequence[np.ndarray]) -> int:
     crc = 0
     for x in arrays:
         crc = zlib.crc32(repr(x.shape).encode(), crc)
-        crc = zlib.crc32(np.ascontiguousarray(x), crc)
+        crc = zlib.crc32(np.ascontiguousarray(x).data, crc)
     return crc
 
 

@@ -10,7 +10,7 @@ import shutil
 import uuid
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -40,6 +40,9 @@ from espnet_kd.targets.cache import (
 from espnet_kd.targets.nucleus import pack_targets
 from espnet_kd.topk import compress
 
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
+
 # kaldiio's compression_method
 EIGHT_BITS, SIXTEEN_BITS = 2, 3  # scaled by columns, by the matrix's range
 SIXTEEN_BIT_INTEGERS, EIGHT_BIT_INTEGERS = 4, 6  # exact; the first with a sign
@@ -49,7 +52,7 @@ class TargetRecogniser(Recogniser):
     """A teacher that gives each utterance its packed targets instead of a transcript."""
 
     def __init__(
-        self, model: torch.nn.Module, args: argparse.Namespace, config_dir: Union[str, Path] = ".", *, policy: Policy
+        self, model: ESPnetASRModel, args: argparse.Namespace, config_dir: Union[str, Path] = ".", *, policy: Policy
     ):
         super().__init__(model, args, config_dir)
         check_taps(self.model, policy.taps, "teacher")

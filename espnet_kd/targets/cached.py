@@ -74,8 +74,8 @@ class CachedTeacher:
         """Width of its hidden states."""
         return self.manifest.hidden_size
 
-    def __contains__(self, utt_id: str) -> bool:
-        return self._find(utt_id) is not None
+    def __contains__(self, utt_id: object) -> bool:
+        return isinstance(utt_id, str) and self._find(utt_id) is not None
 
     def check(self, needed: Needs) -> None:
         """Refuse a method that needs more than was kept (:class:`UserError`)."""

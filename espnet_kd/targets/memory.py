@@ -48,8 +48,8 @@ class Memory:
             ValueError: an utterance has other audio than the first time. Only on a GPU, where looking at once would be
                 a wait, and by a later call; on a CPU the utterance counts as unknown.
         """
-        rows = [self._rows.get((utt_id, *taps)) for utt_id in utt_ids]
-        if any(row is None for row in rows):
+        rows = [row for utt_id in utt_ids if (row := self._rows.get((utt_id, *taps))) is not None]
+        if len(rows) < len(utt_ids):
             return None
         first = rows[0].batch
         whole = len(rows) == len(first.lengths) and all(

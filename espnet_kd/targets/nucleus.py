@@ -38,9 +38,17 @@ IN_BYTES, IN_16_BITS = 2**10, 2**16  #: the largest vocabularies of which ids ar
 class Kept(Protocol):
     """What is kept of a frame (see ``cache.Policy``)."""
 
-    mass: float
-    tokens_on: str
-    temperatures: Tuple[float, ...]
+    @property
+    def mass(self) -> float:
+        """The probability that the kept tokens have together, with blank."""
+
+    @property
+    def tokens_on(self) -> str:
+        """The frames whose tokens are kept: ``all`` or ``nonblank``."""
+
+    @property
+    def temperatures(self) -> Tuple[float, ...]:
+        """Temperatures other than 1 at which the posterior is kept."""
 
 
 def pack_targets(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np.ndarray]:
@@ -91,23 +99,23 @@ def unpack_targets(each: Sequence[Sequence[np.ndarray]], policy: Kept, num_token
     frames = torch.cat([x[:, 0] + start for x, start in zip(rows, first)]).round().long()
     counts = torch.cat([x[:, 1] for x in rows]).round().long()
     parts = [x[:, 0].split([len(x) - 2 * len(r), len(r), len(r)]) for x, r in zip(codes, rows)]
-    codes = torch.cat([part for place in range(3) for part in (p[place] for p in parts)]).round().long()
+    all_codes = torch.cat([part for place in range(3) for part in (p[place] for p in parts)]).round().long()
     log_blank, odds, norms = _read_blank(torch.cat(columns), policy)
     nonblank, counts = counts > 0, counts.abs()
-    tokens = read_ids(torch.cat(tokens)[:, 0].round().long(), counts, num_tokens)
-    _check(len(odds), frames, counts, tokens, codes, num_tokens)
+    all_tokens = read_ids(torch.cat(tokens)[:, 0].round().long(), counts, num_tokens)
+    _check(len(odds), frames, counts, all_tokens, all_codes, num_tokens)
     width = max(int(counts.max()), 1) if len(counts) else 1
-    all_tokens = torch.zeros(len(odds), width, dtype=torch.int64)
-    log_probs = torch.full(all_tokens.shape, -torch.inf)
+    by_frame = torch.zeros(len(odds), width, dtype=torch.int64)
+    log_probs = torch.full(by_frame.shape, -torch.inf)
     if len(frames):
-        all_tokens[frames] = _spread(tokens, counts, 0)
-        kept = (_normalised(codes, counts) + F.logsigmoid(-odds[frames])[:, None]).float()
+        by_frame[frames] = _spread(all_tokens, counts, 0)
+        kept = (_normalised(all_codes, counts) + F.logsigmoid(-odds[frames])[:, None]).float()
         # Rounding must not change whether blank is the likeliest.
         limit = log_blank[frames]
         above = torch.nextafter(limit, torch.ones_like(limit))
         kept[:, 0] = torch.where(nonblank, torch.maximum(kept[:, 0], above), torch.minimum(kept[:, 0], limit))
         log_probs[frames] = kept
-    return TopK(log_blank, all_tokens, log_probs, num_tokens, norms)
+    return TopK(log_blank, by_frame, log_probs, num_tokens, norms)
 
 
 def _read_blank(columns: Tensor, policy: Kept) -> Tuple[Tensor, Tensor, Dict[float, Tensor]]:

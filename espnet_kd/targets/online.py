@@ -134,6 +134,7 @@ class OnlineTeacher:
         with half_on_gpu(speech.device):
             out, lengths, _, hidden = encode(model, speech, speech_lengths, taps)
             if "decoder" in taps:
+                assert text_lengths is not None  # the page's objectives need transcripts, which were checked for
                 labels, _ = add_sos_eos(text, model.sos, model.eos, model.ignore_id)
                 decoded = model.decoder(out, lengths, labels, text_lengths + 1)[0]
         lengths = lengths.masked_fill(too_short, 0)

@@ -156,7 +156,7 @@ class SeveralTeachers:
             lengths.min(0).values.clamp(max=frames),
             self.frame_shift,
             {tap: h[:, :frames] for tap, h in each[0].hidden.items()},
-            None if each[0].decoder is None else self._average([s.decoder for s in each]),
+            None if each[0].decoder is None else self._average([s.decoder for s in each if s.decoder is not None]),
         )
 
     def _average(self, logits: Sequence[Tensor]) -> Tensor:

@@ -155,7 +155,7 @@ class ASRKDTask(ASRTask):
             check_text_lengths(args, measure_frame_shift(student, sampling_rate(args)), sampling_rate(args))
         check_disk(args, model, 0 if cls.plan is None else len(cls.plan.phases))
         runs = teacher is not None and not args.target_cache
-        beside = sum(x.nbytes for x in teacher.state_dict().values()) if runs else 0
+        beside = sum(int(x.nbytes) for x in teacher.state_dict().values()) if teacher is not None and runs else 0
         log_memory(args, model, sampling_rate(args), beside)
         cls.losses = NonFiniteLosses(args.max_nonfinite, cls.progress)
         cls.losses.watch(model)

@@ -40,6 +40,7 @@ class Representation(Objective):
 
     def build(self, student: ESPnetASRModel, teacher: Optional[Teacher]) -> torch.nn.ModuleList:
         """One linear projection per pair, from the student's width to the teacher's."""
+        assert teacher is not None
         self.heads = torch.nn.ModuleList(
             torch.nn.Linear(student.encoder.output_size(), teacher.hidden_size) for _ in self.teacher_taps
         )
