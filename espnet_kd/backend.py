@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-from typing import Any, Callable, Iterator, List, TypeVar, Union
+from typing import Any, Callable, Iterator, List, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,7 +38,7 @@ def backend_of(*tensors: Tensor) -> str:
     return "masked" if name == "fused" and any(x.dtype == torch.float64 for x in tensors) else name
 
 
-def may_look(x: Union[Tensor, object]) -> bool:
+def may_look(x: Any) -> bool:
     """Whether the values of ``x`` may decide what is done next: for free on a CPU, a wait on any other device.
 
     Never where there are shapes alone, as while ``torch.compile`` traces. ``x`` is a tensor, or anything with a device.

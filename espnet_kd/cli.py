@@ -80,7 +80,7 @@ def trusts_pickles() -> bool:
 
 
 def refusal(error: BaseException) -> Optional[str]:
-    """What the system refused (no permission, no space), in a line; None where ``error`` is something else."""
+    """One line on what the operating system refused (permission, space); None if ``error`` is something else."""
     if isinstance(error, OSError):
         return f"{error.filename or 'cannot read or write'}: {error.strerror or error}"
     # torch.save, and those of its errors that name no cause

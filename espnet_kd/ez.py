@@ -18,9 +18,7 @@ import yaml
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.train_options import to_options
-from espnet_kd.files import replacing
-
-PathLike = Union[str, Path]
+from espnet_kd.files import PathLike, replacing
 
 
 class Distiller:
@@ -85,9 +83,9 @@ class Distiller:
     def _options(self, output_dir: Path) -> List[str]:
         config = self._config
         if isinstance(config, Mapping):
-            config = output_dir / "train_config.yaml"
+            content, config = dict(config), output_dir / "train_config.yaml"
             with replacing(config) as f:
-                yaml.safe_dump(dict(self._config), f)
+                yaml.safe_dump(content, f)
         return ["--config", str(config), *self._own, "--output_dir", str(output_dir)]
 
 

@@ -15,9 +15,12 @@ from typing import IO, Any, Collection, Iterator, Union
 
 from espnet_kd.cli import UserError
 
+#: The path of a file or directory, as all functions of this package take it.
+PathLike = Union[str, Path]
+
 
 @contextlib.contextmanager
-def replacing(path: Union[str, Path], mode: str = "w", sync: bool = True) -> Iterator[IO]:
+def replacing(path: PathLike, mode: str = "w", sync: bool = True) -> Iterator[IO]:
     """Open a temporary file beside ``path`` and rename it to ``path`` when the block ends well.
 
     Text is UTF-8. A kill or an exception leaves the old file, or none, never half of the new one; nor does a power cut,
@@ -31,7 +34,7 @@ def replacing(path: Union[str, Path], mode: str = "w", sync: bool = True) -> Ite
         umask = os.umask(0)
         os.umask(umask)
         os.fchmod(fd, 0o666 & ~umask)
-        with open(fd, mode, **({} if "b" in mode else {"encoding": "utf-8"})) as f:
+        with open(fd, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
             f.flush()
             if sync:
@@ -44,7 +47,7 @@ def replacing(path: Union[str, Path], mode: str = "w", sync: bool = True) -> Ite
 
 
 @contextlib.contextmanager
-def replacing_directory(out: Union[str, Path], files: Collection[str], what: str = "an export") -> Iterator[Path]:
+def replacing_directory(out: PathLike, files: Collection[str], what: str = "an export") -> Iterator[Path]:
     """Give an empty directory beside ``out``, and put it in the place of ``out`` when the block ends well.
 
     Args:
@@ -80,7 +83,7 @@ def replacing_directory(out: Union[str, Path], files: Collection[str], what: str
         raise
 
 
-def sha256_of(path: Union[str, Path]) -> str:
+def sha256_of(path: PathLike) -> str:
     """The SHA-256 of a file, in hexadecimal."""
     digest = hashlib.sha256()
     with open(path, "rb") as f:
@@ -97,14 +100,14 @@ def read_settings(path: Path) -> Any:
         return {}
 
 
-def remove_leftovers(path: Union[str, Path]) -> None:
+def remove_leftovers(path: PathLike) -> None:
     """Remove what a killed :func:`replacing` left beside ``path``; nobody may be writing it now."""
     path = Path(path)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         leftover.unlink(missing_ok=True)
 
 
-def check_writable(directory: Union[str, Path]) -> None:
+def check_writable(directory: PathLike) -> None:
     """Refuse a directory, there or yet to be made, that cannot be written (:class:`UserError`); before work for it."""
     place = next(p for p in (Path(directory).absolute(), *Path(directory).absolute().parents) if p.exists())
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
@@ -113,7 +116,7 @@ def check_writable(directory: Union[str, Path]) -> None:
 
 @contextlib.contextmanager
 def locked(
-    directory: Union[str, Path], option: str = "--output_dir", *, part: str = "", shared: bool = False
+    directory: PathLike, option: str = "--output_dir", *, part: str = "", shared: bool = False
 ) -> Iterator[None]:
     """Hold ``directory``, which is made where it is missing, for this run: two at once would overwrite each other.
 

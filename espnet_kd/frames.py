@@ -1,15 +1,15 @@
 """Which frames count, and how a teacher's frames are laid beside a student's. Torch and NumPy only.
 
 Conventions: ``lengths`` (B,) counts frames; masks are (B, T) bool, True where a frame counts; blank is token 0
-unless said otherwise; frame shifts are in seconds.
+unless stated otherwise; frame shifts are in seconds.
 """
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
-from numbers import Integral, Real
-from typing import Any, Mapping, Optional, Sequence, Tuple
+from numbers import Real
+from typing import Any, Mapping, Optional, Sequence, Tuple, overload
 
 import numpy as np
 import torch
@@ -87,7 +87,10 @@ def _is_finite(x: Tensor) -> bool:
 
 #: Option of ``select`` → whether a value will do, and what it must be.
 _OPTIONS = {
-    "n": (lambda v: isinstance(v, Integral) and _is_number(v) and v >= 0, "a whole number of frames, at least 0"),
+    "n": (
+        lambda v: isinstance(v, (int, np.integer)) and _is_number(v) and v >= 0,
+        "a whole number of frames, at least 0",
+    ),
     "theta": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "ratio": (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0"),
     "prior_scale": (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0"),
@@ -293,6 +296,10 @@ def align(
     return logits[batch, chosen], hidden, both
 
 
+@overload
+def fit(x: Tensor, num_frames: int) -> Tensor: ...
+@overload
+def fit(x: Posterior, num_frames: int) -> Posterior: ...
 def fit(x: Posterior, num_frames: int) -> Posterior:
     """Cut or zero-pad (B, T', …) to T frames; padding must lie outside the lengths, where it is never read."""
     if isinstance(x, TopK):

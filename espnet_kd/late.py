@@ -48,6 +48,10 @@ class Later:
             if here:
                 act()
 
+    def clear(self) -> None:
+        """Forget all flags that have not come over."""
+        self._pending.clear()
+
     def finish(self) -> None:
         """Wait for all of them, and look."""
         while self._pending:
@@ -55,15 +59,18 @@ class Later:
             self.look()
 
 
-class LateCheck(Later):
+class LateCheck:
     """``check(wrong, message)`` raises ValueError for the first tensor ``wrong`` that is True."""
+
+    def __init__(self) -> None:
+        self._later = Later()
 
     def __call__(self, wrong: Tensor, message: Callable[[], str]) -> None:
         """See :class:`Later`; the message is made when it is needed."""
-        super().__call__(wrong, lambda: self._refuse(message))
+        self._later(wrong, lambda: self._refuse(message))
 
     def _refuse(self, message: Callable[[], str]) -> NoReturn:
-        self._pending.clear()  # of the same kind, most likely
+        self._later.clear()  # the other flags are most likely of the same fault
         raise ValueError(message())
 
 

@@ -16,7 +16,7 @@ import yaml
 
 from espnet_kd.cli import UserError
 
-_NAMES = {
+_NAMES: Dict[Any, str] = {
     **{bool: "true or false", int: "a whole number", float: "a number", str: "text", type(None): "nothing"},
     **{list: "a list", tuple: "a list", dict: "a mapping"},
 }
@@ -54,6 +54,8 @@ def check_type(value: Any, hint: Any, where: str) -> None:
     """Refuse a value read from YAML that an annotation excludes (:class:`UserError`)."""
     if fits(value, hint):
         return
+    if isinstance(value, str) and typing.get_origin(hint) is Literal:
+        raise UserError(f"{where}: unknown value {value!r}{nearest(value, typing.get_args(hint))}")
     trap = ""
     if isinstance(value, str) and fits(0.5, hint):
         with contextlib.suppress(ValueError):  # 1e-3 is no number to YAML, 1.0e-3 is one
@@ -109,11 +111,11 @@ def parameters(function: Callable[..., Any]) -> Dict[str, Any]:
     Without an annotation a value must be of its default's type; ``Any`` where that has none. A default of None makes
     None welcome.
     """
-    target = function.__init__ if isinstance(function, type) else function
-    try:
-        hints = typing.get_type_hints(target)
-    except (NameError, TypeError, AttributeError):  # names that only a type checker imports
-        hints = {}
+    hints: Dict[str, Any] = {}
+    # The fields of a dataclass are resolved in the module of the class that defines each, its __init__ in one module.
+    for annotated in (function, inspect.getattr_static(function, "__init__", None)):
+        with contextlib.suppress(NameError, TypeError, AttributeError):  # names that only a type checker imports
+            hints.update(typing.get_type_hints(annotated))
     found = {}
     for p in inspect.signature(function).parameters.values():
         if p.kind not in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY):

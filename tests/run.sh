@@ -35,6 +35,7 @@ if [ $# -gt 0 ]; then
 fi
 
 ruff check .
+mypy
 git ls-files '*.sh' .ci/run | xargs shellcheck --external-sources
 [ "${long}" = 1 ] || echo "left out: the embedded recipe in full length, 15 minutes (tests/run.sh --long)" >&2
 # -rs: every skip with its reason. Two workers: a recipe test is mostly one process.

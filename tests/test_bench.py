@@ -14,7 +14,7 @@ from espnet_kd.bin import asr_kd_bench, asr_kd_inference
 from espnet_kd.cli import UserError
 from espnet_kd.decode.beam_recognise import BeamRecogniser
 from espnet_kd.experiments.models import find_experiment, load_model
-from espnet_kd.inference.recognise import Utterance
+from espnet_kd.inference.recognise import AudioFile
 from espnet_kd.losses import factorized_kl
 
 SMALL = (3, 20, 50, 5)
@@ -84,7 +84,7 @@ def test_mistakes_are_told():
 
 
 def test_neighbours_are_joined():
-    utterances = [Utterance(f"u{i}", f"u{i}.wav", n, 10) for i, n in enumerate([10, 20, 5, 90, 1])]
+    utterances = [AudioFile(f"u{i}", f"u{i}.wav", n, 10) for i, n in enumerate([10, 20, 5, 90, 1])]
     audio = {u.utt_id: np.full(u.samples, i, np.float32) for i, u in enumerate(utterances)}
     references = {u.utt_id: u.utt_id for u in utterances}
     joined = decoding.join(utterances, audio, references, 3.0)
@@ -131,6 +131,6 @@ def test_likelihoods_are_those_of_the_search(tmp_path):
     recogniser = BeamRecogniser(*load_model(*find_experiment(exp)), exp, nbest=1, beam_size=2000)
     audio = {f"u{i}": tiny_asr.audio(0.2 + 0.1 * i, i) for i in range(2)} | {"short": tiny_asr.audio(0.001, 0)}
     best = {u: recogniser([x])[0][0] for u, x in audio.items()}
-    batch = [Utterance(u, "", len(x), 16000) for u, x in audio.items()]
+    batch = [AudioFile(u, "", len(x), 16000) for u, x in audio.items()]
     found = decoding.likelihoods(recogniser, [batch[:2], batch[2:]], audio, best)
     assert found == pytest.approx([h.score for h in best.values()], abs=1e-3)

@@ -62,7 +62,7 @@ def test_page_with_mistakes_is_refused_without_torch(tmp_path):
         [sys.executable, "-X", "importtime", "-m", "espnet_kd.bin.asr_kd_page", str(tmp_path / "page.yaml")],
         capture_output=True, text=True, timeout=300,
     )  # fmt: skip
-    assert done.returncode == 1 and "page.yaml: stages[0].objectives[0]: frames: " in done.stderr
+    assert done.returncode == 1 and "page.yaml: stages[0].objectives[0] (kl): frames: " in done.stderr
     assert " torch\n" not in done.stderr and " yaml\n" in done.stderr
 
 

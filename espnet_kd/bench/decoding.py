@@ -77,8 +77,9 @@ def measure(
     config, model_file = find_experiment(experiment)
     start = time.perf_counter()
     stock = functools.partial(StockRecogniser, config, model_file, device, ctc_weight=1.0, nbest=1)
+    greedy = Recogniser(*load_model(config, model_file, device), config.parent)
     recognisers: Dict[str, Callable[[Sequence[np.ndarray]], List]] = {
-        "greedy": Recogniser(*load_model(config, model_file, device), config.parent),
+        "greedy": greedy,
         "stock_greedy": stock(beam_size=1),
         "beam": BeamRecogniser(
             *load_model(config, model_file, device), config.parent, search_jobs=search_jobs,
@@ -87,7 +88,7 @@ def measure(
         "stock_beam": stock(beam_size=beam_size),
     }  # fmt: skip
     load_seconds = time.perf_counter() - start
-    utterances = read_utterances(data_dir, recognisers["greedy"].rate)[: most or None]
+    utterances = read_utterances(data_dir, greedy.rate)[: most or None]
     references = read_map(data_dir / "text")
     if missing := {u.utt_id for u in utterances} - references.keys():
         raise UserError(f"{data_dir}/text lacks utterances of wav.scp: {name_some(missing)}")

@@ -6,11 +6,14 @@ import argparse
 import sys
 import unittest.mock
 from pathlib import Path
-from typing import Any, Dict, List, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Tuple
 
 import torch
 import yaml
 from torch.utils._pytree import tree_map
+
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
 RATE = 16000  # Hz
 TOKENS_PER_SECOND = 4  # about that of BPE units in English
@@ -40,7 +43,7 @@ def config(vocabulary: int, size: Size) -> Dict[str, Any]:
     return conf
 
 
-def build(conf: Dict[str, Any]) -> torch.nn.Module:
+def build(conf: Dict[str, Any]) -> ESPnetASRModel:
     """The model of a configuration, with random parameters."""
     from espnet_kd.offline import ASRTask
 

@@ -48,6 +48,7 @@ def measure(
     from espnet_kd.targets.cached import CachedTeacher
     from espnet_kd.targets.loading import BROUGHT, to_plain
     from espnet_kd.targets.online import OnlineTeacher
+    from espnet_kd.targets.teacher import Teacher
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
@@ -59,7 +60,8 @@ def measure(
         experiment = models.save_experiment(root / "teacher", models.config(vocabulary, teacher), data, nonblank)
         data_dir = models.save_data_dir(root / "data", data)
         make_cache(str(experiment), [method], [str(data_dir)], str(root / "targets"))
-        teachers = {"online": OnlineTeacher(experiment), "cached": CachedTeacher(root / "targets")}
+        online, cached = OnlineTeacher(experiment), CachedTeacher(root / "targets")
+        teachers: Dict[str, Teacher] = {"online": online, "cached": cached}
         kd = {
             name: ESPnetASRKDModel.adopt(
                 copy.deepcopy(plain), make_plan(page, 10), targets, Progress(epoch=9, max_epoch=10), models.RATE
@@ -73,15 +75,15 @@ def measure(
         batches = {"plain": data, **dict.fromkeys(kd, {**data, BROUGHT: brought})}
         if device != "cpu":
             taps = [tap for _, _, taps in kd["cached"].parts(train=False) for tap in taps or ()]
-            targets = to_plain(teachers["cached"].read(data["utt_id"], taps))
+            targets = to_plain(cached.read(data["utt_id"], taps))
             batches["cached"] = {**data, BROUGHT: {**brought, "targets": targets}}
         runs: Dict[str, Callable[[], Any]] = {
             name: _step(m, batches[name], device) for name, m in {"plain": plain, **kd}.items()
         }
         inputs = models.copied(data, device)
-        runs["teacher"] = lambda: teachers["online"].targets((), inputs["speech"], inputs["speech_lengths"])
+        runs["teacher"] = lambda: online.targets((), inputs["speech"], inputs["speech_lengths"])
         times = interleaved(runs, rounds)
-        counts = teachers["cached"].manifest.counts
+        counts = cached.manifest.counts
     both = [p + t for p, t in zip(times["plain"], times["teacher"])]
     return {
         "cached_step": median([c / p for c, p in zip(times["cached"], times["plain"])]),

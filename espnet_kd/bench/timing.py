@@ -89,7 +89,9 @@ def _peak_rss() -> int:
     """Bytes of this process's resident memory at most, as far as the system reports it."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE).group(1))
-    except (OSError, AttributeError):
-        # On Linux this would be the parent's, were that larger: it survives exec.
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        if peak := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
+            return 1024 * int(peak[1])
+    except OSError:
+        pass
+    # On Linux this would be the parent's, were that larger: it survives exec.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

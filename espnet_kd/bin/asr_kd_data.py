@@ -38,9 +38,9 @@ def _add_an4(sub: argparse.ArgumentParser) -> None:
 
 def _an4(args: argparse.Namespace) -> None:
     from espnet_kd.data.an4 import prepare_an4
-    from espnet_kd.data.datadir import os_errors_told
+    from espnet_kd.data.datadir import os_errors_as_user_errors
 
-    with os_errors_told(args.out):
+    with os_errors_as_user_errors(args.out):
         prepare_an4(args.out, args.an4, downloads=args.downloads, mirror=args.mirror, raw_endian=args.raw_endian,
                     valid_speakers=args.valid_speakers, seed=args.seed)  # fmt: skip
 
@@ -150,10 +150,10 @@ def _add_mini(sub: argparse.ArgumentParser) -> None:
 
 
 def _mini(args: argparse.Namespace) -> None:
-    from espnet_kd.data.datadir import os_errors_told
+    from espnet_kd.data.datadir import os_errors_as_user_errors
     from espnet_kd.data.mini import prepare_mini
 
-    with os_errors_told(args.out):
+    with os_errors_as_user_errors(args.out):
         prepare_mini(args.out, sizes={"train": args.train, "valid": args.valid, "test": args.test}, nj=args.nj,
                      seed=args.seed, language=args.language, snr_low=args.snr_low, snr_high=args.snr_high,
                      reverb_ratio=args.reverb_ratio)  # fmt: skip

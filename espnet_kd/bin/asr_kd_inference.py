@@ -18,7 +18,7 @@ import argparse
 from typing import Optional, Sequence
 
 from espnet_kd import cli
-from espnet_kd.decode.decodings import BEAM_SIZE_TOKEN_HELP, check_options, decode_experiments
+from espnet_kd.decode.decodings import BEAM_SIZE_TOKEN_HELP, check_search_options, decode_experiments
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -56,7 +56,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     args = get_parser().parse_args(argv)
     cli.refuse_empty(args)
-    check_options(args)
+    check_search_options(args)
     decode_experiments(args)
 
 

@@ -15,7 +15,7 @@ import argparse
 from typing import Optional, Sequence
 
 from espnet_kd import cli
-from espnet_kd.decode.decodings import BEAM_SIZE_TOKEN_HELP, check_options
+from espnet_kd.decode.decodings import BEAM_SIZE_TOKEN_HELP, check_search_options
 from espnet_kd.decode.nbest_list import make_nbest
 
 
@@ -47,7 +47,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     args = get_parser().parse_args(argv)
     cli.refuse_empty(args)
-    check_options(args)
+    check_search_options(args)
     make_nbest(args)
 
 

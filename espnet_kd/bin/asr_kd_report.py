@@ -79,7 +79,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     sections += [missing] if missing else []
     write_json([row for gathered in everything for row in gathered.rows], output_dir / "results.json")
     title, page = show.title_of(parts), output_dir / "report.html"
-    short = "\n\n".join([*verdict.blocks[0].texts, f"The whole report: {page.resolve()}"])
+    short = "\n\n".join([*show.texts_of(verdict), f"The whole report: {page.resolve()}"])
     for path, text in (
         (output_dir / "RESULTS.md", to_markdown(sections, output_dir, title)),
         (page, to_html(sections, title)),

@@ -21,7 +21,7 @@ import contextlib
 import logging
 import sys
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 from espnet_kd.cli import UserError, refuse_empty, run
 
@@ -55,11 +55,12 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         raise UserError(f"--longest_seconds is {args.longest_seconds:g}; it must be 1 or more")
     outputs = list_outputs(args.files, args.output_dir and Path(args.output_dir), FORMATS[args.output_format])
     if args.streaming:
-        from espnet_kd.deploy.live import LiveTranscriber as Chosen
+        from espnet_kd.deploy.live import LiveTranscriber
     else:
-        from espnet_kd.transcribe import Transcriber as Chosen
+        from espnet_kd.transcribe import Transcriber
     with contextlib.redirect_stdout(sys.stderr):  # ESPnet prints there when it is imported, and the text is there
-        transcriber = Chosen(args.model, threads=args.threads, longest=args.longest_seconds)
+        chosen: Any = LiveTranscriber if args.streaming else Transcriber
+        transcriber = chosen(args.model, threads=args.threads, longest=args.longest_seconds)
     shown = [""]
     if args.streaming and not outputs and args.output_format == "text" and len(args.files) == 1:
         transcriber.on_text = lambda text: _show_more(text, shown)

@@ -11,14 +11,14 @@ import logging
 import os
 from functools import partial
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence, Set, Tuple, Union
+from typing import Dict, Iterator, List, Sequence, Set, Tuple
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.corpora import LeftOut, directories, files_by_stem, find_root, unpacked_beside, write_corpus_dir
-from espnet_kd.data.datadir import Spool, Utterance, join_sorted, os_errors_told, read_sorted, sort_externally
+from espnet_kd.data.datadir import Spool, Utterance, join_sorted, os_errors_as_user_errors, read_sorted, sort_externally
 from espnet_kd.data.parallel import map_with_bar
+from espnet_kd.files import PathLike
 
-PathLike = Union[str, Path]
 TRANSCRIPT = "transcript/aishell_transcript_v0.8.txt"
 SETS = {"train": "train", "dev": "valid", "test": "test"}  # the corpus's name, and ours
 SIZES = {"train": (340, 120098), "valid": (40, 14326), "test": (20, 7176)}  # speakers, and utterances with a transcript
@@ -52,7 +52,7 @@ def prepare_aishell(
     transcript = root / TRANSCRIPT
     if not transcript.is_file():
         raise UserError(f"{transcript}: no such file; unpack data_aishell.tgz of openslr.org/33 again")
-    with os_errors_told(out):
+    with os_errors_as_user_errors(out):
         roots = [root / "wav", *_unpack_speakers(root / "wav", Path(unpacked), nj)]
         left_out = {name: LeftOut(skip_faulty) for name in SETS.values()}
         silent = LeftOut(skip_faulty)

@@ -11,14 +11,14 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Sequence, Set, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Sequence, Set, Tuple
 
 from espnet_kd.cli import UserError
 from espnet_kd.data import corpora
 from espnet_kd.data.audio import read_audio_info, write_audio
 from espnet_kd.data.datadir import Utterance, iter_lines, write_data_dir
+from espnet_kd.files import PathLike
 
-PathLike = Union[str, Path]
 MIRROR = "http://www.speech.cs.cmu.edu/databases/an4"
 ARCHIVE = "an4_sphere.tar.gz"
 FS = 16000
@@ -193,4 +193,4 @@ def download(downloads: PathLike, url: str = f"{MIRROR}/{ARCHIVE}") -> Path:
         return done
     # CMU gives no checksum; a cut or changed archive shows when it is unpacked (gzip's own).
     archive = corpora.download(url, downloads / url.rsplit("/", 1)[-1], option="--an4")
-    return corpora.unpack(archive, done)
+    return corpora.unpack_archive(archive, done)

@@ -7,7 +7,7 @@ import logging
 import math
 import re
 from pathlib import Path
-from typing import Dict, Iterator, List, Optional, Tuple, Union
+from typing import Dict, Iterator, List, Optional, Tuple
 
 from tqdm import tqdm
 
@@ -15,8 +15,8 @@ from espnet_kd.cli import UserError
 from espnet_kd.data.audio import read_audio_info
 from espnet_kd.data.characters import MAX_ID, id_fault
 from espnet_kd.data.datadir import Utterance, write_data_dir
+from espnet_kd.files import PathLike
 
-PathLike = Union[str, Path]
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".sph", ".aiff")
 NAMES = ("train", "valid", "test")
 
@@ -53,7 +53,8 @@ def prepare_audio_folder(
     most = len(order) // 10
     valid, test = min(valid, most), min(test, most)
     parts = {"valid": order[:valid], "test": order[valid : valid + test], "train": order[valid + test :]}
-    counts, left_out = {}, []
+    counts: Dict[str, int] = {}
+    left_out: List[str] = []
     for part in NAMES:
         whole = [(name, *_length(found[name], left_out)) for name in tqdm(parts[part], desc=part, unit="file")]
         segments = any(seconds > longest for _, _, seconds in whole)  # then all of them are, as data dirs want it

@@ -1,4 +1,4 @@
-"""What every corpus needs: download and unpack it, probe its audio in parallel, and say what was left out."""
+"""What every corpus needs: download and unpack it, probe its audio in parallel, and report what was left out."""
 
 from __future__ import annotations
 
@@ -19,11 +19,10 @@ from typing import Collection, Dict, Iterable, Iterator, List, Optional, Sequenc
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.audio import read_audio_info
-from espnet_kd.data.datadir import MAX_SHOWN, Utterance, os_errors_told, write_data_dir
+from espnet_kd.data.datadir import MAX_SHOWN, Spool, Utterance, os_errors_as_user_errors, write_data_dir
 from espnet_kd.data.parallel import map_with_bar
-from espnet_kd.files import remove_leftovers, replacing
+from espnet_kd.files import PathLike, remove_leftovers, replacing
 
-PathLike = Union[str, Path]
 BLOCK = 1 << 16
 
 
@@ -86,13 +85,18 @@ class LeftOut:
 
 
 def write_corpus_dir(
-    data_dir: PathLike, groups: Collection[Sequence[Utterance]], left_out: LeftOut, *, nj: int, fs: int = 16000
+    data_dir: PathLike,
+    groups: Union[Spool, Collection[Sequence[Utterance]]],
+    left_out: LeftOut,
+    *,
+    nj: int,
+    fs: int = 16000,
 ) -> int:
     """Probe the audio of ``groups`` with ``nj`` processes, write the data dir and return its number of utterances.
 
     Args:
         groups: utterances without ``num_samples``, those of one audio file together. They are read once, and not held.
-        fs: the corpus's own sampling rate in Hz; another one is said, and left to the formatting (stage 2).
+        fs: the corpus's own sampling rate in Hz; another one is logged, and resampled by the formatting (stage 2).
 
     Raises:
         UserError: audio that is missing, cut, unreadable or empty (unless ``left_out`` skips faults), and the causes
@@ -244,7 +248,7 @@ def _md5(path: Path) -> str:
     return digest.hexdigest()
 
 
-def unpack(archive: PathLike, dst: PathLike, inner: str = ".") -> Path:
+def unpack_archive(archive: PathLike, dst: PathLike, inner: str = ".") -> Path:
     """Unpack a tar file and give the directory ``inner`` of it the name ``dst``; a ``dst`` that exists stays.
 
     Raises:
@@ -266,7 +270,7 @@ def unpacked_beside(archive: PathLike, dst: Path) -> Iterator[Path]:
         raise UserError(f"{archive}: Python {platform.python_version()} cannot unpack it safely, 3.10.12 or 3.11.4 and "
                         "later can: take one of those, or unpack it by hand and give the directory")  # fmt: skip
     partial = dst.with_name(f".{dst.name}.partial")
-    with os_errors_told(partial):
+    with os_errors_as_user_errors(partial):
         shutil.rmtree(partial, ignore_errors=True)
         try:
             try:

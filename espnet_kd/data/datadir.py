@@ -21,15 +21,15 @@ import tempfile
 from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple, TypeVar, Union
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Mapping, Optional, Set, Tuple, TypeVar
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.characters import MARK, encoding_fault, id_fault, text_fault
+from espnet_kd.files import PathLike
 
-PathLike = Union[str, Path]
 Item = TypeVar("Item")
-Entry = Tuple[str, int, str]  # id, line number from 1, rest of the line
-MAX_SHOWN = 10  # faults told in full
+NumberedLine = Tuple[str, int, str]  # id, line number from 1, rest of the line
+MAX_SHOWN = 10  # faults shown in full
 MAX_OVERSHOOT = 0.5  # seconds that a segment may go on after its recording, as in Kaldi's extract-segments
 RUN = 20_000  # items sorted in memory at a time, some 20 MB of utterances
 # What parts the fields of a line. Where ESPnet would see other white space as well, espnet_kd.data.characters finds it.
@@ -40,7 +40,7 @@ _BLANK = re.compile(r"[ \t]+")
 class Utterance:
     """One utterance; ``start`` and ``end`` (seconds) only where it is a part of the file ``audio``.
 
-    ``channel``, counted from 0, is where its speaker is heard alone, as a line of ``segments`` may say.
+    ``channel``, counted from 0, is the one with this speaker alone, where a line of ``segments`` names one.
     """
 
     utt_id: str
@@ -111,13 +111,13 @@ def read_map(path: PathLike) -> Dict[str, str]:
     return out
 
 
-def read_sorted(path: PathLike, errors: str = "strict") -> Iterator[Entry]:
+def read_sorted(path: PathLike, errors: str = "strict") -> Iterator[NumberedLine]:
     """Stream (id, line number, rest of the line) sorted by id, in memory that does not grow with the file.
 
     A file that is sorted, as it should be, is read as it stands. Blank lines are passed over.
     """
 
-    def entries() -> Iterator[Entry]:
+    def entries() -> Iterator[NumberedLine]:
         for number, line in iter_lines(path, errors):
             key, value = split_line(line)
             if key:
@@ -216,8 +216,9 @@ def sort_externally(items: Iterable[Item], key: Callable[[Item], Any], directory
     All of them are read before the first is yielded; equal keys stay in their order. More than RUN of them wait,
     pickled, in nameless files of ``directory``, of which a kill leaves nothing.
     """
-    items, runs = iter(items), []
-    while chunk := sorted(itertools.islice(items, RUN), key=key):
+    rest = iter(items)
+    runs: List[Spool] = []
+    while chunk := sorted(itertools.islice(rest, RUN), key=key):
         if not runs and len(chunk) < RUN:
             yield from chunk
             return
@@ -251,8 +252,8 @@ class Spool:
 
 
 @contextlib.contextmanager
-def os_errors_told(where: PathLike) -> Iterator[None]:
-    """Turn what the system refuses (no permission, no space) into one line of UserError."""
+def os_errors_as_user_errors(where: PathLike) -> Iterator[None]:
+    """Turn the operating system's errors (permission, space) into a UserError of one line."""
     try:
         yield
     except OSError as e:
@@ -275,7 +276,7 @@ def write_data_dir(data_dir: PathLike, utterances: Iterable[Utterance]) -> int:
     """
     data_dir = Path(data_dir)
     kinds: Set[str] = set()
-    with os_errors_told(data_dir):
+    with os_errors_as_user_errors(data_dir):
         checked = _check_fields(data_dir, utterances, kinds)
         ordered = sort_externally(checked, lambda u: u.utt_id, data_dir.parent)
         first = next(ordered, None)  # by now every utterance was seen, and ``kinds`` is complete

@@ -100,5 +100,5 @@ def synthesise(text: str, voice: str, *, rate: int, pitch: int, pitch_range: int
     finally:
         _ctypes.dlclose(lib._handle)
     if not chunks:
-        raise UserError(f"eSpeak NG said nothing for '{text}' with voice '{voice}'")
+        raise UserError(f"eSpeak NG gives no audio for '{text}' with voice '{voice}'")
     return b"".join(chunks), fs

@@ -17,7 +17,7 @@ import subprocess
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Iterator, Optional, Sequence, Tuple
+from typing import IO, Iterator, Optional, Sequence, Tuple, Union, cast
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.audio import ARK, is_in_ark, is_pipe, read_samples, to_int16, write_audio
@@ -25,7 +25,7 @@ from espnet_kd.data.datadir import (
     PathLike,
     Spool,
     Utterance,
-    os_errors_told,
+    os_errors_as_user_errors,
     read_data_dir,
     read_pairs,
     refuse_same,
@@ -54,7 +54,7 @@ def take_espnet_data(espnet_data: PathLike, sets: Sequence[str], out: PathLike, 
     for name, source in sources.items():
         refuse_same([source], Path(out) / name, "--out")
         _check_text(source)
-    with os_errors_told(out):
+    with os_errors_as_user_errors(out):
         for name, source in sources.items():
             _take(source, Path(espnet_data), Path(out) / name, nj)
 
@@ -177,7 +177,8 @@ def _convert(entry: Tuple[str, str, Optional[int]], root: Path, audio_dir: Path)
     if not path.exists():
         content = _run(key, audio, root) if is_pipe(audio) else _open_ark(key, audio, root)
         with content:
-            samples, rate = read_samples(content, f"'{key}': {audio}", channels="all")
+            # soundfile takes any object that can be read and moved in.
+            samples, rate = read_samples(cast(IO[bytes], content), f"'{key}': {audio}", channels="all")
         if not len(samples):
             raise UserError(f"'{key}': the audio has zero length: {audio}")
         if expected not in (None, len(samples)):
@@ -186,7 +187,7 @@ def _convert(entry: Tuple[str, str, Optional[int]], root: Path, audio_dir: Path)
     return path.stat().st_size
 
 
-def _open_ark(key: str, audio: str, root: Path) -> IO[bytes]:
+def _open_ark(key: str, audio: str, root: Path) -> Union[io.BytesIO, _Tail]:
     """Return the audio at an ark's offset, as a file."""
     match = ARK.fullmatch(audio)
     assert match is not None
@@ -213,7 +214,7 @@ def _open_ark(key: str, audio: str, root: Path) -> IO[bytes]:
 class _Tail(io.RawIOBase):
     """A file from an offset on, where one of the files in an ark begins."""
 
-    def __init__(self, file: IO[bytes], start: int) -> None:
+    def __init__(self, file: io.BufferedReader, start: int) -> None:
         self._file, self._start = file, start
         self.seek(0)
 
@@ -244,9 +245,9 @@ def _run(key: str, audio: str, root: Path) -> IO[bytes]:
     command = audio.rstrip("| ")
     done = subprocess.run(command, shell=True, cwd=root, stdin=subprocess.DEVNULL, capture_output=True)
     if done.returncode:
-        said = done.stderr.decode("utf-8", "replace").strip().splitlines()
+        output = done.stderr.decode("utf-8", "replace").strip().splitlines()
         raise UserError(
-            f"'{key}': '{command}' failed in {root} with {done.returncode}{': ' + said[-1] if said else ''}; are the "
-            "programs of ESPnet's path.sh on the path?"
+            f"'{key}': '{command}' failed in {root} with {done.returncode}{': ' + output[-1] if output else ''}; "
+            "are the programs of ESPnet's path.sh on the path?"
         )
     return io.BytesIO(done.stdout)

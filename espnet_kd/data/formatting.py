@@ -29,7 +29,7 @@ from espnet_kd.data.datadir import (
     MAX_SHOWN,
     Spool,
     Utterance,
-    os_errors_told,
+    os_errors_as_user_errors,
     read_data_dir,
     read_pairs,
     refuse_same,
@@ -37,9 +37,8 @@ from espnet_kd.data.datadir import (
 )
 from espnet_kd.data.parallel import map_with_bar
 from espnet_kd.experiments.record import Record
-from espnet_kd.files import remove_leftovers, replacing
+from espnet_kd.files import PathLike, remove_leftovers, replacing
 
-PathLike = Union[str, Path]
 # Decoding these anew every epoch took a quarter of a small student's training step.
 SLOW_TO_DECODE = (".opus", ".ogg", ".mp3")
 MAX_FS = 655_350  # Hz, of FLAC
@@ -94,7 +93,7 @@ def format_data(
     factors = _check(speed_factors, fs, min_seconds, max_seconds, nj)
     names, dst = ", ".join(map(str, sources)), Path(dst)
     refuse_same(sources, dst, "--dst")
-    with os_errors_told(dst):
+    with os_errors_as_user_errors(dst):
         total, fingerprint = _survey(sources, text, names, dst, factors)
         settings = {
             "version": VERSION, "fs": fs, "speed_factors": list(factors), "min_seconds": min_seconds,
@@ -158,7 +157,7 @@ def combine(transcribed: PathLike, untranscribed: PathLike, dst: PathLike) -> in
             silent += not u.text
             yield replace(u, text="") if has_text and u.text is None else u
 
-    with os_errors_told(dst):
+    with os_errors_as_user_errors(dst):
         if (dst / "wav.scp").exists() and all(a == b for a, b in itertools.zip_longest(read_data_dir(dst), both())):
             number = sum(1 for _ in read_pairs(dst / "utt2spk"))
         else:

@@ -12,14 +12,13 @@ import io
 import logging
 import warnings
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import MAX_SHOWN, join_sorted, read_sorted
 from espnet_kd.data.tokenizing import TokenList
-from espnet_kd.files import replacing
+from espnet_kd.files import PathLike, replacing
 
-PathLike = Union[str, Path]
 LONG = (2.0, 4.0)  # seconds, of the signals that the frame shift is measured on
 MARGIN = 6  # frames by which an estimate from them may be too high
 

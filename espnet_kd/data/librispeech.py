@@ -10,7 +10,7 @@ import logging
 import os
 from collections import Counter
 from pathlib import Path
-from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
+from typing import Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.corpora import (
@@ -22,12 +22,12 @@ from espnet_kd.data.corpora import (
     parts_of,
     pick_speakers,
     refuse_overlap,
-    unpack,
+    unpack_archive,
     write_corpus_dir,
 )
-from espnet_kd.data.datadir import Spool, Utterance, iter_lines, os_errors_told, split_line
+from espnet_kd.data.datadir import Spool, Utterance, iter_lines, os_errors_as_user_errors, split_line
+from espnet_kd.files import PathLike
 
-PathLike = Union[str, Path]
 TRAIN = "train-clean-100 train-clean-360 train-other-500"
 VALID = "dev-clean dev-other"
 TEST = "test-clean test-other"
@@ -99,10 +99,10 @@ def prepare_librispeech(
     valid = parts_of(valid_parts, "" if divided else VALID)
     test = parts_of(test_parts, "" if divided else TEST)
     if (speakers_valid or speakers_test) and not divided:
-        raise UserError("--speakers_valid and --speakers_test: --split_by_speaker has to say of which part")
+        raise UserError("--speakers_valid and --speakers_test: give the part with --split_by_speaker")
     refuse_overlap(train=set(train), valid=set(valid), test=set(test))
     refuse_overlap(train=set(divided), valid=set(train + valid + test))
-    with os_errors_told(out):
+    with os_errors_as_user_errors(out):
         where = _find_parts(divided + train + valid + test, librispeech, downloads, mirror, remove_archives)
         sources: Dict[str, List[Source]] = {"train": [], "valid": [], "test": []}
         if divided:
@@ -119,9 +119,9 @@ def prepare_librispeech(
                 left_out = LeftOut(skip_faulty)
                 listed[name] = Spool(out, _list(these, left_out, found)), left_out
         for name, (_, left_out) in listed.items():
-            for part in dict.fromkeys(part for part, _ in sources[name]):
-                if part.name not in divided or name == "train":  # of a part that is divided it is said once
-                    _expect(part, found[part.name], left_out)
+            for directory in dict.fromkeys(directory for directory, _ in sources[name]):
+                if directory.name not in divided or name == "train":  # of a part that is divided it is logged once
+                    _expect(directory, found[directory.name], left_out)
         return {name: write_corpus_dir(out / name, spool, gone, nj=nj) for name, (spool, gone) in listed.items()}
 
 
@@ -151,7 +151,7 @@ def _find_parts(
         archive = download(url, downloads / f"{part}.tar.gz", md5, "--librispeech")
         root.mkdir(parents=True, exist_ok=True)
         logging.info("unpacking %s", archive)
-        unpack(archive, root / part, f"LibriSpeech/{part}")
+        unpack_archive(archive, root / part, f"LibriSpeech/{part}")
         if remove_archives:
             archive.unlink()
     return {part: root / part for part in parts}

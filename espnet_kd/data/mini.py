@@ -12,7 +12,7 @@ import math
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Mapping, Optional, Set, Union
+from typing import Dict, List, Mapping, Optional, Set
 
 import numpy as np
 
@@ -23,8 +23,8 @@ from espnet_kd.data.datadir import Utterance, write_data_dir
 from espnet_kd.data.parallel import map_with_bar
 from espnet_kd.data.sentences import make_sentence, words
 from espnet_kd.experiments.record import Record
+from espnet_kd.files import PathLike
 
-PathLike = Union[str, Path]
 FS = 16000
 VERSION = 3  # part of the settings: raise it when the same settings give other bytes
 DEFAULT_SIZES = {"train": 2400, "valid": 100, "test": 250}

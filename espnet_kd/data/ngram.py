@@ -7,17 +7,15 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Iterator, List, Optional, Sequence, Union
+from typing import Iterator, List, Optional, Sequence
 
 import numpy as np
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.datadir import iter_lines, os_errors_told, split_line
+from espnet_kd.data.datadir import iter_lines, os_errors_as_user_errors, split_line
 from espnet_kd.data.tokenizing import BLANK, SOS_EOS, UNKNOWN, TokenList
-from espnet_kd.files import replacing
+from espnet_kd.files import PathLike, replacing
 
-PathLike = Union[str, Path]
 START, END = "<s>", "</s>"
 NEVER = -99.0  # log10 of what no sentence has
 
@@ -58,7 +56,7 @@ def make_ngram(
         raise UserError(f"{', '.join(map(str, (*texts, *lm_texts)))}: no text to make an n-gram model of")
     orders = _count(sentences, order, len(words))
     unknown = sum(int((s == 2).sum()) for s in sentences)
-    with os_errors_told(out), replacing(out) as f:
+    with os_errors_as_user_errors(out), replacing(out) as f:
         f.write("\\data\\\n" + "".join(f"ngram {k}={len(o.last)}\n" for k, o in enumerate(orders, 1)))
         probabilities = _estimate(orders, len(words))
         names: Optional[np.ndarray] = None
@@ -104,7 +102,7 @@ def _count(sentences: List[np.ndarray], order: int, words: int) -> List[_Order]:
 
 def _estimate(orders: List[_Order], words: int) -> List[tuple]:
     """Return (log10 probabilities, log10 backoff weights) of the n-grams of each length."""
-    out = []
+    out: List[tuple] = []
     lower: Optional[np.ndarray] = None
     for k, o in enumerate(orders):
         count = o.count.astype(np.float64)

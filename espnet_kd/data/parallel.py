@@ -10,9 +10,12 @@ import threading
 from collections import deque
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import Callable, Deque, Iterable, Iterator, List, Optional, Sized, TypeVar
+from typing import TYPE_CHECKING, Callable, Deque, Iterable, Iterator, List, Optional, Sized, TypeVar
 
 from espnet_kd.cli import UserError
+
+if TYPE_CHECKING:
+    from multiprocessing.process import BaseProcess
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -21,7 +24,7 @@ CHUNK = 16  # items a process gets at a time
 
 def start_worker() -> None:
     """What a worker process does first."""
-    # Ctrl-C reaches the whole process group; the parent alone speaks, and stops the others.
+    # Ctrl-C reaches the whole process group; only the parent reports it, and stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     leave_with_parent()
 
@@ -30,7 +33,13 @@ def leave_with_parent() -> None:
     """End this process when its parent is gone: one that was killed stops nobody, and its workers would go on."""
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+        threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
+
+
+def _exit_after(process: BaseProcess) -> None:
+    """Wait until ``process`` has ended, and then end this one."""
+    process.join()
+    os._exit(1)
 
 
 def _work_all(work: Callable[[Item], Result], items: List[Item]) -> List[Result]:

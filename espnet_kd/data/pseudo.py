@@ -131,8 +131,9 @@ def judge(
     ):
         return replace(verdict, reason="speaking rate")
     if other is not None:
-        verdict = replace(verdict, distance=distance(text, other))
-        if limits.max_distance is not None and verdict.distance > limits.max_distance:
+        apart = distance(text, other)
+        verdict = replace(verdict, distance=apart)
+        if limits.max_distance is not None and apart > limits.max_distance:
             return replace(verdict, reason="distance to the CTC teacher")
     return verdict
 

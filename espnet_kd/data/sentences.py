@@ -70,7 +70,7 @@ def _mandarin_number(rng: np.random.Generator) -> str:
 
 
 def make_sentence(rng: np.random.Generator, language: str = "en") -> Tuple[str, str]:
-    """Draw a sentence: (what the engine is to speak, the transcript).
+    """Draw a sentence: (the text for the speech engine, the transcript).
 
     English transcripts are words of capitals with single blanks between them, Mandarin ones characters without blanks.
     """

@@ -11,13 +11,13 @@ import math
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import Dict, Iterator, List, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Sequence, Tuple
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.corpora import LeftOut, files_by_stem, find_root, write_corpus_dir
-from espnet_kd.data.datadir import Spool, Utterance, iter_lines, os_errors_told
+from espnet_kd.data.datadir import Spool, Utterance, iter_lines, os_errors_as_user_errors
+from espnet_kd.files import PathLike
 
-PathLike = Union[str, Path]
 SETS = {"train": "train", "dev": "valid", "test": "test"}  # the corpus's name, and ours
 TALKS = {"train": 1495, "dev": 8, "test": 11}
 IGNORED = "ignore_time_segment_in_scoring"
@@ -57,7 +57,7 @@ def prepare_tedlium2(
     if len(padding) != 2 or not all(seconds >= 0 for seconds in padding):  # of no number as well
         raise UserError(f"--padding {' '.join(map(str, padding))}: give the seconds before and after, 0 or more")
     root = find_root(tedlium2, "--tedlium2", "TEDLIUM_release2", SETS, "openslr.org/19")
-    with os_errors_told(out):
+    with os_errors_as_user_errors(out):
         listed: Dict[str, Tuple[Spool, LeftOut]] = {}
         for theirs, ours in SETS.items():
             left_out = LeftOut(skip_faulty)

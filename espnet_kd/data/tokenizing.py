@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Callable, List, Optional, Sequence, Union
+from typing import Callable, List, Optional, Sequence
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines
+from espnet_kd.files import PathLike
 from espnet_kd.pieces import BLANK, SOS_EOS, SPACE, UNKNOWN, load_model, read_pieces
 
-PathLike = Union[str, Path]
 SPECIAL = (UNKNOWN, BLANK, SOS_EOS, SPACE, "<s>", "</s>")
 NLSYMS, CLEANER, BPE_MODEL = "nlsyms.txt", "cleaner", "bpe.model"
 

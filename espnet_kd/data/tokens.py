@@ -14,11 +14,11 @@ import logging
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Union
+from typing import Any, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.characters import name_character, odd_blank, text_fault
-from espnet_kd.data.datadir import iter_lines, os_errors_told, split_line
+from espnet_kd.data.datadir import iter_lines, os_errors_as_user_errors, split_line
 from espnet_kd.data.tokenizing import (
     BLANK,
     BPE_MODEL,
@@ -34,9 +34,8 @@ from espnet_kd.data.tokenizing import (
 )
 from espnet_kd.experiments.named_files import read_token_list
 from espnet_kd.experiments.record import Record
-from espnet_kd.files import remove_leftovers, replacing
+from espnet_kd.files import PathLike, remove_leftovers, replacing
 
-PathLike = Union[str, Path]
 VERSION = 1
 TOKEN_TYPES = ("char", "word", "bpe")
 # SentencePiece holds its text, and takes some 25 bytes a character for it. Speed-perturbed copies say the same again.
@@ -191,7 +190,7 @@ def _write(
     out_dir: Path, tokens: Sequence[str], model: Optional[bytes], settings: Dict[str, Any], beside: Mapping[str, str]
 ) -> Path:
     """Write ``tokens.txt``, ``bpe.model`` and the files ``beside``, and last the settings they were made with."""
-    with os_errors_told(out_dir):
+    with os_errors_as_user_errors(out_dir):
         for name in ("tokens.json", BPE_MODEL, NLSYMS, CLEANER, "tokens.txt"):
             remove_leftovers(out_dir / name)
         for name in ("tokens.json", NLSYMS, CLEANER):

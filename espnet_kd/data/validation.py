@@ -17,10 +17,10 @@ from espnet_kd.data.characters import MARK, encoding_fault, id_fault, name_chara
 from espnet_kd.data.datadir import (
     MAX_OVERSHOOT,
     MAX_SHOWN,
-    Entry,
+    NumberedLine,
     PathLike,
     join_sorted,
-    os_errors_told,
+    os_errors_as_user_errors,
     parse_segment,
     read_sorted,
     sort_externally,
@@ -106,7 +106,7 @@ def validate(
             faults.add(f"{path}:1: a byte order mark (U+FEFF), which ESPnet would take for a part of the first id; "
                        f"remove it (stage 2 does): sed -i '1s/^.//' {path}")  # fmt: skip
     faults.raise_if_any()  # nothing in such files would be what it seems
-    with os_errors_told(data_dir):
+    with os_errors_as_user_errors(data_dir):
         sizes = {name: _check_lines(data_dir / name, faults, what) for name, what in kinds.items()}
         texts = _Texts(token_list, token_type, allow_empty, allow_unknown)
         _check_entries(data_dir, names, texts, faults)
@@ -115,13 +115,13 @@ def validate(
         nj = nj if check_audio else 1  # nothing is worth a process where nothing is opened
         spans: Iterable[Span] = _check_audio(data_dir / "wav.scp", work, sizes["wav.scp"], fs, nj, faults)
         if segmented:
-            spans = _check_segments(data_dir, {key: rest for key, _, *rest in spans}, faults)
+            spans = _check_segments(data_dir, {key: (seconds, channels) for key, _, seconds, channels in spans}, faults)
         for utt_id, number, seconds, channels in spans:
             if channels not in (1, None):
                 where = f"{data_dir / names[0]}:{number}: utterance '{utt_id}'"
                 faults.add(f"{where}: {channels} channels, expected 1 (stage 2 takes their mean, or the channel that a "
                            "line of segments names)")  # fmt: skip
-            if seconds and not min_seconds <= seconds <= max_seconds:  # of zero length it is said already
+            if seconds and not min_seconds <= seconds <= max_seconds:  # zero length is reported already
                 limit = f"shorter than {min_seconds}" if seconds < min_seconds else f"longer than {max_seconds}"
                 faults.add(f"{data_dir / names[0]}:{number}: utterance '{utt_id}': {seconds:.2f} s, {limit} s")
     faults.raise_if_any()
@@ -205,8 +205,8 @@ def _check_entries(data_dir: Path, names: Sequence[str], texts: _Texts, faults: 
     """Note ids that one file has and another lacks, speakers that differ, and what is wrong with a text."""
     names = [name for name in names if (data_dir / name).exists()]
     streams = {name: read_sorted(data_dir / name, "replace") for name in names}
-    told = (data_dir / "spk2utt").exists()
-    if told:
+    has_spk2utt = (data_dir / "spk2utt").exists()
+    if has_spk2utt:
         streams["spk2utt"] = _invert(data_dir / "spk2utt")
     for utt_id, found in join_sorted(streams):
         for _, number, speaker in found.get("spk2utt", ()) if "utt2spk" not in found else ():
@@ -222,7 +222,7 @@ def _check_entries(data_dir: Path, names: Sequence[str], texts: _Texts, faults: 
                 speakers = {speaker for _, _, speaker in found.get("spk2utt", ())}
                 if id_fault(value):
                     faults.add(f"{where}: expected one speaker, found '{value}': {id_fault(value)}")
-                elif told and speakers != {value}:
+                elif has_spk2utt and speakers != {value}:
                     listed = " and ".join(sorted(speakers)) or "no speaker"
                     faults.add(f"{where}: speaker {value} here, {listed} in spk2utt")
             elif name == "text":
@@ -230,7 +230,7 @@ def _check_entries(data_dir: Path, names: Sequence[str], texts: _Texts, faults: 
                     faults.add(f"{where}: {fault}")
 
 
-def _invert(spk2utt: Path) -> Iterator[Entry]:
+def _invert(spk2utt: Path) -> Iterator[NumberedLine]:
     """Stream (utterance, line number, speaker) sorted by utterance."""
     pairs = (
         (match[0], number, speaker)
@@ -264,7 +264,9 @@ def _check_audio(
         yield key, number, seconds, channels
 
 
-def _read_info(entry: Entry, check: bool, decode: bool) -> Tuple[Entry, Optional[Tuple[int, int, int]], str]:
+def _read_info(
+    entry: NumberedLine, check: bool, decode: bool
+) -> Tuple[NumberedLine, Optional[Tuple[int, int, int]], str]:
     """Return a line of wav.scp with what the file's header says, and what is wrong with it."""
     audio = entry[2]
     if not audio:

@@ -14,6 +14,7 @@ from flashlight.lib.text.decoder import CriterionType, LexiconFreeDecoder, Lexic
 from espnet_kd import frames
 from espnet_kd.cli import UserError
 from espnet_kd.inference.greedy import ctc_collapse
+from espnet_kd.targets.nbest import Hypotheses
 
 #: Nats below the best that are kept however far: the beam alone prunes. Finite, so that -inf never passes.
 _NO_THRESHOLD = 1e30
@@ -22,8 +23,6 @@ SPACE = "<space>"
 NO_TEXT = ("<blank>", "<unk>", "<sos/eos>", "<mask>", "")
 #: Share of the tokens that an n-gram model must know.
 LEAST_KNOWN = 0.5
-#: Token ids and score of each hypothesis, best first.
-Hypotheses = List[Tuple[List[int], float]]
 
 
 class BeamSearch:
@@ -94,7 +93,7 @@ class BeamSearch:
             lengths: (B,) frames that count; 0 is legal and gives one empty hypothesis.
 
         Returns:
-            For each utterance, best first, (token ids, score) of distinct token sequences.
+            For each utterance the distinct token sequences as (score, token ids), best first.
 
         Raises:
             ValueError: shapes that don't fit.
@@ -114,7 +113,7 @@ class BeamSearch:
             ids = tuple(self._kept[i] for i in ctc_collapse(torch.tensor(labels), self._blank))
             merged[ids] = float(np.logaddexp(merged.get(ids, -math.inf), score))
         ranked = sorted(merged.items(), key=lambda item: -item[1])
-        return [(list(ids), score) for ids, score in ranked[: self._nbest] if score > -math.inf]
+        return [(score, list(ids)) for ids, score in ranked[: self._nbest] if score > -math.inf]
 
 
 def load_ngram(ngram_file: Union[str, Path], tokens: Sequence[str], unknown: int):

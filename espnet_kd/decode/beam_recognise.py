@@ -7,7 +7,7 @@ import contextlib
 import functools
 from array import array
 from pathlib import Path
-from typing import Any, Callable, Iterator, List, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Callable, Iterator, List, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -15,7 +15,11 @@ import torch
 from espnet_kd.decode.beam import BeamSearch
 from espnet_kd.decode.beside import BesideSearch
 from espnet_kd.frames import valid
-from espnet_kd.inference.recognise import Hypothesis, Recogniser
+from espnet_kd.inference.recognise import Recogniser
+from espnet_kd.targets.nbest import Hypotheses
+
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
 
 class BeamRecogniser(Recogniser):
@@ -23,7 +27,7 @@ class BeamRecogniser(Recogniser):
 
     def __init__(
         self,
-        model: torch.nn.Module,
+        model: ESPnetASRModel,
         args: argparse.Namespace,
         config_dir: Union[str, Path] = ".",
         *,
@@ -42,15 +46,14 @@ class BeamRecogniser(Recogniser):
         options["drop"] = self.no_text
         if search_jobs:
             beside = BesideSearch(self.token_list, search_jobs, **options)
-            self.ahead, self._begin_search = beside.ahead, beside.begin
+            self.ahead = beside.ahead
+            self._begin_search: Callable[..., Callable[[], List[Hypotheses]]] = beside.begin
         else:
             here = BeamSearch(self.token_list, **options)
-            self._begin_search = lambda log_probs, frames: functools.partial(here, log_probs, frames)
+            self._begin_search = functools.partial(functools.partial, here)
 
-    def begin_search(
-        self, log_probs: torch.Tensor, frames: torch.Tensor
-    ) -> Callable[[], List[List[Tuple[List[int], float]]]]:
-        """Start to search log-probabilities (B, T, V); the result is the N-best of each, (token ids, score).
+    def begin_search(self, log_probs: torch.Tensor, frames: torch.Tensor) -> Callable[[], List[Hypotheses]]:
+        """Start to search log-probabilities (B, T, V); the result is the N-best of each utterance.
 
         Raises:
             UserError: now or when the result is asked for: the model gives NaN.
@@ -58,7 +61,7 @@ class BeamRecogniser(Recogniser):
         with self._no_nan():
             finish = self._begin_search(log_probs, frames)
 
-        def result() -> List[List[Tuple[List[int], float]]]:
+        def result() -> List[Hypotheses]:
             with self._no_nan():
                 return finish()
 
@@ -71,17 +74,20 @@ class BeamRecogniser(Recogniser):
         except FloatingPointError as e:
             raise self.diverged() from e
 
-    def begin(self, speech: Sequence[np.ndarray]) -> Callable[[], List[List[Hypothesis]]]:
+    def begin(self, speech: Sequence[np.ndarray]) -> Callable[[], List[Any]]:
         """Run the model on utterances, each (N_i,) float samples at ``rate`` Hz, as one batch, and begin to search.
+
+        Returns:
+            When called: for each utterance its :class:`Hypothesis` objects, best first.
 
         Raises:
             UserError: now or when the result is asked for: the model gives NaN.
         """
         logits, frames = self.logits(speech)
         finish = self.begin_search(logits.float().log_softmax(dim=-1), frames)
-        return lambda: [[self.hypothesis(ids, score) for ids, score in hypotheses] for hypotheses in finish()]
+        return lambda: [[self.hypothesis(list(ids), score) for score, ids in hypotheses] for hypotheses in finish()]
 
-    def __call__(self, speech: Sequence[np.ndarray]) -> List[List[Hypothesis]]:
+    def __call__(self, speech: Sequence[np.ndarray]) -> List[Any]:
         """Recognise a batch (see ``begin``); best hypotheses first."""
         return self.begin(speech)()
 
@@ -90,7 +96,7 @@ class NbestRecogniser(BeamRecogniser):
     """A recogniser that gives each utterance its N-best as `espnet_kd.targets.nbest` writes them, and the prior."""
 
     def __init__(
-        self, model: torch.nn.Module, args: argparse.Namespace, config_dir: Union[str, Path] = ".", **options: Any
+        self, model: ESPnetASRModel, args: argparse.Namespace, config_dir: Union[str, Path] = ".", **options: Any
     ):
         super().__init__(model, args, config_dir, **options)
         self._mass: List[Tuple[torch.Tensor, int]] = []  # of each batch; appending is safe in threads
@@ -100,7 +106,7 @@ class NbestRecogniser(BeamRecogniser):
         total = torch.stack([mass for mass, _ in self._mass]).sum(0) / max(sum(n for _, n in self._mass), 1)
         return total.clamp(min=1e-10).log().numpy()
 
-    def begin(self, speech: Sequence[np.ndarray]) -> Callable[[], List[List[Tuple[float, array]]]]:
+    def begin(self, speech: Sequence[np.ndarray]) -> Callable[[], List[Hypotheses]]:
         """Run the model on utterances, each (N_i,) float samples at ``rate`` Hz, as one batch, and begin to search.
 
         Returns:
@@ -116,4 +122,4 @@ class NbestRecogniser(BeamRecogniser):
         self._mass.append((log_probs[counted].double().exp().sum(0).cpu(), int(frames.sum())))
         finish = self.begin_search(log_probs, frames)
         # Arrays, since the hypotheses of the whole corpus are held at once.
-        return lambda: [[(score, array("i", ids)) for ids, score in hypotheses] for hypotheses in finish()]
+        return lambda: [[(score, array("i", ids)) for score, ids in hypotheses] for hypotheses in finish()]

@@ -16,7 +16,8 @@ import torch
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.parallel import start_worker
-from espnet_kd.decode.beam import BeamSearch, Hypotheses, check_batch
+from espnet_kd.decode.beam import BeamSearch, check_batch
+from espnet_kd.targets.nbest import Hypotheses
 
 _search: BeamSearch  #: of a worker process
 

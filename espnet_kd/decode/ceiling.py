@@ -69,12 +69,14 @@ def measure_ceiling(
             )
         except ValueError as e:
             raise UserError(f"{data_dir}, utterance {utterance.utt_id}: {e}") from e
+        # This teacher runs, and gives no compressed posteriors.
+        assert isinstance(out.logits, torch.Tensor) and isinstance(logits, torch.Tensor)
         first, second = (
             " ".join(teacher.token_list[k] for k in ctc_greedy(x, n, drop=[last])[0][0])
             for x, n in ((out.logits, out.lengths), (logits, lengths))
         )
         lost[utterance.utt_id] = second, first
-        if utterance.utt_id in texts:
+        if tokenizer is not None and utterance.utt_id in texts:
             reference = " ".join(tokenizer.split(texts[utterance.utt_id])).replace("   ", " <space> ")
             own[utterance.utt_id], aligned[utterance.utt_id] = (first, reference), (second, reference)
     counts = count_errors(lost, "word")

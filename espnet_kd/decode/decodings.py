@@ -85,7 +85,7 @@ def decode_experiments(args: argparse.Namespace) -> None:
         start = time.perf_counter()
 
 
-def check_options(args: argparse.Namespace) -> None:
+def check_search_options(args: argparse.Namespace) -> None:
     """Refuse numbers that no batched search can have, before anything is loaded.
 
     Raises:
@@ -157,7 +157,7 @@ def _decode(recogniser, utterances: List, output_dir: Path, facts: Dict, args: a
     hypotheses, timing = recognise(recogniser, utterances, args.batch_seconds, args.nj)
     record = record_of(output_dir)
     record.begin()
-    write_nbest(output_dir, hypotheses, args.nbest)
+    write_recog_dirs(output_dir, hypotheses, args.nbest)
     rtf = timing.decode_seconds / timing.audio_seconds if timing.audio_seconds else None
     facts = {
         "params": recogniser.num_parameters,
@@ -217,7 +217,7 @@ def record_of(output_dir: Path) -> Record:
     return Record(output_dir / "decode.json", key="inputs")
 
 
-def write_nbest(output_dir: Path, hypotheses: Dict[str, List], nbest: int) -> None:
+def write_recog_dirs(output_dir: Path, hypotheses: Dict[str, List], nbest: int) -> None:
     """Write text, token, token_int and score of ``{utt_id: N-best}``, as ESPnet does but with plain scores.
 
     Where an utterance has fewer than n hypotheses, ``<n>best_recog`` lacks it. What another search left of more than

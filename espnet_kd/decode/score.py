@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterable, List, Sequence, Tuple, Union
+from typing import Any, Callable, Dict, Iterable, List, Sequence, Tuple, Union
 
 import jiwer
 import numpy as np
@@ -59,7 +59,7 @@ def count_errors(pairs: Dict[str, Tuple[str, str]], unit: str) -> Counts:
 
     An utterance with an empty reference has only insertions.
     """
-    process = {"word": jiwer.process_words, "char": jiwer.process_characters}[unit]
+    process: Callable[[str, str], Any] = {"word": jiwer.process_words, "char": jiwer.process_characters}[unit]
     table = np.zeros((len(pairs), len(COUNTS)), dtype=np.int64)
     for row, (hyp, ref) in zip(table, pairs.values()):
         if not ref:  # jiwer versions differ on these

@@ -7,10 +7,9 @@ import contextlib
 import logging
 import tempfile
 from pathlib import Path
-from typing import Any, Iterator, List, Sequence, Union
+from typing import TYPE_CHECKING, Any, Iterator, List, Sequence, Union
 
 import numpy as np
-import torch
 import yaml
 
 from espnet_kd.cli import UserError
@@ -20,6 +19,9 @@ from espnet_kd.experiments.named_files import find_token_model
 from espnet_kd.experiments.trust import guarded
 from espnet_kd.inference.encode import input_width, least_samples
 from espnet_kd.inference.recognise import Hypothesis, audio_rate, normalise
+
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
 
 class StockRecogniser:
@@ -90,7 +92,7 @@ class StockRecogniser:
 
 
 @contextlib.contextmanager
-def _for_espnet(config: Path, model: torch.nn.Module) -> Iterator[Path]:
+def _for_espnet(config: Path, model: ESPnetASRModel) -> Iterator[Path]:
     """A config.yaml whose files ESPnet finds from any working directory, while it builds the model."""
     content = read_config(config)
     with tempfile.TemporaryDirectory() as scratch:

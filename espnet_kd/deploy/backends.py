@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Protocol, Union
+from typing import Any, Callable, Dict, List, Optional, Protocol, Union
 
 import numpy as np
 
@@ -15,7 +15,7 @@ from espnet_kd.files import sha256_of
 
 ABOUT, MODEL = "student.json", "model.onnx"
 #: What student.json must have, and of which type.
-_FIELDS = {
+_FIELDS: Dict[str, Any] = {
     "format": str, "sampling_rate": int, "frame_shift": (int, float), "least_samples": int,
     "max_seconds": (int, float, type(None)),
     "token_type": str, "space_symbol": str, "blank": int, "no_text": list, "tokens": list, "files": dict,

@@ -8,7 +8,7 @@ vectors of the layers, one position each, and the mean of the block before.
 from __future__ import annotations
 
 import copy
-from typing import Optional, Tuple
+from typing import TYPE_CHECKING, Optional, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,9 @@ from espnet_kd.cli import UserError
 from espnet_kd.deploy.block_stream import Geometry
 from espnet_kd.deploy.espnet_stream import UnboundedPositions, check_streaming
 from espnet_kd.deploy.features import LogMel, Normalisation
+
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
 INPUTS = ("window", "frames", "step", "short", "mean", "context")
 OUTPUTS = ("log_probs", "next_mean", "next_context")
@@ -29,7 +32,7 @@ class BlockGraph(nn.Module):
     block; ``short`` (1,): 1 where this window is all of the audio; ``mean`` (1, 1, D); ``context`` (1, layers, D).
     """
 
-    def __init__(self, model: nn.Module, volume: Optional[float] = None):
+    def __init__(self, model: ESPnetASRModel, volume: Optional[float] = None):
         """Take an ESPnetASRModel in eval mode on the CPU, which is left as it is, and its ``speech_volume_normalize``.
 
         Raises:

@@ -68,7 +68,7 @@ def make_card(expdir: Path, form: str, folder: Path, folders: Mapping[str, Path]
 
     config = read_config(expdir / "config.yaml")
     given, stage = read_settings(expdir / "experiment.json"), read_settings(expdir / "kd_stage.json")
-    about = next((a for f in folders.values() if (a := read_settings(f / "student.json"))), {})
+    about: Dict[str, Any] = next((a for f in folders.values() if (a := read_settings(f / "student.json"))), {})
     rate = about.get("sampling_rate") or (config.get("frontend_conf") or {}).get("fs", 16000)
     name = expdir.resolve().name
     rows = _results(expdir)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import List, Optional, Sequence
+from typing import TYPE_CHECKING, List, Optional, Sequence
 
 import numpy as np
 import torch
@@ -13,6 +13,9 @@ from espnet_kd.deploy.graph import example_batch
 from espnet_kd.deploy.session import Run, Waves
 from espnet_kd.inference.recognise import normalise
 
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
+
 #: Largest difference of log-probabilities, in nats.
 TOLERANCE = 1e-4
 #: Nats below which a probability is none: two values below are equal.
@@ -21,7 +24,7 @@ FLOOR = -50.0
 LENGTHS, BATCHES = (0.5, 2.3, 9.7), (1, 3)
 
 
-def reference_of(model: torch.nn.Module, volume: Optional[float] = None) -> Run:
+def reference_of(model: ESPnetASRModel, volume: Optional[float] = None) -> Run:
     """What ESPnet's own model gives to each utterance alone."""
 
     @torch.no_grad()
@@ -65,13 +68,13 @@ def check_graph(
         for size in batches:
             shares = (1.0, 0.55, 0.8)[:size]
             _, _, waves = example_batch(rate, [seconds * share for share in shares], seed=number)
-            waves = [w.numpy() for w in waves]
+            arrays = [w.numpy() for w in waves]
             where = f"at {seconds:g} s, {size} in a batch"
             try:
-                found = run(waves)
+                found = run(arrays)
             except Exception as e:  # of onnxruntime's own kinds, which have no common base
                 raise UserError(f"the graph fails {where}: {str(e).splitlines()[0]}; nothing was written") from e
-            for one, other in zip(found, reference(waves)):
+            for one, other in zip(found, reference(arrays)):
                 if one.shape != other.shape:
                     raise UserError(f"the graph gives {one.shape} {where}, ESPnet {other.shape}; nothing was written")
                 largest = max(largest, difference(one, other))

@@ -10,7 +10,7 @@ import argparse
 import copy
 import math
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import TYPE_CHECKING, Any, Optional, Union
 
 import numpy as np
 import torch
@@ -18,13 +18,17 @@ from torch import Tensor, nn
 
 from espnet_kd.cli import UserError
 
+if TYPE_CHECKING:
+    from espnet.nets.pytorch_backend.transformer.embedding import StreamPositionalEncoding
+    from espnet2.asr.espnet_model import ESPnetASRModel
+
 ENCODERS = ("ContextualBlockConformerEncoder", "ContextualBlockTransformerEncoder")
 
 
 class StreamingStudent:
     """A loaded streaming student, from which any number of streams may be opened, one at a time."""
 
-    def __init__(self, model: nn.Module, args: argparse.Namespace, config_dir: Union[str, Path] = "."):
+    def __init__(self, model: ESPnetASRModel, args: argparse.Namespace, config_dir: Union[str, Path] = "."):
         """Take a loaded ESPnetASRModel in eval mode and its configuration; the model is changed.
 
         Raises:
@@ -59,7 +63,7 @@ class StreamingStudent:
         return (encoder.hop_size + encoder.look_ahead) * self.frame_shift
 
 
-def check_streaming(model: nn.Module, volume: Optional[float]) -> None:
+def check_streaming(model: ESPnetASRModel, volume: Optional[float]) -> None:
     """Refuse a model that needs all of the audio at once (:class:`UserError`)."""
     name = type(model.encoder).__name__
     if name not in ENCODERS:
@@ -80,7 +84,9 @@ def check_streaming(model: nn.Module, volume: Optional[float]) -> None:
 class UnboundedPositions(nn.Module):
     """ESPnet's StreamPositionalEncoding without its table, which grows with the audio."""
 
-    def __init__(self, table: nn.Module):
+    rates: Tensor
+
+    def __init__(self, table: StreamPositionalEncoding):
         super().__init__()
         self.width, self.xscale = table.d_model, table.xscale
         steps = torch.arange(0, self.width, 2, dtype=torch.float32)
@@ -96,7 +102,7 @@ class UnboundedPositions(nn.Module):
 class _Features:
     """The features of audio that comes in pieces; its ends are reflected at themselves, as ESPnet does."""
 
-    def __init__(self, model: nn.Module):
+    def __init__(self, model: ESPnetASRModel):
         self.stft, self.logmel, self.normalize = copy.copy(model.frontend.stft), model.frontend.logmel, model.normalize
         self.stft.center = False  # the reflection is made here
         self.reach = self.stft.n_fft // 2

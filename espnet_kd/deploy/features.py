@@ -7,12 +7,16 @@ them from one period of a cosine when it is loaded, which saves a megabyte besid
 from __future__ import annotations
 
 import math
-from typing import Tuple
+from typing import TYPE_CHECKING, Tuple
 
 import torch
 from torch import Tensor, nn
 
 from espnet_kd.cli import UserError
+
+if TYPE_CHECKING:
+    from espnet2.asr.frontend.abs_frontend import AbsFrontend
+    from espnet2.layers.abs_normalize import AbsNormalize
 
 
 class LogMel(nn.Module):
@@ -22,7 +26,14 @@ class LogMel(nn.Module):
         UserError: another frontend, or one with options that are not computed here.
     """
 
-    def __init__(self, frontend: nn.Module, least_samples: int = 1):
+    window: Tensor
+    cosine: Tensor
+    sine: Tensor
+    frequencies: Tensor
+    times: Tensor
+    melmat: Tensor
+
+    def __init__(self, frontend: AbsFrontend, least_samples: int = 1):
         """Take the frontend, and the samples that utterances get at least: shorter ones end in silence."""
         super().__init__()
         name = type(frontend).__name__
@@ -71,7 +82,8 @@ class LogMel(nn.Module):
         """(B, N + 2 · reach): each utterance, with silence up to its usable length, reflected at its own ends."""
         samples = torch.as_tensor(speech.size(1))  # of a traced shape it is a part of the graph
         longest = torch.maximum(samples, torch.tensor(self.least_samples))
-        place = torch.arange(longest + 2 * self.reach)[None, :] - self.reach
+        # A tensor, not a number: a number would be a constant of the graph. torch's stubs lack that form.
+        place = torch.arange(longest + 2 * self.reach)[None, :] - self.reach  # type: ignore[call-overload]
         last = usable[:, None] - 1
         source = last - (last - place.abs()).abs()
         silent = (source >= lengths[:, None]) | (place > last + self.reach)
@@ -90,7 +102,10 @@ class Normalisation(nn.Module):
         UserError: another one than ``global_mvn`` and ``utterance_mvn``.
     """
 
-    def __init__(self, normalize: nn.Module):
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, normalize: AbsNormalize):
         super().__init__()
         name = type(normalize).__name__
         if name not in ("GlobalMVN", "UtteranceMVN"):

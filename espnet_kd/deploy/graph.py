@@ -6,7 +6,7 @@ import copy
 import inspect
 import io
 import warnings
-from typing import Dict, List, Optional, Sequence, Tuple
+from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor, nn
@@ -15,6 +15,10 @@ from espnet_kd.cli import UserError
 from espnet_kd.deploy.features import LogMel, Normalisation, padding
 from espnet_kd.inference.encode import least_samples, measure_frame_shift
 from espnet_kd.inference.padding import EXACT_ENCODERS, is_exact, make_encoder_exact
+
+if TYPE_CHECKING:
+    from espnet2.asr.encoder.abs_encoder import AbsEncoder
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
 #: Why encoders cannot be exported; any other that is not in ``EXACT_ENCODERS`` is not known to be exact.
 REASONS = {
@@ -37,7 +41,7 @@ class StudentGraph(nn.Module):
     more; what stands in the padding does not matter.
     """
 
-    def __init__(self, model: nn.Module, *, max_seconds: float, rate: float, volume: Optional[float] = None):
+    def __init__(self, model: ESPnetASRModel, *, max_seconds: float, rate: float, volume: Optional[float] = None):
         """Take an ESPnetASRModel, which is left as it is.
 
         Args:
@@ -82,7 +86,7 @@ class StudentGraph(nn.Module):
         return self.ctc.ctc_lo(encoded).log_softmax(dim=-1), counted.masked_fill(lengths < self.least_samples, 0)
 
 
-def check_exportable(model: nn.Module) -> None:
+def check_exportable(model: ESPnetASRModel) -> None:
     """Refuse a model of which a graph would not give what ESPnet gives (:class:`UserError`)."""
     if getattr(model, "ctc", None) is None:
         raise UserError("the model has no CTC head, which is what an export recognises with")
@@ -101,7 +105,7 @@ def check_exportable(model: nn.Module) -> None:
         raise UserError("a model without frontend, which takes features, cannot be exported: an export takes audio")
 
 
-def bound_positions(encoder: nn.Module, frames: int) -> None:
+def bound_positions(encoder: AbsEncoder, frames: int) -> None:
     """Cut the tables of positions in an encoder, 5,000 frames by default, to ``frames``."""
     for module in encoder.modules():
         if type(module).__name__ in _TABLES and not getattr(module, "reverse", False):
@@ -129,7 +133,7 @@ def write_graph(
         "log_probs": {0: "batch", 1: "frames"},
         "log_prob_lengths": {0: "batch"},
     }
-    options = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
+    options: Dict[str, Any] = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     content = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
         # Of the tracer, on each branch that it takes for a constant: check.py looks at what comes of that.
@@ -138,7 +142,7 @@ def write_graph(
             torch.onnx.export(
                 graph.eval(),
                 tuple(example),
-                content,
+                content,  # type: ignore[arg-type]  # its stubs know files by name alone
                 opset_version=opset,
                 input_names=list(inputs),
                 output_names=list(outputs),

@@ -146,7 +146,7 @@ def _peak_memory() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def table(rows: Sequence[Dict[str, Any]]) -> Any:
+def table(rows: Sequence[Dict[str, Any]]) -> Tuple[Sequence[str], List[Sequence[str]]]:
     """Head and lines of text of rows of exports.json."""
     head = ("form", "test set", "size", "memory", "loading", "first result", "latency", "real-time factor")
 

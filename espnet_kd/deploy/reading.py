@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import sys
-from typing import Iterable, Iterator, Tuple
+from typing import Iterable, Iterator, Tuple, Union, cast
 
 import numpy as np
 
@@ -25,10 +25,11 @@ def read_blocks(path: str, rate: int) -> Iterator[np.ndarray]:
         UserError: naming the file: no audio, cut, or damaged.
     """
     if path == STANDARD_INPUT:
-        source, name = io.BytesIO(sys.stdin.buffer.read()), "standard input"
+        source: Union[str, io.BytesIO] = io.BytesIO(sys.stdin.buffer.read())
+        name = "standard input"
     else:
         audio.read_audio_info(path)  # what is no file at all
-        source, name = path, path
+        source = name = path
     yield from resampled(audio.iterate_samples(source, name), rate)
 
 
@@ -56,7 +57,7 @@ def read_live(rate: int, seconds: float = 0.1) -> Iterator[np.ndarray]:
     Raises:
         UserError: the WAV header does not fit the data.
     """
-    stream = sys.stdin.buffer
+    stream = cast(io.BufferedReader, sys.stdin.buffer)  # standard input is opened with a buffer
     head = stream.read(12)
     rest = b"" if head[:4] == b"RIFF" else head
     while head[:4] == b"RIFF":

@@ -23,5 +23,6 @@ def show_exports(parts: Sequence[Part]) -> Optional[Section]:
         for name, path in part.gathered.paths.items():
             rows = read_rows(path)
             if rows:
-                section.blocks.append(Table(*table(rows), part.name(name)))
+                head, body = table(rows)
+                section.blocks.append(Table(head, body, part.name(name)))
     return section if section.blocks else None

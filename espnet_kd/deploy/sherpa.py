@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from espnet_kd.cli import UserError
+from espnet_kd.deploy.graph import StudentGraph
 from espnet_kd.deploy.session import SHERPA_FRAME
 
 SPACE = "▁"
@@ -22,7 +23,7 @@ AXES: Dict[str, Dict[int, str]] = {"x": {1: "samples"}, "log_probs": {1: "frames
 class SherpaGraph(nn.Module):
     """Maps (1, N) samples to (1, T, V) log-probabilities of 20 ms frames."""
 
-    def __init__(self, graph: nn.Module, no_text: Sequence[int]):
+    def __init__(self, graph: StudentGraph, no_text: Sequence[int]):
         """Take a `StudentGraph`, and the tokens that are no text, for which the blank stands.
 
         Raises:
@@ -49,7 +50,7 @@ class SherpaGraph(nn.Module):
         return log_probs[:, :, None].expand(-1, -1, self.repeats, -1).flatten(1, 2)
 
 
-def check_student(graph: nn.Module) -> None:
+def check_student(graph: StudentGraph) -> None:
     """Refuse a `StudentGraph` that would not recognise the same in sherpa-onnx.
 
     Raises:

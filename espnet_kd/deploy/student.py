@@ -5,21 +5,22 @@ from __future__ import annotations
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, List, Optional, Union
-
-import torch
+from typing import TYPE_CHECKING, Any, List, Optional, Union
 
 from espnet_kd.distill.export import TOKEN_MODEL, export
 from espnet_kd.experiments.audio_options import sampling_rate, volume
 from espnet_kd.experiments.models import find_experiment, load_model
 from espnet_kd.inference.encode import ctc_tokens
 
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
+
 
 @dataclass
 class Student:
     """A loaded student and what is known of it."""
 
-    model: torch.nn.Module
+    model: ESPnetASRModel
     args: Any
     name: str
     rate: int  #: Hz

@@ -1,1 +1,1 @@
-"""The heart: method pages, objectives, KD stages, the KD model."""
+"""Distillation: method pages, objectives, KD stages, the KD model."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence, Tuple, Union
 
 import torch
 import torch.nn.functional as F
@@ -22,9 +22,12 @@ from espnet_kd.distill.schedule import Progress, Weight
 from espnet_kd.inference.encode import EncoderOutputs, encode, measure_frame_shift, recording_decoder
 from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.loading import BROUGHT, Brought, Part
+from espnet_kd.targets.nbest import Hypotheses
 from espnet_kd.targets.teacher import Teacher
 from espnet_kd.topk import NotKept
 
+#: What ESPnet's reporter takes: None for a statistic that this batch lacks.
+Statistics = Dict[str, Union[Tensor, float, None]]
 #: An objective's entry in the page, the objective, its weight.
 Term = Tuple[ObjectiveSpec, Objective, Weight]
 
@@ -44,7 +47,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         teacher: Optional[Teacher],
         progress: Progress,
         sampling_rate: float,
-        nbest: Optional[Mapping[str, List[Tuple[float, Sequence[int]]]]] = None,
+        nbest: Optional[Mapping[str, Hypotheses]] = None,
     ) -> ESPnetASRKDModel:
         """Turn the student that ESPnet built into the KD model of a training.
 
@@ -109,7 +112,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
     teacher: Optional[Teacher]
     frame_shift: float  #: seconds
     terms: List[List[Term]]  #: of each phase of the plan
-    nbest: Optional[Mapping[str, List[Tuple[float, Sequence[int]]]]]
+    nbest: Optional[Mapping[str, Hypotheses]]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ESPnetASRKDModel:
         if self.teacher is not None:
@@ -159,10 +162,10 @@ class ESPnetASRKDModel(ESPnetASRModel):
         student = EncoderOutputs(log_probs, lengths, self.frame_shift, hidden)
         batch = Batch(
             kwargs.get("utt_id", ()), text, text_lengths, self._hypotheses(kwargs.get("utt_id", ())), views,
-            ctc=lambda *args: self._ctc(now, *args) if len(args) > 2 else self._ctc(now, *args, *labels, None, counts),
+            ctc=lambda *args: self._ctc(now, *(args if len(args) > 2 else (*args, *labels, None, counts))),
             ctc_head=self._log_probs,
         )  # fmt: skip
-        stats: Dict[str, Optional[Tensor]] = {}
+        stats: Statistics = {}
         loss = log_probs.new_zeros(())
         if text is not None:
             loss = loss + self.ctc_weight * self._ctc_branch(
@@ -182,7 +185,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         """What the parts of the training, or what validation, reads of a teacher (`espnet_kd.targets.loading`)."""
         found: List[Part] = []
         for phase, terms in zip(self.plan.phases, self.terms):
-            taps = [o.teacher_taps for _, o, _ in terms if o.hears_teacher]
+            taps = [o.teacher_taps for _, o, _ in terms if o.uses_teacher]
             reads = tuple(sorted({t for each in taps for t in each})) if taps else None
             found.append((phase.begin, phase.end, reads))
         return found if train else [(0.0, 1.0, found[-1][2])]
@@ -192,7 +195,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         terms = self.terms[now.phase.index]
         return [term for term in terms if not self.training or now(term[2])]
 
-    def _hypotheses(self, utt_ids: Sequence[str]) -> Optional[List[List[Tuple[float, Sequence[int]]]]]:
+    def _hypotheses(self, utt_ids: Sequence[str]) -> Optional[List[Hypotheses]]:
         """The N-best of a batch."""
         if self.nbest is None:
             return None
@@ -210,14 +213,14 @@ class ESPnetASRKDModel(ESPnetASRModel):
         text_lengths: Optional[Tensor],
         label_counts: Optional[List[int]],
         taps: Sequence[str],
-        stats: Dict[str, Optional[Tensor]],
+        stats: Statistics,
     ) -> Tensor:
         """Weighted attention loss of the transcribed utterances; the decoder's outputs where a tap asks for them."""
         weight = now(now.phase.stage.attention_weight)
         loss = out.new_zeros(())
         if not weight and "decoder" not in taps:
             return loss
-        if text is None:
+        if text is None or text_lengths is None:
             raise UserError("the attention decoder needs text; set attention: {weight: 0} or ctc_weight: 1.0")
         counts = text_lengths.tolist() if label_counts is None else label_counts
         rows = [i for i, n in enumerate(counts) if n > 0]
@@ -227,7 +230,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
             errors = None if self.training or self.error_calculator is None else math.nan
             stats.update(acc=math.nan, cer=errors, wer=errors, loss_att=nothing.detach())
             return nothing
-        branch = (out, student.lengths, text, text_lengths)
+        branch: Tuple[Tensor, ...] = (out, student.lengths, text, text_lengths)
         if len(rows) < len(counts):
             chosen = torch.tensor(rows).to(out.device, non_blocking=True)
             branch = tuple(x.index_select(0, chosen) for x in branch)
@@ -287,7 +290,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         text: Tensor,
         text_lengths: Tensor,
         label_counts: Optional[List[int]],
-        stats: Dict[str, Optional[Tensor]],
+        stats: Statistics,
         batch: Dict[str, Any],
     ) -> Tensor:
         """Weighted CTC and InterCTC; with weight 0 CTC is computed for the statistics alone."""
@@ -332,10 +335,10 @@ class ESPnetASRKDModel(ESPnetASRModel):
         speech_lengths: Tensor,
         batch: Batch,
         brought: Brought,
-        stats: Dict[str, Optional[Tensor]],
+        stats: Statistics,
     ) -> Tensor:
         target = None
-        if self.teacher is not None and any(o.hears_teacher for _, o, _ in terms):
+        if self.teacher is not None and any(o.uses_teacher for _, o, _ in terms):
             taps = [t for _, o, _ in terms for t in o.teacher_taps]
             target = brought.targets(taps) or self.teacher.targets(
                 batch.utt_ids, speech, speech_lengths, taps, batch.text, batch.text_lengths

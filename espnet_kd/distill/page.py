@@ -7,7 +7,7 @@ import inspect
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Sequence, Union
+from typing import Any, Callable, Dict, List, Literal, Mapping, Sequence, Type, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives import OBJECTIVES, Objective
@@ -131,7 +131,7 @@ def needed_targets(pages: Sequence[str]) -> Needs:
     for page in loaded:
         check_cacheable(page)
     objectives = [spec.make() for page in loaded for stage in page.stages for spec in stage.objectives]
-    each = [o.needs() for o in objectives if o.hears_teacher]
+    each = [o.needs() for o in objectives if o.uses_teacher]
     if not each:
         raise UserError(f"{', '.join(pages)}: no objective reads a teacher's outputs, so there is nothing to keep")
     return Needs(
@@ -150,8 +150,8 @@ def _page(path: Path, content: Any, imports: bool) -> Page:
     page = Page(
         path=path,
         method=path.stem,
-        teacher=_choice(top, "teacher", ["required", "none"], "required", where),
-        pool=_choice(top, "pool", ["least_blank", "mean"], "least_blank", where),
+        teacher=_typed(top, "teacher", Literal["required", "none"], "required", where),
+        pool=_typed(top, "pool", Literal["least_blank", "mean"], "least_blank", where),
         teacher_weights=_typed(top, "teacher_weights", List[float], [], where),
         stages=[_stage(n, x, top, f"{where}: stages[{n - 1}]", imports) for n, x in enumerate(top["stages"], 1)],
         train=check_train_options(top.get("train", {}), f"{where}: train"),
@@ -221,7 +221,7 @@ def _stage(number: int, content: Any, top: Mapping[str, Any], where: str, import
         keep=keep,
         restart=_typed(stage, "restart", bool, False, where),
         ctc_weight=ctc_weight,
-        ctc_per=_choice(ctc, "per", ["utterance", "label"], "utterance", f"{where}.ctc"),
+        ctc_per=_typed(ctc, "per", Literal["utterance", "label"], "utterance", f"{where}.ctc"),
         # A hybrid student's attention branch uses labels too: off where CTC is off, unless set otherwise.
         attention_weight=_weight(attention.get("weight", float(ctc_weight != 0.0)), f"{where}.attention.weight"),
         objectives=[_objective(o, f"{where}.objectives[{i}]", imports) for i, o in enumerate(objectives)],
@@ -245,11 +245,12 @@ def _objective(content: Any, where: str, imports: bool) -> ObjectiveSpec:
     weight = _weight(entry.pop("weight", 1.0), f"{where}.weight")
     entry.pop("objective")
     cls = objective_class(name, where, imports)
+    where = f"{where} ({name})"
     hints = parameters(cls)
     check_mapping(entry, where, None if cls is Unread else ["objective", "weight", *hints])
     for key, hint in hints.items():
         if key in entry:
-            check_type(entry[key], hint, f"{where}.{key}")
+            check_type(entry[key], hint, f"{where}: {key}")
         elif inspect.signature(cls).parameters[key].default is inspect.Parameter.empty:
             raise UserError(f"{where}: {key} is missing")
 
@@ -263,7 +264,7 @@ def _objective(content: Any, where: str, imports: bool) -> ObjectiveSpec:
     return ObjectiveSpec(name, weight, entry, make)
 
 
-def objective_class(name: str, where: str, imports: bool = True) -> type:
+def objective_class(name: str, where: str, imports: bool = True) -> Type[Objective]:
     """Find an objective by its name, or by the dotted path of a class outside the package (``imports``: else Unread).
 
     Raises:
@@ -294,7 +295,7 @@ def _weight(value: Any, where: str) -> Weight:
     numbers = {k: _finite(_typed(ramp, k, float, 0.0, where), f"{where}.{k}") for k in ramp if k != "by"}
     if not {"start", "end"} <= set(numbers):
         raise UserError(f"{where}: a ramp needs start and end (and may have begin and until, shares of the KD stage)")
-    result = Ramp(**numbers, by=_choice(ramp, "by", ["step", "epoch"], "step", where))
+    result = Ramp(**numbers, by=_typed(ramp, "by", Literal["step", "epoch"], "step", where))
     if not 0 <= result.begin < result.until <= 1:
         raise UserError(f"{where}: needs 0 <= begin < until <= 1, got {result.begin:g} and {result.until:g}")
     return result
@@ -317,10 +318,3 @@ def _typed(mapping: Mapping[str, Any], key: str, kind: Any, default: Any, where:
         return default
     check_type(mapping[key], kind, f"{where}.{key}")
     return mapping[key]
-
-
-def _choice(mapping: Mapping[str, Any], key: str, choices: List[str], default: str, where: str) -> str:
-    value = _typed(mapping, key, str, default, where)
-    if value not in choices:
-        raise UserError(f"{where}.{key} must be one of {', '.join(choices)}, not {value!r}")
-    return value

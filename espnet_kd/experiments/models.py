@@ -11,18 +11,21 @@ import re
 import tempfile
 import zipfile
 from pathlib import Path
-from typing import Any, ContextManager, Dict, Iterator, List, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, ContextManager, Dict, Iterator, List, Sequence, Tuple, Union
 
 import numpy as np
 import torch
 
 from espnet_kd.cli import UserError, trusts_pickles
 from espnet_kd.experiments.named_files import read_token_list
-from espnet_kd.experiments.packed import check_expansion, is_packed, unpack
+from espnet_kd.experiments.packed import check_expansion, is_packed, unpack_model
 from espnet_kd.experiments.portable import PORTABLE, unfold_config, unfold_state
 from espnet_kd.experiments.states import fit_state
 from espnet_kd.experiments.trust import FOREIGN, check_components, guarded
 from espnet_kd.safe_yaml import parse_yaml
+
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
 #: Prefix of what is trained beside a student (projections, heads) and dropped from it afterwards.
 KD_PREFIX = "kd_heads."
@@ -36,11 +39,12 @@ def find_experiment(path: Union[str, Path]) -> Tuple[Path, Path]:
     ``student.pth``.
 
     Raises:
-        UserError: nothing there, no config.yaml, or no model in it; as :func:`espnet_kd.experiments.packed.unpack`.
+        UserError: nothing there, no config.yaml, or no model in it; or an archive that
+            :func:`espnet_kd.experiments.packed.unpack_model` refuses.
     """
     path = Path(path)
     if is_packed(path):
-        path = unpack(path)
+        path = unpack_model(path)
     if path.suffix == ".pth":
         config, candidates = path.parent / "config.yaml", [path]
     elif path.is_dir():
@@ -67,7 +71,7 @@ def find_experiment(path: Union[str, Path]) -> Tuple[Path, Path]:
 
 def _criteria(content: Dict, config: Path) -> List[Tuple[str, str]]:
     """(phase, key) of ``best_model_criterion``, those of validation first: what fits the training data best may have
-    learnt it by heart, and ESPnet's own default begins with the loss of training.
+    memorised them, and ESPnet's own default begins with the loss of training.
     """
     criteria = content.get("best_model_criterion") or []
     if not isinstance(criteria, list) or not all(isinstance(c, list) and len(c) > 1 for c in criteria):
@@ -213,14 +217,14 @@ def foreign(args: argparse.Namespace) -> ContextManager:
     return known_to_espnet()
 
 
-def drop_nothing(model: torch.nn.Module) -> None:
+def drop_nothing(model: ESPnetASRModel) -> None:
     """Switch off the dropout of ESPnet's RNN encoders, which acts in eval mode as well."""
     for module in model.modules():
         if type(module).__name__ == "RNNP":
             module.dropout = 0.0
 
 
-def _add_adapter(model: torch.nn.Module, args: argparse.Namespace) -> None:
+def _add_adapter(model: ESPnetASRModel, args: argparse.Namespace) -> None:
     """The layers that ESPnet's fine-tuning adds, in the state in which it saves them."""
     from espnet2.layers.create_adapter import create_adapter
 

@@ -40,7 +40,7 @@ def check_expansion(archive: Union[str, Path]) -> None:
         )
 
 
-def unpack(archive: Path) -> Path:
+def unpack_model(archive: Path) -> Path:
     """Directory with the config.yaml, model.pth and further files of a packed ASR model, beside each other.
 
     It is kept in the user's cache (``$XDG_CACHE_HOME/espnet_kd``, by default ``~/.cache/espnet_kd``), so that an

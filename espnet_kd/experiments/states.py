@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Dict, Union
+from typing import TYPE_CHECKING, Dict, Union
 
 import torch
 
 from espnet_kd.cli import UserError
+
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
 #: Components that ESPnet leaves out where the loss does not use them, but whose parameters older files still have.
 UNUSED = ("decoder", "joint_network", "ctc")
@@ -17,7 +20,7 @@ OLD_S3PRL, S3PRL = "frontend.upstream.model", "frontend.upstream.upstream.model"
 
 
 def fit_state(
-    model: torch.nn.Module, state: Dict[str, torch.Tensor], model_file: Union[str, Path]
+    model: ESPnetASRModel, state: Dict[str, torch.Tensor], model_file: Union[str, Path]
 ) -> Dict[str, torch.Tensor]:
     """``state`` with the names of ``model``, without the parameters of components that ``model`` does not have.
 

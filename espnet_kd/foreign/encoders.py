@@ -7,7 +7,7 @@ model of another maker is an ESPnet model wherever one is loaded: in training, i
 from __future__ import annotations
 
 import contextlib
-from typing import Any, Dict, Iterator, List, Mapping, Optional, Tuple
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Mapping, Optional, Tuple, Union
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from espnet_kd.cli import UserError
 from espnet_kd.foreign.sources import need
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
 
 #: Families of Hugging Face's that take samples, which these encoders normalise themselves.
 SAMPLES = ("wav2vec2", "hubert", "wavlm", "wav2vec2-conformer", "data2vec-audio", "unispeech", "unispeech-sat", "sew")
@@ -49,7 +52,7 @@ class ForeignEncoder(AbsEncoder):
     ) -> Tuple[Tensor, Tensor, None]:
         """Encode audio (B, N) of ``ilens`` (B,) samples; returns (B, T, D), frames (B,), None."""
         lengths = ilens.tolist()
-        rows: List[Optional[Tensor]] = [None] * len(lengths)
+        rows: List[Tensor] = [xs_pad] * len(lengths)  # each is replaced below
         layers: List[List[Tensor]] = [[] for _ in lengths]
         for n in sorted(set(lengths)):
             group = [i for i, length in enumerate(lengths) if length == n]
@@ -177,7 +180,7 @@ def known_to_espnet() -> Iterator[None]:
             encoder_choices.classes.pop(name, None)
 
 
-def build_hugging_face(config: Mapping[str, Any]) -> torch.nn.Module:
+def build_hugging_face(config: Mapping[str, Any]) -> PreTrainedModel:
     """A CTC model of transformers with random values.
 
     Args:
@@ -201,18 +204,19 @@ def build_hugging_face(config: Mapping[str, Any]) -> torch.nn.Module:
         raise UserError(f"transformers cannot build the model_type {family} of this configuration: {reason}") from e
 
 
-def base_model(model: torch.nn.Module) -> Tuple[torch.nn.Module, int]:
+def base_model(model: PreTrainedModel) -> Tuple[PreTrainedModel, int]:
     """The model below the CTC head, and the width of what it gives."""
     head = ctc_head(model)
-    base = getattr(model, model.base_model_prefix, None)
+    base: Any = getattr(model, model.base_model_prefix, None)
     if base is None or base is model:
         base = model.encoder
     return base, head.weight.size(1)
 
 
-def ctc_head(model: torch.nn.Module) -> torch.nn.Module:
+def ctc_head(model: PreTrainedModel) -> Union[torch.nn.Linear, torch.nn.Conv1d]:
     """The head of a CTC model of transformers: weight (V', D) or, as a convolution, (V', D, 1); and bias (V',)."""
-    return model.lm_head if hasattr(model, "lm_head") else model.ctc_head
+    head: Any = model.lm_head if hasattr(model, "lm_head") else model.ctc_head
+    return head
 
 
 def _extractor(family: str, options: Mapping[str, Any]) -> Any:

@@ -1,11 +1,24 @@
-"""What an ESPnet encoder says about a batch: logits, hidden states at taps, lengths, frame shift."""
+"""Outputs of an ESPnet encoder and its CTC head for a batch: logits, hidden states at taps, lengths, frame shift."""
 
 from __future__ import annotations
 
 import bisect
 import contextlib
 from dataclasses import dataclass, field
-from typing import Any, ContextManager, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ContextManager,
+    Dict,
+    Generic,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+    Union,
+)
 
 import torch
 from torch import Tensor
@@ -14,6 +27,10 @@ from espnet_kd.backend import without_gradient
 from espnet_kd.cli import UserError
 from espnet_kd.frames import nearest_multiple
 from espnet_kd.topk import Posterior
+
+if TYPE_CHECKING:
+    from espnet2.asr.encoder.abs_encoder import AbsEncoder
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
 #: Encoders whose layers can be tapped one by one: their layers hand on ((x, pos_emb), mask) or (x, mask).
 LAYERED = (
@@ -33,18 +50,26 @@ SORTED = ("RNNEncoder", "VGGRNNEncoder")
 FEATURE_RATE = 100.0
 
 
-@dataclass
-class EncoderOutputs:
-    """One batch through an encoder and its CTC head."""
+P = TypeVar("P", bound=Posterior)
 
-    logits: Posterior  #: (B, T, V) logits or log-probabilities; of cached targets their short form
+
+@dataclass
+class EncoderOutputs(Generic[P]):
+    """The outputs of an encoder and its CTC head for one batch."""
+
+    logits: P  #: (B, T, V) logits or log-probabilities, or the compressed form of cached targets
     lengths: Tensor  #: (B,) frames
     frame_shift: float  #: seconds
     hidden: Dict[str, Tensor] = field(default_factory=dict)  #: tap → (B, T, D)
     decoder: Optional[Tensor] = None  #: (B, L + 1, V) logits of the attention decoder, for each label and <sos/eos>
 
 
-def taps_of(encoder: torch.nn.Module) -> List[str]:
+#: A student's outputs are tensors; a teacher's may be the compressed posteriors of a target cache.
+StudentOutputs = EncoderOutputs[Tensor]
+TeacherOutputs = EncoderOutputs[Posterior]
+
+
+def taps_of(encoder: AbsEncoder) -> List[str]:
     """Names of the taps an ESPnet encoder has.
 
     Raises:
@@ -58,12 +83,12 @@ def taps_of(encoder: torch.nn.Module) -> List[str]:
     raise UserError(f"cannot take hidden states from a {name}; known: {', '.join(LAYERED + WHOLE)}")
 
 
-def depth_of(encoder: torch.nn.Module) -> int:
+def depth_of(encoder: AbsEncoder) -> int:
     """How many layers of an ESPnet encoder can be tapped; 0 where only its output can."""
     return len(encoder.encoders) if type(encoder).__name__ in LAYERED else 0
 
 
-def check_taps(model: torch.nn.Module, wanted: Sequence[str], whose: str) -> None:
+def check_taps(model: ESPnetASRModel, wanted: Sequence[str], whose: str) -> None:
     """Refuse taps that an ESPnetASRModel lacks. ``decoder`` stands for the outputs of its attention decoder.
 
     Raises:
@@ -91,7 +116,7 @@ def check_taps(model: torch.nn.Module, wanted: Sequence[str], whose: str) -> Non
 
 
 @contextlib.contextmanager
-def recording(encoder: torch.nn.Module, taps: Sequence[str]) -> Iterator[Dict[str, Tensor]]:
+def recording(encoder: AbsEncoder, taps: Sequence[str]) -> Iterator[Dict[str, Tensor]]:
     """Fill the yielded dict with the hidden states (B, T, D) at ``taps`` while the encoder runs.
 
     ``encoder.<n>`` is layer n's output after the encoder's ``after_norm``, as in ESPnet's InterCTC, so that an encoder
@@ -118,7 +143,7 @@ def recording(encoder: torch.nn.Module, taps: Sequence[str]) -> Iterator[Dict[st
 
 
 def encode(
-    model: torch.nn.Module, speech: Tensor, speech_lengths: Tensor, taps: Sequence[str]
+    model: ESPnetASRModel, speech: Tensor, speech_lengths: Tensor, taps: Sequence[str]
 ) -> Tuple[Tensor, Tensor, List[Tuple[int, Tensor]], Dict[str, Tensor]]:
     """Run an ESPnetASRModel's own ``encode``.
 
@@ -140,7 +165,7 @@ def encode(
     return out, lengths, intermediate, hidden
 
 
-def falling_order(encoder: torch.nn.Module, lengths: Tensor) -> Optional[Tensor]:
+def falling_order(encoder: AbsEncoder, lengths: Tensor) -> Optional[Tensor]:
     """The order (B,) in which ESPnet's RNN encoders want a batch, by falling length; None where it is as it should be.
 
     They pack the batch, which ESPnet's iterators sort by default only.
@@ -151,7 +176,7 @@ def falling_order(encoder: torch.nn.Module, lengths: Tensor) -> Optional[Tensor]
 
 
 @without_gradient
-def least_samples(model: torch.nn.Module, sampling_rate: float) -> int:
+def least_samples(model: ESPnetASRModel, sampling_rate: float) -> int:
     """The fewest samples (feature frames where a model is fed with those) of which a model makes a frame.
 
     Below, frontend or subsampling end in an error. Searched among signals of up to four seconds, in eval mode.
@@ -161,7 +186,7 @@ def least_samples(model: torch.nn.Module, sampling_rate: float) -> int:
     """
     from espnet2.asr.encoder.conformer_encoder import TooShortUttError
 
-    longest = probe(model, sampling_rate, 1.0 if takes_samples(model) else 4.0)[1].item()
+    longest = int(probe(model, sampling_rate, 1.0 if takes_samples(model) else 4.0)[1])
 
     def serves(n: int) -> bool:
         try:
@@ -185,17 +210,17 @@ def half_on_gpu(device: torch.device) -> ContextManager:
 
 
 @contextlib.contextmanager
-def recording_decoder(model: torch.nn.Module) -> Iterator[List[Tensor]]:
+def recording_decoder(model: ESPnetASRModel) -> Iterator[List[Tensor]]:
     """Fill the yielded list with what the attention decoder gives while it runs: logits (B, L + 1, V)."""
-    said: List[Tensor] = []
-    handle = model.decoder.register_forward_hook(lambda module, inputs, output: said.append(output[0]))
+    outputs: List[Tensor] = []
+    handle = model.decoder.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
     try:
-        yield said
+        yield outputs
     finally:
         handle.remove()
 
 
-def input_width(model: torch.nn.Module) -> Tuple[int, ...]:
+def input_width(model: ESPnetASRModel) -> Tuple[int, ...]:
     """What a sample of a model's input has: () for audio, (D,) for a model without frontend, fed with features.
 
     An encoder that takes audio itself has the ``input_size`` 1.
@@ -214,18 +239,18 @@ def input_width(model: torch.nn.Module) -> Tuple[int, ...]:
     return (int(size),)
 
 
-def takes_samples(model: torch.nn.Module) -> bool:
+def takes_samples(model: ESPnetASRModel) -> bool:
     """Whether a model's encoder takes audio itself, as wav2vec 2.0's does."""
     return model.frontend is None and not input_width(model)
 
 
-def ctc_tokens(model: torch.nn.Module) -> List[str]:
+def ctc_tokens(model: ESPnetASRModel) -> List[str]:
     """The tokens that an ESPnetASRModel's CTC head has: not Mask-CTC's <mask>, which ends its token list."""
     return list(model.token_list)[: model.ctc.ctc_lo.out_features]
 
 
 @without_gradient
-def probe(model: torch.nn.Module, sampling_rate: float, duration: Union[float, int]) -> Tuple[Tensor, Tensor, int]:
+def probe(model: ESPnetASRModel, sampling_rate: float, duration: Union[float, int]) -> Tuple[Tensor, Tensor, int]:
     """Encode a test signal alone, in eval mode: of so many seconds, or where it is a whole number, samples.
 
     Returns:
@@ -250,7 +275,7 @@ def probe(model: torch.nn.Module, sampling_rate: float, duration: Union[float, i
         model.train(was_training)
 
 
-def measure_frame_shift(model: torch.nn.Module, sampling_rate: float) -> float:
+def measure_frame_shift(model: ESPnetASRModel, sampling_rate: float) -> float:
     """Seconds per encoder frame: no ESPnet encoder reports it, so it is measured from two input lengths.
 
     ``sampling_rate`` is in Hz. Raises UserError as :func:`input_width`.

@@ -11,10 +11,15 @@ from __future__ import annotations
 
 import copy
 import threading
-from typing import Tuple
+from typing import TYPE_CHECKING, Tuple
 
 import torch
 from torch import nn
+
+if TYPE_CHECKING:
+    from espnet2.asr.encoder.abs_encoder import AbsEncoder
+    from espnet2.asr.espnet_model import ESPnetASRModel
+    from espnet2.asr.frontend.abs_frontend import AbsFrontend
 
 #: Encoders whose layers are a mask, attention and 1-D convolutions: exact after `make_batch_exact`.
 EXACT_ENCODERS = ("ConformerEncoder", "TransformerEncoder", "BranchformerEncoder", "EBranchformerEncoder")
@@ -25,7 +30,7 @@ class OneByOne(nn.Module):
     call.
     """
 
-    def __init__(self, frontend: nn.Module):
+    def __init__(self, frontend: AbsFrontend):
         super().__init__()
         self.frontend = frontend
 
@@ -42,7 +47,7 @@ class ReflectedEach(nn.Module):
     ESPnet's STFT and mel filters, without the masks that fill a tensor of the spectrum's size.
     """
 
-    def __init__(self, frontend: nn.Module):
+    def __init__(self, frontend: AbsFrontend):
         super().__init__()
         self.stft, self.logmel = copy.copy(frontend.stft), frontend.logmel
         self.stft.center = False  # the reflection is made here
@@ -61,7 +66,7 @@ class ReflectedEach(nn.Module):
         return feats.masked_fill(padding[..., None], 0.0), frames
 
 
-def exact_frontend(frontend: nn.Module) -> nn.Module:
+def exact_frontend(frontend: AbsFrontend) -> nn.Module:
     """A frontend in whose batches each utterance has the features that it has alone."""
     # Its speech enhancement leaves a single channel as it is.
     plain = type(frontend).__name__ == "DefaultFrontend" and frontend.stft is not None and frontend.stft.center
@@ -72,12 +77,12 @@ def subsampled(lengths: torch.Tensor, embed: nn.Module) -> torch.Tensor:
     """Frames (B,) that ``embed`` (an ESPnet input layer) makes of (B,) feature frames, each utterance alone."""
     for conv in embed.modules():
         if isinstance(conv, (nn.Conv1d, nn.Conv2d)):
-            kernel, stride, padding = conv.kernel_size[0], conv.stride[0], conv.padding[0]
+            kernel, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
             lengths = torch.div(lengths + 2 * padding - kernel, stride, rounding_mode="floor") + 1
     return lengths.clamp(min=0)
 
 
-def make_batch_exact(model: nn.Module) -> bool:
+def make_batch_exact(model: ESPnetASRModel) -> bool:
     """Change an ESPnetASRModel, meant for decoding, so that batched equals one by one (up to float rounding).
 
     Safe for several threads. Returns False, having changed only the frontend, for an encoder that is not
@@ -90,7 +95,7 @@ def make_batch_exact(model: nn.Module) -> bool:
     return make_encoder_exact(model.encoder)
 
 
-def is_exact(encoder: nn.Module) -> bool:
+def is_exact(encoder: AbsEncoder) -> bool:
     """Whether an encoder is one of `EXACT_ENCODERS`, and none with ESPnet's older relative positions: their shift goes
     by the length of the batch.
     """
@@ -98,7 +103,7 @@ def is_exact(encoder: nn.Module) -> bool:
     return type(encoder).__name__ in EXACT_ENCODERS and not older
 
 
-def make_encoder_exact(encoder: nn.Module) -> bool:
+def make_encoder_exact(encoder: AbsEncoder) -> bool:
     """The part of `make_batch_exact` that changes the encoder; False, nothing changed, where it is not exact."""
     if not is_exact(encoder):
         return False

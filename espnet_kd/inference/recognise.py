@@ -18,7 +18,21 @@ from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, TypeVar, Union
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    Callable,
+    Deque,
+    Dict,
+    Iterable,
+    Iterator,
+    List,
+    Optional,
+    Sequence,
+    Tuple,
+    TypeVar,
+    Union,
+)
 
 import numpy as np
 import torch
@@ -32,6 +46,9 @@ from espnet_kd.inference.detokenise import build_detokeniser
 from espnet_kd.inference.encode import ctc_tokens, input_width, least_samples
 from espnet_kd.inference.greedy import ctc_greedy
 from espnet_kd.inference.padding import make_batch_exact
+
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
 BLANK_ID = 0  # ESPnet's CTC: the first token of every token list
 Found = TypeVar("Found")
@@ -48,7 +65,7 @@ class Hypothesis:
 
 
 @dataclass
-class Utterance:
+class AudioFile:
     """One line of a wav.scp and the length of its audio (``samples`` at ``rate`` Hz)."""
 
     utt_id: str
@@ -69,7 +86,7 @@ class Timing:
 class Recogniser:
     """An ESPnet model with its tokens, ready to decode batches."""
 
-    def __init__(self, model: torch.nn.Module, args: argparse.Namespace, config_dir: Union[str, Path] = "."):
+    def __init__(self, model: ESPnetASRModel, args: argparse.Namespace, config_dir: Union[str, Path] = "."):
         """Take a loaded ESPnetASRModel and its configuration (see `espnet_kd.experiments.models.load_model`).
 
         Args:
@@ -98,12 +115,12 @@ class Recogniser:
         if self.device.type == "cpu":  # as convolutions are computed there; else their output is laid out anew
             for module in model.modules():
                 if isinstance(module, torch.nn.Conv2d):
-                    module.to(memory_format=torch.channels_last)
+                    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self.model = model
         self._here = threading.local()
 
     @property
-    def own_model(self) -> torch.nn.Module:
+    def own_model(self) -> ESPnetASRModel:
         """The model for this thread, with the same parameters: ESPnet's attention keeps its weights in itself on the
         way, so that in one model threads would mix them up.
         """
@@ -131,8 +148,11 @@ class Recogniser:
         frames = frames.cpu().clamp(max=encoded.size(1)).masked_fill(too_short, 0)
         return self.own_model.ctc.ctc_lo(encoded), frames
 
-    def __call__(self, speech: Sequence[np.ndarray]) -> List[List[Hypothesis]]:
-        """Recognise utterances, each (N_i,) float samples at ``rate`` Hz, as one batch; here one hypothesis each.
+    def __call__(self, speech: Sequence[np.ndarray]) -> List[Any]:
+        """Recognise utterances, each (N_i,) float samples at ``rate`` Hz, as one batch.
+
+        Returns:
+            For each utterance a list with one :class:`Hypothesis`. Subclasses return something else for each.
 
         Raises:
             UserError: the model gives NaN.
@@ -177,7 +197,7 @@ def choose_device(args: argparse.Namespace) -> str:
     return "cuda" if args.ngpu else "cpu"
 
 
-def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> List[Utterance]:
+def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> List[AudioFile]:
     """List the utterances of a data dir with their lengths, reading only the headers of the audio.
 
     Args:
@@ -198,19 +218,19 @@ def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> L
             raise UserError(f"{data_dir}/wav.scp, utterance {utt_id}: {e}") from e
         if rate is not None and found != rate:
             raise UserError(f"{data_dir}/wav.scp: {utt_id} has {found} Hz and the model wants {rate} Hz; resample it")
-        utterances.append(Utterance(utt_id, path, samples, found))
+        utterances.append(AudioFile(utt_id, path, samples, found))
     if not utterances:
         raise UserError(f"{data_dir}/wav.scp is empty")
     return utterances
 
 
-def read_all_utterances(data_dirs: Sequence[str], rate: Optional[int]) -> List[Utterance]:
+def read_all_utterances(data_dirs: Sequence[str], rate: Optional[int]) -> List[AudioFile]:
     """List the utterances of several data dirs as one (see :func:`read_utterances`).
 
     Raises:
         UserError: an utterance stands in two of them, or what `read_utterances` refuses.
     """
-    utterances: List[Utterance] = []
+    utterances: List[AudioFile] = []
     home: Dict[str, str] = {}
     for data_dir in data_dirs:
         for utterance in read_utterances(data_dir, rate):
@@ -224,7 +244,7 @@ def read_all_utterances(data_dirs: Sequence[str], rate: Optional[int]) -> List[U
     return utterances
 
 
-def read_audio(utterance: Utterance) -> np.ndarray:
+def read_audio(utterance: AudioFile) -> np.ndarray:
     """Samples (N,) as float32 in [-1, 1]; of several channels the first, as ESPnet's frontend takes it in eval.
 
     Raises:
@@ -234,9 +254,9 @@ def read_audio(utterance: Utterance) -> np.ndarray:
     return np.ascontiguousarray(samples, dtype=np.float32)
 
 
-def make_batches(utterances: Sequence[Utterance], batch_seconds: float) -> List[List[Utterance]]:
+def make_batches(utterances: Sequence[AudioFile], batch_seconds: float) -> List[List[AudioFile]]:
     """Group utterances of like length, longest first, so that a padded batch lasts at most ``batch_seconds``."""
-    batches: List[List[Utterance]] = []
+    batches: List[List[AudioFile]] = []
     for utterance in sorted(utterances, key=lambda u: (-u.samples / u.rate, u.utt_id)):
         longest = batches[-1][0] if batches else None
         if longest is None or (len(batches[-1]) + 1) * longest.samples / longest.rate > batch_seconds:
@@ -247,7 +267,7 @@ def make_batches(utterances: Sequence[Utterance], batch_seconds: float) -> List[
 
 def recognise(
     recogniser: Callable[[Sequence[np.ndarray]], List[Found]],
-    utterances: Sequence[Utterance],
+    utterances: Sequence[AudioFile],
     batch_seconds: float = 60.0,
     nj: int = 1,
     progress: bool = True,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Optional, Tuple
+from typing import NamedTuple, Optional, Tuple, overload
 
 import torch
 import torch.nn.functional as F
@@ -13,9 +13,14 @@ from espnet_kd.backend import may_look
 from espnet_kd.topk import Posterior, TopK
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The type to compute in: float32, or float64 where ``x`` has it."""
+    return torch.promote_types(x.dtype, torch.float32)
+
+
 def full_precision(x: Tensor) -> Tensor:
-    """float32 for half types; float32 and float64 as they are."""
-    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+    """Convert half types to float32; float32 and float64 stay as they are."""
+    return x.to(compute_dtype(x))
 
 
 class Counted:
@@ -41,6 +46,10 @@ class Counted:
         inside = fr.valid(lengths.to(student.device, non_blocking=True), student.size(1))
         return cls(inside if frames is None else inside & frames.to(student.device, non_blocking=True))
 
+    @overload
+    def take(self, x: Tensor, delay: Optional[Tensor] = None) -> Tensor: ...
+    @overload
+    def take(self, x: Posterior, delay: Optional[Tensor] = None) -> Posterior: ...
     def take(self, x: Posterior, delay: Optional[Tensor] = None) -> Posterior:
         """(N, …) of (B, T, …): padding is left behind, or replaced by 0, before any arithmetic.
 
@@ -146,6 +155,10 @@ def binary(p: BlankSplit, q: BlankSplit) -> Tensor:
     return cross(p.log_blank, p.log_blank, q.log_blank) + cross(p.log_nonblank, p.log_nonblank, q.log_nonblank)
 
 
+@overload
+def pick(student: Tensor, teacher: Tensor, counted: Counted) -> Tuple[Tensor, Tensor]: ...
+@overload
+def pick(student: Tensor, teacher: Posterior, counted: Counted) -> Tuple[Tensor, Posterior]: ...
 def pick(student: Tensor, teacher: Posterior, counted: Counted) -> Tuple[Tensor, Posterior]:
     """(N, V) student and teacher rows of the frames that count."""
     return counted.take(student), counted.take(teacher.detach())

@@ -87,7 +87,7 @@ def delayed_kl(
     frames: Optional[Tensor] = None,
     max_delay: int = 4,
 ) -> Tensor:
-    """KL of a streaming student that may speak later: per utterance the least over delays of mean_t KL(p_t‖q_{t+d}).
+    """KL of a streaming student with late outputs: per utterance the least mean_t KL(p_t‖q_{t+d}) over all delays d.
 
     The mean is over the frames t that count and have t + d inside the utterance. Utterances are then averaged, each
     weighted by its frames that count (whatever its delay), so that ``max_delay`` 0 is :func:`espnet_kd.losses.kl`.

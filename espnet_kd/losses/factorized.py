@@ -1,7 +1,7 @@
 """Factorized KL: blank or not, and which token given it is one.
 
 With b = p(blank) and p̃(k) = p(k)/(1−b):  KL(p‖q) = BKL + (1−b^T)·NKL  exactly.
-Source: Tian et al., Speech Communication 160 (2024) 103071; what is reconstruction is said below.
+Source: Tian et al., Speech Communication 160 (2024) 103071; the functions below state what is a reconstruction.
 
 How it is computed depends on where the tensors lie (:mod:`espnet_kd.backend`).
 """

@@ -54,8 +54,8 @@ def factorized_representation(
     else:
         raise ValueError(f"distance must be cosine or l2, not {distance!r}")
     is_nonblank = counted.take(fr.nonblank(teacher_logits, counted.mask, blank_id))
-    halves = (counted.mean(d, student_hidden, where=half) for half in (is_nonblank, ~is_nonblank))
-    return 0.5 * sum(halves)
+    nonblank, blank = (counted.mean(d, student_hidden, where=half) for half in (is_nonblank, ~is_nonblank))
+    return 0.5 * (nonblank + blank)
 
 
 def weighted_representation(
@@ -93,7 +93,7 @@ def weighted_representation(
 
 @without_gradient
 def nonblank_mass(teacher_logits: Posterior, *, blank_id: int = 0) -> Tensor:
-    """1 − p(blank), exact also where p(blank) rounds to 1: how surely the teacher hears a token.
+    """1 − p(blank), exact also where p(blank) rounds to 1: the probability of any token.
 
     Args:
         teacher_logits: (B, T, V), or log-probabilities.

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from espnet_kd.losses.common import BlankSplit, binary, cross, finite, split_blank
+from espnet_kd.losses.common import BlankSplit, binary, compute_dtype, cross, finite, split_blank
 from espnet_kd.topk import Posterior, TopK
 
 #: Numbers of one block of rows: what stays in a processor's cache.
@@ -52,10 +52,10 @@ class RowwiseFactorizedKL(torch.autograd.Function):
         rows = counted.flatten().nonzero()[:, 0].to(student.device)
         ctx.frames = None
         if not len(rows):
-            return student.new_zeros((), dtype=_dtype(student))
+            return student.new_zeros((), dtype=compute_dtype(student))
         read = _Reader(student, len(rows))
-        kind = _Buckets if isinstance(teacher, TopK) else _Dense
-        ctx.teacher = kind(teacher, len(rows), blank_id, temperature)
+        shape = len(rows), blank_id, temperature
+        ctx.teacher = _Buckets(teacher, *shape) if isinstance(teacher, TopK) else _Dense(teacher, *shape)
         found, blanks = [], student.new_zeros((), dtype=torch.float64)
         sums = [blanks.clone(), blanks.clone()]  # over NB and over BL frames
         for block in rows.split(read.height):
@@ -74,12 +74,13 @@ class RowwiseFactorizedKL(torch.autograd.Function):
             )
             norm = finite(p.token_norm) - finite(p.log_nonblank)
             found.append((block, p.log_nonblank.exp(), push, q.token_norm, norm, p.is_nonblank))
-        *kept, is_nonblank = (torch.cat(x) for x in zip(*found))
+        block, mass, push, token_norm, norm, is_nonblank = (torch.cat(x) for x in zip(*found))
         counts = is_nonblank.sum().clamp(min=1).double(), (~is_nonblank).sum().clamp(min=1).double()
-        pull = torch.where(is_nonblank, *(w / n for w, n in zip(weights[1:], counts)))
-        ctx.frames = _Frames(*kept, pull.to(_dtype(student)))
+        of_nonblank, of_blank = (w / n for w, n in zip(weights[1:], counts))
+        pull = torch.where(is_nonblank, of_nonblank, of_blank)
+        ctx.frames = _Frames(block, mass, push, token_norm, norm, pull.to(compute_dtype(student)))
         loss = weights[0] * blanks / len(rows) + sum(w * s / n for w, s, n in zip(weights[1:], sums, counts))
-        return loss.to(_dtype(student))
+        return loss.to(compute_dtype(student))
 
     @staticmethod
     @once_differentiable
@@ -178,7 +179,7 @@ class _Reader:
     def __init__(self, x: Tensor, most: int):
         self.flat = x.flatten(0, 1)
         self.height = max(1, min(most, _BLOCK // x.size(2)))
-        self.buffer = self.flat.new_empty(self.height, x.size(2), dtype=_dtype(x))
+        self.buffer = self.flat.new_empty(self.height, x.size(2), dtype=compute_dtype(x))
 
     def __call__(self, rows: Tensor) -> Tensor:
         """(N, V) in float32 or better, to be overwritten."""
@@ -186,8 +187,3 @@ class _Reader:
         if buffer.dtype != self.flat.dtype:
             return buffer.copy_(self.flat[rows])
         return torch.index_select(self.flat, 0, rows, out=buffer)
-
-
-def _dtype(x: Tensor) -> torch.dtype:
-    """float32 or better."""
-    return torch.promote_types(x.dtype, torch.float32)

@@ -1,4 +1,4 @@
-"""Where a student puts its tokens, and on which frames it agrees with its teacher: the module that runs models."""
+"""On which frames a student emits its tokens, and on which it agrees with its teacher. This module runs models."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from espnet_kd.experiments.audio_options import sampling_rate
 from espnet_kd.experiments.models import find_experiment, load_model
 from espnet_kd.frames import align, nearest_multiple, valid
 from espnet_kd.inference.encode import measure_frame_shift
-from espnet_kd.inference.recognise import BLANK_ID, Recogniser, Utterance, read_audio, read_utterances, recognise
+from espnet_kd.inference.recognise import BLANK_ID, AudioFile, Recogniser, read_audio, read_utterances, recognise
 from espnet_kd.report.labels import Row
 from espnet_kd.report.matching import match
 from espnet_kd.report.results import Gathered, find_data, find_recipe, read_json
 from espnet_kd.topk import TopK, compress
 
 
-class Listener(Recogniser):
-    """A recogniser that gives what the model says of each frame, (T,): p(blank) and the likeliest other token."""
+class FrameRecogniser(Recogniser):
+    """A recogniser that gives for each frame (T,) p(blank) and the likeliest other token."""
 
     def __call__(self, speech: Sequence[np.ndarray]) -> List[TopK]:
-        """Of utterances, each (N_i,) float samples at ``rate`` Hz, as one batch."""
+        """Process utterances, each (N_i,) float samples at ``rate`` Hz, as one batch."""
         logits, frames = self.logits(speech)
         if not logits[valid(frames, logits.size(1)).to(logits.device)].isfinite().all():
             raise UserError("it gives NaN; it has diverged, or its file is damaged")
@@ -38,8 +38,8 @@ class Listener(Recogniser):
 
 
 @dataclass
-class Said:
-    """What a model says of utterances; ``posteriors`` (T,) by utterance id."""
+class FramePosteriors:
+    """The frame posteriors of a model: ``posteriors`` (T,) by utterance id."""
 
     token_list: List[str]
     frame_shift: float  #: seconds
@@ -72,7 +72,7 @@ class Agreement:
             {tokens, matched: share of the teacher's tokens that the student has too, moved: share of these that are on
             another frame, distance: by how many frames on average, delay: mean of all in ms (above 0: later),
             blank, teacher_blank: share of frames, agreement_nb, agreement_bl: share of the teacher's non-blank (blank)
-            frames on which the student says the same}
+            frames on which the student has the same argmax}
         """
         both = sum(self.offsets.values())
         moved = both - self.offsets[0]
@@ -89,7 +89,7 @@ class Agreement:
         }
 
 
-def compare_frames(teacher: Said, student: Said) -> Agreement:
+def compare_frames(teacher: FramePosteriors, student: FramePosteriors) -> Agreement:
     """Count where two models agree, over the utterances of the student.
 
     Frames are laid beside each other as in training (:func:`espnet_kd.frames.align`). Tokens are matched by the fewest
@@ -102,9 +102,9 @@ def compare_frames(teacher: Said, student: Said) -> Agreement:
         raise UserError("its tokens are not the teacher's")
     ratio = nearest_multiple(student.frame_shift, teacher.frame_shift)
     result = Agreement(max(teacher.frame_shift, student.frame_shift))
-    for utt_id, said in student.posteriors.items():
+    for utt_id, own in student.posteriors.items():
         target = teacher.posteriors[utt_id]
-        num = torch.tensor([len(said.log_blank)])
+        num = torch.tensor([len(own.log_blank)])
         theirs = torch.tensor([len(target.log_blank)])
         try:
             aligned, _, both = align(
@@ -112,10 +112,10 @@ def compare_frames(teacher: Said, student: Said) -> Agreement:
             )
         except ValueError as e:
             raise UserError(f"{utt_id}: {e}") from e
-        mine, wanted = said.argmax()[: int(both)], aligned.argmax()[0, : int(both)]
+        mine, wanted = own.argmax()[: int(both)], aligned.argmax()[0, : int(both)]
         nb = wanted != BLANK_ID
         result.frames.update(
-            all=int(num), blank=int((said.argmax() == BLANK_ID).sum()), teacher_all=int(theirs),
+            all=int(num), blank=int((own.argmax() == BLANK_ID).sum()), teacher_all=int(theirs),
             teacher_blank=int((target.argmax() == BLANK_ID).sum()), nb=int(nb.sum()), bl=int((~nb).sum()),
             nb_same=int((mine == wanted)[nb].sum()), bl_same=int((mine == wanted)[~nb].sum()),
         )  # fmt: skip
@@ -138,28 +138,28 @@ def _offset(teacher_frame: int, student_frame: int, ratio: float) -> int:
 
 @dataclass
 class Frames:
-    """What the models of one test set say of some of its utterances; by experiment."""
+    """The outputs of all models for some utterances of one test set, by experiment."""
 
-    said: Dict[str, Said] = field(default_factory=dict)
-    teachers: Dict[str, Said] = field(default_factory=dict)  #: that of each plain or distilled student
+    models: Dict[str, FramePosteriors] = field(default_factory=dict)
+    teachers: Dict[str, FramePosteriors] = field(default_factory=dict)  #: that of each plain or distilled student
     agreements: Dict[str, Agreement] = field(default_factory=dict)
     audio: Dict[str, Tuple[np.ndarray, int]] = field(default_factory=dict)  #: samples (N,) and Hz of those asked for
     num_utts: int = 0
 
 
-def listen(
+def run_models(
     gathered: Gathered, testset: str, num_utts: int, examples: Sequence[str], notes: List[str], progress: bool = True
 ) -> Frames:
     """Run the models of all experiments on ``examples`` and others of a test set, ``num_utts`` in all, evenly spread.
 
-    Where a model or the audio is missing or does not fit, ``notes`` says so and the rest is done.
+    If a model or the audio is missing or does not fit, a line is added to ``notes``, and the rest is done.
     """
     result = Frames()
     rows = [row for row in gathered.rows if row["testset"] == testset]
     models, teachers = _find_models(gathered, rows, notes)
     data = next(filter(None, (find_data(gathered.decoding(row)) for row in rows)), None)
     if data is None:
-        notes.append(f"{testset}: its data dir is not there, so that nothing can be said of its frames")
+        notes.append(f"{testset}: its data dir is not there, so that its frames cannot be compared")
         return result
     with _inside(data[0]):
         try:
@@ -169,21 +169,21 @@ def listen(
             return result
         result.audio = {u.utt_id: (read_audio(u), u.rate) for u in utterances if u.utt_id in examples}
     result.num_utts = len(utterances)
-    heard: Dict[str, Said] = {}
+    outputs: Dict[str, FramePosteriors] = {}
     places = {_key(place): place for place in [*models.values(), *teachers.values()]}
     for key, place in tqdm(places.items(), desc=f"frames of {testset}", unit="model", disable=not progress):
         try:
-            heard[key] = _hear(place, data[0], utterances)
+            outputs[key] = _run_model(place, data[0], utterances)
         except UserError as e:
             notes.append(f"{place[1]}: {e}")
     for name, place in models.items():
-        if _key(place) in heard:
-            result.said[name] = heard[_key(place)]
+        if _key(place) in outputs:
+            result.models[name] = outputs[_key(place)]
     for name, place in teachers.items():
-        if _key(place) in heard and name in result.said:
-            result.teachers[name] = heard[_key(place)]
+        if _key(place) in outputs and name in result.models:
+            result.teachers[name] = outputs[_key(place)]
             try:
-                result.agreements[name] = compare_frames(result.teachers[name], result.said[name])
+                result.agreements[name] = compare_frames(result.teachers[name], result.models[name])
             except UserError as e:
                 notes.append(f"{name}: {e}")
     return result
@@ -204,7 +204,7 @@ def _find_models(
         if recipe is None:
             notes.append(f"{row['experiment']}: the model that decoded it, {given or 'of unknown name'}, is not there")
         else:
-            models[row["experiment"]] = (recipe, given)
+            models[row["experiment"]] = (recipe, str(given))
     theirs = [models[row["experiment"]] for row in rows if row["role"] == "teacher" and row["experiment"] in models]
     teachers: Dict[str, Place] = {}
     for row in rows:
@@ -239,7 +239,7 @@ def _teacher_of(experiment: Path, notes: List[str]) -> Optional[Place]:
             return None
 
 
-def _choose(utterances: Sequence[Utterance], num: int, wanted: Sequence[str]) -> List[Utterance]:
+def _choose(utterances: Sequence[AudioFile], num: int, wanted: Sequence[str]) -> List[AudioFile]:
     """The wanted ones, and others evenly spread: neighbours are often of one speaker."""
     chosen = [u for u in utterances if u.utt_id in wanted]
     others = [u for u in utterances if u.utt_id not in wanted]
@@ -247,18 +247,18 @@ def _choose(utterances: Sequence[Utterance], num: int, wanted: Sequence[str]) ->
     return chosen + [others[i * len(others) // num] for i in range(num)]
 
 
-def _hear(place: Place, data_home: Path, utterances: Sequence[Utterance]) -> Said:
+def _run_model(place: Place, data_home: Path, utterances: Sequence[AudioFile]) -> FramePosteriors:
     with _inside(place[0]):
         config, model_file = find_experiment(place[1])
         model, args = load_model(config, model_file)
-        listener = Listener(model, args, config.parent)
-        shift = measure_frame_shift(model, listener.rate or sampling_rate(args))
-    wrong = next((u for u in utterances if u.rate != (listener.rate or u.rate)), None)
+        recogniser = FrameRecogniser(model, args, config.parent)
+        shift = measure_frame_shift(model, recogniser.rate or sampling_rate(args))
+    wrong = next((u for u in utterances if u.rate != (recogniser.rate or u.rate)), None)
     if wrong is not None:
-        raise UserError(f"it wants {listener.rate} Hz, and {wrong.utt_id} has {wrong.rate} Hz")
+        raise UserError(f"it wants {recogniser.rate} Hz, and {wrong.utt_id} has {wrong.rate} Hz")
     with _inside(data_home):
-        posteriors, _ = recognise(listener, utterances, progress=False)
-    return Said(listener.token_list, shift, posteriors)
+        posteriors, _ = recognise(recogniser, utterances, progress=False)
+    return FramePosteriors(recogniser.token_list, shift, posteriors)
 
 
 @contextlib.contextmanager

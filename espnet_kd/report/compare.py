@@ -86,7 +86,7 @@ def compare(gathered: Gathered) -> List[Kind]:
             groups.setdefault((row["testset"], label(row), row["params"]), []).append(row)
     kinds = []
     for (_, name, _), members in groups.items():
-        if len({r["seed"] for r in members}) < len(members):  # told apart by their tags alone
+        if len({r["seed"] for r in members}) < len(members):  # only their tags distinguish them
             parts = [(f"{name} ({r['experiment']})", [r]) for r in members]
         else:
             parts = [(name, members)]
@@ -105,10 +105,10 @@ def compare(gathered: Gathered) -> List[Kind]:
 
 
 def _order(kind: Kind) -> Tuple:
-    row, known = kind.rows[0], isinstance(kind.against, Difference)
+    row = kind.rows[0]
     role = {"teacher": 0, "plain": 1, "student": 2}.get(row["role"], 3)
-    gain = kind.against.rates["wer"].value if known else 0.0
-    return row["testset"] or "", role, not known, gain, row["params"] or 0, kind.label
+    gain = kind.against.rates["wer"].value if isinstance(kind.against, Difference) else None
+    return row["testset"] or "", role, gain is None, gain or 0.0, row["params"] or 0, kind.label
 
 
 def _mean(rows: Sequence[Row], gathered: Gathered, unit: str) -> Rate:
@@ -116,8 +116,8 @@ def _mean(rows: Sequence[Row], gathered: Gathered, unit: str) -> Rate:
     mean = sum(r[unit] for r in rows) / len(rows)
     if len(rows) == 1:
         return Rate(mean, rows[0][f"{unit}_low"], rows[0][f"{unit}_high"])
-    tables = [read_counts(gathered, r, unit) for r in rows]
-    if None in tables or any(t.utt_ids != tables[0].utt_ids for t in tables) or not tables[0].lengths.sum():
+    tables = _all_counts(gathered, rows, unit)
+    if not tables or any(t.utt_ids != tables[0].utt_ids for t in tables) or not tables[0].lengths.sum():
         return Rate(mean)
     _, low, high, _ = bootstrap_seeds(np.stack([t.errors for t in tables]), tables[0].lengths)
     return Rate(mean, low, high)
@@ -152,8 +152,8 @@ def _against(pairs: Sequence[Tuple[Row, Row]], gathered: Gathered) -> Union[Diff
     rates: Dict[str, Rate] = {}
     plain: Dict[str, float] = {}
     for unit in UNITS:
-        ours, theirs = ([read_counts(gathered, pair[i], unit) for pair in pairs] for i in (0, 1))
-        if None in ours or None in theirs:
+        ours, theirs = (_all_counts(gathered, [pair[i] for pair in pairs], unit) for i in (0, 1))
+        if not ours or not theirs:
             return "no per_utt.tsv: score again"
         ids = ours[0].utt_ids
         if any(table.utt_ids != ids for table in (*ours, *theirs)):
@@ -166,6 +166,12 @@ def _against(pairs: Sequence[Tuple[Row, Row]], gathered: Gathered) -> Union[Diff
         plain[unit] = 100.0 * sum(int(b.errors.sum()) for b in theirs) / (len(theirs) * int(lengths.sum()))
     other_epochs = any(row["epochs"] != other["epochs"] for row, other in pairs)
     return Difference([row["seed"] for row, _ in pairs], rates, plain, len(ids), main, other_epochs)
+
+
+def _all_counts(gathered: Gathered, rows: Sequence[Row], unit: str) -> List[Counts]:
+    """The counts of all rows; an empty list if those of one cannot be read."""
+    found = [counts for row in rows if (counts := read_counts(gathered, row, unit)) is not None]
+    return found if len(found) == len(rows) else []
 
 
 def read_counts(gathered: Gathered, row: Row, unit: str) -> Optional[Counts]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import List, Sequence, Tuple
+from typing import List, Literal, Sequence, Tuple
 
 from espnet_kd.experiments.history import History
 from espnet_kd.report.plotting import add_legend, look, picture, scale_log
@@ -54,7 +54,8 @@ def draw_curves(curves: Sequence[Curve], labels: Sequence[str], path: Path) -> L
         for label in shown:
             colour, marker = look(labels.index(label))
             handles.append(Line2D([], [], color=colour, marker=marker, markersize=5, label=label))
-        for style, label in (("-", "validation"), ("--", "training")):
+        styles: Sequence[Tuple[Literal["-", "--"], str]] = (("-", "validation"), ("--", "training"))
+        for style, label in styles:
             handles.append(Line2D([], [], color="0.3", linestyle=style, label=label))
         add_legend(figure, handles)
     return names

@@ -13,11 +13,11 @@ from espnet_kd.report.spikes import Track, draw_offsets, draw_spikes
 from espnet_kd.report.worst import Chosen, choose_examples, choose_student
 
 HOW = (
-    "CTC says a token where its probability peaks, and blank between. A student that follows its teacher frame by "
+    "CTC gives a token where its probability peaks, and blank between. A student that follows its teacher frame by "
     "frame has its spikes where the teacher has them: dotted lines carry the teacher's down to the students. Pictures "
     "show the four seconds in which the models differ most. The tables count over {} utterances of each test set, "
     "greedily; tokens are matched by the fewest edits, a token stands where its spike begins, and frames are those of "
-    "the slower model. NB and BL are the frames on which the teacher says a token or blank."
+    "the slower model. NB and BL are the frames on which the teacher gives a token or blank."
 )
 
 
@@ -34,18 +34,20 @@ def show_frames(parts: Sequence[Part], pictures: Pictures, num_utts: int, num_ex
 
 def _show(part: Part, testset: str, pictures: Pictures, num_utts: int, num_examples: int, section: Section) -> None:
     # Only here: a report without this section does without models.
-    from espnet_kd.report.alignment import Frames, listen
+    from espnet_kd.report.alignment import Frames, run_models
 
-    where, notes, gathered = part.name(testset), [], part.gathered
+    where, gathered = part.name(testset), part.gathered
+    notes: List[str] = []
     chosen = choose_student(gathered, part.kinds, testset)
     examples = dict(choose_examples(chosen, num_examples)) if chosen else {}
     try:
-        frames = listen(gathered, testset, num_utts, list(examples), notes)
+        frames = run_models(gathered, testset, num_utts, list(examples), notes)
     except UserError as e:
         frames = Frames()
         notes.append(str(e))
     label = label_rows(gathered.rows)
-    lines, offsets = [], {}
+    lines: List[List[str]] = []
+    offsets: Dict[str, Counter] = {}
     for row in gathered.rows:
         agreement = frames.agreements.get(row["experiment"])
         if row["testset"] != testset or agreement is None:
@@ -59,15 +61,16 @@ def _show(part: Part, testset: str, pictures: Pictures, num_utts: int, num_examp
         section.blocks.append(Table(head, lines, f"{where}: {frames.num_utts} utterances"))
         path = pictures.name("offsets")
         if draw_offsets(offsets, part.labels, path):
-            told = "How far the tokens of each kind of student lie from the teacher's, in frames."
-            section.blocks.append(Picture(path, f"Offsets of tokens, {where}", told))
+            caption = "How far the tokens of each kind of student lie from the teacher's, in frames."
+            section.blocks.append(Picture(path, f"Offsets of tokens, {where}", caption))
     if chosen is not None:
         for utt_id, why in examples.items():
             path = pictures.name("spikes")
             tracks = _tracks(chosen, frames, utt_id)
             if tracks and utt_id in frames.audio and draw_spikes(tracks, *frames.audio[utt_id], path):
-                told = f"{utt_id} ({where}); {why} in {chosen.student['experiment']}"
-                section.blocks.append(Picture(path, f"Spikes of {', '.join(t.label for t in tracks)} over time", told))
+                caption = f"{utt_id} ({where}); {why} in {chosen.student['experiment']}"
+                title = f"Spikes of {', '.join(t.label for t in tracks)} over time"
+                section.blocks.append(Picture(path, title, caption))
     if not lines and not notes:
         notes.append(f"{where}: no student to compare with a teacher")
     if notes:
@@ -75,14 +78,14 @@ def _show(part: Part, testset: str, pictures: Pictures, num_utts: int, num_examp
 
 
 def _tracks(chosen: Chosen, frames: Any, utt_id: str) -> List[Track]:
-    """Teacher, plain and distilled student, as far as they were heard."""
+    """Teacher, plain and distilled student, as far as their outputs are there."""
     name = chosen.student["experiment"]
-    said = {"teacher": frames.teachers.get(name)}
+    models = {"teacher": frames.teachers.get(name)}
     if chosen.plain is not None:
-        said["plain student"] = frames.said.get(chosen.plain["experiment"])
-    said[chosen.label] = frames.said.get(name)
+        models["plain student"] = frames.models.get(chosen.plain["experiment"])
+    models[chosen.label] = frames.models.get(name)
     tracks = []
-    for label, model in said.items():
+    for label, model in models.items():
         if model is not None and utt_id in model.posteriors:
             nonblank = 1 - model.posteriors[utt_id].log_blank.exp().numpy()
             spikes = [(n * model.frame_shift, model.token_list[t]) for t, n in model.spikes(utt_id)]
@@ -92,7 +95,8 @@ def _tracks(chosen: Chosen, frames: Any, utt_id: str) -> List[Track]:
 
 def _line(experiment: str, label: str, shares: Dict[str, Optional[float]]) -> List[str]:
     def percent(key: str) -> str:
-        return "–" if shares[key] is None else f"{100 * shares[key]:.1f} %"
+        share = shares[key]
+        return "–" if share is None else f"{100 * share:.1f} %"
 
     distance, delay = shares["distance"], shares["delay"]
     return [

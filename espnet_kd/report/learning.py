@@ -46,7 +46,7 @@ def collect_learning(gathered: Gathered) -> List[Learning]:
     found = []
     for label, curves in groups.items():
         seeds = {rows[c.experiment]["seed"] for c in curves}
-        # Of one seed, they are told apart by their tags alone.
+        # Where two have the same seed, only their tags distinguish them.
         apart = [(f"{label} ({c.experiment})", [c]) for c in curves] if len(seeds) < len(curves) else [(label, curves)]
         found += [_average(name, members, gathered) for name, members in apart]
     return [learning for learning in found if len(learning.epochs)]

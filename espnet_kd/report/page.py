@@ -8,7 +8,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import List, Sequence, Union
+from typing import Any, Callable, Dict, List, Sequence, Union
 
 from espnet_kd.report.worst import Example
 
@@ -70,8 +70,8 @@ def to_markdown(sections: Sequence[Section], home: Path, title: str = "Results")
     for section in sections:
         lines += [f"## {section.title}", "", section.how, ""]
         for block in section.blocks:
-            if getattr(block, "title", ""):
-                lines += [f"### {_escape(block.title)}", ""]
+            if title_of_block := getattr(block, "title", ""):
+                lines += [f"### {_escape(title_of_block)}", ""]
             lines += [*_LINES[block.kind](block, home), ""]
     return "\n".join(lines).rstrip() + "\n"
 
@@ -131,4 +131,9 @@ def _examples(block: Examples, home: Path) -> List[str]:
     return lines
 
 
-_LINES = {"table": _table, "picture": _picture, "items": _items, "examples": _examples}
+_LINES: Dict[str, Callable[[Any, Path], List[str]]] = {
+    "table": _table,
+    "picture": _picture,
+    "items": _items,
+    "examples": _examples,
+}

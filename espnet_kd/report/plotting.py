@@ -6,7 +6,7 @@ import contextlib
 import textwrap
 import warnings
 from pathlib import Path
-from typing import Any, Iterator, Optional, Sequence, Tuple
+from typing import Any, Dict, Iterator, Optional, Sequence, Tuple
 
 from espnet_kd.files import replacing
 
@@ -33,7 +33,7 @@ def picture(path: Path, height: float, rows: int = 1, columns: int = 1, **option
     from matplotlib.figure import Figure  # not pyplot: it keeps figures, and looks for a screen
 
     installed = set(font_manager.get_font_names())
-    style = {
+    style: Dict[Any, Any] = {
         **{"font.size": 9, "axes.titlesize": 10, "axes.labelsize": 9, "legend.fontsize": 9},
         **{"xtick.labelsize": 9, "ytick.labelsize": 9, "axes.spines.top": False, "axes.spines.right": False},
         **{"grid.color": "0.9", "grid.linewidth": 0.6, "axes.axisbelow": True},

@@ -128,7 +128,7 @@ def find_data(decoding: Path) -> Optional[Tuple[Path, str]]:
     for name in (given, f"dump/raw/{decoding.name[len('decode_') :]}"):
         recipe = find_recipe(decoding, name)
         if recipe:
-            return recipe, name
+            return recipe, str(name)
     return None
 
 

@@ -62,7 +62,8 @@ class Pictures:
     """Names for the pictures of one report in its directory."""
 
     def __init__(self, directory: Path):
-        self.directory, self._numbers = directory, Counter()
+        self.directory = directory
+        self._numbers: Counter[str] = Counter()
 
     def name(self, kind: str) -> Path:
         """A file for another picture of this kind."""
@@ -79,12 +80,17 @@ class Pictures:
 
 def tell_verdict(parts: Sequence[Part]) -> Section:
     """In plain words what distillation brought; its first block holds a paragraph for each distilled kind."""
-    told = [text for part in parts for text in make_verdicts(part.kinds, part.where)]
+    verdicts = [text for part in parts for text in make_verdicts(part.kinds, part.where)]
     how = (
         "Each distilled student against the plain student, which has the same size and was trained on the "
         "transcripts alone, and against its teacher."
     )
-    return Section("Verdict", how, [Items(told or ["No distilled student is scored yet."])])
+    return Section("Verdict", how, [Items(verdicts or ["No distilled student is scored yet."])])
+
+
+def texts_of(section: Section) -> List[str]:
+    """The short texts of a section."""
+    return [text for block in section.blocks if isinstance(block, Items) for text in block.texts]
 
 
 def summarise(parts: Sequence[Part]) -> Section:
@@ -93,16 +99,16 @@ def summarise(parts: Sequence[Part]) -> Section:
     for part in parts:
         gathered = part.gathered
         if part.kinds:
-            head = ("method", "test set", "seeds", "parameters", "epochs", "CER", "WER", "WER to plain", "p",
-                    "CER to plain", "Sub/Del/Ins", "real-time factor", "training")  # fmt: skip
+            head = ["method", "test set", "seeds", "parameters", "epochs", "CER", "WER", "WER to plain", "p",
+                    "CER to plain", "Sub/Del/Ins", "real-time factor", "training"]  # fmt: skip
             blocks.append(Table(head, [_compared(kind) for kind in part.kinds], part.where))
         stages = [line for curve in gathered.curves for line in _stages(curve.experiment, curve.stages, gathered)]
         if stages:
-            head = ("experiment", "KD stage", "epochs", "training", "validation loss, first → last", "test set",
-                    "CER", "WER")  # fmt: skip
+            head = ["experiment", "KD stage", "epochs", "training", "validation loss, first → last", "test set",
+                    "CER", "WER"]  # fmt: skip
             blocks.append(Table(head, stages, part.name("KD stages"), folded=True))
-        head = ("experiment", "kind", "seed", "test set", "CER", "WER", "CER to plain", "WER to plain",
-                "real-time factor", "epochs", "training")  # fmt: skip
+        head = ["experiment", "kind", "seed", "test set", "CER", "WER", "CER to plain", "WER to plain",
+                "real-time factor", "epochs", "training"]  # fmt: skip
         label = label_rows(gathered.rows)
         body = [_run(row, label(row), gathered) for row in gathered.rows]
         blocks.append(Table(head, body, part.name("Every run"), folded=True))
@@ -112,7 +118,7 @@ def summarise(parts: Sequence[Part]) -> Section:
 _COMPARISON = (
     "Means over seeds, in percent. To plain: difference in points to the plain student of the same seeds and size; "
     "below 0 is better. In brackets 95 % bootstrap intervals, for differences paired by seed and utterance: over seeds "
-    "and utterances where a line has several seeds, so that they speak for other seeds and utterances of the kind; "
+    "and utterances where a line has several seeds, so that they hold for other seeds and utterances of the same kind; "
     "over utterances alone where it has one seed, and then another seed may well lie outside. With two or three seeds "
     "an interval is rough. p belongs to the difference in WER, of one method alone: of twenty that do nothing, one has "
     "p < 0.05. Sub/Del/Ins: words substituted, deleted, inserted. Real-time factor: the mean over all models of "
@@ -225,7 +231,8 @@ def _compared(kind: Kind) -> List[str]:
         seeds = [r["seed"] for r in rows]
         only = "" if against.seeds == seeds else f" (seeds {' '.join(map(_or_dash, against.seeds))})"
         cer, wer = (
-            f"{rate.value:+.2f} [{rate.low:+.2f}, {rate.high:+.2f}]{only}" for rate in map(against.rates.get, UNITS)
+            f"{rate.value:+.2f} [{rate.low:+.2f}, {rate.high:+.2f}]{only}"
+            for rate in (against.rates[unit] for unit in UNITS)
         )
         differences = [wer, f"{against.rates['wer'].p:.3f}", cer]
     else:
@@ -257,8 +264,8 @@ def _stages(experiment: str, stages: Sequence[History], gathered: Gathered) -> L
         parts = [(number, str(len(history)), history) for number, history in zip(numbers, stages)]
     lines = []
     for number, epochs, history in parts:
-        losses = [history[e].get("valid", {}).get("loss") for e in sorted(history)]
-        losses = [f"{loss:.2f}" for loss in losses if loss is not None]
+        found = (history[e].get("valid", {}).get("loss") for e in sorted(history))
+        losses = [f"{loss:.2f}" for loss in found if loss is not None]
         change = f"{losses[0]} → {losses[-1]}" if losses else "–"
         scored = rows if number == parts[-1][0] else read_scores(gathered.paths[experiment] / f"kd_stage{number}")
         for row in scored or [dict.fromkeys(("testset", *UNITS))]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, List, Sequence, Tuple
+from typing import Any, Dict, List, Sequence, Tuple
 
 import numpy as np
 
@@ -55,7 +55,7 @@ def draw_spikes(tracks: Sequence[Track], samples: np.ndarray, rate: int, path: P
     begin, end = find_window(tracks, len(samples) / rate)
     drawn = {}
     heights = [1.0] * len(tracks) + [0.8]
-    options = {"sharex": True, "gridspec_kw": {"height_ratios": heights, "hspace": 0.05}}
+    options: Dict[str, Any] = {"sharex": True, "gridspec_kw": {"height_ratios": heights, "hspace": 0.05}}
     with picture(path, 1.1 * sum(heights) + 0.3, len(heights), **options) as (figure, axes):
         for i, (axis, track) in enumerate(zip(axes[:, 0], tracks)):
             drawn[track.label] = _draw_track(axis, track, look(i)[0], begin, end)

@@ -35,7 +35,7 @@ def draw_tradeoff(kinds: Sequence[Kind], key: str, labels: Sequence[str], path: 
     with picture(path, height, len(points), len(UNITS)) as (figure, axes):
         for row, (testset, members) in zip(axes, points.items()):
             for axis, unit in zip(row, UNITS):
-                places = [_place(kind, key) for kind in members]
+                places = [place for kind in members if (place := _place(kind, key))]
                 for i, (kind, x) in enumerate(zip(members, places)):
                     colour, marker = look(labels.index(kind.label))
                     x *= 1.07 ** (places[:i].count(x) - (places.count(x) - 1) / 2)

@@ -53,7 +53,7 @@ def _against_plain(kind: Kind) -> str:
         f"{rate.value:+.2f} points, 95 % interval {rate.low:+.2f} to {rate.high:+.2f} over {seeds}{found.utterances} "
         "utterances, "
     )
-    if rate.low <= 0 <= rate.high:
+    if rate.low is not None and rate.high is not None and rate.low <= 0 <= rate.high:
         text += "which includes 0: it may be chance"
     else:
         text += f"which excludes 0: more than chance{'' if seeds else ', for this one seed'}"

@@ -104,9 +104,9 @@ def collect_worst(gathered: Gathered, chosen: Chosen, notes: List[str], audio: A
     groups: Dict[str, List[Example]] = {}
     for what, ids in (("most errors", worst), ("most improved", better), ("most worsened", worse)):
         for u in [u for u in ids if u in reference][:SHOWN]:
-            said = [(name, mark(reference[u], text[u], unit)) for name, text in texts.items() if u in text]
+            shown = [(name, mark(reference[u], text[u], unit)) for name, text in texts.items() if u in text]
             why = f"errors: {errors[u]}" + (f", against the plain student {change[u]:+d}" if u in change else "")
-            groups.setdefault(what, []).append(Example(u, why, reference[u], said, audio.embed(*place, u)))
+            groups.setdefault(what, []).append(Example(u, why, reference[u], shown, audio.embed(*place, u)))
     return groups
 
 

@@ -1,4 +1,4 @@
-"""Targets on disk: what a teacher said of each utterance, kept small and read lazily.
+"""Targets on disk: a teacher's outputs for each utterance, compressed and read lazily.
 
 A cache is a directory::
 
@@ -27,16 +27,16 @@ import re
 import zlib
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
 
 import numpy as np
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines
+from espnet_kd.files import PathLike
 from espnet_kd.strict import check_type, parameters
 from espnet_kd.targets.teacher import Needs
 
-PathLike = Union[str, Path]
 FORMAT = 3
 MEND = "make it again with the same asr_kd_cache command"
 MANIFEST, TOKENS, INDEX = "manifest.json", "tokens.txt", "utterances"
@@ -113,7 +113,8 @@ def read_manifest(cache: PathLike) -> Manifest:
             for name, hint in parameters(kind).items():
                 if name in found:
                     check_type(found[name], hint, f"{path} is damaged: {name}")
-        policy = Policy(**{k: tuple(v) if isinstance(v, list) else v for k, v in policy.items()})
+        kept: Dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in policy.items()}
+        policy = Policy(**kept)
         manifest = Manifest(policy=policy, **content)
         _check_values(manifest)
         return manifest
@@ -160,11 +161,11 @@ def checksum(arrays: Sequence[np.ndarray]) -> int:
     crc = 0
     for x in arrays:
         crc = zlib.crc32(repr(x.shape).encode(), crc)
-        crc = zlib.crc32(np.ascontiguousarray(x), crc)
+        crc = zlib.crc32(np.ascontiguousarray(x).data, crc)
     return crc
 
 
-class Entry(NamedTuple):
+class IndexEntry(NamedTuple):
     """One line of a shard's index, with the offsets in its arks (None where the utterance has no such array)."""
 
     utt_id: str
@@ -179,7 +180,7 @@ def ark_names(policy: Policy) -> Tuple[str, ...]:
     return ("blank", *ROWS, *policy.taps)
 
 
-def read_index(shard: Path, manifest: Manifest) -> Iterator[Entry]:
+def read_index(shard: Path, manifest: Manifest) -> Iterator[IndexEntry]:
     """Yield the utterances of a shard; sizes and offsets are checked, what the arks hold is not.
 
     Raises:
@@ -196,14 +197,14 @@ def read_index(shard: Path, manifest: Manifest) -> Iterator[Entry]:
         if identity != manifest.identity:
             raise UserError(f"{shard} is damaged, or holds the targets of another cache; {MEND}")
         tables = [dict(_read_scp(shard, name, int(size))) for name, size in zip(names, sizes, strict=True)]
-        for number, line in lines:  # noqa: B007 (told below)
+        for number, line in lines:  # noqa: B007 (the message below has it)
             utt_id, frames, rows, crc = line.rsplit(" ", 3)
             offsets = tuple(table.get(utt_id) for table in tables)
             # An utterance without a token has no row, and Kaldi knows no empty matrix.
             missing = [n for n, o in zip(names, offsets) if o is None and (n not in ROWS or int(rows))]
             if missing and int(frames):
                 raise UserError(f"{shard / missing[0]}.scp lacks utterance '{utt_id}'; {MEND}")
-            yield Entry(utt_id, int(frames), int(rows), int(crc), offsets)
+            yield IndexEntry(utt_id, int(frames), int(rows), int(crc), offsets)
     except ValueError as e:
         raise UserError(f"{shard / INDEX}:{number} is damaged; {MEND}") from e
     except OSError as e:
@@ -227,7 +228,7 @@ def _read_scp(shard: Path, name: str, size: int) -> Iterator[Tuple[str, int]]:
         yield utt_id, int(offset)
 
 
-def read_arrays(shard: Path, policy: Policy, entry: Entry) -> List[np.ndarray]:
+def read_arrays(shard: Path, policy: Policy, entry: IndexEntry) -> List[np.ndarray]:
     """The arrays of one utterance, in the order of :func:`ark_names`, checked.
 
     Raises:
@@ -239,7 +240,7 @@ def read_arrays(shard: Path, policy: Policy, entry: Entry) -> List[np.ndarray]:
     return arrays
 
 
-def load_arrays(shard: Path, policy: Policy, entry: Entry) -> List[np.ndarray]:
+def load_arrays(shard: Path, policy: Policy, entry: IndexEntry) -> List[np.ndarray]:
     """The arrays of one utterance, in the order of :func:`ark_names` (UserError: a file is missing or cut)."""
     import kaldiio
 

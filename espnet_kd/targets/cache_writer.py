@@ -10,7 +10,7 @@ import shutil
 import uuid
 from dataclasses import replace
 from pathlib import Path
-from typing import Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Callable, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 import torch
@@ -19,14 +19,14 @@ from espnet_kd import files
 from espnet_kd.cli import UserError
 from espnet_kd.files import locked, replacing
 from espnet_kd.inference.encode import check_taps, half_on_gpu, recording
-from espnet_kd.inference.recognise import Recogniser, Utterance
+from espnet_kd.inference.recognise import AudioFile, Recogniser
 from espnet_kd.losses.common import full_precision
 from espnet_kd.targets.cache import (
     COUNTS,
     INDEX,
     MANIFEST,
     TOKENS,
-    Entry,
+    IndexEntry,
     Manifest,
     Policy,
     ark_names,
@@ -37,8 +37,11 @@ from espnet_kd.targets.cache import (
     read_manifest,
     shard_dir,
 )
-from espnet_kd.targets.nucleus import pack
+from espnet_kd.targets.nucleus import pack_targets
 from espnet_kd.topk import compress
+
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
 # kaldiio's compression_method
 EIGHT_BITS, SIXTEEN_BITS = 2, 3  # scaled by columns, by the matrix's range
@@ -49,7 +52,7 @@ class TargetRecogniser(Recogniser):
     """A teacher that gives each utterance its packed targets instead of a transcript."""
 
     def __init__(
-        self, model: torch.nn.Module, args: argparse.Namespace, config_dir: Union[str, Path] = ".", *, policy: Policy
+        self, model: ESPnetASRModel, args: argparse.Namespace, config_dir: Union[str, Path] = ".", *, policy: Policy
     ):
         super().__init__(model, args, config_dir)
         check_taps(self.model, policy.taps, "teacher")
@@ -65,28 +68,29 @@ class TargetRecogniser(Recogniser):
 
     @torch.inference_mode()
     def __call__(self, speech: Sequence[np.ndarray]) -> List[List[np.ndarray]]:
-        """Targets of utterances, each (N_i,) float samples at ``rate`` Hz, as one batch (see `nucleus.pack`).
+        """Targets of utterances, each (N_i,) float samples at ``rate`` Hz, as one batch (see `nucleus.pack_targets`).
 
         Raises:
             UserError: the model gives NaN.
         """
         with recording(self.own_model.encoder, self.policy.taps) as hidden, self._recording_output(hidden):
             logits, lengths = self.logits(speech)
-        # Where all are too short the encoder has said nothing.
+        # Where all utterances are too short the encoder has no output.
         nothing = logits.new_zeros(*logits.shape[:2], self.model.encoder.output_size())
         packed = []
-        # Utterance by utterance: the log-probabilities of a batch need not exist at once.
+        # AudioFile by utterance: the log-probabilities of a batch need not exist at once.
         for i, n in enumerate(lengths.tolist()):
             rows = logits[i, :n].float()
             if rows.log_softmax(-1).isnan().any():  # an infinite logit becomes one
                 raise self.diverged()
             states = [hidden.get(tap, nothing)[i, :n].float().cpu().numpy() for tap in self.policy.taps]
-            packed.append(pack(compress(rows, self.policy.top_k, self.policy.temperatures), states, self.policy))
+            short = compress(rows, self.policy.top_k, self.policy.temperatures)
+            packed.append(pack_targets(short, states, self.policy))
         return packed
 
     @contextlib.contextmanager
     def _recording_output(self, hidden: Dict[str, torch.Tensor]) -> Iterator[None]:
-        """Put what the CTC head hears, last of all the encoder's output, into ``hidden``."""
+        """Put the input of the CTC head, which is the encoder's output, into ``hidden``."""
 
         def keep(module: torch.nn.Module, inputs: Tuple[torch.Tensor, ...]) -> None:
             hidden["encoder"] = inputs[0]
@@ -98,7 +102,7 @@ class TargetRecogniser(Recogniser):
             handle.remove()
 
 
-def split(utterances: Sequence[Utterance], shard_size: int) -> List[List[Utterance]]:
+def split(utterances: Sequence[AudioFile], shard_size: int) -> List[List[AudioFile]]:
     """Shards of ``shard_size`` utterances, by name: the same whatever job or machine writes them."""
     ordered = sorted(utterances, key=lambda u: u.utt_id.encode())
     return [ordered[i : i + shard_size] for i in range(0, len(ordered), shard_size)]
@@ -138,13 +142,13 @@ def _refuse_held(cache: Path, other: str, jobs: int) -> None:
         ) from e
 
 
-def hash_data(utterances: Sequence[Utterance]) -> str:
+def hash_data(utterances: Sequence[AudioFile]) -> str:
     """SHA-256 of ids, paths and lengths: other audio of the same length in the same file is not noticed."""
     lines = sorted(f"{u.utt_id} {u.path} {u.samples}\n" for u in utterances)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def is_whole(shard: Path, manifest: Manifest, utterances: Sequence[Utterance]) -> bool:
+def is_whole(shard: Path, manifest: Manifest, utterances: Sequence[AudioFile]) -> bool:
     """Whether a shard holds these utterances, undamaged: every array is read."""
     if not shard.is_dir():
         return False
@@ -177,7 +181,7 @@ def _writing(place: Path) -> Iterator[None]:
 
 
 def write_shard(
-    shard: Path, manifest: Manifest, utterances: Sequence[Utterance], targets: Dict[str, List[np.ndarray]]
+    shard: Path, manifest: Manifest, utterances: Sequence[AudioFile], targets: Dict[str, List[np.ndarray]]
 ) -> None:
     """Write a shard beside its place and rename it into place.
 
@@ -211,7 +215,7 @@ def write_shard(
             lines = [" ".join([manifest.identity, *sizes]) + "\n"]
             for u in utterances:
                 blank, rows, *_ = targets[u.utt_id]
-                entry = Entry(
+                entry = IndexEntry(
                     u.utt_id, len(blank), len(rows), 0, tuple(o if o >= 0 else None for o in offsets[u.utt_id])
                 )
                 # Of what is read back: compression is lossy, and what was written wrong shows here.
@@ -315,8 +319,8 @@ def finish(cache: Path, manifest: Manifest) -> Manifest:
 def write_shards(
     cache: Path,
     manifest: Manifest,
-    shards: Sequence[Tuple[int, Sequence[Utterance]]],
-    run: Callable[[Sequence[Utterance]], Dict[str, List[np.ndarray]]],
+    shards: Sequence[Tuple[int, Sequence[AudioFile]]],
+    run: Callable[[Sequence[AudioFile]], Dict[str, List[np.ndarray]]],
     done: Callable[[int], None],
 ) -> int:
     """Write the shards (number, utterances) that are missing or damaged; ``run`` gives targets of utterances.

@@ -17,7 +17,7 @@ from espnet_kd.inference.encode import FEATURE_RATE, EncoderOutputs
 from espnet_kd.targets.cache import (
     MEND,
     TOKENS,
-    Entry,
+    IndexEntry,
     PathLike,
     ark_names,
     hash_tokens,
@@ -26,7 +26,7 @@ from espnet_kd.targets.cache import (
     read_manifest,
     shard_dir,
 )
-from espnet_kd.targets.nucleus import unpack
+from espnet_kd.targets.nucleus import unpack_targets
 from espnet_kd.targets.teacher import Needs
 from espnet_kd.topk import TopK
 
@@ -74,8 +74,8 @@ class CachedTeacher:
         """Width of its hidden states."""
         return self.manifest.hidden_size
 
-    def __contains__(self, utt_id: str) -> bool:
-        return self._find(utt_id) is not None
+    def __contains__(self, utt_id: object) -> bool:
+        return isinstance(utt_id, str) and self._find(utt_id) is not None
 
     def check(self, needed: Needs) -> None:
         """Refuse a method that needs more than was kept (:class:`UserError`)."""
@@ -147,19 +147,19 @@ class CachedTeacher:
         shard, entry = self._entry(utt_id)
         return read_arrays(shard, self.policy, entry)
 
-    def _entry(self, utt_id: str) -> Tuple[Path, Entry]:
+    def _entry(self, utt_id: str) -> Tuple[Path, IndexEntry]:
         """Where an utterance lies."""
         i = self._find(utt_id)
         if i is None:
             raise UserError(f"utterance '{utt_id}' is not in the target cache {self.path}; make it for this data")
         number, frames, rows, crc, *offsets = (int(n) for n in self._numbers[i])
-        entry = Entry(utt_id, frames, rows, crc, tuple(None if o < 0 else o for o in offsets))
+        entry = IndexEntry(utt_id, frames, rows, crc, tuple(None if o < 0 else o for o in offsets))
         return shard_dir(self.path, number), entry
 
     def _unpack(self, utt_ids: Sequence[str], each: Sequence[List[np.ndarray]]) -> TopK:
         """The frames of all utterances, one after another."""
         try:
-            return unpack(each, self.policy, self.manifest.num_tokens)
+            return unpack_targets(each, self.policy, self.manifest.num_tokens)
         except ValueError as e:
             if len(each) > 1:
                 for utt_id, arrays in zip(utt_ids, each):  # whose fault it is

@@ -1,4 +1,4 @@
-"""Targets of utterances that a teacher has seen, found again by utterance id, whatever the batch."""
+"""Targets of utterances that a teacher has processed, kept in memory by utterance id."""
 
 from __future__ import annotations
 
@@ -48,8 +48,8 @@ class Memory:
             ValueError: an utterance has other audio than the first time. Only on a GPU, where looking at once would be
                 a wait, and by a later call; on a CPU the utterance counts as unknown.
         """
-        rows = [self._rows.get((utt_id, *taps)) for utt_id in utt_ids]
-        if any(row is None for row in rows):
+        rows = [row for utt_id in utt_ids if (row := self._rows.get((utt_id, *taps))) is not None]
+        if len(rows) < len(utt_ids):
             return None
         first = rows[0].batch
         whole = len(rows) == len(first.lengths) and all(
@@ -73,13 +73,13 @@ class Memory:
             None if first.decoder is None else one(lambda batch: batch.decoder),
         )
 
-    def remember(self, utt_ids: Sequence[str], taps: Sequence[str], prints: Tensor, said: EncoderOutputs) -> None:
+    def remember(self, utt_ids: Sequence[str], taps: Sequence[str], prints: Tensor, outputs: EncoderOutputs) -> None:
         """Keep the targets of a batch, where there is room for them."""
         new = [(i, key) for i, utt_id in enumerate(utt_ids) if (key := (utt_id, *taps)) not in self._rows]
-        size = sum(x.nbytes for x in (said.logits, said.decoder, *said.hidden.values()) if x is not None)
+        size = sum(x.nbytes for x in (outputs.logits, outputs.decoder, *outputs.hidden.values()) if x is not None)
         if new and size <= self._room:
             self._room -= size
-            self._rows.update((key, _Row(said, prints, i)) for i, key in new)
+            self._rows.update((key, _Row(outputs, prints, i)) for i, key in new)
 
 
 def fingerprints(speech: Tensor, lengths: Tensor) -> Tensor:

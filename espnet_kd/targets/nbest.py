@@ -14,15 +14,14 @@ from __future__ import annotations
 import math
 from array import array
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Sequence, Tuple, Union
+from typing import Dict, Iterator, List, Mapping, Sequence, Tuple
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines
-from espnet_kd.files import replacing
+from espnet_kd.files import PathLike, replacing
 
-PathLike = Union[str, Path]
 #: Hypotheses of one utterance, best first: (log-probability in nats, token ids).
-Hypotheses = Sequence[Tuple[float, Sequence[int]]]
+Hypotheses = List[Tuple[float, Sequence[int]]]
 
 
 def weights(scores: Sequence[float]) -> List[float]:
@@ -52,9 +51,7 @@ def _names(token_list: Sequence[str]) -> List[str]:
     return [f"<id:{i}>" if not t or any(c in t for c in " \t\n\r") else t for i, t in enumerate(token_list)]
 
 
-def read_nbest(
-    path: PathLike, token_list: Sequence[str], blank_id: int = 0
-) -> Dict[str, List[Tuple[float, Sequence[int]]]]:
+def read_nbest(path: PathLike, token_list: Sequence[str], blank_id: int = 0) -> Dict[str, Hypotheses]:
     """Read an N-best file whole.
 
     Args:
@@ -71,7 +68,7 @@ def read_nbest(
             number, an unknown token, an utterance or hypothesis that stands twice; or no such file, or an empty one.
     """
     id_of = {name: i for i, name in enumerate(_names(token_list)) if i != blank_id}
-    found: Dict[str, List[Tuple[float, Sequence[int]]]] = {}
+    found: Dict[str, Hypotheses] = {}
     current = None
     for where, fields in _read_fields(Path(path)):
         if len(fields) < 3:

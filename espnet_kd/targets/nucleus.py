@@ -38,12 +38,20 @@ IN_BYTES, IN_16_BITS = 2**10, 2**16  #: the largest vocabularies of which ids ar
 class Kept(Protocol):
     """What is kept of a frame (see ``cache.Policy``)."""
 
-    mass: float
-    tokens_on: str
-    temperatures: Tuple[float, ...]
+    @property
+    def mass(self) -> float:
+        """The probability that the kept tokens have together, with blank."""
+
+    @property
+    def tokens_on(self) -> str:
+        """The frames whose tokens are kept: ``all`` or ``nonblank``."""
+
+    @property
+    def temperatures(self) -> Tuple[float, ...]:
+        """Temperatures other than 1 at which the posterior is kept."""
 
 
-def pack(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np.ndarray]:
+def pack_targets(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np.ndarray]:
     """What is written of one utterance: its :class:`TopK` of T frames and hidden states (T, D), as float32 arrays."""
     x = x.map(lambda y: y.cpu())
     nonblank = x.argmax() != 0
@@ -74,9 +82,12 @@ def pack(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np.ndarray
     return [*(y.float().numpy() for y in written), *hidden]
 
 
-def unpack(each: Sequence[Sequence[np.ndarray]], policy: Kept, num_tokens: int) -> TopK:
-    """The inverse of :func:`pack` for several utterances: a :class:`TopK` of all their frames, one after another, with
-    the tokens of the longest row. At once, because utterance by utterance the calls would take longer than the work.
+def unpack_targets(each: Sequence[Sequence[np.ndarray]], policy: Kept, num_tokens: int) -> TopK:
+    """The inverse of :func:`pack_targets` for several utterances.
+
+    Returns:
+        A :class:`TopK` of all their frames, one after another, with as many tokens as the longest row has. All
+        utterances are unpacked in one call, because a call for each would take longer than the work.
 
     Raises:
         ValueError: arrays that do not belong together.
@@ -88,23 +99,23 @@ def unpack(each: Sequence[Sequence[np.ndarray]], policy: Kept, num_tokens: int) 
     frames = torch.cat([x[:, 0] + start for x, start in zip(rows, first)]).round().long()
     counts = torch.cat([x[:, 1] for x in rows]).round().long()
     parts = [x[:, 0].split([len(x) - 2 * len(r), len(r), len(r)]) for x, r in zip(codes, rows)]
-    codes = torch.cat([part for place in range(3) for part in (p[place] for p in parts)]).round().long()
+    all_codes = torch.cat([part for place in range(3) for part in (p[place] for p in parts)]).round().long()
     log_blank, odds, norms = _read_blank(torch.cat(columns), policy)
     nonblank, counts = counts > 0, counts.abs()
-    tokens = read_ids(torch.cat(tokens)[:, 0].round().long(), counts, num_tokens)
-    _check(len(odds), frames, counts, tokens, codes, num_tokens)
+    all_tokens = read_ids(torch.cat(tokens)[:, 0].round().long(), counts, num_tokens)
+    _check(len(odds), frames, counts, all_tokens, all_codes, num_tokens)
     width = max(int(counts.max()), 1) if len(counts) else 1
-    all_tokens = torch.zeros(len(odds), width, dtype=torch.int64)
-    log_probs = torch.full(all_tokens.shape, -torch.inf)
+    by_frame = torch.zeros(len(odds), width, dtype=torch.int64)
+    log_probs = torch.full(by_frame.shape, -torch.inf)
     if len(frames):
-        all_tokens[frames] = _spread(tokens, counts, 0)
-        kept = (_normalised(codes, counts) + F.logsigmoid(-odds[frames])[:, None]).float()
+        by_frame[frames] = _spread(all_tokens, counts, 0)
+        kept = (_normalised(all_codes, counts) + F.logsigmoid(-odds[frames])[:, None]).float()
         # Rounding must not change whether blank is the likeliest.
         limit = log_blank[frames]
         above = torch.nextafter(limit, torch.ones_like(limit))
         kept[:, 0] = torch.where(nonblank, torch.maximum(kept[:, 0], above), torch.minimum(kept[:, 0], limit))
         log_probs[frames] = kept
-    return TopK(log_blank, all_tokens, log_probs, num_tokens, norms)
+    return TopK(log_blank, by_frame, log_probs, num_tokens, norms)
 
 
 def _read_blank(columns: Tensor, policy: Kept) -> Tuple[Tensor, Tensor, Dict[float, Tensor]]:
@@ -198,7 +209,7 @@ def _spread(values: Tensor, counts: Tensor, fill: int) -> Tensor:
 
 
 def _check_sizes(columns: Sequence[Tensor], rows: Sequence[Tensor], codes: Sequence[Tensor], policy: Kept) -> None:
-    """Refuse arrays of other shapes than :func:`pack` makes (ValueError)."""
+    """Refuse arrays of other shapes than :func:`pack_targets` makes (ValueError)."""
     for name, wrong in (
         ("blank", any(x.size(1) != 1 + len(policy.temperatures) for x in columns)),
         ("rows", any(bool(((r[:, 0] < -0.5) | (r[:, 0] > len(x) - 0.5)).any()) for r, x in zip(rows, columns))),
@@ -209,7 +220,7 @@ def _check_sizes(columns: Sequence[Tensor], rows: Sequence[Tensor], codes: Seque
 
 
 def _check(num_frames: int, frames: Tensor, counts: Tensor, tokens: Tensor, codes: Tensor, num_tokens: int) -> None:
-    """Refuse numbers that :func:`pack` does not write (ValueError)."""
+    """Refuse numbers that :func:`pack_targets` does not write (ValueError)."""
     for name, wrong in (
         ("rows", (frames < 0) | (frames >= num_frames) | (counts < 1)),
         ("tokens", (tokens < 1) | (tokens >= num_tokens)),

@@ -34,8 +34,8 @@ class OnlineTeacher:
     """Targets from a teacher run now.
 
     Deliberately no ``torch.nn.Module``: hidden from registration, the teacher is in no checkpoint, optimizer or DDP
-    bucket, and ``model.train()`` cannot switch its dropout and batch normalisation on. It hears the batch's ``speech``
-    as it is: SpecAugment acts inside the student.
+    bucket, and ``model.train()`` cannot switch its dropout and batch normalisation on. It is given the batch's
+    ``speech`` without SpecAugment, which acts inside the student.
     """
 
     def __init__(self, experiment: Union[str, Path], memory: float = 0.0):
@@ -79,7 +79,7 @@ class OnlineTeacher:
         check_taps(self._model, needed.taps, "teacher")
 
     def probe(self, speech: Tensor, speech_lengths: Tensor) -> EncoderOutputs:
-        """What it says of a test signal (:class:`UserError`: audio where it is fed with features, or the like)."""
+        """Its outputs for a test signal (:class:`UserError`: audio where it takes features, or the like)."""
         given, wanted = (f"features of width {w[0]}" if w else "audio" for w in (speech.shape[2:], self._input_width))
         if given != wanted:
             raise UserError(f"the student is fed with {given}, the teacher {self.name} with {wanted}")
@@ -105,13 +105,13 @@ class OnlineTeacher:
         text: Optional[Tensor] = None,
         text_lengths: Optional[Tensor] = None,
     ) -> EncoderOutputs:
-        """What the teacher says of a batch: its encoder in bf16 on a GPU that has it, its CTC head in float32.
+        """The teacher's outputs for a batch: its encoder in bf16 on a GPU that has it, its CTC head in float32.
 
         Args:
             utt_ids: B names.
             speech: (B, samples) · speech_lengths: (B,)
             taps: where hidden states are wanted; ``decoder`` for the attention decoder's outputs
-            text: (B, L) · text_lengths: (B,); what the decoder is led by
+            text: (B, L) · text_lengths: (B,); the labels that the decoder gets as its input
         """
         prints = None
         if utt_ids and self._memory.size:
@@ -123,7 +123,7 @@ class OnlineTeacher:
             if known is not None:
                 return known
         model = self._model.eval()
-        said_by_decoder = None
+        decoded = None
         if self._volume is not None and not self._input_width:
             speech = to_volume(speech, self._volume)
         too_short = speech_lengths < self._least
@@ -134,14 +134,15 @@ class OnlineTeacher:
         with half_on_gpu(speech.device):
             out, lengths, _, hidden = encode(model, speech, speech_lengths, taps)
             if "decoder" in taps:
+                assert text_lengths is not None  # the page's objectives need transcripts, which were checked for
                 labels, _ = add_sos_eos(text, model.sos, model.eos, model.ignore_id)
-                said_by_decoder = model.decoder(out, lengths, labels, text_lengths + 1)[0]
+                decoded = model.decoder(out, lengths, labels, text_lengths + 1)[0]
         lengths = lengths.masked_fill(too_short, 0)
         head = model.ctc.ctc_lo
         with torch.autocast(speech.device.type, enabled=False):  # the student's AMP
             logits = head(out.to(head.weight.dtype))
         hidden = {tap: full_precision(h) for tap, h in hidden.items()}
-        said = EncoderOutputs(logits, lengths, self.frame_shift, hidden, said_by_decoder)
+        outputs = EncoderOutputs(logits, lengths, self.frame_shift, hidden, decoded)
         if prints is not None:
-            self._memory.remember(utt_ids, taps, prints, said)
-        return said
+            self._memory.remember(utt_ids, taps, prints, outputs)
+        return outputs

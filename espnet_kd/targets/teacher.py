@@ -1,4 +1,4 @@
-"""What a teacher is to the KD model, and several of them as one."""
+"""The protocol of teachers, and the average of several teachers as one."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Teacher(Protocol):
         """Refuse what it cannot give (:class:`UserError`)."""
 
     def probe(self, speech: Tensor, speech_lengths: Tensor) -> EncoderOutputs:
-        """Lengths for a test signal; what else there is means nothing."""
+        """Lengths for a test signal; the other outputs have no meaning."""
 
     def state_dict(self) -> Dict[str, Tensor]:
         """Its parameters and buffers by name."""
@@ -59,7 +59,7 @@ class Teacher(Protocol):
         text: Optional[Tensor] = None,
         text_lengths: Optional[Tensor] = None,
     ) -> EncoderOutputs:
-        """What it says of a batch (see :meth:`espnet_kd.targets.online.OnlineTeacher.targets`)."""
+        """Its outputs for a batch (see :meth:`espnet_kd.targets.online.OnlineTeacher.targets`)."""
 
 
 class SeveralTeachers:
@@ -140,10 +140,10 @@ class SeveralTeachers:
             ]
         )
 
-    def _together(self, said: Sequence[EncoderOutputs]) -> EncoderOutputs:
-        """One teacher's outputs of several's."""
-        frames = min(s.logits.size(1) for s in said)
-        lengths = torch.stack([s.lengths for s in said])
+    def _together(self, each: Sequence[EncoderOutputs]) -> EncoderOutputs:
+        """Combine the outputs of several teachers into those of one."""
+        frames = min(s.logits.size(1) for s in each)
+        lengths = torch.stack([s.lengths for s in each])
         apart = (lengths.max(0).values - lengths.min(0).values).max() > 2
         try:
             self._check_lengths(
@@ -152,11 +152,11 @@ class SeveralTeachers:
         except ValueError as e:
             raise UserError(str(e)) from e
         return EncoderOutputs(
-            self._average([s.logits[:, :frames] for s in said]),
+            self._average([s.logits[:, :frames] for s in each]),
             lengths.min(0).values.clamp(max=frames),
             self.frame_shift,
-            {tap: h[:, :frames] for tap, h in said[0].hidden.items()},
-            None if said[0].decoder is None else self._average([s.decoder for s in said]),
+            {tap: h[:, :frames] for tap, h in each[0].hidden.items()},
+            None if each[0].decoder is None else self._average([s.decoder for s in each if s.decoder is not None]),
         )
 
     def _average(self, logits: Sequence[Tensor]) -> Tensor:

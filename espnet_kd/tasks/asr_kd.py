@@ -33,7 +33,7 @@ from espnet_kd.files import sha256_of
 from espnet_kd.offline import ASRTask
 from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.loading import Loading
-from espnet_kd.targets.nbest import read_nbest
+from espnet_kd.targets.nbest import Hypotheses, read_nbest
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate
 from espnet_kd.targets.teacher import SeveralTeachers, Teacher
 
@@ -144,7 +144,7 @@ class ASRKDTask(ASRTask):
             hand_over(Path(args.output_dir), cls.plan, epoch, stopped=ended and args.patience is not None)
 
     @staticmethod
-    def _nbest(args: argparse.Namespace) -> Optional[Dict[str, List[Tuple[float, Sequence[int]]]]]:
+    def _nbest(args: argparse.Namespace) -> Optional[Dict[str, Hypotheses]]:
         if args.nbest is None:
             return None
         nbest = read_nbest(Path(args.nbest), args.token_list)

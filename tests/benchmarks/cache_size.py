@@ -31,7 +31,7 @@ from espnet_kd.losses import factorized_kl
 from espnet_kd.targets.cache import Policy, ark_names
 from espnet_kd.targets.cache_writer import compression
 from espnet_kd.targets.cached import pad
-from espnet_kd.targets.nucleus import pack, unpack
+from espnet_kd.targets.nucleus import pack_targets, unpack_targets
 from espnet_kd.topk import Posterior, TopK, compress
 
 WITHIN = 0.01  #: of value and gradient
@@ -76,7 +76,7 @@ class Way:
             return x
         policy = Policy(self.k, self.mass)
         back: List[np.ndarray] = []
-        for name, x in zip(ark_names(policy), pack(compress(logits, self.k), [], policy)):
+        for name, x in zip(ark_names(policy), pack_targets(compress(logits, self.k), [], policy)):
             if x.size:
                 ark = io.BytesIO()
                 kaldiio.save_ark(ark, {utt_id: x}, compression_method=compression(name, x, policy))
@@ -88,7 +88,7 @@ class Way:
                 ark.seek(len(f"{utt_id} ".encode()))
                 x = np.array(kaldiio.matio.read_kaldi(ark), dtype=np.float32)
             back.append(x)
-        return unpack([back], policy, logits.size(-1))
+        return unpack_targets([back], policy, logits.size(-1))
 
     def row(self, full: float, norm: float, frames: int, spoken: int, frame_shift: float) -> Tuple[str, bool, float]:
         """A line of the table, whether it is within 1 %, and its bytes per frame at 40 ms."""

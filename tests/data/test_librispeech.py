@@ -64,7 +64,7 @@ def test_split_by_speaker(tmp_path: Path) -> None:
     assert len(chosen) > 1
     with pytest.raises(UserError, match="has 5 speakers; take 1 to 4"):
         prepare_librispeech(tmp_path / "data", root, split_by_speaker=["train-clean-5"], speakers_test=5)
-    with pytest.raises(UserError, match="--split_by_speaker has to say"):
+    with pytest.raises(UserError, match="give the part with --split_by_speaker"):
         prepare_librispeech(tmp_path / "data", root, train_parts=["train-clean-5"], valid_parts=[], speakers_test=1)
 
 

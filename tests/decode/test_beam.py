@@ -33,7 +33,7 @@ def enumerate_texts(log_probs, blank_id=0, drop=()):
         text = tuple(k for k, _ in itertools.groupby(path) if k != blank_id)
         if not set(path) & set(drop):
             total[text] += math.prod(row[k] for row, k in zip(probs, path))
-    return sorted(((list(t), math.log(p)) for t, p in total.items() if p > 0), key=lambda h: -h[1])
+    return sorted(((math.log(p), list(t)) for t, p in total.items() if p > 0), key=lambda h: -h[0])
 
 
 def posteriors(*shape, seed=0, scale=2.0):
@@ -41,8 +41,8 @@ def posteriors(*shape, seed=0, scale=2.0):
 
 
 def assert_same(found, expected):
-    assert [ids for ids, _ in found] == [ids for ids, _ in expected]
-    assert [s for _, s in found] == pytest.approx([s for _, s in expected], abs=1e-5)
+    assert [ids for _, ids in found] == [ids for _, ids in expected]
+    assert [s for s, _ in found] == pytest.approx([s for s, _ in expected], abs=1e-5)
 
 
 @pytest.mark.parametrize("frames, vocabulary", [(1, 4), (2, 3), (4, 3), (5, 4)])
@@ -53,7 +53,7 @@ def test_wide_beam_finds_every_text_with_its_probability(frames, vocabulary, bla
     every = 4 * vocabulary**frames
     found = ctc_nbest(log_probs, torch.tensor([frames]), nbest=every, beam_size=every, blank_id=blank)[0]
     assert_same(found, enumerate_texts(log_probs[0], blank))
-    assert math.fsum(math.exp(s) for _, s in found) == pytest.approx(1, abs=1e-5)
+    assert math.fsum(math.exp(s) for s, _ in found) == pytest.approx(1, abs=1e-5)
 
 
 def test_tokens_tried_are_the_likeliest_of_each_frame():
@@ -80,10 +80,10 @@ def test_padding_is_not_searched():
     for row, n in zip(padded, lengths):
         row[n:] = math.nan
     found = ctc_nbest(padded, lengths, nbest=3, beam_size=999)
-    assert found[1] == [([], 0.0)]
+    assert found[1] == [(0.0, [])]
     for b in (0, 2, 3):
         assert_same(found[b], enumerate_texts(log_probs[b, : lengths[b]])[:3])
-    assert ctc_nbest(log_probs[:, :0], torch.zeros(4, dtype=torch.long), nbest=3, beam_size=3) == [[([], 0.0)]] * 4
+    assert ctc_nbest(log_probs[:, :0], torch.zeros(4, dtype=torch.long), nbest=3, beam_size=3) == [[(0.0, [])]] * 4
     assert ctc_nbest(log_probs[:0], lengths[:0], nbest=3, beam_size=3) == []
 
 
@@ -94,9 +94,9 @@ def test_peaky_posteriors_give_the_greedy_text_first():
     lengths = torch.tensor([7, 7, 6, 7])
     greedy = ctc_greedy(log_probs, lengths)
     found = ctc_nbest(log_probs, lengths, nbest=5, beam_size=10)
-    assert [h[0][0] for h in found] == [ids for ids, _ in greedy] == [[3], [1, 1, 2, 1], [4, 2, 2], []]
+    assert [h[0][1] for h in found] == [ids for ids, _ in greedy] == [[3], [1, 1, 2, 1], [4, 2, 2], []]
     for hypotheses, (_, best_path) in zip(found, greedy):
-        scores = [s for _, s in hypotheses]
+        scores = [s for s, _ in hypotheses]
         assert len(scores) == 5 and scores == sorted(scores, reverse=True)
         assert best_path <= scores[0] <= 0  # other alignments are added to the best
         assert scores[1] < scores[0] - 3
@@ -174,9 +174,9 @@ def test_command_writes_the_nbest_of_all_data_dirs(tmp_path, expdir, dirs, waves
         expected = ctc_nbest(
             logits.log_softmax(-1), frames, nbest=4, beam_size=50, beam_size_token=20, drop=[len(tiny_asr.TOKENS) - 1]
         )[0]
-        assert [list(ids) for _, ids in found[utt_id]] == [ids for ids, _ in expected]
-        assert [s for s, _ in found[utt_id]] == pytest.approx([s for _, s in expected], abs=1e-3)
-        assert len(expected) == 4 and expected[0][0]
+        assert [list(ids) for _, ids in found[utt_id]] == [ids for _, ids in expected]
+        assert [s for s, _ in found[utt_id]] == pytest.approx([s for s, _ in expected], abs=1e-3)
+        assert len(expected) == 4 and expected[0][1]
 
 
 def test_finished_file_is_kept_until_something_changes(tmp_path, expdir, dirs):
@@ -275,10 +275,10 @@ def test_ngram_scores_are_added_to_those_of_ctc(tmp_path, weight):
     search = BeamSearch(names, nbest=999, beam_size=999, drop=[4], ngram_file=arpa, ngram_weight=weight)
     for found, rows in zip(search(log_probs, torch.tensor([4, 4])), log_probs):
         expected = [
-            (ids, score + weight * ngram_score(ids, names, unigrams, bigrams))
-            for ids, score in enumerate_texts(rows, drop=[4])
+            (score + weight * ngram_score(ids, names, unigrams, bigrams), ids)
+            for score, ids in enumerate_texts(rows, drop=[4])
         ]
-        assert_same(found, sorted(expected, key=lambda h: -h[1]))
+        assert_same(found, sorted(expected, key=lambda h: -h[0]))
 
 
 @pytest.mark.parametrize(

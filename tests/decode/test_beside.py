@@ -48,7 +48,7 @@ def test_all_labels_and_an_n_gram_model(tmp_path):
 
 def test_nothing_to_search(beside):
     assert beside(posteriors(0, 4, 6), torch.zeros(0, dtype=torch.long)) == []
-    assert beside(posteriors(2, 4, 6)[:, :0], torch.zeros(2, dtype=torch.long)) == [[([], 0.0)]] * 2
+    assert beside(posteriors(2, 4, 6)[:, :0], torch.zeros(2, dtype=torch.long)) == [[(0.0, [])]] * 2
 
 
 def test_mistakes_are_told_here(beside):

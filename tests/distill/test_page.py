@@ -84,11 +84,11 @@ REFUSED = {
     "key of the page's ctc": (edited("ctc", {"pre": 1}), r"ctc: unknown key 'pre'; did you mean 'per'"),
     "option": (
         edited("stages", 1, "objectives", 0, "temprature", 2),
-        r"stages\[1\].objectives\[0\]: unknown key 'temprature'; did you mean 'temperature'",
+        r"stages\[1\].objectives\[0\] \(kl\): unknown key 'temprature'; did you mean 'temperature'",
     ),
     "another objective's option": (
         edited("stages", 1, "objectives", 0, "blank_weight", 2),
-        r"objectives\[0\]: unknown key 'blank_weight'.*known: objective, weight, temperature, tau_squared, frames, per",
+        r"\(kl\): unknown key 'blank_weight'.*known: objective, weight, per, temperature, tau_squared, frames",
     ),
     "objective": (edited("stages", 0, "objectives", 0, "objective", "blank_lk"), "'blank_lk'; did you mean 'blank_kl'"),
     "no objective": (edited("stages", 0, "objectives", 0, {"weight": 1}), r"objectives\[0\]: objective is missing"),
@@ -97,7 +97,7 @@ REFUSED = {
         edited("stages", 1, "objectives", 0, {"objective": "layer_pruning"}),
         r"stages\[1\]: layer_pruning sets where training begins, so that it belongs in the first KD stage",
     ),
-    "number": (edited("stages", 1, "objectives", 0, "temperature", "hot"), r"\[0\].temperature.*number.*'hot'"),
+    "number": (edited("stages", 1, "objectives", 0, "temperature", "hot"), r"\[0\] \(kl\): temperature.*number.*'hot'"),
     "flag for a number": (
         edited("stages", 1, "objectives", 0, "temperature", True),
         "temperature: expected a number, found True",
@@ -106,9 +106,9 @@ REFUSED = {
         edited("stages", 1, "objectives", 0, "tau_squared", 1),
         "tau_squared: expected true or false, found 1",
     ),
-    "range": (edited("stages", 1, "objectives", 0, "temperature", 0), r"objectives\[0\]: temperature.*above 0.*not 0"),
-    "per": (edited("stages", 1, "objectives", 0, "per", "label"), r"objectives\[0\]: per.*frame or utterance"),
-    "per of ctc": (edited("ctc", {"per": "frame"}), "ctc.per must be one of utterance, label, not 'frame'"),
+    "range": (edited("stages", 1, "objectives", 0, "temperature", 0), r"\[0\] \(kl\): temperature.*above 0.*not 0"),
+    "per": (edited("stages", 1, "objectives", 0, "per", "frames"), r"\[0\] \(kl\): per: .*did you mean 'frame'"),
+    "per of ctc": (edited("ctc", {"per": "frame"}), "ctc.per: unknown value 'frame'.*known: utterance, label"),
     "weight": (
         edited("stages", 0, "objectives", 0, "weight", "big"),
         r"objectives\[0\].weight: expected a number, or a ramp .*, found 'big'",
@@ -122,8 +122,8 @@ REFUSED = {
     "share sum": (edited("stages", 0, "share", 0.3), "add up to 1.1, not 1"),
     "share": (edited("stages", 0, "share", 0), r"stages\[0\].share must be above 0"),
     "share not a number": (edited("stages", 0, "share", float("nan")), "share"),
-    "choice": (edited("teacher", "maybe"), "teacher must be one of required, none, not 'maybe'"),
-    "pool": (edited("pool", "max"), "pool must be one of least_blank, mean"),
+    "choice": (edited("teacher", "require"), "teacher: unknown value 'require'; did you mean 'required'"),
+    "pool": (edited("pool", "max"), "pool: unknown value 'max' .known: least_blank, mean"),
     "init_from": (edited("init_from", "best"), "page.yaml: unknown key 'init_from'"),
     "keep before there is any": (
         edited("stages", 0, "keep", ["kl"]),
@@ -180,7 +180,7 @@ REFUSED = {
     "not a page": (["teacher"], r"page.yaml: expected a mapping, found \['teacher'\]"),
     "distance": (
         edited("stages", 0, "objectives", 0, {"objective": "factorized_representation", "distance": "l1"}),
-        "distance: must be cosine or l2, not 'l1'",
+        r"objectives\[0\] \(factorized_representation\): distance: unknown value 'l1'.*cosine, l2",
     ),
     "taps": (
         edited("stages", 0, "objectives", 0, {"objective": "factorized_representation", "taps": ["encoder"]}),
@@ -271,6 +271,8 @@ def test_ramp(write_page):
 
 
 OUTSIDE = """
+from dataclasses import dataclass
+from typing import Literal
 from espnet_kd.distill.objectives import Objective
 class Mine(Objective):
     def __init__(self, strength: float = 1.0, layer: int = None, per="frame"):
@@ -280,6 +282,9 @@ class Needy(Objective):
     def __init__(self, size: int):
         super().__init__()
         self.size = size
+@dataclass(kw_only=True)
+class Short(Objective):
+    norm: Literal["l1", "l2"] = "l2"
 class Other: pass
 """
 
@@ -294,10 +299,13 @@ def outside(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     "options, attributes",
-    [({}, {"strength": 1.0}), *(({k: v}, {k: v}) for k, v in [("strength", 3), ("layer", 2), ("size", 5)])],
+    [
+        ({}, {"strength": 1.0}),
+        *(({k: v}, {k: v}) for k, v in [("strength", 3), ("layer", 2), ("size", 5), ("norm", "l1")]),
+    ],
 )
 def test_an_objective_from_outside(write_page, outside, options, attributes):
-    name = "outside_kd.Needy" if "size" in options else "outside_kd.Mine"
+    name = f"outside_kd.{'Needy' if 'size' in options else 'Short' if 'norm' in options else 'Mine'}"
     page = load_page(str(write_page(edited("stages", 0, "objectives", 0, {"objective": name, **options}))))
     spec = page.stages[0].objectives[0]
     assert spec.key == name.split(".")[1]  # in statistics and under kd_heads, where dots are forbidden
@@ -311,7 +319,9 @@ def test_an_objective_from_outside(write_page, outside, options, attributes):
         ({"objective": "nowhere_kd.Mine"}, "cannot import objective nowhere_kd.Mine.*PYTHONPATH"),
         ({"objective": "outside_kd.Other"}, "outside_kd.Other is not a subclass of .*Objective"),
         ({"objective": "outside_kd.Mine", "strenght": 1}, "unknown key 'strenght'; did you mean 'strength'"),
-        ({"objective": "outside_kd.Needy"}, r"objectives\[0\]: size is missing"),
+        ({"objective": "outside_kd.Short", "norm": "l3"}, r"\[0\] \(outside_kd.Short\): norm: .*'l3'.*known: l1, l2"),
+        ({"objective": "outside_kd.Short", "per": "frames"}, r"Short\): per: .*'frames'; did you mean 'frame'"),
+        ({"objective": "outside_kd.Needy"}, r"objectives\[0\] \(outside_kd.Needy\): size is missing"),
     ],
 )
 def test_refused_from_outside(write_page, outside, entry, message):

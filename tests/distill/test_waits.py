@@ -86,7 +86,7 @@ def test_no_page_makes_the_host_wait(name, cached, teacher_dir, tmp_path):
     """In every KD stage; with the teacher beside, and with its targets as the data loader brings them."""
     page = load_page(name)
     if cached and (page.teacher == "none" or not any(
-        o.make().hears_teacher for s in page.stages for o in s.objectives
+        o.make().uses_teacher for s in page.stages for o in s.objectives
     )):  # fmt: skip
         pytest.skip("the page reads no targets")
     directory = teacher_dir

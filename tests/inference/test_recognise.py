@@ -18,8 +18,8 @@ from espnet_kd.cli import UserError
 from espnet_kd.decode.decodings import decode_dir, describe_inputs
 from espnet_kd.experiments.models import find_experiment, load_model
 from espnet_kd.inference.recognise import (
+    AudioFile,
     Recogniser,
-    Utterance,
     build_detokeniser,
     make_batches,
     normalise,
@@ -122,7 +122,7 @@ def test_wrong_keys_are_refused_by_name(tmp_path, expdir, change):
 
 def test_batches_are_bounded_sorted_and_complete():
     lengths = [3, 50, 7, 7, 1, 20, 19]
-    utterances = [Utterance(f"u{i}", "", n * 16000, 16000) for i, n in enumerate(lengths)]
+    utterances = [AudioFile(f"u{i}", "", n * 16000, 16000) for i, n in enumerate(lengths)]
     batches = make_batches(utterances, 40.0)
     assert sorted(u.utt_id for b in batches for u in b) == sorted(u.utt_id for u in utterances)
     flat = [u.samples for b in batches for u in b]
@@ -303,4 +303,4 @@ def test_damaged_audio_is_named(tmp_path, kind, message):
         content[middle : middle + 400] = bytes(400)
     path.write_bytes(content[:middle] if kind == "wav" else content)
     with pytest.raises(UserError, match=f"utterance u1: .*{path.name}.* {message}"):
-        read_audio(Utterance("u1", str(path), len(samples), 16000))
+        read_audio(AudioFile("u1", str(path), len(samples), 16000))

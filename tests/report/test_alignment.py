@@ -15,7 +15,7 @@ from tiny_results import describe, experiment, texts
 
 from espnet_kd.bin import asr_kd_inference, asr_kd_report
 from espnet_kd.cli import UserError
-from espnet_kd.report.alignment import Said, _offset, compare_frames
+from espnet_kd.report.alignment import FramePosteriors, _offset, compare_frames
 from espnet_kd.topk import compress
 
 TOKENS = ["<blank>", *"abcdef"]
@@ -27,7 +27,7 @@ def said(*paths: str, frame_shift=0.04, token_list=TOKENS):
     posteriors = {
         f"u{i}": compress(5.0 * torch.nn.functional.one_hot(x, len(TOKENS)).float(), 1) for i, x in enumerate(ids)
     }
-    return Said(list(token_list), frame_shift, posteriors)
+    return FramePosteriors(list(token_list), frame_shift, posteriors)
 
 
 def test_spikes_are_where_tokens_begin():

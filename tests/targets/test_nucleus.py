@@ -16,10 +16,10 @@ from espnet_kd.targets.nucleus import (
     SPAN,
     dequantise,
     in_nucleus,
-    pack,
+    pack_targets,
     quantise,
     read_ids,
-    unpack,
+    unpack_targets,
     write_ids,
 )
 from espnet_kd.topk import compress
@@ -36,12 +36,12 @@ def logits(frames, num_tokens, seed=0, scale=3.0):
 def written_and_read(targets, policy, place):
     """Through Kaldi's arks, and the bytes that each of them takes."""
     back, sizes = [], {}
-    for name, x in zip(ark_names(policy), pack(targets, [], policy)):
+    for name, x in zip(ark_names(policy), pack_targets(targets, [], policy)):
         file = place / name
         kaldiio.save_mat(str(file), x, compression_method=compression(name, x, policy))
         back.append(np.array(kaldiio.load_mat(str(file)), dtype=np.float32))
         sizes[name] = file.stat().st_size
-    return unpack([back], policy, targets.num_tokens), sizes
+    return unpack_targets([back], policy, targets.num_tokens), sizes
 
 
 @pytest.mark.parametrize("mass", [0.5, 0.9, 0.99, 1.0])
@@ -169,13 +169,13 @@ def test_few_frames_and_certain_ones(tokens_on, frames, certain, tmp_path):
     targets = compress(x, 5)
     policy = Policy(5, 0.99, tokens_on)
     if frames:
-        arrays = pack(targets, [], policy)
-        got = unpack([arrays], policy, 9)
+        arrays = pack_targets(targets, [], policy)
+        got = unpack_targets([arrays], policy, 9)
         torch.testing.assert_close(got.log_blank.exp(), targets.log_blank.exp(), atol=1e-3, rtol=0)
         assert torch.equal(got.argmax(), targets.argmax())
         assert not got[got.log_probs[:, 0] > -torch.inf].remainder_at(1.0).isnan().any()
     else:
-        assert [len(a) for a in pack(targets, [], policy)] == [0, 0, 0, 0]
+        assert [len(a) for a in pack_targets(targets, [], policy)] == [0, 0, 0, 0]
 
 
 def test_blank_is_the_likeliest_after_rounding_exactly_where_it_was(tmp_path):
@@ -195,26 +195,26 @@ def test_blank_is_the_likeliest_after_rounding_exactly_where_it_was(tmp_path):
 ])  # fmt: skip
 def test_arrays_that_do_not_belong_together_are_refused(name, index, value):
     policy = Policy(12, 0.98)
-    arrays = pack(compress(logits(50, 40), 12), [], policy)
+    arrays = pack_targets(compress(logits(50, 40), 12), [], policy)
     place = ark_names(policy).index(name)
     if value is None:
         arrays[place] = np.concatenate([arrays[place]] * 2, 1)
     else:
         arrays[place][index] = value
     with pytest.raises(ValueError, match=r"\.ark holds no such array"):
-        unpack([arrays], policy, 40)
+        unpack_targets([arrays], policy, 40)
 
 
 def test_several_utterances_at_once():
     """Of different lengths, one without a row and one without a frame between."""
     policy = Policy(12, 0.98, temperatures=(2.0,))
     targets = [compress(logits(n, 40, seed=n), 12, (2.0,)) for n in (30, 1, 7)]
-    arrays = [pack(x, [], policy) for x in targets]
+    arrays = [pack_targets(x, [], policy) for x in targets]
     empty = [a[:0] for a in arrays[0]]
     assert len(arrays[1][1]) == 0  # a blank frame alone
-    together = unpack([arrays[0], empty, arrays[1], arrays[2]], policy, 40)
+    together = unpack_targets([arrays[0], empty, arrays[1], arrays[2]], policy, 40)
     start = 0
-    for x in (unpack([a], policy, 40) for a in arrays):
+    for x in (unpack_targets([a], policy, 40) for a in arrays):
         n, k = x.tokens.shape
         part = together[slice(start, start + n)]
         assert torch.equal(part.log_blank, x.log_blank) and torch.equal(part.norms[2.0], x.norms[2.0])

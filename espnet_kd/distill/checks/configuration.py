@@ -66,7 +66,7 @@ def _check_option(action: argparse.Action, value: Any, where: str) -> None:
         return
     if isinstance(value, str) and action.type is not None:  # argparse converts a default that is a word
         try:
-            value = action.type(value)
+            value = action.type(value)  # type: ignore[operator]  # a string would name a type of the parser; none has
         except (ValueError, TypeError, argparse.ArgumentTypeError) as e:
             wanted = describe(hint) if hint else "another value"
             raise UserError(f"{where}: expected {wanted}, found {value!r}") from e

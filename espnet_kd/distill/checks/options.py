@@ -55,7 +55,7 @@ def check_packages(args: argparse.Namespace) -> None:
     needed = [p for p in PACKAGES if getattr(args, p[0], None) == (True if p[1] is None else p[1])]
     if getattr(args, "use_adapter", False):
         module, package = ADAPTERS.get(args.adapter, (None, None))
-        if module is None:
+        if module is None or package is None:
             raise UserError(f"--adapter {args.adapter}: known are {', '.join(ADAPTERS)}")
         needed.append(("adapter", args.adapter, module, package))
     for option, value, module, package in needed:

@@ -57,8 +57,8 @@ def check_pair(student: ESPnetASRModel, teacher: Teacher, rate: float) -> None:
         UserError: naming the tokens or the rates that differ.
     """
     if rate != teacher.sampling_rate:
-        theirs = f"{teacher.name} of {teacher.sampling_rate:g} Hz"
-        raise UserError(f"the student takes audio of {rate:g} Hz, the teacher {theirs}")
+        other = f"{teacher.name} of {teacher.sampling_rate:g} Hz"
+        raise UserError(f"the student takes audio of {rate:g} Hz, the teacher {other}")
     mine, theirs = list(student.token_list), teacher.token_list
     if mine == theirs:
         return

@@ -1,7 +1,7 @@
-"""Objectives: what pulls the student toward the teacher. One class each, looked up by name in a method page.
+"""Objectives: the losses that train a student to follow its teacher. Each is a class that method pages name.
 
-A new one is a subclass of :class:`Objective` with ``compute``, and a line in ``OBJECTIVES`` (or, from outside the
-package, a dotted path in the page).
+A new objective is a subclass of :class:`PosteriorObjective` with ``loss``, or of :class:`Objective` with ``compute``,
+and a line in ``OBJECTIVES``. A class outside the package needs no such line: the page names its dotted path.
 """
 
 from espnet2.train.class_choices import ClassChoices
@@ -16,6 +16,7 @@ from espnet_kd.distill.objectives.posteriors import (
     DelayedKL,
     FactorizedKL,
     GuidedCTC,
+    PosteriorObjective,
     SoftmaxL2,
 )
 from espnet_kd.distill.objectives.representations import FactorizedRepresentation, WeightedRepresentation
@@ -43,4 +44,4 @@ OBJECTIVES = ClassChoices(
     default=None,
 )
 
-__all__ = ["OBJECTIVES", "Batch", "Objective", "lay_on"]
+__all__ = ["OBJECTIVES", "Batch", "Objective", "PosteriorObjective", "lay_on"]

@@ -1,34 +1,42 @@
-"""What every objective is, and what it may see."""
+"""The base classes of all objectives: the options that they share, and the data that an objective gets for a batch.
+
+The options of an objective are the fields of its dataclass. Their names and types are checked where a method page is
+read (:mod:`espnet_kd.distill.page`), so that a field with a ``Literal`` type needs no code; a range that a type cannot
+express is checked in ``__post_init__``, which raises a :class:`~espnet_kd.cli.UserError` that names the option.
+"""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Callable, Dict, List, Optional, Sequence, Tuple
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Callable, ClassVar, Dict, List, Literal, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
 
 from espnet_kd import frames as fr
 from espnet_kd.cli import UserError
-from espnet_kd.distill.schedule import Progress
-from espnet_kd.inference.encode import EncoderOutputs, depth_of
+from espnet_kd.distill.schedule import Position
+from espnet_kd.inference.encode import StudentOutputs, TeacherOutputs, depth_of
+from espnet_kd.targets.nbest import Hypotheses
 from espnet_kd.targets.teacher import Needs
 
 if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
+
     from espnet_kd.targets.teacher import Teacher
 
 
 @dataclass
 class Batch:
-    """What an objective may see beside the two models' outputs."""
+    """The data of one batch that an objective may use beside the outputs of student and teacher."""
 
     utt_ids: Sequence[str]
     text: Optional[Tensor] = None  #: (B, L); None in training without labels
     text_lengths: Optional[Tensor] = None  #: (B,); 0 where an utterance is not transcribed
-    #: Per utterance its N-best: (score in nats, token ids), best first.
-    nbest: Optional[List[List[Tuple[float, Sequence[int]]]]] = None
-    #: How often each utterance stands in the batch, differently augmented; view after view. 1 in validation.
+    #: The N-best of each utterance: (score in nats, token ids), best first.
+    nbest: Optional[List[Hypotheses]] = None
+    #: Number of differently augmented copies of each utterance in the batch, copy after copy; 1 in validation.
     views: int = 1
     #: ctc(log_probs (B, T, V), lengths) → scalar on the scale of the page's ``ctc: per``, over the transcribed
     #: utterances; ctc(…, text, text_lengths, weights (B,)) with other labels, weighted.
@@ -37,102 +45,131 @@ class Batch:
     ctc_head: Optional[Callable[[Tensor], Tensor]] = None
 
 
+@dataclass
 class Objective:
-    """Base of all objectives: a subclass needs ``compute``, and what else of this it uses.
+    """Base of all objectives. A subclass defines ``compute``, and overrides what else it needs of this class.
 
-    Args:
-        per: ``utterance`` (mean per frame × frames counted / B, the scale of ESPnet's CTC, which is a sum over the
-            utterance averaged over the batch) or ``frame`` (mean per frame).
+    Options are fields of the subclass, which is then a dataclass too: ``@dataclass(kw_only=True)``.
     """
 
-    #: Whether it needs a teacher; one that does is refused on a page with ``teacher: none``.
-    needs_teacher: bool = True
-    #: Whether one that needs a teacher reads what it says of a batch.
-    reads_target: bool = True
-    #: Whether it reads transcripts.
-    needs_text: bool = False
-    #: Hypotheses per utterance that it reads of the teacher's N-best.
-    nbest: int = 0
-    #: Names of what it logs beside its loss.
-    statistics: Tuple[str, ...] = ()
-    #: How many differently augmented views of each utterance the student is to hear.
-    views: int = 1
-    #: ``ctc`` or ``attention``: the branch of a hybrid student whose weight it takes.
-    branch: str = "ctc"
-    #: Taps it reads, of the student and of the teacher.
-    student_taps: Tuple[str, ...] = ()
-    teacher_taps: Tuple[str, ...] = ()
-    #: Frames on which it reads the teacher's tokens, ``nonblank`` (enough for their argmax everywhere) or ``all``, and
-    #: temperatures other than 1 at which it reads posteriors: what a target cache has to keep.
-    tokens_on: str = "all"
-    temperatures: Tuple[float, ...] = ()
+    #: Whether the objective needs a teacher; if so, a page with ``teacher: none`` refuses it.
+    needs_teacher: ClassVar[bool] = True
+    #: Whether an objective that needs a teacher also uses the teacher's outputs for each batch.
+    reads_target: ClassVar[bool] = True
+    #: Whether the objective uses transcripts.
+    needs_text: ClassVar[bool] = False
+    #: Names of the statistics that are logged beside the loss.
+    statistics: ClassVar[Tuple[str, ...]] = ()
+    #: Number of differently augmented views of each utterance that the student is given.
+    views: ClassVar[int] = 1
+    #: The branch of a hybrid student whose weight multiplies the objective.
+    branch: ClassVar[Literal["ctc", "attention"]] = "ctc"
 
-    def __init__(self, per: str = "utterance"):
-        if per not in ("frame", "utterance"):
-            raise UserError(f"per: must be frame or utterance, not {per!r}")
-        self.per = per
+    #: Scale of the loss: ``utterance`` (mean per frame × frames counted / B, the scale of ESPnet's CTC, which is a sum
+    #: over the utterance averaged over the batch) or ``frame`` (mean per frame).
+    per: Literal["utterance", "frame"] = "utterance"
 
-    def place(self, student: torch.nn.Module) -> None:
-        """Look at the student, before its taps are asked for (UserError: it does not fit)."""
+    #: Number of hypotheses per utterance that are used of the teacher's N-best.
+    nbest: int = field(init=False, default=0)
+    #: Taps that are read, of the student and of the teacher.
+    student_taps: Tuple[str, ...] = field(init=False, default=())
+    teacher_taps: Tuple[str, ...] = field(init=False, default=())
+    #: What a target cache has to keep: the frames on which the objective reads the teacher's tokens (``nonblank`` is
+    #: enough for their argmax on all frames), and the temperatures other than 1 at which it reads posteriors.
+    tokens_on: Literal["all", "nonblank"] = field(init=False, default="all")
+    temperatures: Tuple[float, ...] = field(init=False, default=())
+
+    def __post_init__(self) -> None:
+        """Check the options (UserError: a value out of range), and derive from them what the objective needs."""
+
+    def place(self, student: ESPnetASRModel) -> None:
+        """Resolve what depends on the student, such as taps (UserError: the student does not fit)."""
 
     @property
-    def hears_teacher(self) -> bool:
-        """Whether a teacher must run for it; where this is so of no objective, none does."""
+    def uses_teacher(self) -> bool:
+        """Whether the teacher has to run for this objective. The teacher runs if this is true of any objective."""
         return self.needs_teacher and self.reads_target
 
     def needs(self) -> Needs:
-        """What it reads of the teacher."""
-        if not self.hears_teacher:
+        """The teacher's outputs that this objective uses."""
+        if not self.uses_teacher:
             return Needs()
         return Needs(self.tokens_on, self.temperatures, self.teacher_taps)
 
-    def init_student(self, student: torch.nn.Module, teacher: Optional[Teacher]) -> None:
-        """Set the student's parameters where its training begins (UserError: it can't be done)."""
+    def init_student(self, student: ESPnetASRModel, teacher: Optional[Teacher]) -> None:
+        """Initialise the student's parameters before training (UserError: student and teacher do not fit)."""
 
-    def build(self, student: torch.nn.Module, teacher: Optional[Teacher]) -> Optional[torch.nn.Module]:
-        """Make what is trained beside the student (registered under ``kd_heads``, dropped at export), if anything."""
+    def build(self, student: ESPnetASRModel, teacher: Optional[Teacher]) -> Optional[torch.nn.Module]:
+        """Return a module to train with the student, or None. It is stored under ``kd_heads``, and not exported."""
 
     def compute(
-        self, student: EncoderOutputs, target: Optional[EncoderOutputs], batch: Batch, progress: Progress
+        self, student: StudentOutputs, target: Optional[TeacherOutputs], batch: Batch, progress: Position
     ) -> Tuple[Tensor, Tensor]:
-        """Return the mean loss per frame and the number of frames that counted; both scalars.
+        """Return the mean loss per frame and the number of frames in that mean, both scalars.
 
-        ``target`` is laid on the student's frames already; its ``lengths`` are the frames both have.
+        ``target`` is None where the objective uses no teacher. It is aligned with the student's frames already, and its
+        ``lengths`` count the frames that both have.
         """
-        # Abstract: an objective from outside that lacks it is told so by name.
+        # Abstract: the message names a class from outside the package that lacks the method.
         raise NotImplementedError(f"{type(self).__name__} needs a compute method")
 
     def __call__(
-        self, student: EncoderOutputs, target: Optional[EncoderOutputs], batch: Batch, progress: Progress
+        self, student: StudentOutputs, target: Optional[TeacherOutputs], batch: Batch, progress: Position
     ) -> Tuple[Tensor, Dict[str, Tensor]]:
-        """Return the loss on the scale of ``per`` and statistics to log."""
+        """Return the loss on the scale of ``per``, and statistics to log."""
         loss, counted = self.compute(student, target, batch, progress)
         return self.scale(loss, counted, student), {}
 
-    def scale(self, loss: Tensor, counted: Tensor, student: EncoderOutputs) -> Tensor:
-        """A mean per frame on the scale of ``per``."""
+    def scale(self, loss: Tensor, counted: Tensor, student: StudentOutputs) -> Tensor:
+        """Convert a mean per frame to the scale of ``per``."""
         return loss * (counted / student.lengths.size(0)) if self.per == "utterance" else loss
 
     @classmethod
     def export(
         cls, key: str, options: Dict[str, Any], config: Dict[str, Any], state: Dict[str, Tensor]
     ) -> Tuple[Dict[str, Any], Dict[str, Tensor]]:
-        """From what was trained to the plain student.
+        """Convert configuration and parameters of the trained model to those of the plain student.
 
         Args:
             key: the objective's name under ``kd_heads``.
-            options: its options on the page.
+            options: the objective's options on the page.
             config: contents of config.yaml.
-            state: the whole model, heads and all; what is left under ``kd_heads`` is dropped afterwards.
+            state: all parameters, heads included; the caller drops what is left under ``kd_heads``.
         """
         return config, state
 
 
+@dataclass(kw_only=True)
+class SoftenedObjective(Objective):
+    """An objective on softmaxes at a temperature."""
+
+    temperature: float = 1.0  #: τ of all softmaxes, above 0
+
+    def __post_init__(self) -> None:
+        """See :class:`Objective`."""
+        super().__post_init__()
+        if not 0 < self.temperature <= 1000:
+            raise UserError(f"temperature: must be a number above 0, at most 1000, not {self.temperature}")
+        self.temperatures = () if self.temperature == 1 else (float(self.temperature),)
+
+
+@dataclass(kw_only=True)
+class ScaledObjective(SoftenedObjective):
+    """An objective on softmaxes whose loss can be multiplied by τ²."""
+
+    tau_squared: bool = False  #: multiply the loss by τ², so that its gradient keeps its size
+
+    @property
+    def factor(self) -> float:
+        """The number that multiplies the loss."""
+        return self.temperature**2 if self.tau_squared else 1.0
+
+
 def resolve_layer(layer: float, depth: int) -> int:
-    """A layer from its number, or from its depth as a share of all (0.5: the middle), below the last.
+    """The number of a layer below the last, given as a number or as a share of the depth (0.5: the middle).
 
     Raises:
-        UserError: no such layer below the last.
+        UserError: the encoder has no such layer below its last.
     """
     if depth < 2:
         raise UserError("this student's encoder has no layers to tap below the last (an RNN, or a single layer)")
@@ -149,23 +186,16 @@ def check_layers(layers: Sequence[float]) -> None:
         raise UserError(f"layers: must be a list of layer numbers, or of shares of the depth, not {list(layers)!r}")
 
 
-def taps_at(layers: Sequence[float], student: torch.nn.Module) -> Tuple[str, ...]:
-    """The student's taps at layers as in :func:`resolve_layer`, each once, in order."""
+def taps_at(layers: Sequence[float], student: ESPnetASRModel) -> Tuple[str, ...]:
+    """The student's taps at some layers (see :func:`resolve_layer`), sorted and without duplicates."""
     depth = depth_of(student.encoder)
     return tuple(f"encoder.{n}" for n in sorted({resolve_layer(n, depth) for n in layers}))
 
 
-def check_temperature(temperature: float) -> Tuple[float, ...]:
-    """Refuse one that is no temperature (:class:`UserError`); it alone, where it isn't 1 (`Objective.temperatures`)."""
-    if not 0 < temperature <= 1000:
-        raise UserError(f"temperature: must be a number above 0, at most 1000, not {temperature}")
-    return () if temperature == 1 else (float(temperature),)
-
-
 def lay_on(
-    student: EncoderOutputs, target: EncoderOutputs, pool: str, utt_ids: Sequence[str] = ()
-) -> EncoderOutputs:
-    """The teacher's outputs on the student's frames (see :func:`espnet_kd.frames.align`)."""
+    student: StudentOutputs, target: TeacherOutputs, pool: str, utt_ids: Sequence[str] = ()
+) -> TeacherOutputs:
+    """The teacher's outputs, aligned with the student's frames (see :func:`espnet_kd.frames.align`)."""
     logits, hidden, lengths = fr.align(
         target.logits,
         target.hidden,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import List, Optional, Sequence, Tuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Optional, Sequence, Tuple
 
 import torch
 from torch import Tensor
@@ -10,99 +11,77 @@ from torch import Tensor
 from espnet_kd import losses
 from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives.base import Batch, Objective
-from espnet_kd.distill.schedule import Progress
-from espnet_kd.inference.encode import EncoderOutputs
+from espnet_kd.distill.schedule import Position
+from espnet_kd.inference.encode import StudentOutputs, TeacherOutputs
 from espnet_kd.targets.teacher import Teacher
 
+if TYPE_CHECKING:
+    from espnet2.asr.espnet_model import ESPnetASRModel
 
+
+@dataclass(kw_only=True)
 class Representation(Objective):
-    """Hidden states at pairs of taps, through a linear projection per pair; the loss is the mean over the pairs.
+    """Hidden states at pairs of taps, through a linear projection per pair; the loss is the mean over the pairs."""
 
-    Args:
-        taps: pairs of a student's and a teacher's tap.
-        per: see :class:`Objective`.
-    """
+    tokens_on = "nonblank"  # of the posterior, argmax and p(blank) are used
 
-    tokens_on = "nonblank"  # of the posterior, argmax and p(blank)
+    #: Pairs of a student's and a teacher's tap.
+    taps: Sequence[Sequence[str]] = (("encoder", "encoder"),)
 
-    def __init__(self, taps: Sequence[Sequence[str]] = (("encoder", "encoder"),), per: str = "utterance"):
-        super().__init__(per)
-        for pair in taps or [None]:
-            if not isinstance(pair, (list, tuple)) or len(pair) != 2 or not all(isinstance(tap, str) for tap in pair):
-                raise UserError(f"taps: must be pairs [student tap, teacher tap], not {taps!r}")
-            if "decoder" in pair:
-                raise UserError("taps: decoder has no frames to match; attention_kl is for decoders")
-        self.pairs: List[Tuple[str, str]] = [(s, t) for s, t in taps]
-        self.student_taps = tuple(s for s, _ in self.pairs)
-        self.teacher_taps = tuple(t for _, t in self.pairs)
+    def __post_init__(self) -> None:
+        """See :class:`Objective`."""
+        super().__post_init__()
+        if not self.taps or any(isinstance(pair, str) or len(pair) != 2 for pair in self.taps):
+            raise UserError(f"taps: must be pairs [student tap, teacher tap], not {self.taps!r}")
+        if any("decoder" in pair for pair in self.taps):
+            raise UserError("taps: decoder has no frames to match; attention_kl is for decoders")
+        self.student_taps = tuple(s for s, _ in self.taps)
+        self.teacher_taps = tuple(t for _, t in self.taps)
 
-    def build(self, student: torch.nn.Module, teacher: Optional[Teacher]) -> torch.nn.ModuleList:
+    def build(self, student: ESPnetASRModel, teacher: Optional[Teacher]) -> torch.nn.ModuleList:
         """One linear projection per pair, from the student's width to the teacher's."""
+        assert teacher is not None
         self.heads = torch.nn.ModuleList(
-            torch.nn.Linear(student.encoder.output_size(), teacher.hidden_size) for _ in self.pairs
+            torch.nn.Linear(student.encoder.output_size(), teacher.hidden_size) for _ in self.teacher_taps
         )
         return self.heads
 
     def compute(
-        self, student: EncoderOutputs, target: Optional[EncoderOutputs], batch: Batch, progress: Progress
+        self, student: StudentOutputs, target: Optional[TeacherOutputs], batch: Batch, progress: Position
     ) -> Tuple[Tensor, Tensor]:
         """See :class:`Objective`."""
-        total = sum(
+        assert target is not None
+        each = [
             self.distance_of(head(student.hidden[s]), target.hidden[t], target)
-            for head, (s, t) in zip(self.heads, self.pairs)
-        )
-        return total / len(self.pairs), target.lengths.sum()
+            for head, (s, t) in zip(self.heads, zip(self.student_taps, self.teacher_taps))
+        ]
+        return torch.stack(each).mean(), target.lengths.sum()
 
-    def distance_of(self, student: Tensor, teacher: Tensor, target: EncoderOutputs) -> Tensor:
+    def distance_of(self, student: Tensor, teacher: Tensor, target: TeacherOutputs) -> Tensor:
         """The loss of one pair, (B, T, D) each."""
-        # Abstract: each kind of representation has its own.
+        # Abstract: each kind of representation has its own distance.
         raise NotImplementedError(f"{type(self).__name__} needs a distance_of method")
 
 
+@dataclass(kw_only=True)
 class FactorizedRepresentation(Representation):
-    """Hidden states matched on non-blank and on blank frames apart: stage 2 of the progressive method.
+    """Hidden states, matched separately on non-blank and on blank frames: KD stage 2 of the progressive method."""
 
-    Args:
-        distance: ``cosine`` or ``l2``.
-        others: see :class:`Representation`.
-    """
+    distance: Literal["cosine", "l2"] = "cosine"
 
-    def __init__(
-        self,
-        taps: Sequence[Sequence[str]] = (("encoder", "encoder"),),
-        distance: str = "cosine",
-        per: str = "utterance",
-    ):
-        super().__init__(taps, per)
-        if distance not in ("cosine", "l2"):
-            raise UserError(f"distance: must be cosine or l2, not {distance!r}")
-        self.distance = distance
-
-    def distance_of(self, student: Tensor, teacher: Tensor, target: EncoderOutputs) -> Tensor:
+    def distance_of(self, student: Tensor, teacher: Tensor, target: TeacherOutputs) -> Tensor:
         """See :class:`Representation`."""
         return losses.factorized_representation(student, teacher, target.logits, target.lengths, distance=self.distance)
 
 
+@dataclass(kw_only=True)
 class WeightedRepresentation(Representation):
-    """Hidden states, each frame weighted by how much the teacher looks there: step 1 of TutorNet.
+    """Hidden states, with a weight per frame: step 1 of TutorNet."""
 
-    Args:
-        weights: ``nonblank`` (the teacher's non-blank mass) or ``energy`` (its activations' mean square).
-        others: see :class:`Representation`.
-    """
+    #: The weight: the teacher's non-blank probability, or the mean square of its hidden state.
+    weights: Literal["nonblank", "energy"] = "nonblank"
 
-    def __init__(
-        self,
-        taps: Sequence[Sequence[str]] = (("encoder", "encoder"),),
-        weights: str = "nonblank",
-        per: str = "utterance",
-    ):
-        super().__init__(taps, per)
-        if weights not in ("nonblank", "energy"):
-            raise UserError(f"weights: must be nonblank or energy, not {weights!r}")
-        self.weights = weights
-
-    def distance_of(self, student: Tensor, teacher: Tensor, target: EncoderOutputs) -> Tensor:
+    def distance_of(self, student: Tensor, teacher: Tensor, target: TeacherOutputs) -> Tensor:
         """See :class:`Representation`."""
         weights = (
             losses.nonblank_mass(target.logits) if self.weights == "nonblank" else losses.activation_energy(teacher)
