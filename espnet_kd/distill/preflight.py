@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Dict, List, Optional, Set, Tuple
 
 import numpy as np
+import psutil
 import torch
 
 from espnet_kd.cli import UserError
@@ -219,11 +220,7 @@ def _kept_for_backward(model: ESPnetASRModel, rate: float) -> Tuple[float, float
 
 
 def _available(ngpu: int) -> Optional[int]:
-    """Free bytes of the GPU or, without one, of the machine; None where it cannot be known."""
+    """Free bytes of the GPU or, without one, of the machine; None where there is no such GPU."""
     if ngpu > 0:
         return torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else None
-    try:
-        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):
-        return None
+    return psutil.virtual_memory().available
