@@ -6,9 +6,10 @@ import os
 import re
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Dict, Iterator, Sequence, Tuple
+from typing import DefaultDict, Iterator, Sequence, Tuple
 
 from espnet_kd.cli import UserError
 
@@ -30,7 +31,7 @@ class Job:
     root: Path  #: of the project
     recipe: Path  #: directory of run.sh
     options: Tuple[str, ...]  #: of every call of run.sh
-    settings: Dict[str, str]  #: what run.sh takes for each of its options
+    settings: DefaultDict[str, str]  #: what run.sh takes for each of its options
     methods: str  #: as given; empty: one method, that of run.sh
     seeds: Tuple[str, ...]
     jobs: int  #: steps side by side
@@ -85,7 +86,7 @@ def parse(root: Path, words: Sequence[str]) -> Job:
     settings = read_settings(recipe / "run.sh", options)
     # Two trainings side by side need two cores; a GPU is for one.
     jobs = own["jobs"] or ("2" if (os.cpu_count() or 1) >= 2 and settings["ngpu"] == "0" else "1")
-    job = Job(root, recipe, options, settings, own["methods"], tuple((own["seeds"] or "0").split()), as_jobs(jobs))
+    job = Job(root, recipe, options, settings, own["methods"], tuple(own["seeds"].split() or ["0"]), as_jobs(jobs))
     if job.methods:
         check_comparison(job, names)
     return job
@@ -125,7 +126,7 @@ def check_comparison(job: Job, names: Sequence[str]) -> None:
             raise WrongOption(f"{name} cannot be given with --methods: its runs differ in nothing but method and seed")
 
 
-def read_settings(run: Path, options: Sequence[str]) -> Dict[str, str]:
+def read_settings(run: Path, options: Sequence[str]) -> DefaultDict[str, str]:
     """What a recipe's run.sh takes for each of its options: {name: value}, empty where a name is not printed.
 
     Raises:
@@ -134,11 +135,4 @@ def read_settings(run: Path, options: Sequence[str]) -> Dict[str, str]:
     done = subprocess.run([str(run), "--show_options", "true", *options], stdout=subprocess.PIPE, text=True)
     if done.returncode:
         sys.exit(done.returncode)
-    return Settings(line.split("=", 1) for line in done.stdout.splitlines() if "=" in line)
-
-
-class Settings(Dict[str, str]):
-    """A dictionary in which what is not there is empty."""
-
-    def __missing__(self, name: str) -> str:
-        return ""
+    return defaultdict(str, (line.split("=", 1) for line in done.stdout.splitlines() if "=" in line))

@@ -2,11 +2,12 @@
 
 import subprocess
 import sys
+from collections import defaultdict
 
 import pytest
 
 from espnet_kd.runs import plan
-from espnet_kd.runs.options import Job, Settings, WrongOption, pairs, parse
+from espnet_kd.runs.options import Job, WrongOption, pairs, parse
 
 SETTINGS = {"expdir": "exp", "dumpdir": "dump", "train_set": "train", "ngpu": "0", "dry_run": "false", "seed": "0"}
 SETTINGS |= {"teacher_config": "conf/teacher.yaml", "student_config": "conf/student.yaml", "method": "kl"}
@@ -20,7 +21,7 @@ def job(tmp_path):
     (recipe / "conf/student.yaml").write_text("encoder: conformer\nmax_epoch: 5\n")
 
     def make(methods="", seeds=("0",), **settings):
-        return Job(tmp_path, recipe, (), Settings(SETTINGS | settings), methods, seeds, 2)
+        return Job(tmp_path, recipe, (), defaultdict(str, SETTINGS | settings), methods, seeds, 2)
 
     return make
 
