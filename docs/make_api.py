@@ -23,7 +23,8 @@ MODULES: Tuple[Tuple[str, Tuple[str, ...]], ...] = (
     ("espnet_kd.transcribe", ()),
     ("espnet_kd.losses", ()),
     ("espnet_kd.frames", ()),
-    ("espnet_kd.distill.objectives.base", ("Objective", "Batch", "EncoderOutputs")),
+    ("espnet_kd.distill.objectives.base", ("Objective", "Batch")),
+    ("espnet_kd.inference.encode", ("EncoderOutputs",)),
 )
 HEAD = """# Public functions and classes
 

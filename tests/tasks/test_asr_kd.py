@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from contextlib import nullcontext
 
+import psutil
 import pytest
 import tiny_kd
 import torch
@@ -255,6 +256,6 @@ def test_a_process_per_gpu_ends_with_its_parent(tmp_path, monkeypatch):
         time.sleep(0.05)
     process.kill()
     process.join()
-    while os.path.exists(f"/proc/{(tmp_path / 'pid').read_text()}"):
+    while psutil.pid_exists(int((tmp_path / "pid").read_text())):
         assert time.time() < deadline, "it goes on alone"
         time.sleep(0.05)
