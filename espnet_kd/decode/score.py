@@ -38,7 +38,7 @@ class Counts:
 def pair_texts(hyp: Union[str, Path], ref: Union[str, Path]) -> Dict[str, Tuple[str, str]]:
     """Read two Kaldi text files into {utterance id: (hypothesis, reference)}, in the reference's order.
 
-    Runs of blanks are one blank. Texts may be empty.
+    Several blanks in a row count as one. Texts may be empty.
 
     Raises:
         UserError: utterances of one file are missing in the other (names them), or no utterance at all.
@@ -83,7 +83,7 @@ def bootstrap_interval(
         (low, high); NaN where the references hold nothing.
     """
     sums = resample_sums(np.stack([errors, lengths], axis=1), resamples, seed)
-    sums = sums[sums[:, 1] > 0]  # nothing but empty references was drawn
+    sums = sums[sums[:, 1] > 0]  # only empty references were drawn
     if not len(sums):
         return float("nan"), float("nan")
     low, high = np.quantile(100.0 * sums[:, 0] / sums[:, 1], [(1 - level) / 2, (1 + level) / 2])

@@ -1,4 +1,4 @@
-"""How sure a mean over seeds is: intervals over seeds and utterances together."""
+"""Bootstrap intervals of a mean over seeds, with resampled seeds and utterances."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def bootstrap_seeds(
 
     Seeds and utterances are crossed: every seed decodes the same utterances, so that a draw takes the same utterances
     of each seed drawn (McCarthy 1969; Owen 2007). Of S seeds S − 1 are drawn (Rao and Wu 1988): S of them would make
-    the variance of a mean of S seeds too small, with two seeds by half. A single seed is taken as it is; then this is
-    the usual bootstrap over utterances.
+    the variance of a mean of S seeds too small, with two seeds by half. With a single seed this is the
+    usual bootstrap over utterances.
 
     Args:
         errors: (S, U) errors of each seed in every utterance, or differences of errors, paired by seed and utterance.
