@@ -1,11 +1,11 @@
-"""How the losses are computed, by where their tensors lie: the one place where this is chosen.
+"""The choice of how losses are computed, which depends on the device of their tensors.
 
-``rows``: on a CPU. The frames that count are taken out first and worked on a few at a time, which needs the values of
-masks (how many frames are there?) and is free where the values are at hand.
-``masked``: anywhere, in plain torch. Every shape is known beforehand and no value is copied to the host, which
-therefore never waits for the device; frames that don't count are computed and left out of the sums.
-``fused``: on a CUDA device with Triton. As ``masked``, and one kernel in place of many for the losses that
-:mod:`espnet_kd.losses.fused` knows; the others, and float64, are ``masked`` there.
+``rows``: on a CPU. The frames that count are selected first and processed in small blocks. This needs the values of
+masks, which cost nothing to read on a CPU.
+``masked``: on any device, in plain torch. Every shape is known beforehand and no value is copied to the host, which
+therefore never waits for the device. Frames that don't count are computed, and left out of the sums.
+``fused``: on a CUDA device with Triton. Like ``masked``, but with one kernel in place of many for the losses in
+:mod:`espnet_kd.losses.fused`; the other losses, and float64, use ``masked``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _try_kernels: List[Callable[[torch.device], None]] = []
 
 
 def backend_of(*tensors: Tensor) -> str:
-    """One of ``BACKENDS``, for losses of these tensors, which lie on one device."""
+    """The one of ``BACKENDS`` that computes losses of these tensors, which are on one device."""
     if _forced:
         name = _forced[-1]
     elif all(may_look(x) for x in tensors):
@@ -39,9 +39,9 @@ def backend_of(*tensors: Tensor) -> str:
 
 
 def may_look(x: Any) -> bool:
-    """Whether the values of ``x`` may decide what is done next: for free on a CPU, a wait on any other device.
+    """Whether the program may branch on the values of ``x``: True on a CPU; on other devices the host would wait.
 
-    Never where there are shapes alone, as while ``torch.compile`` traces. ``x`` is a tensor, or anything with a device.
+    False if there are only shapes, as while ``torch.compile`` traces. ``x`` is a tensor, or anything with a device.
     """
     if _forced:
         return _forced[-1] == "rows"
@@ -50,7 +50,7 @@ def may_look(x: Any) -> bool:
 
 @contextlib.contextmanager
 def using(name: str) -> Iterator[None]:
-    """All losses inside by one backend: for tests and for measuring.
+    """Compute all losses inside the block with one backend, for tests and measurements.
 
     Raises:
         ValueError: no such backend.
@@ -65,7 +65,7 @@ def using(name: str) -> Iterator[None]:
 
 
 def without_gradient(function: Function) -> Function:
-    """``torch.no_grad`` as a decorator that needs no torch yet: pages are checked without it (`asr_kd_page`)."""
+    """``torch.no_grad`` as a decorator that does not import torch, because `asr_kd_page` checks pages without it."""
 
     @functools.wraps(function)
     def inner(*args: Any, **kwargs: Any) -> Any:
@@ -76,7 +76,7 @@ def without_gradient(function: Function) -> Function:
 
 
 def has_values(x: Tensor) -> bool:
-    """Whether ``x`` has values at all, which a subclass such as torch's FakeTensor may lack."""
+    """Whether ``x`` has values; a subclass such as torch's FakeTensor has only a shape."""
     return type(x) in (Tensor, torch.nn.Parameter) and not torch.compiler.is_compiling()
 
 
@@ -88,7 +88,7 @@ def offer_kernels(try_out: Callable[[torch.device], None]) -> None:
 
 @functools.cache
 def _kernels_work(device: torch.device) -> bool:
-    """Whether a kernel can be compiled and run on ``device``: tried once, and logged."""
+    """Whether a kernel can be compiled and run on ``device``; tried once, and logged."""
     if not _try_kernels:
         return False
     try:

@@ -1,4 +1,4 @@
-"""Which frames count, and how a teacher's frames are laid beside a student's. Torch and NumPy only.
+"""Frame masks, frame selections, and the alignment of a teacher's frames with a student's. Torch and NumPy only.
 
 Conventions: ``lengths`` (B,) counts frames; masks are (B, T) bool, True where a frame counts; blank is token 0
 unless stated otherwise; frame shifts are in seconds.
@@ -19,7 +19,7 @@ from espnet_kd.backend import may_look, without_gradient
 from espnet_kd.late import LateCheck
 from espnet_kd.topk import Posterior, TopK
 
-#: Rules of :func:`select` and the options each takes. ``n``, ``theta`` and ``ratio`` must be given where they stand.
+#: Rules of :func:`select` and the options each takes. ``n``, ``theta`` and ``ratio`` have no default.
 SELECTIONS: Mapping[str, Tuple[str, ...]] = {
     "all": (),
     "elimination": ("log_prior", "prior_scale"),
@@ -37,14 +37,14 @@ def valid(lengths: Tensor, num_frames: int) -> Tensor:
 
 
 def best(logits: Posterior) -> Tensor:
-    """(…) the likeliest of V tokens, of logits (…, V); no gradient. On a CPU by numpy: a ninth of the time."""
+    """The likeliest token (…) of logits (…, V), without gradient. On a CPU numpy computes it in a ninth of the time."""
     if isinstance(logits, Tensor) and may_look(logits) and logits.dtype in (torch.float32, torch.float64):
         return torch.from_numpy(np.asarray(logits.detach().numpy().argmax(-1)))
     return logits.argmax(-1)
 
 
 def nonblank(teacher_logits: Posterior, frames: Tensor, blank_id: int = 0) -> Tensor:
-    """NB: those of ``frames`` whose teacher argmax (at temperature 1) is not blank.
+    """The non-blank frames (NB): those of ``frames`` on which the teacher's argmax at temperature 1 is not blank.
 
     Args:
         teacher_logits: (B, T, V), log-probabilities just as well.
@@ -94,7 +94,7 @@ _OPTIONS = {
     "theta": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "ratio": (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0"),
     "prior_scale": (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0"),
-    # A token of prior 0 would win every frame. On a GPU, where looking is a wait, it has to be checked beforehand.
+    # A token with prior 0 would win every frame. On a GPU the check would make the host wait, so it is done beforehand.
     "log_prior": (
         lambda v: v is None or (isinstance(v, Tensor) and v.dim() == 1 and (not may_look(v) or _is_finite(v))),
         "a tensor (V,) of finite log-probabilities, or None",
@@ -181,7 +181,7 @@ def _less_prior(logits: Posterior, log_prior: Optional[Tensor] = None, prior_sca
 
 
 def _dilate(mask: Tensor, n: int) -> Tensor:
-    """``mask`` (B, T) widened by ``n`` frames to both sides, each row by itself."""
+    """``mask`` (B, T) extended by ``n`` frames to both sides, each row separately."""
     num = mask.size(1)
     n = min(n, num)
     before = torch.nn.functional.pad(mask.cumsum(1), (1, 0))  # (B, T + 1): how many are set in [0, t)
@@ -192,7 +192,7 @@ def _dilate(mask: Tensor, n: int) -> Tensor:
 def _draw(
     candidates: Tensor, speech_frames: Tensor, ratio: float, generator: Optional[torch.Generator] = None
 ) -> Tensor:
-    """Of each row of ``candidates`` (B, T) round(ratio · speech_frames) at random, or all."""
+    """Draw round(ratio · speech_frames) of the ``candidates`` (B, T) in each row, or all of them."""
     device = candidates.device
     where = device if generator is None else generator.device
     scores = torch.rand(candidates.shape, generator=generator, device=where).to(device, non_blocking=True)
@@ -204,12 +204,12 @@ def _draw(
 
 #: Seconds by which the lengths of two models may differ: what convolutions lose at both ends of an utterance.
 ENDS = 0.08
-#: Of every call of :func:`align`.
+#: The pending length checks of all calls of :func:`align`.
 _CHECK_LENGTHS = LateCheck()
 
 
 def nearest_multiple(shift: float, other: float) -> float:
-    """Ratio ``shift / other``, freed of rounding when it is within 1 % of a half or a whole number."""
+    """Ratio ``shift / other``, rounded to a half or whole number if it is within 1 % of one."""
     ratio = shift / other
     halves = round(ratio * 2) / 2
     return halves if halves and abs(ratio / halves - 1) < 0.01 else ratio
@@ -228,11 +228,12 @@ def align(
     pool: str = "least_blank",
     utt_ids: Sequence[str] = (),
 ) -> Tuple[Posterior, dict[str, Tensor], Tensor]:
-    """Lay a teacher's outputs beside a student's frames.
+    """Align a teacher's outputs with a student's frames.
 
-    Student frame i covers the teacher frames [i·r, (i+1)·r), r = student_shift / frame_shift. Of the covered frames the
-    posterior is that with the lowest p(blank) (``least_blank``: a mean would blur CTC's spikes) or their ``mean``;
-    hidden states are averaged. For r < 1 both are those of the teacher frame in which the student frame's middle lies.
+    Student frame i covers the teacher frames [i·r, (i+1)·r), r = student_shift / frame_shift. The
+    posterior is that of the covered frame with the lowest p(blank) (``least_blank``; a mean would blur CTC's spikes) or
+    their ``mean``; hidden states are averaged. For r < 1 both are taken from the teacher frame in which the middle of
+    the student frame lies.
 
     Args:
         logits: (B, T', V) teacher logits or log-probabilities, or a :class:`espnet_kd.topk.TopK`.
@@ -247,8 +248,8 @@ def align(
 
     Raises:
         ValueError: lengths differ by more than two frames of the slower rate and 80 ms, which is what models lose at
-            the ends of an utterance; the message names both. On a GPU, where looking at once would be a wait, a later
-            call raises it.
+            the ends of an utterance; the message names both. On a GPU a later call raises it, so
+            that the host does not wait.
     """
     ratio = nearest_multiple(student_shift, frame_shift)
     # In units of teacher frames, so that equal rates stay whole numbers.

@@ -1,4 +1,4 @@
-"""Looking at a value on a GPU without waiting for it."""
+"""Checking values of GPU tensors without making the host wait for them."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from espnet_kd.backend import has_values, may_look
 
 
 class Copied(Protocol):
-    """An event that follows a copy."""
+    """An event that tells whether a copy from the GPU is finished."""
 
     def query(self) -> bool:
-        """Whether it is done."""
+        """Whether the copy is finished."""
 
     def synchronize(self) -> None:
-        """Wait until it is done."""
+        """Wait until the copy is finished."""
 
 
 class Later:
-    """Acts where a flag is True: on a CPU at once, on a GPU as soon as the flag has come over by itself."""
+    """Call a function if a flag is True: on a CPU at once, on a GPU when the flag has been copied to the host."""
 
     def __init__(self) -> None:
         self._pending: Deque[Tuple[Copied, Tensor, Callable[[], None]]] = deque()
 
     def __call__(self, flag: Tensor, act: Callable[[], None]) -> None:
-        """Look at all earlier flags that have come over, and at ``flag``, a scalar, or have it come over.
+        """Check all earlier flags that have been copied, and ``flag``, a scalar, or begin to copy it.
 
-        What ``act`` raises is raised here, for an earlier flag that of the earlier call.
+        What ``act`` raises is raised here; for an earlier flag it is the ``act`` of the earlier call.
         """
         self.look()
         if not has_values(flag):  # shapes alone, while something is traced
@@ -42,31 +42,31 @@ class Later:
             self._pending.append((*bring_over(flag), act))
 
     def look(self) -> None:
-        """Look at those that have come over."""
+        """Check the flags that have been copied."""
         while self._pending and self._pending[0][0].query():
             _, here, act = self._pending.popleft()
             if here:
                 act()
 
     def clear(self) -> None:
-        """Forget all flags that have not come over."""
+        """Forget all flags that have not been copied yet."""
         self._pending.clear()
 
     def finish(self) -> None:
-        """Wait for all of them, and look."""
+        """Wait for all flags, and check them."""
         while self._pending:
             self._pending[0][0].synchronize()
             self.look()
 
 
 class LateCheck:
-    """``check(wrong, message)`` raises ValueError for the first tensor ``wrong`` that is True."""
+    """``check(wrong, message)`` raises ValueError with the message if the tensor ``wrong`` is True."""
 
     def __init__(self) -> None:
         self._later = Later()
 
     def __call__(self, wrong: Tensor, message: Callable[[], str]) -> None:
-        """See :class:`Later`; the message is made when it is needed."""
+        """See :class:`Later`; the message is made only if it is needed."""
         self._later(wrong, lambda: self._refuse(message))
 
     def _refuse(self, message: Callable[[], str]) -> NoReturn:
@@ -75,8 +75,8 @@ class LateCheck:
 
 
 def bring_over(flag: Tensor) -> Tuple[Copied, Tensor]:
-    """Begin to copy a scalar from a GPU; it may be looked at when the event is done."""
-    # From memory that is not pinned the copy would be a wait.
+    """Begin to copy a scalar from a GPU; its value may be read when the event is finished."""
+    # Without pinned memory the host would wait for the copy.
     here = torch.empty((), dtype=torch.bool, pin_memory=True).copy_(flag, non_blocking=True)
     copied = torch.cuda.Event()
     copied.record(torch.cuda.current_stream(flag.device))

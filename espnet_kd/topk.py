@@ -1,7 +1,7 @@
-"""A teacher's posterior in short, as the target cache keeps it. Torch only.
+"""Compressed teacher posteriors, as the target cache stores them. Torch only.
 
-Of each frame the blank, up to k of the likeliest other tokens where they were kept, and all others as one remainder.
-Frame selections and losses take it in place of logits (B, T, V); it is never made that large again.
+For each frame they have the blank, up to k of the likeliest other tokens, and the remaining mass of all other tokens.
+Frame selections and losses take them in place of logits (B, T, V), without expanding them.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _ROUNDING = 1e-6
 
 
 class NotKept(ValueError):
-    """Something is read of cached targets that was not kept."""
+    """An objective needs something that the target cache does not have."""
 
 
 @dataclass(frozen=True)
 class TopK:
     """Log-probabilities at temperature 1; blank is token 0.
 
-    The leading dimensions are (B, T), or (N,) of chosen frames. ``x[mask]`` and the like choose among them.
+    The leading dimensions are (B, T), or (N,) for selected frames. ``x[mask]`` and other indices select frames.
     """
 
     log_blank: Tensor  #: (B, T)
@@ -38,11 +38,11 @@ class TopK:
 
     @property
     def device(self) -> torch.device:
-        """Where it lies."""
+        """The device of the tensors."""
         return self.log_blank.device
 
     def size(self, dim: int) -> int:
-        """Size as that of the logits (B, T, V) it stands for."""
+        """The size that the logits (B, T, V) would have."""
         return self.num_tokens if dim in (-1, self.log_blank.dim()) else self.log_blank.size(dim)
 
     def detach(self) -> TopK:
@@ -50,7 +50,7 @@ class TopK:
         return self
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> TopK:
-        """``fn`` on every tensor in it."""
+        """Apply ``fn`` to every tensor."""
         norms = {tau: fn(x) for tau, x in self.norms.items()}
         return replace(
             self, log_blank=fn(self.log_blank), tokens=fn(self.tokens), log_probs=fn(self.log_probs), norms=norms
@@ -60,7 +60,7 @@ class TopK:
         return self.map(lambda x: x[index])
 
     def argmax(self, dim: int = -1) -> Tensor:
-        """(B, T) the likeliest token; of equals blank."""
+        """The likeliest token (B, T); blank if it is as likely as another."""
         return self.tokens[..., 0].masked_fill(self.log_probs[..., 0] <= self.log_blank, 0)
 
     def log_blank_at(self, temperature: float) -> Tensor:
@@ -90,12 +90,12 @@ class TopK:
         return log_blank.expm1().neg().log()
 
     def remainder_at(self, temperature: float) -> Tensor:
-        """(B, T) probability of all tokens that were not kept; 0 where it is rounding.
+        """The probability (B, T) of all tokens that were not kept; 0 where it is a rounding error.
 
-        NaN in frames of which no token was kept at all, where looking for them would be a wait (on a GPU).
+        On a GPU, frames without any kept token give NaN, because looking for them would make the host wait.
 
         Raises:
-            NotKept: in some of the frames no token was kept at all.
+            NotKept: some of the frames have no kept token.
         """
         log_nonblank = self.log_nonblank_at(temperature)
         missing = (self.log_probs[..., 0] == -torch.inf) & (log_nonblank > -torch.inf)
@@ -111,7 +111,7 @@ class TopK:
         return log_nonblank.exp() * share.to(log_nonblank.dtype)
 
 
-#: A teacher's output for each frame: logits (…, V), or cached targets.
+#: Posteriors of frames: logits (…, V), or compressed ones from a target cache.
 Posterior = Union[Tensor, TopK]
 
 

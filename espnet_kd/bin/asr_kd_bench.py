@@ -1,11 +1,11 @@
-r"""What distillation costs on this machine, as ratios of runs that take turns.
+r"""Measure what distillation costs on this machine, as ratios of times of alternating runs.
 
     python -m espnet_kd.bin.asr_kd_bench
     python -m espnet_kd.bin.asr_kd_bench --only decoding --expdir exp/teacher --data_dir dump/raw/test --json
 
-Training steps: plain CTC, with a teacher beside it, with cached targets. The loss alone: factorized KL against the
-plain way to write it, time and peak memory. Decoding: against espnet2.bin.asr_inference, for which a trained
-experiment and a data dir are needed. Times are CPU time of one thread, or of the GPU where there is one.
+Training steps: plain CTC, CTC with a running teacher, CTC with cached targets. Loss: time and peak memory of factorized
+KL, against a straightforward implementation. Decoding: against espnet2.bin.asr_inference; this needs a trained
+experiment and a data dir. Times are CPU time of one thread, or of the GPU where there is one.
 """
 
 from __future__ import annotations
@@ -24,19 +24,25 @@ PARTS = ("steps", "loss", "decoding")
 def get_parser() -> argparse.ArgumentParser:
     """Command line of asr_kd_bench."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", nargs="+", choices=PARTS, help="some of the parts; default all that are possible")
+    parser.add_argument("--only", nargs="+", choices=PARTS, help="parts to measure; default: all that are possible")
     parser.add_argument("--vocabulary", type=int, nargs="+", default=[500, 5000], help="tokens V, for the steps")
     parser.add_argument("--nonblank", type=float, nargs="+", default=[0.2], help="NB shares, for the loss")
     parser.add_argument(
-        "--rounds", type=int, default=7, help="counted rounds of runs in turn; for decoding: parts of the data dir"
+        "--rounds",
+        type=int,
+        default=7,
+        help="number of rounds of alternating runs; for decoding: parts of the data dir",
     )
     parser.add_argument("--expdir", help="a trained experiment, for decoding")
     parser.add_argument("--data_dir", help="a formatted data dir with text, for decoding")
-    parser.add_argument("--beam_size", type=int, default=10, help="of both beam searches")
+    parser.add_argument("--beam_size", type=int, default=10, help="beam size of both searches")
     parser.add_argument("--beam_size_token", type=int, default=20, help=f"{BEAM_SIZE_TOKEN_HELP}; asr_inference: all")
-    parser.add_argument("--most", type=int, default=0, help="utterances that are decoded; 0: all")
+    parser.add_argument("--most", type=int, default=0, help="number of utterances to decode; 0: all")
     parser.add_argument(
-        "--join_seconds", type=float, default=0.0, help="decode neighbours as one utterance of at most so long; 0: not"
+        "--join_seconds",
+        type=float,
+        default=0.0,
+        help="join neighbouring utterances up to this length in seconds; 0: do not join",
     )
     parser.add_argument("--json", action="store_true", help="print everything measured, as JSON")
     return parser

@@ -1,4 +1,4 @@
-"""Print how much of a teacher is lost when its outputs are laid on the frames of a slower student.
+"""Print how many tokens of a teacher are lost when its outputs are aligned with the frames of a slower student.
 
     python -m espnet_kd.bin.asr_kd_ceiling --teacher exp/wav2vec2 --data_dir dump/raw/valid \\
         --student_config conf/train_student.yaml
@@ -29,8 +29,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--teacher", required=True, metavar="EXP[/FILE.pth]", help="a finished experiment")
     parser.add_argument("--data_dir", required=True, help="formatted data dir; a text in it is the reference")
     parser.add_argument("--student_config", required=True, help="the student's ESPnet training YAML")
-    parser.add_argument("--utterances", type=int, default=200, help="how many of the data dir, from its beginning")
-    parser.add_argument("--pool", choices=POOLS, default=POOLS[0], help="as in the method page")
+    parser.add_argument(
+        "--utterances", type=int, default=200, help="number of utterances, from the beginning of the data dir"
+    )
+    parser.add_argument("--pool", choices=POOLS, default=POOLS[0], help="pool of the method page")
     return parser
 
 

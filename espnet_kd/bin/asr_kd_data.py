@@ -29,11 +29,11 @@ def _add_an4(sub: argparse.ArgumentParser) -> None:
 
     sub.add_argument("--out", default="data", help="directory that gets train/, valid/, test/")
     sub.add_argument("--an4", help="the corpus, in any of its forms; without it the original is downloaded")
-    sub.add_argument("--downloads", default="downloads", help="where a download goes")
-    sub.add_argument("--mirror", default=MIRROR, help="directory of the web that has an4_sphere.tar.gz")
+    sub.add_argument("--downloads", default="downloads", help="directory for the download")
+    sub.add_argument("--mirror", default=MIRROR, help="URL of the directory with an4_sphere.tar.gz")
     sub.add_argument("--raw_endian", choices=("auto", "big", "little"), default="auto", help="byte order of .raw files")
-    sub.add_argument("--valid_speakers", type=int, default=8, help="training speakers set apart as valid")
-    sub.add_argument("--seed", type=int, default=0, help="picks those speakers")
+    sub.add_argument("--valid_speakers", type=int, default=8, help="number of training speakers for valid/")
+    sub.add_argument("--seed", type=int, default=0, help="seed for the choice of these speakers")
 
 
 def _an4(args: argparse.Namespace) -> None:
@@ -49,7 +49,7 @@ def _add_corpus(sub: argparse.ArgumentParser, gets: str) -> None:
     """Options of every corpus that is read in parallel."""
     sub.add_argument("--out", default="data", help=f"directory that gets {gets}")
     sub.add_argument("--skip_faulty", action="store_true",
-                     help="leave faulty utterances out, counted and named, instead of stopping")  # fmt: skip
+                     help="leave out faulty utterances, and list them, instead of stopping")  # fmt: skip
     sub.add_argument("--nj", type=int, default=1, help="processes that read the audio files")
 
 
@@ -59,15 +59,15 @@ def _add_librispeech(sub: argparse.ArgumentParser) -> None:
     _add_corpus(sub, "train/, valid/, and test_clean/ for test-clean and so on")
     sub.add_argument("--librispeech", help="directory with the parts; without it those needed are downloaded")
     sub.add_argument("--downloads", default="downloads", help="where a download goes")
-    sub.add_argument("--mirror", default=MIRROR, help="where it comes from, e.g. https://us.openslr.org/resources")
+    sub.add_argument("--mirror", default=MIRROR, help="URL to download from, e.g. https://us.openslr.org/resources")
     sub.add_argument("--remove_archives", action="store_true", help="remove a downloaded archive once it is unpacked")
     for name, default in (("train", TRAIN), ("valid", VALID), ("test", TEST)):
         sub.add_argument(f"--{name}_parts", nargs="+", metavar="PART", help=f"parts, also several in one word; \"\": "
                          f"none; not given: {default} (none with --split_by_speaker)")  # fmt: skip
     sub.add_argument("--split_by_speaker", nargs="+", metavar="PART", default=[],
                      help="parts whose speakers are divided among train/, valid/, test/ (train-clean-5)")  # fmt: skip
-    sub.add_argument("--speakers_valid", type=int, default=0, help="how many of those go to valid/")
-    sub.add_argument("--speakers_test", type=int, default=0, help="how many of those go to test/")
+    sub.add_argument("--speakers_valid", type=int, default=0, help="number of these speakers for valid/")
+    sub.add_argument("--speakers_test", type=int, default=0, help="number of these speakers for test/")
     sub.add_argument("--seed", type=int, default=0, help="picks those speakers")
 
 
@@ -84,7 +84,7 @@ def _librispeech(args: argparse.Namespace) -> None:
 def _add_aishell(sub: argparse.ArgumentParser) -> None:
     _add_corpus(sub, "train/, valid/, test/")
     sub.add_argument("--aishell", required=True, help="data_aishell: the directory with transcript/ and wav/")
-    sub.add_argument("--unpacked", default="downloads/aishell_wav", help="where wav/S????.tar.gz are unpacked to")
+    sub.add_argument("--unpacked", default="downloads/aishell_wav", help="directory to unpack wav/S????.tar.gz to")
 
 
 def _aishell(args: argparse.Namespace) -> None:
@@ -112,7 +112,7 @@ def _add_espnet(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--espnet_data", required=True, metavar="DIR",
                      help="an ESPnet recipe's directory; commands (… |) in its wav.scp are run")  # fmt: skip
     sub.add_argument("--sets", required=True, nargs="+", metavar="NAME", help="its data dirs, e.g. train_nodev")
-    sub.add_argument("--out", default="data", help="directory that gets them")
+    sub.add_argument("--out", default="data", help="directory for the data dirs")
     sub.add_argument("--nj", type=int, default=1, help="processes that convert arks and commands to files")
 
 
@@ -142,8 +142,8 @@ def _add_mini(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--seed", type=int, default=0)
     sub.add_argument("--language", choices=("en", "cmn"), default="en", help="cmn: Mandarin, characters as tokens")
     sub.add_argument("--train", type=int, default=2400, help="utterances")
-    sub.add_argument("--valid", type=int, default=100, help="utterances, of voices unseen in train")
-    sub.add_argument("--test", type=int, default=250, help="utterances, of voices unseen in train and valid")
+    sub.add_argument("--valid", type=int, default=100, help="number of utterances, of voices that are not in train")
+    sub.add_argument("--test", type=int, default=250, help="number of utterances, of voices not in train and valid")
     sub.add_argument("--snr_low", type=float, default=20.0, help="lowest signal-to-noise ratio, dB")
     sub.add_argument("--snr_high", type=float, default=40.0, help="highest signal-to-noise ratio, dB")
     sub.add_argument("--reverb_ratio", type=float, default=0.1, help="share of utterances with reverberation, 0 to 1")
@@ -163,13 +163,13 @@ def _add_format(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--src", required=True, nargs="+", help="data dirs to read; several become one")
     sub.add_argument("--dst", required=True, help="directory to make, e.g. dump/raw/train")
     sub.add_argument("--text", choices=("required", "optional", "none"), default="required",
-                     help="optional: taken where there is one; none: not opened, the result has none")  # fmt: skip
+                     help="optional: use a text if there is one; none: do not read it")  # fmt: skip
     sub.add_argument("--fs", type=int, default=16000, help="sampling rate, Hz")
     sub.add_argument("--speed_factors", type=float, nargs="+", default=[1.0], help="1.0 keeps an unchanged copy")
     sub.add_argument("--min_seconds", type=float, default=0.1)
     sub.add_argument("--max_seconds", type=float, default=30.0)
     sub.add_argument("--drop_out_of_range", action="store_true",
-                     help="leave out what is shorter or longer (train, valid); a test set keeps it")  # fmt: skip
+                     help="leave out shorter and longer utterances (for train and valid, not for test)")  # fmt: skip
     sub.add_argument("--nj", type=int, default=1, help="processes")
 
 
@@ -236,17 +236,19 @@ def _fit_text(args: argparse.Namespace) -> None:
 
 def _add_validate(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("data_dirs", nargs="+", metavar="DATA_DIR")
-    sub.add_argument("--token_list", help="tokens.txt that has to cover the texts")
+    sub.add_argument("--token_list", help="tokens.txt that must have all tokens of the texts")
     sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char")
-    sub.add_argument("--allow_unknown", action="store_true", help="only count what it does not cover (validation)")
+    sub.add_argument("--allow_unknown", action="store_true",
+                     help="only count tokens that are not in the list (for validation data)")  # fmt: skip
     sub.add_argument("--min_seconds", type=float, default=0.1)
     sub.add_argument("--max_seconds", type=float, default=30.0)
     sub.add_argument("--fs", type=int, default=16000, help="expected sampling rate, Hz; 0 accepts any")
     sub.add_argument("--no_text", action="store_true", help="text may be missing")
-    sub.add_argument("--allow_empty", action="store_true", help="an id alone in text is untranscribed audio: no fault")
+    sub.add_argument("--allow_empty", action="store_true",
+                     help="a line in text with only an id is untranscribed audio, not a fault")  # fmt: skip
     sub.add_argument("--no_audio", action="store_true", help="do not open the audio files")
     sub.add_argument("--headers_only", action="store_true",
-                     help="do not decode FLAC and floating-point files, as formatting has done already")  # fmt: skip
+                     help="do not decode FLAC and floating-point files, which formatting has done already")  # fmt: skip
     sub.add_argument("--nj", type=int, default=1, help="processes that read the audio files")
 
 
@@ -284,7 +286,7 @@ def _add_lengths(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--model", required=True, action="append", metavar="NAME=OPTIONS",
                      help="options of asr_train that make it, in quotes; several times for several models")  # fmt: skip
     sub.add_argument("--stats", required=True, help="directory with {train,valid}/speech_shape (stage 4)")
-    sub.add_argument("--data_dirs", required=True, nargs=2, metavar=("TRAIN", "VALID"), help="whose texts they are")
+    sub.add_argument("--data_dirs", required=True, nargs=2, metavar=("TRAIN", "VALID"), help="data dirs with the texts")
     sub.add_argument("--token_list", required=True, help="tokens.txt")
     sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char")
 
@@ -360,9 +362,9 @@ def get_parser() -> argparse.ArgumentParser:
         "data/train data/valid --max_seconds 20")  # fmt: skip
     add("ngram", "n-gram model over a model's tokens, for beam search", _add_ngram, _ngram,
         "--text dump/raw/train/text --token_list data/token_list/char/tokens.txt --out exp/4gram.arpa")  # fmt: skip
-    add("statistics", "check statistics of features: they have to be numbers", _add_statistics, _statistics,
+    add("statistics", "check that the statistics of features are finite", _add_statistics, _statistics,
         "exp/stats_train_char/train/feats_stats.npz")  # fmt: skip
-    add("lengths", "check that utterances have frames enough for models and for CTC", _add_lengths, _lengths,
+    add("lengths", "check that utterances have enough frames for the models and for CTC", _add_lengths, _lengths,
         "--model 'student=--config conf/train_student.yaml' --stats exp/stats_train_char "
         "--data_dirs dump/raw/train dump/raw/valid --token_list data/token_list/char/tokens.txt")  # fmt: skip
     return parser

@@ -1,10 +1,10 @@
-"""Turn a trained student into what other programs load: a plain ESPnet experiment, ONNX, sherpa-onnx, a web page.
+"""Export a trained student for other programs: as a plain ESPnet experiment, for ONNX, sherpa-onnx, or a web page.
 
 Examples:
     python -m espnet_kd.bin.asr_kd_export --expdir exp/student_progressive_fkl
     python -m espnet_kd.bin.asr_kd_export --expdir exp/student_progressive_fkl --format onnx web --card
 
-Forms, and what each has beside the model:
+Formats, and the files of each:
 
   espnet  EXP/export with config.yaml (no KD keys), model.pth (student keys only), feats_stats.npz, bpe.model if any,
           decode.yaml (the options that a CTC model is decoded with) and README.md (how to use it), and EXP/export.zip,
@@ -15,7 +15,7 @@ Forms, and what each has beside the model:
   sherpa  EXP/export_sherpa with model.onnx and tokens.txt, for sherpa_onnx.OfflineRecognizer.from_omnilingual_asr_ctc
   web     EXP/export_web, a folder for any web server: a page that recognises files and the microphone in the browser
   stream  EXP/export_stream with model.onnx, one block of a streaming student with its state as inputs and outputs, for
-          asr_kd_transcribe --streaming; of contextual-block encoders, which the others do not take
+          asr_kd_transcribe --streaming; of contextual-block encoders, which the other formats do not support
 
 The last four have student.json (sampling rate, frame shift, tokens, versions, SHA-256 of every file) and README.md.
 Before one of them is written, its graph is run at several lengths, alone and in batches; one whose log-probabilities
@@ -39,12 +39,18 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--expdir", required=True, metavar="EXP[/FILE.pth]", help="the student's experiment")
     parser.add_argument("--format", nargs="+", choices=FORMATS, default=["espnet"], help="default: espnet")
-    parser.add_argument("--output_dir", help="of one format; default: EXP/export, EXP/export_onnx, …")
+    parser.add_argument("--output_dir", help="directory for one format; default: EXP/export, EXP/export_onnx, …")
     parser.add_argument(
-        "--quantize", choices=("none", "int8"), default="none", help="int8: smaller; measure what it costs in accuracy"
+        "--quantize",
+        choices=("none", "int8"),
+        default="none",
+        help="int8: a smaller model; measure the loss of accuracy",
     )
-    parser.add_argument("--max_seconds", type=float, default=30.0, help="longest utterance of a graph (default: 30)")
-    parser.add_argument("--opset", type=int, default=17, help="version of ONNX's operators (default: 17)")
+    parser.add_argument(
+        "--max_seconds", type=float, default=30.0,
+        help="longest utterance that the graph accepts, in seconds (default: 30)",
+    )
+    parser.add_argument("--opset", type=int, default=17, help="version of the ONNX operators (default: 17)")
     parser.add_argument(
         "--ort_web", metavar="DIR", help="for web: dist/ of onnxruntime-web; default: that of npm"
     )
@@ -53,7 +59,7 @@ def get_parser() -> argparse.ArgumentParser:
         nargs="+",
         default=[],
         metavar="DIR",
-        help="data dirs: what every form costs and recognises there goes to EXP/exports.json, for the report",
+        help="data dirs: measure speed, size and error rates of every format there, for the report (EXP/exports.json)",
     )
     parser.add_argument("--card", action="store_true", help="write a model card into every folder, as README.md")
     return parser

@@ -1,11 +1,11 @@
-"""Write a CTC model of another maker as an ESPnet experiment, which can be a teacher in every stage.
+"""Import a CTC model of another toolkit as an ESPnet experiment, which can be a teacher in every stage.
 
     python -m espnet_kd.bin.asr_kd_import hf:DIRECTORY --output_dir exp/wav2vec2
     python -m espnet_kd.bin.asr_kd_import onnx:model.onnx --tokens tokens.txt --output_dir exp/phones
 
 hf: is a fine-tuned CTC model of Hugging Face's transformers: a directory, or OWNER/NAME[@REVISION] on the hub. onnx: is
-a file that maps audio (utterances, samples) to CTC scores. Nothing that comes with a model is run. The experiment holds
-all of the model, so that the source is not needed afterwards. The same import again changes nothing.
+a file that maps audio (utterances, samples) to CTC scores. No code that comes with a model is run. The experiment
+contains the whole model, so that the source is not needed afterwards. Repeating an import changes nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("source", help="hf:DIRECTORY, hf:OWNER/NAME[@REVISION] or onnx:FILE")
     parser.add_argument("--output_dir", required=True, type=Path, help="the experiment to write")
     onnx = parser.add_argument_group("for an ONNX file")
-    onnx.add_argument("--tokens", help="its tokens, one a line; sherpa-onnx's tokens.txt is taken too")
+    onnx.add_argument("--tokens", help="file with its tokens, one per line; tokens.txt of sherpa-onnx is accepted too")
     onnx.add_argument("--blank", type=int, help="number of the CTC blank (default: of <blank>, <blk>, <pad> or [PAD])")
     onnx.add_argument("--word_delimiter", help="the token between words (default: | or ▁)")
     onnx.add_argument("--fs", type=int, help="sampling rate in Hz (default: 16000)")

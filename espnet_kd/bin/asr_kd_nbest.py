@@ -3,9 +3,9 @@ r"""Write the N-best of a teacher for data dirs, the targets of sequence-level d
     python -m espnet_kd.bin.asr_kd_nbest --teacher exp/teacher --data_dir dump/raw/train dump/raw/valid \
         --output exp/teacher/nbest --nbest 5 --beam_size 20
 
-FILE gets a line 'utt_id rank score tokens…' for each hypothesis (see espnet_kd.targets.nbest), found by CTC prefix
-beam search without lexicon or language model; FILE.json records how it was made, FILE.log_prior.npy has the log of the
-tokens' mean posterior (V,), for pages with `frames: {rule: elimination, log_prior: FILE.log_prior.npy}`. Only
+FILE has a line 'utt_id rank score tokens…' for each hypothesis (see espnet_kd.targets.nbest), found by a CTC prefix
+beam search without lexicon or language model. FILE.json describes how it was made; FILE.log_prior.npy has the log of
+the tokens' mean posterior (V,), for pages with `frames: {rule: elimination, log_prior: FILE.log_prior.npy}`. Only
 wav.scp is read, no text. A finished file of the same teacher, data and search is kept; --force makes it again.
 """
 
@@ -24,15 +24,20 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--teacher", required=True, metavar="EXP[/FILE.pth]", help="experiment, export or packed .zip")
     parser.add_argument(
-        "--data_dir", required=True, nargs="+", action="extend", metavar="DIR", help="data dirs with wav.scp, several"
+        "--data_dir",
+        required=True,
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="one or more data dirs with wav.scp",
     )
     parser.add_argument("--output", required=True, metavar="FILE", help="e.g. exp/teacher/nbest")
-    parser.add_argument("--nbest", type=int, default=5, help="hypotheses of an utterance, at most")
-    parser.add_argument("--beam_size", type=int, default=20, help="hypotheses kept per frame; 4 × --nbest misses few")
+    parser.add_argument("--nbest", type=int, default=5, help="largest number of hypotheses per utterance")
+    parser.add_argument("--beam_size", type=int, default=20, help="hypotheses kept per frame; 4 × --nbest loses few")
     parser.add_argument("--beam_size_token", type=int, default=20, help=BEAM_SIZE_TOKEN_HELP)
     cli.add_batch_options(
         parser,
-        nj="batches at the same time; on a GPU processes that search",
+        nj="CPU: batches decoded at the same time; GPU: processes for the beam search",
         force="search again even if it is done",
         ngpu=" (the search is on the CPU)",
     )

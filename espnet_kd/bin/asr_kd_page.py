@@ -3,11 +3,11 @@
     python -m espnet_kd.bin.asr_kd_page self_kd
     python -m espnet_kd.bin.asr_kd_page conf/my_method.yaml
 
-teacher: required or none · stages: number of KD stages · labels: 1 where transcripts are trained with, else 0 ·
-nbest: hypotheses per utterance that it reads of the teacher's N-best, 0 for none
+teacher: required or none · stages: number of KD stages · labels: 1 if the method needs transcripts, else 0 ·
+nbest: hypotheses per utterance that the method needs of the teacher's N-best, 0 for none
 
-An objective that is a dotted path is code of the page's author. It is not imported here, so that its options are not
-checked and what it needs is not counted, unless --import_objectives is given.
+An objective that is a dotted path is code of the page's author. Unless --import_objectives is given, it is not
+imported: its options are not checked, and its needs are not included.
 """
 
 from __future__ import annotations
@@ -23,8 +23,10 @@ from espnet_kd.lazy import importing_lazily
 def get_parser() -> argparse.ArgumentParser:
     """Command line of asr_kd_page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("page", help="a name in conf/methods, or a path")
-    parser.add_argument("--import_objectives", action="store_true", help="import dotted paths, as training does")
+    parser.add_argument("page", help="name of a page in conf/methods, or path of a page")
+    parser.add_argument(
+        "--import_objectives", action="store_true", help="import objectives that are dotted paths, as training does"
+    )
     return parser
 
 
@@ -43,7 +45,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     page = load_page(args.page, args.import_objectives)
     unread = {spec.name for stage in page.stages for spec in stage.objectives if isinstance(spec.make(), Unread)}
     if unread:
-        logging.warning("not imported, hence not looked at: %s (see --help)", ", ".join(sorted(unread)))
+        logging.warning("not imported, and therefore not checked: %s (see --help)", ", ".join(sorted(unread)))
     print(f"teacher={page.teacher}")
     print(f"stages={len(page.stages)}")
     print(f"labels={int(page.needs_text)}")

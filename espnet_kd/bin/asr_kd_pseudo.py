@@ -1,4 +1,4 @@
-"""Make a training set of audio and the transcripts that a recogniser made of it, without those that cannot be right.
+"""Make a training set from audio and automatic transcripts, without transcripts that are probably wrong.
 
     python -m espnet_kd.bin.asr_kd_pseudo --data_dir dump/raw/extra --labels whisper.jsonl --out dump/raw/pseudo \\
         --token_list data/token_list/char/tokens.txt --ctc_teacher exp/teacher --max_distance 0.3
@@ -7,7 +7,7 @@
 --labels is the output of any recogniser: a Kaldi-style text, or JSON, one object a line with utt_id, text and
 optionally confidence. --teacher makes the transcripts here. Each transcript is brought to the token list's characters,
 and left out where it is empty, has other characters, repeats a phrase, is too fast or too slow for its audio, or is far
-from what a CTC teacher gives. OUT becomes a data dir with what is kept, and OUT/pseudo.tsv has all reasons.
+from what a CTC teacher gives. OUT becomes a data dir with the rest; OUT/pseudo.tsv has the reason for each utterance.
 """
 
 from __future__ import annotations
@@ -37,10 +37,16 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ctc_teacher", metavar="EXP[/FILE.pth]", help="its greedy output is compared with them")
     limits = parser.add_argument_group("limits; a negative number switches one off")
     limits.add_argument("--min_confidence", type=float, help="of --labels with confidences; no default")
-    limits.add_argument("--max_repeats", type=int, default=3, help="times in a row that a phrase may be there (3)")
-    limits.add_argument("--min_rate", type=float, default=1.0, help="characters a second (1)")
-    limits.add_argument("--max_rate", type=float, default=35.0, help="characters a second (35)")
-    limits.add_argument("--max_distance", type=float, default=0.3, help="edits to --ctc_teacher, a share (0.3)")
+    limits.add_argument(
+        "--max_repeats", type=int, default=3,
+        help="largest number of times that a phrase may be repeated in a row (3)",
+    )
+    limits.add_argument("--min_rate", type=float, default=1.0, help="fewest characters per second (1)")
+    limits.add_argument("--max_rate", type=float, default=35.0, help="most characters per second (35)")
+    limits.add_argument(
+        "--max_distance", type=float, default=0.3,
+        help="largest edit distance to the output of --ctc_teacher, as a share (0.3)",
+    )
     parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="0: CPU, 1: GPU")
     parser.add_argument("--nj", type=int, default=1, help="batches decoded at the same time")
     return parser

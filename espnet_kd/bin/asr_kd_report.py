@@ -1,12 +1,12 @@
-"""See what was gained: one page of tables and pictures of all experiments, or how far those that run are.
+"""Report the results of all experiments on one page of tables and pictures, or show the progress of running ones.
 
     python -m espnet_kd.bin.asr_kd_report exp [--teacher EXP]
     python -m espnet_kd.bin.asr_kd_report egs2/an4/asr_kd1/exp egs2/mini/asr_kd1/exp --output_dir report
     python -m espnet_kd.bin.asr_kd_report --watch exp
 
 Writes report.html (opens anywhere, without network), RESULTS.md (the same), results.json and report/*.png into the
-first EXPDIR, and prints the verdict: a paragraph for each distilled student (also in report/verdict.txt). What is
-missing is named, the rest is shown.
+first EXPDIR, and prints the verdict: a paragraph for each distilled student (also in report/verdict.txt). Missing
+results are listed; the rest is shown.
 """
 
 from __future__ import annotations
@@ -23,14 +23,19 @@ def get_parser() -> argparse.ArgumentParser:
     """Command line of asr_kd_report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("expdir", nargs="+", metavar="EXPDIR", help="directories of experiments, one for each recipe")
-    parser.add_argument("--teacher", nargs="+", default=[], metavar="EXP", help="teachers that lie elsewhere")
+    parser.add_argument("--teacher", nargs="+", default=[], metavar="EXP", help="teachers in other directories")
     parser.add_argument("--output_dir", metavar="DIR", help="where the report goes; default: the first EXPDIR")
     parser.add_argument(
-        "--frame_utts", type=int, default=100, help="utterances of each test set to run models on (100)"
+        "--frame_utts",
+        type=int,
+        default=100,
+        help="number of utterances of each test set for the alignment section (100)",
     )
-    parser.add_argument("--examples", type=int, default=3, help="of these to draw, for each test set (3)")
-    parser.add_argument("--no_frames", action="store_true", help="run no models: leave the section on alignment out")
-    parser.add_argument("--watch", action="store_true", help="instead: a line for each run, until Ctrl-C")
+    parser.add_argument("--examples", type=int, default=3, help="number of these to draw for each test set (3)")
+    parser.add_argument(
+        "--no_frames", action="store_true", help="leave out the alignment section, which runs the models"
+    )
+    parser.add_argument("--watch", action="store_true", help="show the progress of each run instead, until Ctrl-C")
     parser.add_argument("--once", action="store_true", help="with --watch: once")
     return parser
 
@@ -39,7 +44,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command.
 
     Raises:
-        UserError: anything that the user can mend.
+        UserError: anything that the user can correct.
     """
     parser = get_parser()
     args = parser.parse_args(argv)

@@ -1,11 +1,11 @@
-r"""Score recognised text: CER and WER with their 95 % bootstrap intervals.
+r"""Score recognised text: CER and WER with 95 % bootstrap intervals.
 
     python -m espnet_kd.bin.asr_kd_score --expdir exp/teacher exp/student_plain exp/student_kl/export \
         --data_dir dump/raw/test
     python -m espnet_kd.bin.asr_kd_score --hyp exp/student/decode_test/1best_recog/text \
         --ref dump/raw/test/text --output_dir exp/student/decode_test
 
-The first form scores what asr_kd_inference with the same options has decoded against the data dirs' text. Writes
+The first form scores the decodings that asr_kd_inference has made with the same options. The command writes
 score.json, score.txt (ESPnet's table) and per_utt.tsv (counts of every utterance) beside the hypotheses, or to
 OUTPUT_DIR.
 """
@@ -28,13 +28,13 @@ def get_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--expdir", nargs="+", metavar="EXP[/FILE.pth]", help="decoded experiments or exports")
     parser.add_argument("--data_dir", nargs="+", metavar="DIR", help="data dirs with text")
-    reference = "for data dirs without text: what this experiment recognised is the reference"
+    reference = "for data dirs without text: use the output of this experiment as reference"
     parser.add_argument("--reference_exp", metavar="EXP[/FILE.pth]", help=reference)
-    parser.add_argument("--hyp", help="recognised text, 'utt_id words…' a line")
+    parser.add_argument("--hyp", help="recognised text, one line 'utt_id words…' per utterance")
     parser.add_argument("--ref", help="reference in the same form")
     parser.add_argument("--output_dir", help="with --hyp: where the results go, e.g. EXP/decode_test")
     parser.add_argument("--testset", help="with --hyp: name of the test set (default: the directory of --ref)")
-    parser.add_argument("--resamples", type=int, default=2000, help="bootstrap draws, 1000 or more")
+    parser.add_argument("--resamples", type=int, default=2000, help="number of bootstrap samples, 1000 or more")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap")
     return parser
 
@@ -43,7 +43,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command.
 
     Raises:
-        UserError: anything that the user can mend.
+        UserError: anything that the user can correct.
     """
     parser = get_parser()
     args = parser.parse_args(argv)

@@ -1,13 +1,13 @@
-"""Train a student by a method page: all its KD stages, or one of them.
+"""Train a student with a method page: in all of its KD stages, or up to one of them.
 
 Example:
     python -m espnet_kd.bin.asr_kd_train --config conf/train_student.yaml \\
         --teacher exp/teacher --kd_config progressive_fkl --output_dir exp/student_fkl \\
         <everything else that espnet2.bin.asr_train takes>
 
-The KD stages are phases of one training in OUTPUT_DIR. --kd_stage K trains up to the end of the epoch in which KD stage
-K ends, and stops there; the student that each KD stage ends with is kept in OUTPUT_DIR/kd_stage<K>. The same command
-continues a training that was stopped; a finished one goes on where --max_epoch is raised.
+The KD stages are phases of one training in OUTPUT_DIR. --kd_stage K stops at the end of the epoch in which KD stage
+K ends; the student at the end of each KD stage is kept in OUTPUT_DIR/kd_stage<K>. The same command resumes a training
+that was stopped; a finished training continues if --max_epoch is raised.
 """
 
 from __future__ import annotations

@@ -5,13 +5,14 @@ Examples:
     python -m espnet_kd.bin.asr_kd_transcribe --model export_onnx --output_format srt --output_dir subtitles *.opus
     arecord -f S16_LE -r 16000 | python -m espnet_kd.bin.asr_kd_transcribe --model exp/streaming/export --streaming -
 
-WAV, FLAC, MP3, Opus and whatever else libsndfile reads, of any sampling rate; several channels are averaged; - is
-standard input. The text goes to standard output, a line a file, with the file's name before it where there are
-several. Subtitles and JSON have times; a confidence is a token's mean posterior. Audio longer than --longest_seconds is
-cut where it is quietest.
+Audio may be WAV, FLAC, MP3, Opus and other formats of libsndfile, at any sampling rate; several channels are averaged.
+The file - is standard input. The text is printed to standard output, one line per file, with the file's name before it
+if there are several. Subtitles and JSON have times; a confidence is a token's mean posterior. Audio longer than
+--longest_seconds is cut where it is quietest.
 
 --streaming decodes with an encoder that works in blocks, as the audio arrives, and shows the text as soon as it is
-known; its latency is logged. Standard input is then one channel of 16-bit samples at the student's rate, raw or WAV.
+recognised; the latency is logged. Standard input is then one channel of 16-bit samples at the student's rate, raw or
+WAV.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("files", nargs="+", metavar="FILE", help="audio files; -: standard input")
     parser.add_argument("--model", required=True, metavar="DIR", help="an export of any format, or an experiment")
     parser.add_argument("--output_format", choices=list(FORMATS), default="text", help="default: text")
-    parser.add_argument("--output_dir", help="a file each is written there; default: standard output")
+    parser.add_argument("--output_dir", help="directory for one file per input; default: standard output")
     parser.add_argument("--longest_seconds", type=float, help="longer audio is cut at pauses (default: 20)")
-    parser.add_argument("--threads", type=int, default=1, help="of onnxruntime (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads of onnxruntime (default: 1)")
     parser.add_argument("--streaming", action="store_true", help="decode in blocks as the audio arrives")
     return parser
 

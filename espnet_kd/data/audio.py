@@ -1,4 +1,4 @@
-"""What an audio file says of itself, and how one is written."""
+"""Reading the headers and samples of audio files, and writing them."""
 
 from __future__ import annotations
 
@@ -50,11 +50,11 @@ def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
     if not os.path.isfile(path):
         raise UserError(f"no such audio file: {path} (relative paths count from the working directory)")
     if path.lower().endswith(".raw"):
-        raise UserError(f"{path} has no header that says its sampling rate: convert it to a file that has (flac, wav)")
+        raise UserError(f"{path} has no header with its sampling rate: convert it to a file with a header (flac, wav)")
     try:
         with soundfile.SoundFile(path) as f:
             if f.frames > 1 << 62:  # libsndfile's greatest number
-                raise UserError(f"{path} does not say how long it is, as a stream: decode it, and write it to a file")
+                raise UserError(f"{path} has no length in its header, as a stream: decode it, and write it to a file")
             if whole and not _is_whole(f, _read_head(path)):
                 raise UserError(f"{path} is cut: it ends before its header says")
             return f.frames, f.samplerate, f.channels
@@ -78,7 +78,7 @@ def read_samples(
 
     Args:
         source: a file, or its name.
-        name: what messages call it.
+        name: its name in messages.
         start, stop: the part to read, in samples; None reads to the end.
         channels: "mean", "all", or one of them, counted from 0.
 
@@ -116,10 +116,10 @@ def iterate_samples(source: Union[str, IO[bytes]], name: str) -> Iterator[Tuple[
 
 
 def check_samples(path: str) -> bool:
-    """Decode a file, where that can show a fault, and return whether samples lie beyond full scale.
+    """Decode a file if that can reveal a fault, and return whether samples are beyond full scale.
 
-    Integers in a WAV file cannot be anything but samples; a FLAC file may be damaged in the middle, and floating-point
-    samples may be no numbers. Memory does not grow with the file.
+    Integers in a WAV file are always valid samples. A FLAC file may be damaged in the middle, and floating-point
+    samples may be NaN. Memory does not grow with the file.
 
     Raises:
         UserError: the causes of :func:`read_samples`.
@@ -142,7 +142,7 @@ def to_int16(samples):
 def write_audio(path: Union[str, Path], samples, rate: int, sync: bool = True) -> None:
     """Write int16 samples, (N,) or (N, channels), at ``rate`` Hz, whole or not at all.
 
-    The suffix of ``path`` says the form: 16-bit FLAC (``.flac``) or WAV (``.wav``).
+    The suffix of ``path`` decides the format: 16-bit FLAC (``.flac``) or WAV (``.wav``).
     """
     import soundfile
 
@@ -158,7 +158,7 @@ def _read_head(path: str) -> str:
 
 
 def _opened(source: Union[str, IO[bytes]], name: str):
-    """Open a file that is whole with soundfile."""
+    """Open a file with soundfile, and refuse one that is cut."""
     import soundfile
 
     try:
@@ -166,7 +166,7 @@ def _opened(source: Union[str, IO[bytes]], name: str):
     except (soundfile.LibsndfileError, RuntimeError) as e:
         raise UserError(f"{name} is no audio that can be read here: {getattr(e, 'error_string', e)}") from e
     if f.frames > 1 << 62:
-        raise UserError(f"{name} does not say how long it is, as a stream: decode it, and write it to a file")
+        raise UserError(f"{name} has no length in its header, as a stream: decode it, and write it to a file")
     # A file is read as it stands; NIST, which is looked at here, is never in an ark.
     if not _is_whole(f, _read_head(source) if isinstance(source, str) else ""):
         raise UserError(f"{name} is cut: it ends before its header says")
@@ -200,7 +200,7 @@ def _blocks(f, name: str, start: int, stop: int):
 
 
 def _is_whole(f, head: str) -> bool:
-    """Whether an open soundfile has all that its header says; libsndfile itself takes what is there."""
+    """Whether an open soundfile is as long as its header says; libsndfile itself accepts a shorter file."""
     import soundfile
 
     if f.format == "FLAC" and f.frames:

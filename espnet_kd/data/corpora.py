@@ -1,4 +1,4 @@
-"""What every corpus needs: download and unpack it, probe its audio in parallel, and report what was left out."""
+"""Functions for all corpora: download, unpacking, parallel probing of the audio, and the list of omitted utterances."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BLOCK = 1 << 16
 
 
 class LeftOut:
-    """Counts and names what a data dir does without."""
+    """Counts and names the utterances that are left out of a data dir."""
 
     def __init__(self, skip_faulty: bool = False) -> None:
         self.skip_faulty = skip_faulty
@@ -35,11 +35,11 @@ class LeftOut:
         self.lacking: List[str] = []
 
     def add(self, reason: str, name: str) -> None:
-        """Note one thing that is left out."""
+        """Note one omitted utterance or file."""
         self.names.setdefault(reason, []).append(name)
 
     def fault(self, reason: str, name: str, where: PathLike, mend: str) -> None:
-        """Note a fault of the corpus with ``skip_faulty``; else stop.
+        """Note a fault of the corpus if ``skip_faulty`` is set; otherwise stop.
 
         Raises:
             UserError: without ``skip_faulty``.
@@ -51,7 +51,7 @@ class LeftOut:
     def expect(
         self, what: str, found: int, expected: Optional[int], names: Collection[str] = (), where: str = ""
     ) -> None:
-        """Note where a corpus has less than its original is known to have.
+        """Note if a corpus has less than its original.
 
         Args:
             what: what is counted, such as "speakers of train-clean-100".
@@ -67,7 +67,7 @@ class LeftOut:
     def report(self, what: str, path: PathLike) -> None:
         """Log what is missing, how many were left out and why; write their names to ``path`` (no file without any)."""
         if self.lacking:
-            logging.warning("%s: the corpus is not all there, %s; fetch or unpack the rest, unless this is meant",
+            logging.warning("%s: the corpus is incomplete: %s; add the rest, unless this is intended",
                             what, "; ".join(self.lacking))  # fmt: skip
         remove_leftovers(path)
         total = sum(map(len, self.names.values()))
@@ -95,7 +95,7 @@ def write_corpus_dir(
     """Probe the audio of ``groups`` with ``nj`` processes, write the data dir and return its number of utterances.
 
     Args:
-        groups: utterances without ``num_samples``, those of one audio file together. They are read once, and not held.
+        groups: utterances without ``num_samples``, those of one audio file together. They are read once.
         fs: the corpus's own sampling rate in Hz; another one is logged, and resampled by the formatting (stage 2).
 
     Raises:
@@ -177,7 +177,7 @@ def find_root(path: PathLike, option: str, name: str, inside: Iterable[str], sou
     """Return ``path`` or ``path/name``, whichever holds one of ``inside``.
 
     Raises:
-        UserError: neither does; ``option`` and ``source`` say how to mend it.
+        UserError: neither does; the message names ``option`` and ``source``.
     """
     path = Path(path)
     for candidate in (path, path / name):
@@ -188,11 +188,11 @@ def find_root(path: PathLike, option: str, name: str, inside: Iterable[str], sou
 
 
 def download(url: str, path: PathLike, md5: Optional[str] = None, option: str = "") -> Path:
-    """Fetch ``url`` to ``path`` unless it is there; what a broken download left is gone on with.
+    """Download ``url`` to ``path`` unless it exists; an interrupted download is resumed.
 
     Args:
         md5: of the whole file, compared before the file gets its name.
-        option: the one that takes the corpus where there is no network.
+        option: the option for a corpus that was downloaded elsewhere.
 
     Raises:
         UserError: no network, the connection broke, or the checksum is another.
@@ -230,7 +230,7 @@ def download(url: str, path: PathLike, md5: Optional[str] = None, option: str = 
         raise UserError(_no_download(url, str(getattr(e, "reason", None) or e), option)) from e
     if md5 is not None and _md5(part) != md5:
         part.unlink()
-        raise UserError(f"{url}: what came has another md5 than {md5}; it was removed: give the same command again")
+        raise UserError(f"{url}: the file has another md5 than {md5}; it was removed: give the same command again")
     os.replace(part, path)
     return path
 
@@ -286,13 +286,13 @@ def unpacked_beside(archive: PathLike, dst: Path) -> Iterator[Path]:
 
 
 def parts_of(option: Optional[Sequence[str]], default: str) -> List[str]:
-    """Return the names in a list option: several words, or several in one word; each once, in order."""
+    """Return the names in a list option, given as several words or in one word; each once, in order."""
     words = default.split() if option is None else " ".join(option).split()
     return list(dict.fromkeys(words))
 
 
 def pick_speakers(speakers: Sequence[str], number: int, seed: int) -> List[str]:
-    """Choose ``number`` speakers by a hash, so that the choice depends on nothing but names and seed."""
+    """Choose ``number`` speakers by a hash, so that the choice depends only on names and seed."""
     return sorted(speakers, key=lambda s: hashlib.sha256(f"{seed} {s}".encode()).hexdigest())[:number]
 
 

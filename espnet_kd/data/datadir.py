@@ -55,7 +55,7 @@ class Utterance:
 
 
 def refuse_same(sources: Iterable[PathLike], dst: PathLike, option: str) -> None:
-    """Refuse to write a data dir in the place of one that it is made of, which would be lost (:class:`UserError`)."""
+    """Refuse to overwrite a data dir that is also read (:class:`UserError`)."""
     for source in sources:
         if os.path.realpath(source) == os.path.realpath(dst):
             raise UserError(f"{dst} is to be read, and cannot be written at the same time; choose another {option}")
@@ -100,7 +100,7 @@ def read_pairs(path: PathLike) -> Iterator[Tuple[str, str]]:
 
 
 def read_map(path: PathLike) -> Dict[str, str]:
-    """Read a whole Kaldi-style file; an id that stands twice is an error naming its line."""
+    """Read a whole Kaldi-style file; a duplicate id is an error that names its line."""
     out: Dict[str, str] = {}
     for number, line in iter_lines(path):
         key, value = split_line(line)
@@ -132,7 +132,7 @@ def read_sorted(path: PathLike, errors: str = "strict") -> Iterator[NumberedLine
 def join_sorted(streams: Mapping[str, Iterable[Tuple]]) -> Iterator[Tuple[str, Dict[str, List[Any]]]]:
     """Join streams of tuples sorted by their first item: yield (id, {name of a stream: its tuples with this id}).
 
-    An id that a stream lacks is no key of the dict; more than one tuple in a list is an id that stands twice.
+    The dict has no key for a stream without the id; a list with more than one tuple is a duplicate id.
     """
 
     def tagged(name: str, items: Iterable[Tuple]) -> Iterator[Tuple[str, str, Tuple]]:
@@ -153,7 +153,7 @@ def parse_segment(value: str, where: str) -> Tuple[str, float, float, Optional[i
     A channel, counted from 0, may stand at the end of the line, as in Kaldi; without it, it is None.
 
     Raises:
-        UserError: beginning with ``where``: it is no such line, or the times make no segment.
+        UserError: beginning with ``where``: the line is malformed, or the segment is empty.
     """
     fields = value.split()
     try:
@@ -213,8 +213,8 @@ def read_data_dir(data_dir: PathLike, read_text: bool = True) -> Iterator[Uttera
 def sort_externally(items: Iterable[Item], key: Callable[[Item], Any], directory: PathLike) -> Iterator[Item]:
     """Yield ``items`` sorted by ``key`` in memory that does not grow with their number.
 
-    All of them are read before the first is yielded; equal keys stay in their order. More than RUN of them wait,
-    pickled, in nameless files of ``directory``, of which a kill leaves nothing.
+    All items are read before the first is yielded; the sort is stable. If there are more than RUN, they are pickled
+    into unnamed files in ``directory``, which a kill leaves no trace of.
     """
     rest = iter(items)
     runs: List[Spool] = []
@@ -267,8 +267,8 @@ def write_data_dir(data_dir: PathLike, utterances: Iterable[Utterance]) -> int:
     """Write a data dir and return its number of utterances; memory does not grow with it.
 
     ``segments`` is written where the utterances have a ``recording``; ``utt2num_samples`` where every one has its
-    number; ``text`` where every one has a text. ``wav.scp`` is put there last: a directory that has it is whole. What
-    goes wrong before that leaves the old files, or none.
+    number; ``text`` where every one has a text. ``wav.scp`` is written last: a directory that has it is complete.
+    An error before that leaves the old files, or none.
 
     Raises:
         UserError: no utterance at all, an id twice, a blank inside an id, a line break inside a text, a recording that

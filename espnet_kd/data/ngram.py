@@ -1,6 +1,6 @@
 """An n-gram model over a model's tokens, for beam search: interpolated Kneser-Ney (Kneser and Ney, 1995), as ARPA.
 
-Texts are cut into tokens as for training. n-grams are numbers in sorted arrays: some 50 bytes for each different one.
+Texts are tokenized as for training. n-grams are stored as numbers in sorted arrays, about 50 bytes each.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Statistics of features (stage 4), with which every later model normalises: they have to be numbers."""
+"""Check of the feature statistics (stage 4), with which all models normalise: they have to be finite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def check_statistics(path: Union[str, Path]) -> None:
     It holds ``count`` (frames), ``sum`` and ``sum_square`` of each feature, or, as Kaldi has them, one matrix of these.
 
     Raises:
-        UserError: the file is missing or no such file, or holds a NaN, an infinite number or a negative variance.
+        UserError: the file is missing or of another kind, or has a NaN, an infinite number or a negative variance.
     """
     import numpy as np
 

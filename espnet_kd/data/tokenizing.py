@@ -1,4 +1,4 @@
-"""How ESPnet cuts a text into tokens: by a token list and what lies beside it, without importing ESPnet.
+"""Tokenization as in ESPnet, with a token list and the files beside it, without importing ESPnet.
 
 A directory of a token list holds ``tokens.txt``, and where there are such ``bpe.model``, ``nlsyms.txt`` (symbols that
 stay whole in a text of characters, one a line; ESPnet's ``non_linguistic_symbols``) and ``cleaner`` (the name of
@@ -21,7 +21,7 @@ NLSYMS, CLEANER, BPE_MODEL = "nlsyms.txt", "cleaner", "bpe.model"
 
 
 class Tokenizer:
-    """Cuts texts as ESPnet does.
+    """Splits texts into tokens as ESPnet does.
 
     Args:
         token_type: "char", "bpe" or "word".
@@ -61,7 +61,7 @@ class Tokenizer:
         return [SPACE if part == " " else part for part in self._parts.findall(text)]
 
     def special_fault(self, text: str) -> Optional[str]:
-        """Why the names of special tokens in ``text`` cannot stay there, or None.
+        """The reason why ``text`` may not contain the names of special tokens, or None.
 
         ``<unk>`` may stay where it becomes that one token, which an unknown word is.
         """

@@ -38,7 +38,7 @@ from espnet_kd.files import PathLike, remove_leftovers, replacing
 
 VERSION = 1
 TOKEN_TYPES = ("char", "word", "bpe")
-# SentencePiece holds its text, and takes some 25 bytes a character for it. Speed-perturbed copies say the same again.
+# SentencePiece keeps its text in memory, about 25 bytes per character. Speed-perturbed copies have the same text.
 MAX_CHARACTERS = 20_000_000
 
 
@@ -112,12 +112,12 @@ def make_token_list(
 def take_token_list(config: Path, content: Mapping[str, Any], out_dir: PathLike, token_type: str = "char") -> Path:
     """Write a teacher's tokens to ``out_dir/tokens.txt`` and return the path.
 
-    Beside it come its ``bpe.model``, ``nlsyms.txt`` and ``cleaner``, where it has such: its texts are cut with them.
+    The teacher's ``bpe.model``, ``nlsyms.txt`` and ``cleaner``, if it has them, are written there too.
 
     Args:
         config: its config.yaml. Files that it names are looked for beside it, then where the name leads from each
             directory above it (the recipe it was trained in), then from here.
-        content: what that says.
+        content: the contents of that file.
         token_type: "char", "word" or "bpe": what the student is to have.
 
     The same teacher again changes nothing.
@@ -151,7 +151,7 @@ def take_token_list(config: Path, content: Mapping[str, Any], out_dir: PathLike,
 
 
 def _texts_of(config: Path, content: Mapping[str, Any], token_type: str) -> Dict[str, str]:
-    """Return the files that say what else ESPnet does to a teacher's texts: {name: content}."""
+    """Return the other files for the tokenization of a teacher's texts: {name: content}."""
     files = {}
     named = content.get("non_linguistic_symbols")
     if named and token_type == "char":  # ESPnet has no use for them beside a BPE model
@@ -284,8 +284,7 @@ def _train_bpe(sentences: Iterable[str], nbpe: int, number: int, symbols: Sequen
 
 
 def _what_fits(message: str, extra: int) -> str:
-    """What SentencePiece says of a vocabulary's size, less ``extra``, without its own options and places in its source.
-    """
+    """SentencePiece's message on a vocabulary size, reduced by ``extra``, without its options and source lines."""
     high = re.search(r"too high .*<= (\d+)", message)
     low = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if high:

@@ -16,22 +16,23 @@ from espnet_kd.cli import UserError
 from espnet_kd.inference.greedy import ctc_collapse
 from espnet_kd.targets.nbest import Hypotheses
 
-#: Nats below the best that are kept however far: the beam alone prunes. Finite, so that -inf never passes.
+#: No hypothesis is pruned by its distance to the best (nats), only by the beam. Finite, so that -inf never passes.
 _NO_THRESHOLD = 1e30
 SPACE = "<space>"
-#: Tokens that no text of tokens has.
+#: Tokens that never occur in a text.
 NO_TEXT = ("<blank>", "<unk>", "<sos/eos>", "<mask>", "")
 #: Share of the tokens that an n-gram model must know.
 LEAST_KNOWN = 0.5
 
 
 class BeamSearch:
-    """Finds the likeliest token sequences of each utterance, all alignments of a sequence summed.
+    """Finds the likeliest token sequences of each utterance, summed over all alignments of a sequence.
 
-    Exact where the beam holds every sequence and ``beam_size_token`` every token; otherwise a score is a lower bound.
+    The search is exact if the beam holds every sequence and ``beam_size_token`` every token; otherwise scores are lower
+    bounds.
     With an n-gram model a score is log P(tokens | audio) in nats + ``ngram_weight`` · log10 P_ngram(<s> tokens </s>),
-    the units of ESPnet's own n-gram scorer. Safe for several threads, which take turns: the search holds Python's lock
-    (`espnet_kd.decode.beside` has processes).
+    the units of ESPnet's own n-gram scorer. Several threads may use one object,
+    but the search holds Python's lock, so that they take turns (`espnet_kd.decode.beside` uses processes).
     """
 
     def __init__(
@@ -50,13 +51,13 @@ class BeamSearch:
 
         Args:
             tokens: names of the V labels; they matter to the n-gram model only.
-            nbest: hypotheses wanted, at most ``beam_size``; fewer come where the beam ends in fewer sequences.
+            nbest: hypotheses wanted, at most ``beam_size``; fewer if the beam ends with fewer sequences.
             beam_size: hypotheses kept after each frame; one that ends in a blank and one that doesn't are two.
             beam_size_token: likeliest labels of a frame that are tried, blank included; None: all (slow if V is large).
             blank_id: blank label.
             drop: labels never hypothesised (ESPnet's <sos/eos>, which is no text). Their probability is lost.
             ngram_file: ARPA or KenLM's binary format, over ``tokens``.
-            ngram_weight: of its log10 probabilities.
+            ngram_weight: factor of its log10 probabilities.
 
         Raises:
             ValueError: numbers out of range.

@@ -1,4 +1,4 @@
-"""Recognition by beam search: the best hypotheses with their texts, or the N-best that a student is taught with."""
+"""Recognition by beam search: the best hypotheses with their texts, or the N-best for sequence-level distillation."""
 
 from __future__ import annotations
 
@@ -36,11 +36,11 @@ class BeamRecogniser(Recogniser):
     ):
         """Take what `Recogniser` takes, and the options of `espnet_kd.decode.beam.BeamSearch` from ``nbest`` on.
 
-        ``search_jobs``: processes that search while the model is already run on the next batch, for a model on a GPU;
-        0: the search is done here, after the model.
+        ``search_jobs``: number of processes that search while the model runs on the next batch, for a model on a GPU;
+        0: the search runs in this process, after the model.
 
         Raises:
-            UserError: as in `Recogniser`, or the n-gram model is no good.
+            UserError: as in `Recogniser`, or the n-gram model cannot be used.
         """
         super().__init__(model, args, config_dir)
         options["drop"] = self.no_text

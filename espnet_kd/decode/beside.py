@@ -1,7 +1,7 @@
-"""Beam search in processes beside the one that runs the model, so that a GPU does not wait for it.
+"""Beam search in other processes than the one that runs the model, so that a GPU does not wait for the search.
 
-The search holds Python's lock, so that threads would take turns. Only the likeliest labels of a frame go to the
-processes, which are all that it tries.
+The search holds Python's lock, so that threads would take turns. Only the likeliest labels of each
+frame, which the search tries, are sent to the processes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class BesideSearch:
             ValueError, UserError: see `BeamSearch`.
         """
         options = {**options, "beam_size_token": beam_size_token, "drop": tuple(drop)}
-        BeamSearch(tokens, **options)  # refuses here what a process could not tell
+        BeamSearch(tokens, **options)  # raises errors here, because those of a process would be lost
         self._jobs, self._tokens, self._drop = jobs, list(tokens), list(drop)
         self._tried = min(beam_size_token or len(self._tokens), len(self._tokens))
         # spawn: a fork would inherit the GPU's driver, whose threads it lacks.
@@ -71,7 +71,7 @@ class BesideSearch:
                 try:
                     found[share] = future.result()
                 except BrokenProcessPool as e:
-                    raise UserError("a process of the beam search died, of memory perhaps; try a smaller --nj") from e
+                    raise UserError("a process of the beam search died (out of memory?); try a smaller --nj") from e
             return found
 
         return finish

@@ -1,4 +1,4 @@
-"""What of a teacher survives on the student's frames: its own transcripts before and after the alignment to them."""
+"""Tokens of a teacher that are lost on the student's frames: its output before and after the alignment."""
 
 from __future__ import annotations
 

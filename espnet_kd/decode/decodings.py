@@ -1,4 +1,4 @@
-"""Decodings of experiments: where each lies, what it is made from, and how it is made."""
+"""Decodings of experiments: their directories, their inputs, and the decoding itself."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def decode_experiments(args: argparse.Namespace) -> None:
     if not math.isfinite(args.ngram_weight):
         raise cli.UserError(f"--ngram_weight is {args.ngram_weight}; it must be a number")
     if args.ngram_file and args.beam_size == 1:
-        raise cli.UserError("--ngram_file has no say in greedy decoding; give --beam_size, e.g. 10")
+        raise cli.UserError("--ngram_file has no effect on greedy decoding; give --beam_size, e.g. 10")
     if args.ctc_weight < 1:
         args.nj = 1  # ESPnet's search is for one thread; recipes pass --nj anyway
     places = list_decodings(args.expdir, args.data_dir, args.output_dir)
@@ -86,10 +86,10 @@ def decode_experiments(args: argparse.Namespace) -> None:
 
 
 def check_search_options(args: argparse.Namespace) -> None:
-    """Refuse numbers that no batched search can have, before anything is loaded.
+    """Refuse search options that are out of range, before anything is loaded.
 
     Raises:
-        UserError: which option, and what it must be.
+        UserError: naming the option and its range.
     """
     cli.check_positive(args, "nj", "nbest", "beam_size", "beam_size_token")
     if args.beam_size < args.nbest:
@@ -102,7 +102,7 @@ def list_decodings(
     """Every (experiment, data dir, its output directory).
 
     Raises:
-        UserError: ``output_dir`` for several, or several that would go to one place.
+        UserError: ``output_dir`` is given for several decodings, or two would be written to one directory.
     """
     if output_dir and (len(expdirs) > 1 or len(data_dirs) > 1):
         raise cli.UserError("--output_dir goes with one --expdir and one --data_dir; leave it out for several")
@@ -130,7 +130,7 @@ def decode_dir(expdir: Union[str, Path], data_dir: Union[str, Path]) -> Path:
 
 
 def _load(config: Path, model_file: Path, args: argparse.Namespace, device: str):
-    """Load an experiment as what decodes it with the options given: batches of samples to the N-best of each."""
+    """Load an experiment, and return a recogniser for the given options: batches of samples to the N-best of each."""
     from espnet_kd.experiments.models import load_model
     from espnet_kd.inference.recognise import Recogniser
 
@@ -179,9 +179,9 @@ def _decode(recogniser, utterances: List, output_dir: Path, facts: Dict, args: a
 
 
 def describe_inputs(experiment: Path, data_dir: Path) -> Dict:
-    """What a decoding of EXP or EXP/FILE.pth is made from: hashes of the models there are to choose from, and wav.scp.
+    """The inputs of a decoding of EXP or EXP/FILE.pth: hashes of the candidate models, and of wav.scp.
 
-    Contents, not times: an export that is written again is the same model.
+    Contents are hashed, not times, so that an export that is written again counts as the same model.
 
     Raises:
         UserError: the data dir has no wav.scp.
@@ -220,8 +220,8 @@ def record_of(output_dir: Path) -> Record:
 def write_recog_dirs(output_dir: Path, hypotheses: Dict[str, List], nbest: int) -> None:
     """Write text, token, token_int and score of ``{utt_id: N-best}``, as ESPnet does but with plain scores.
 
-    Where an utterance has fewer than n hypotheses, ``<n>best_recog`` lacks it. What another search left of more than
-    ``nbest`` is removed.
+    An utterance with fewer than n hypotheses is not in ``<n>best_recog``. Files of an earlier search with more than
+    ``nbest`` hypotheses are removed.
     """
     columns = {
         "text": lambda h: h.text,
@@ -237,7 +237,7 @@ def write_recog_dirs(output_dir: Path, hypotheses: Dict[str, List], nbest: int) 
     while (left := output_dir / f"{n}best_recog").is_dir():
         for name in columns:
             (left / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # there is something of the user's in it
+        with contextlib.suppress(OSError):  # the directory holds other files
             left.rmdir()
         n += 1
 

@@ -1,4 +1,4 @@
-"""The N-best of a teacher for data dirs, with what it was made from."""
+"""The N-best of a teacher for data dirs, with a record of its inputs."""
 
 from __future__ import annotations
 

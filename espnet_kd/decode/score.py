@@ -38,7 +38,7 @@ class Counts:
 def pair_texts(hyp: Union[str, Path], ref: Union[str, Path]) -> Dict[str, Tuple[str, str]]:
     """Read two Kaldi text files into {utterance id: (hypothesis, reference)}, in the reference's order.
 
-    Runs of blanks are one blank. Texts may be empty.
+    Several blanks in a row count as one. Texts may be empty.
 
     Raises:
         UserError: utterances of one file are missing in the other (names them), or no utterance at all.

@@ -1,4 +1,4 @@
-"""Decoding by ``espnet2.bin.asr_inference``, one utterance at a time: where an attention decoder takes part."""
+"""Decoding by ``espnet2.bin.asr_inference``, one utterance at a time, for searches with an attention decoder."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 class StockRecogniser:
-    """Stands in for a `espnet_kd.inference.recognise.Recogniser`; for one thread."""
+    """Has the interface of `espnet_kd.inference.recognise.Recogniser`; for one thread only."""
 
     def __init__(
         self,
@@ -42,11 +42,11 @@ class StockRecogniser:
             config: config.yaml; the files that it names are looked for as for any other decoding.
             model_file: the model.
             device: where the model runs.
-            ctc_weight: below 1 the attention decoder has the rest.
+            ctc_weight: weight of CTC; the attention decoder has the rest.
             options: of ``espnet2.bin.asr_inference.Speech2Text``: beam_size, nbest, ngram_file, ….
 
         Raises:
-            UserError: the files are no good, or there is no attention decoder and one is asked for.
+            UserError: the files cannot be loaded, or the options need an attention decoder and the model has none.
         """
         from espnet2.bin import asr_inference
 
@@ -86,7 +86,7 @@ class StockRecogniser:
         if len(samples) < self._least_samples:
             return [Hypothesis([], [], "", 0.0)]
         found = self._speech2text(normalise(samples, self._volume))
-        if isinstance(found, tuple):  # (hypotheses, what InterCTC layers say)
+        if isinstance(found, tuple):  # (hypotheses, outputs of InterCTC layers)
             found = found[0]
         return [Hypothesis(ids, tokens, text or "", float(h.score)) for text, tokens, ids, h in found]
 

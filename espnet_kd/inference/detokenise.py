@@ -1,4 +1,4 @@
-"""From tokens back to text."""
+"""Convert tokens to text."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from espnet_kd.experiments.named_files import find_token_model
 
 
 def build_detokeniser(args: argparse.Namespace, config_dir: Union[str, Path]) -> Callable[[List[str]], str]:
-    """Function from tokens to text for the token type of a configuration.
+    """Return a function from tokens to text for the token type of a configuration.
 
     Raises:
-        UserError: the SentencePiece model is missing, or is none, or that of other tokens.
+        UserError: the SentencePiece model is missing, unreadable, or has other tokens.
     """
     kind = getattr(args, "token_type", None)
     if kind == "char":

@@ -46,7 +46,7 @@ WHOLE = (
 )
 #: Encoders that want batches sorted by length.
 SORTED = ("RNNEncoder", "VGGRNNEncoder")
-#: Hz; of a model that is fed with features.
+#: Hz; the frame rate of a model whose input is features.
 FEATURE_RATE = 100.0
 
 
@@ -70,7 +70,7 @@ TeacherOutputs = EncoderOutputs[Posterior]
 
 
 def taps_of(encoder: AbsEncoder) -> List[str]:
-    """Names of the taps an ESPnet encoder has.
+    """The names of an ESPnet encoder's taps.
 
     Raises:
         UserError: an encoder this toolkit does not know.
@@ -84,7 +84,7 @@ def taps_of(encoder: AbsEncoder) -> List[str]:
 
 
 def depth_of(encoder: AbsEncoder) -> int:
-    """How many layers of an ESPnet encoder can be tapped; 0 where only its output can."""
+    """The number of layers of an ESPnet encoder that can be tapped; 0 if only its output can."""
     return len(encoder.encoders) if type(encoder).__name__ in LAYERED else 0
 
 
@@ -92,7 +92,7 @@ def check_taps(model: ESPnetASRModel, wanted: Sequence[str], whose: str) -> None
     """Refuse taps that an ESPnetASRModel lacks. ``decoder`` stands for the outputs of its attention decoder.
 
     Raises:
-        UserError: naming the tap and those there are.
+        UserError: naming the tap, and the taps that the model has.
     """
     other = type(model.decoder).__name__ == "MLMDecoder"  # Mask-CTC's
     if "decoder" in wanted and (model.decoder is None or model.use_transducer_decoder or other):
@@ -166,9 +166,9 @@ def encode(
 
 
 def falling_order(encoder: AbsEncoder, lengths: Tensor) -> Optional[Tensor]:
-    """The order (B,) in which ESPnet's RNN encoders want a batch, by falling length; None where it is as it should be.
+    """The order (B,) that sorts a batch by falling length, which ESPnet's RNN encoders need; None if it is sorted.
 
-    They pack the batch, which ESPnet's iterators sort by default only.
+    These encoders pack the batch; ESPnet's iterators sort it only by default.
     """
     if type(encoder).__name__ not in SORTED or not (lengths[1:] > lengths[:-1]).any():
         return None
@@ -177,9 +177,9 @@ def falling_order(encoder: AbsEncoder, lengths: Tensor) -> Optional[Tensor]:
 
 @without_gradient
 def least_samples(model: ESPnetASRModel, sampling_rate: float) -> int:
-    """The fewest samples (feature frames where a model is fed with those) of which a model makes a frame.
+    """The fewest samples (or feature frames, if these are the model's input) that give an encoder frame.
 
-    Below, frontend or subsampling end in an error. Searched among signals of up to four seconds, in eval mode.
+    With fewer samples, frontend or subsampling raise an error. Signals of up to four seconds are tried, in eval mode.
 
     Raises:
         UserError: as :func:`input_width`; or four seconds are not enough.
@@ -200,7 +200,7 @@ def least_samples(model: ESPnetASRModel, sampling_rate: float) -> int:
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Whether a device computes in bf16 by itself: GPUs since Ampere."""
+    """Whether a device computes natively in bf16, as GPUs since Ampere do."""
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -211,7 +211,7 @@ def half_on_gpu(device: torch.device) -> ContextManager:
 
 @contextlib.contextmanager
 def recording_decoder(model: ESPnetASRModel) -> Iterator[List[Tensor]]:
-    """Fill the yielded list with what the attention decoder gives while it runs: logits (B, L + 1, V)."""
+    """Fill the yielded list with the outputs of the attention decoder while it runs: logits (B, L + 1, V)."""
     outputs: List[Tensor] = []
     handle = model.decoder.register_forward_hook(lambda module, inputs, output: outputs.append(output[0]))
     try:
@@ -221,9 +221,8 @@ def recording_decoder(model: ESPnetASRModel) -> Iterator[List[Tensor]]:
 
 
 def input_width(model: ESPnetASRModel) -> Tuple[int, ...]:
-    """What a sample of a model's input has: () for audio, (D,) for a model without frontend, fed with features.
-
-    An encoder that takes audio itself has the ``input_size`` 1.
+    """The shape of one time step of a model's input: () for audio, (D,) for a model without frontend, whose input is
+    features. An encoder whose input is audio has the ``input_size`` 1.
 
     Raises:
         UserError: a model without frontend whose input width is not known.
@@ -234,7 +233,7 @@ def input_width(model: ESPnetASRModel) -> Tuple[int, ...]:
     if size is None:
         mean = getattr(model.normalize, "mean", None)
         if mean is None:
-            raise UserError("the width of the features that this model is fed with is not known: give input_size")
+            raise UserError("the width of this model's input features is not known: give input_size")
         size = mean.numel()
     return (int(size),)
 
@@ -251,7 +250,7 @@ def ctc_tokens(model: ESPnetASRModel) -> List[str]:
 
 @without_gradient
 def probe(model: ESPnetASRModel, sampling_rate: float, duration: Union[float, int]) -> Tuple[Tensor, Tensor, int]:
-    """Encode a test signal alone, in eval mode: of so many seconds, or where it is a whole number, samples.
+    """Encode one test signal in eval mode. A ``duration`` of type float is in seconds, one of type int in samples.
 
     Returns:
         speech (1, samples), or (1, frames, D) for a model without frontend, which gets feature frames of 10 ms;
@@ -276,7 +275,7 @@ def probe(model: ESPnetASRModel, sampling_rate: float, duration: Union[float, in
 
 
 def measure_frame_shift(model: ESPnetASRModel, sampling_rate: float) -> float:
-    """Seconds per encoder frame: no ESPnet encoder reports it, so it is measured from two input lengths.
+    """Seconds per encoder frame, measured from two input lengths, because ESPnet encoders do not report it.
 
     ``sampling_rate`` is in Hz. Raises UserError as :func:`input_width`.
     """

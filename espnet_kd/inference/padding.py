@@ -1,10 +1,10 @@
-"""Make a batched ESPnet encoder say what it says to each utterance alone.
+"""Make a batched ESPnet encoder give the same outputs that it gives for each utterance alone.
 
-Four things leak from the padding into an utterance: the STFT reflects the signal at its end only where the batch
-ends; a subsampled mask can count up to two frames more than the utterance has alone; convolutions over time
-(Conformer, Branchformer, 1-D feed-forward) see what stands after the last frame; and an utterance's own deviation
-(``utterance_mvn`` with ``norm_vars``) counts it. Here each is undone, on a model that is used for decoding only:
-training keeps ESPnet's behaviour.
+In ESPnet the padding changes the outputs of an utterance in four ways: the STFT reflects the signal at the end of the
+batch instead of the end of the utterance; a subsampled mask can have up to two frames too many; convolutions over time
+(Conformer, Branchformer, 1-D feed-forward) read the frames after the last one; and the deviation of an utterance
+(``utterance_mvn`` with ``norm_vars``) includes them. This module corrects all four on a model that is used for decoding
+only; training keeps ESPnet's behaviour.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ EXACT_ENCODERS = ("ConformerEncoder", "TransformerEncoder", "BranchformerEncoder
 
 
 class OneByOne(nn.Module):
-    """Runs a frontend, or a normalisation, on each utterance alone and pads its features with 0: some time for each
-    call.
-    """
+    """Runs a frontend, or a normalisation, on each utterance alone and pads its features with 0, which is slow."""
 
     def __init__(self, frontend: AbsFrontend):
         super().__init__()
@@ -42,7 +40,7 @@ class OneByOne(nn.Module):
 
 
 class ReflectedEach(nn.Module):
-    """ESPnet's default frontend on a batch, each utterance reflected at its own end: what `OneByOne` gives, sooner.
+    """ESPnet's default frontend on a batch, each utterance reflected at its own end: equal to `OneByOne`, and faster.
 
     ESPnet's STFT and mel filters, without the masks that fill a tensor of the spectrum's size.
     """
@@ -67,7 +65,7 @@ class ReflectedEach(nn.Module):
 
 
 def exact_frontend(frontend: AbsFrontend) -> nn.Module:
-    """A frontend in whose batches each utterance has the features that it has alone."""
+    """Return a frontend that gives each utterance of a batch the features that it has alone."""
     # Its speech enhancement leaves a single channel as it is.
     plain = type(frontend).__name__ == "DefaultFrontend" and frontend.stft is not None and frontend.stft.center
     return ReflectedEach(frontend) if plain else OneByOne(frontend)
@@ -104,7 +102,7 @@ def is_exact(encoder: AbsEncoder) -> bool:
 
 
 def make_encoder_exact(encoder: AbsEncoder) -> bool:
-    """The part of `make_batch_exact` that changes the encoder; False, nothing changed, where it is not exact."""
+    """The part of `make_batch_exact` that changes the encoder; False, without a change, if it cannot be exact."""
     if not is_exact(encoder):
         return False
     here = threading.local()

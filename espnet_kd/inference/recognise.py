@@ -1,7 +1,7 @@
 """Batched CTC recognition of a data dir with an ESPnet ASR experiment or export.
 
-Audio goes in as in ``espnet2.bin.asr_inference`` (soundfile's floats in [-1, 1], no augmentation), batches are
-made of utterances of like length, and give what each utterance gives alone (see `espnet_kd.inference.padding`).
+Audio goes in as in ``espnet2.bin.asr_inference`` (soundfile's floats in [-1, 1], no augmentation). Batches are made of
+utterances of similar length, and each utterance gets the same result as alone (see `espnet_kd.inference.padding`).
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ Found = TypeVar("Found")
 
 @dataclass
 class Hypothesis:
-    """What was recognised in one utterance; everything may be empty. ``score``: log-probability in nats."""
+    """A recognised token sequence, which may be empty. ``score``: log-probability in nats."""
 
     token_ids: List[int]
     tokens: List[str]
@@ -121,8 +121,8 @@ class Recogniser:
 
     @property
     def own_model(self) -> ESPnetASRModel:
-        """The model for this thread, with the same parameters: ESPnet's attention keeps its weights in itself on the
-        way, so that in one model threads would mix them up.
+        """A copy of the model for this thread, which shares the parameters. ESPnet's attention modules store their last
+        weights as an attribute, so that threads must not share a module.
         """
         if not hasattr(self._here, "model"):
             shared = {id(x): x for x in (*self.model.parameters(), *self.model.buffers())}
@@ -162,26 +162,26 @@ class Recogniser:
             raise self.diverged()
         return [[self.hypothesis(ids, score)] for ids, score in found]
 
-    #: Batches that may be on their way between ``begin`` and its end.
+    #: Number of batches that may be started before the result of the first is asked for.
     ahead = 0
 
     def begin(self, speech: Sequence[np.ndarray]) -> Callable[[], List[Any]]:
-        """Start on a batch; what is returned gives the result when it is called. Here all is done at once."""
+        """Start a batch, and return a function that gives the result. This class computes the result at once."""
         found = self(speech)
         return lambda: found
 
     def diverged(self) -> UserError:
-        """What to say of a model whose output is no number."""
+        """The error for a model whose outputs are not finite."""
         return UserError(f"the model of {self._where} gives NaN; it has diverged, or its file is damaged")
 
     def hypothesis(self, token_ids: List[int], score: float) -> Hypothesis:
-        """Put tokens and text to token ids."""
+        """Make a hypothesis of token ids."""
         tokens = [self.token_list[i] for i in token_ids]
         return Hypothesis(token_ids, tokens, self.to_text(tokens), score)
 
 
 def choose_device(args: argparse.Namespace) -> str:
-    """The device for ``args.ngpu``; ``args.nj`` and torch's threads are made to fit.
+    """Return the device for ``args.ngpu``, and adapt ``args.nj`` and the number of torch's threads to it.
 
     ``args.search_jobs``: processes for a beam search beside the model (see `BeamRecogniser`).
 
@@ -191,9 +191,9 @@ def choose_device(args: argparse.Namespace) -> str:
     check_gpus(args.ngpu)
     args.search_jobs = args.nj if args.ngpu else 0
     if args.ngpu:
-        args.nj = 1  # a GPU gains nothing from batches side by side; recipes pass both options
+        args.nj = 1  # parallel batches do not speed up a GPU; recipes pass both options
     if args.nj > 1:
-        torch.set_num_threads(1)  # batches run side by side instead
+        torch.set_num_threads(1)  # batches run in parallel instead
     return "cuda" if args.ngpu else "cpu"
 
 
@@ -205,7 +205,7 @@ def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> L
         rate: sampling rate in Hz that the model wants; None accepts any.
 
     Raises:
-        UserError: what is wrong with which line or utterance.
+        UserError: naming the line or the utterance.
     """
     data_dir = Path(data_dir)
     if (data_dir / "segments").exists():
@@ -255,7 +255,7 @@ def read_audio(utterance: AudioFile) -> np.ndarray:
 
 
 def make_batches(utterances: Sequence[AudioFile], batch_seconds: float) -> List[List[AudioFile]]:
-    """Group utterances of like length, longest first, so that a padded batch lasts at most ``batch_seconds``."""
+    """Group utterances of similar length, longest first; a padded batch has at most ``batch_seconds`` of audio."""
     batches: List[List[AudioFile]] = []
     for utterance in sorted(utterances, key=lambda u: (-u.samples / u.rate, u.utt_id)):
         longest = batches[-1][0] if batches else None
@@ -275,16 +275,16 @@ def recognise(
     """Decode utterances in batches.
 
     Args:
-        recogniser: maps a batch of samples to what is found in each, usually a `Recogniser` of some kind;
-            called from ``nj`` threads. With ``nj`` 1 the next batches are begun (``begin``) before the first is ended,
-            as many as its ``ahead`` says.
+        recogniser: maps a batch of samples to a result for each utterance, usually a `Recogniser`. It is called from
+            ``nj`` threads. With ``nj`` 1 further batches are started (``begin``) before the first is finished, as many
+            as its ``ahead``.
         utterances: in the order wanted in the result.
         batch_seconds: audio in a batch, padding included; a longer utterance is a batch of its own.
         nj: batches decoded at the same time (threads: torch releases Python's lock).
         progress: show a bar.
 
     Returns:
-        What was found by utterance id, and the times: decoding and reading are measured apart.
+        The result of each utterance id, and the times; decoding and reading are measured separately.
     """
     batches, timing = make_batches(utterances, batch_seconds), Timing()
 
@@ -309,7 +309,7 @@ def recognise(
 def recognise_batches(
     recogniser: Callable[[Sequence[np.ndarray]], List[Found]], audio: Iterable[Sequence[np.ndarray]], nj: int = 1
 ) -> Iterator[List[Found]]:
-    """What `recognise` does with the samples of its batches: the results of each in turn."""
+    """Yield the results of each batch of samples in turn (see `recognise`)."""
     if nj > 1:
         source = iter(audio)
         with ThreadPoolExecutor(nj) as pool:

@@ -1,7 +1,7 @@
 """Distillation losses: pure functions of tensors.
 
-Those of posteriors are called ``f(student_logits, teacher_logits, lengths, *, blank_id, temperature, frames, …) →
-scalar`` with logits or log-probabilities (B, T, V); those of hidden representations take (B, T, D) instead and no
+Losses on posteriors are called ``f(student_logits, teacher_logits, lengths, *, blank_id, temperature, frames, …) →
+scalar`` with logits or log-probabilities (B, T, V); losses on hidden states take (B, T, D) instead and no
 temperature. ``lengths`` is (B,); ``frames`` (B, T) bool narrows the valid frames: padding never counts. All sum over V
 (mean over D), average over the frames that count, send no gradient to the teacher (``consistency`` has two students and
 none), compute in float32 or better, and give 0 with a gradient path when no frame counts. None multiplies by τ².

@@ -1,4 +1,4 @@
-"""What the losses share: precision, the frames that count, empty means, blank mass without cancellation."""
+"""Shared code of the losses: precision, masks, means of no frames, and p(blank) without cancellation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def full_precision(x: Tensor) -> Tensor:
 
 
 class Counted:
-    """The frames that count: those inside ``lengths``, of ``frames`` where given.
+    """The frames that a loss is computed on: those inside ``lengths``, and of these the ones in ``frames`` if given.
 
     Args:
         mask: (B, T) bool.
@@ -32,15 +32,15 @@ class Counted:
 
     def __init__(self, mask: Tensor):
         self.mask = mask
-        #: Whether N is the number of frames that count; else N = B·T, and what doesn't count is left out of each mean.
+        #: True: rows of other frames are removed, and N counts the rest. False: N = B·T, and means leave them out.
         self.compact = may_look(mask)
 
     @classmethod
     def of(cls, student: Tensor, teacher: Posterior, lengths: Tensor, frames: Optional[Tensor]) -> Counted:
-        """Those of a student's and a teacher's (B, T, …); padding never counts, whatever ``frames`` holds.
+        """The frames of a student and a teacher (B, T, …). Padding never counts, even if ``frames`` includes it.
 
         Raises:
-            ValueError: sizes differ, so that a frame would be taken for another.
+            ValueError: the sizes differ.
         """
         check_sizes(student, teacher, lengths, frames)
         inside = fr.valid(lengths.to(student.device, non_blocking=True), student.size(1))
@@ -51,9 +51,9 @@ class Counted:
     @overload
     def take(self, x: Posterior, delay: Optional[Tensor] = None) -> Posterior: ...
     def take(self, x: Posterior, delay: Optional[Tensor] = None) -> Posterior:
-        """(N, …) of (B, T, …): padding is left behind, or replaced by 0, before any arithmetic.
+        """Select rows (N, …) of (B, T, …). Other frames are removed, or replaced by 0, before any arithmetic.
 
-        ``delay`` (B,) frames: of frame t that of t + delay, which must lie inside.
+        With ``delay`` (B,) in frames, the row of frame t is taken from frame t + delay, which must be inside.
         """
         if isinstance(x, TopK):
             return x.map(self.take)
@@ -70,13 +70,13 @@ class Counted:
         return torch.where(self.mask.view(*self.mask.shape, *[1] * (x.dim() - 2)), x, zero).flatten(0, 1)
 
     def spread(self, values: Tensor) -> Tensor:
-        """(B, T) of (N,): 0 where nothing counts."""
+        """The inverse of :meth:`take`: (B, T) from (N,), with 0 on all other frames."""
         if not self.compact:
             return values.masked_fill(~self.mask.flatten(), 0.0).unflatten(0, self.mask.shape)
         return values.new_zeros(self.mask.shape).masked_scatter(self.mask, values)
 
     def mean(self, values: Tensor, student: Tensor, where: Optional[Tensor] = None) -> Tensor:
-        """Mean of ``values`` (N,), of those ``where`` (N,) bool; a zero with a gradient path to ``student`` if none."""
+        """Mean of ``values`` (N,), or of those at ``where`` (N,) bool; 0 with a gradient path if there are none."""
         if self.compact:
             values = values if where is None else values[where]
             # An empty slice rather than 0 * student: that would be NaN where the student holds an infinity.
@@ -86,7 +86,7 @@ class Counted:
 
 
 def check_sizes(student: Tensor, teacher: Posterior, lengths: Tensor, frames: Optional[Tensor]) -> None:
-    """Refuse a student, a teacher, lengths or frames of other B or T (:class:`ValueError`)."""
+    """Refuse tensors whose B or T differ (:class:`ValueError`)."""
     sizes = [student.shape[:2], (teacher.size(0), teacher.size(1)), (len(lengths), student.size(1))]
     sizes += [] if frames is None else [frames.shape]
     if any(tuple(size) != tuple(sizes[0]) for size in sizes):
@@ -97,13 +97,13 @@ def check_sizes(student: Tensor, teacher: Posterior, lengths: Tensor, frames: Op
 
 
 def check_vocabularies(student: Tensor, teacher: Posterior) -> None:
-    """Refuse posteriors over other numbers of tokens (:class:`ValueError`)."""
+    """Refuse posteriors over different numbers of tokens (:class:`ValueError`)."""
     if student.size(2) != teacher.size(2):
         raise ValueError(f"student and teacher differ in size: {student.size(2)} and {teacher.size(2)} tokens")
 
 
 class BlankSplit(NamedTuple):
-    """How a posterior is split: blank or not."""
+    """A posterior, split into blank and non-blank mass."""
 
     log_blank: Tensor  #: (N,) log b
     log_nonblank: Tensor  #: (N,) log(1 − b), from the non-blank logits: exact where b rounds to 1
@@ -111,7 +111,7 @@ class BlankSplit(NamedTuple):
     is_nonblank: Tensor  #: (N,) bool: the likeliest of all is not blank
 
     def select(self, rows: Tensor) -> BlankSplit:
-        """Of some of the frames."""
+        """The split of some of the frames."""
         return BlankSplit(*(x[rows] for x in self))
 
 
@@ -138,7 +138,7 @@ def split_blank(rows: Tensor, blank_id: int, temperature: float) -> BlankSplit:
 
 
 def finite(x: Tensor) -> Tensor:
-    """0 for −∞: as something to subtract from −∞."""
+    """Replace −∞ by 0, so that it can be subtracted from −∞."""
     return x.masked_fill(x == -torch.inf, 0.0)
 
 
@@ -160,5 +160,5 @@ def pick(student: Tensor, teacher: Tensor, counted: Counted) -> Tuple[Tensor, Te
 @overload
 def pick(student: Tensor, teacher: Posterior, counted: Counted) -> Tuple[Tensor, Posterior]: ...
 def pick(student: Tensor, teacher: Posterior, counted: Counted) -> Tuple[Tensor, Posterior]:
-    """(N, V) student and teacher rows of the frames that count."""
+    """The rows (N, V) of student and teacher on the frames that count."""
     return counted.take(student), counted.take(teacher.detach())

@@ -1,4 +1,4 @@
-"""Frame-level distances between whole posteriors: Kullback–Leibler, as it is and in variants, and squared."""
+"""Frame-level distances between whole posteriors: the Kullback–Leibler divergence, its variants, and L2."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def softmax_l2(
     temperature: float = 1.0,
     frames: Optional[Tensor] = None,
 ) -> Tensor:
-    """Σ_k (p(k) − q(k))², averaged over the frames that count: bounded by 2, steady on peaky posteriors.
+    """Σ_k (p(k) − q(k))², averaged over the frames that count. It is bounded by 2, and stable on peaky posteriors.
 
     Arguments and result as in :func:`espnet_kd.losses.kl`, but without unit.
 
@@ -117,7 +117,7 @@ def delayed_kl(
         return counted, _kl_rows(student, teacher, temperature)
 
     chosen, least = torch.zeros_like(lengths), torch.full_like(lengths, torch.inf, dtype=torch.float64)
-    with torch.no_grad():  # choosing first keeps the graph of one delay, not of all
+    with torch.no_grad():  # choosing the delay first keeps the autograd graph of only one delay
         for d in range(max_delay + 1):
             delay = torch.full_like(lengths, d)
             counted, rows = after(delay)
@@ -140,7 +140,7 @@ def consistency(
     temperature: float = 1.0,
     frames: Optional[Tensor] = None,
 ) -> Tensor:
-    """½ (KL(sg p₂‖p₁) + KL(sg p₁‖p₂)): two views of the same utterances teach each other.
+    """½ (KL(sg p₂‖p₁) + KL(sg p₁‖p₂)): each of two views of the same utterances is a target for the other.
 
     Args:
         first_logits, second_logits: (B, T, V), or log-probabilities; gradient flows to both, each as a student.

@@ -1,9 +1,9 @@
-"""Factorized KL: blank or not, and which token given it is one.
+"""Factorized KL: the divergence of blank against non-blank, and that of the tokens given non-blank.
 
 With b = p(blank) and p̃(k) = p(k)/(1−b):  KL(p‖q) = BKL + (1−b^T)·NKL  exactly.
 Source: Tian et al., Speech Communication 160 (2024) 103071; the functions below state what is a reconstruction.
 
-How it is computed depends on where the tensors lie (:mod:`espnet_kd.backend`).
+The device of the tensors decides how it is computed (:mod:`espnet_kd.backend`).
 """
 
 from __future__ import annotations

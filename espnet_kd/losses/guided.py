@@ -1,4 +1,4 @@
-"""Guided CTC: spikes where the teacher has them."""
+"""Guided CTC: a loss that moves the student's spikes to the frames of the teacher's spikes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def guided_ctc(
     frames: Optional[Tensor] = None,
     log: bool = False,
 ) -> Tensor:
-    """−mean_NB q(k*), k* the teacher's argmax at τ = 1: blank frames are left alone.
+    """−mean_NB q(k*), where k* is the teacher's argmax at τ = 1. Blank frames have no loss.
 
     Args:
         temperature: τ > 0 of the student's softmax q alone; NB and k* don't depend on it.

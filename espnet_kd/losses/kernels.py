@@ -1,4 +1,4 @@
-"""Triton kernels of factorized KL; called by :mod:`espnet_kd.losses.fused`, which says what they compute.
+"""Triton kernels of factorized KL; called by :mod:`espnet_kd.losses.fused`, which describes what they compute.
 
 A row is a frame. All arithmetic is float32. Only the oldest part of Triton's language is used, so that any version
 from 3.0 on compiles it; under ``TRITON_INTERPRET=1`` it runs on a CPU.
@@ -20,7 +20,7 @@ FIGURES = 7
 
 @triton.jit
 def _finite(x):
-    """0 for −∞: as something to subtract from −∞."""
+    """Replace −∞ by 0, so that it can be subtracted from −∞."""
     return tl.where(x == -float("inf"), 0.0, x)
 
 
@@ -258,7 +258,7 @@ def means(
     by_binary = blank_weight / num
     by_nonblank = nonblank_weight / tl.maximum(num_nonblank, 1.0)
     by_blank = blank_tokens_weight / tl.maximum(num_blank, 1.0)
-    # Of a part that is off not even an infinity counts.
+    # A part with weight 0 must not count, even if it is infinite.
     total = tl.where(by_binary == 0, 0.0, by_binary * tl.sum(binary, 0))
     total += tl.where(by_nonblank == 0, 0.0, by_nonblank * tl.sum(on_nonblank, 0))
     total += tl.where(by_blank == 0, 0.0, by_blank * tl.sum(on_blank, 0))

@@ -1,6 +1,6 @@
-"""Factorized KL in plain torch with every shape known beforehand: for devices on which looking at values is a wait.
+"""Factorized KL in plain torch with all shapes known beforehand, so that the host never waits for the device.
 
-All frames are computed; those that don't count, or whose tokens aren't read, are left out of the sums.
+All frames are computed; frames that don't count, or whose tokens aren't read, are left out of the sums.
 """
 
 from __future__ import annotations

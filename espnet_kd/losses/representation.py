@@ -1,4 +1,4 @@
-"""Losses on hidden representations, which a learned projection has already brought to one width.
+"""Losses on hidden states, which a learned projection has brought to the same width.
 
 ``d`` is a distance per frame; see each function for its source.
 """
@@ -25,7 +25,7 @@ def factorized_representation(
     distance: str = "cosine",
     frames: Optional[Tensor] = None,
 ) -> Tensor:
-    """½ (mean_NB d + mean_BL d): few non-blank frames count as much as the many blank ones.
+    """½ (mean_NB d + mean_BL d), so that the few non-blank frames count as much as the many blank frames.
 
     Args:
         student_hidden: (B, T, D), already projected to the teacher's width.
@@ -66,7 +66,7 @@ def weighted_representation(
     weights: Tensor,
     frames: Optional[Tensor] = None,
 ) -> Tensor:
-    """Mean over frames of w_t · d_t, d_t the squared difference (mean over D): frames that matter more pull harder.
+    """Mean over frames of w_t · d_t, where w_t weights the frame and d_t is the squared difference (mean over D).
 
     Args:
         student_hidden: (B, T, D), already projected to the teacher's width.

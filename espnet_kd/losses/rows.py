@@ -1,6 +1,6 @@
-"""Factorized KL on a CPU: the frames that count alone, a few at a time, value and gradient in closed form.
+"""Factorized KL on a CPU: only the frames that count, in small blocks, with value and gradient in closed form.
 
-Nothing of the size of the logits is made but the gradient, and what is made stays in the processor's cache.
+The gradient is the only new tensor of the size of the logits; the blocks fit into the processor's cache.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class _Dense:
 
 
 class _Buckets:
-    """A teacher's cached targets: tokens it did not keep count together, and share their pull as the student does."""
+    """A teacher's cached targets. Tokens that were not kept form one bucket, divided as the student divides it."""
 
     def __init__(self, teacher: TopK, most: int, blank_id: int, temperature: float):
         if blank_id != 0:
@@ -174,7 +174,7 @@ class _Buckets:
 
 
 class _Reader:
-    """Rows of (B, T, V), a block at a time, in a buffer that is used again: each call overwrites what the last gave."""
+    """Reads rows of (B, T, V) block by block into one buffer; each call overwrites the result of the call before."""
 
     def __init__(self, x: Tensor, most: int):
         self.flat = x.flatten(0, 1)

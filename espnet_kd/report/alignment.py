@@ -54,11 +54,11 @@ class FramePosteriors:
 
 @dataclass
 class Agreement:
-    """A student beside its teacher; counts are of frames or of tokens, a ratio of none is None."""
+    """A student compared with its teacher. Counts are of frames or of tokens; a ratio without a basis is None."""
 
-    step: float  #: seconds that one frame of an offset lasts: the longer of both frame shifts
+    step: float  #: seconds per frame of an offset: the longer of both frame shifts
     tokens: int = 0  #: of the teacher
-    offsets: Counter = field(default_factory=Counter)  #: frames later than the teacher → tokens that both have
+    offsets: Counter = field(default_factory=Counter)  #: {frames later than the teacher: tokens of both}
     frames: Counter = field(default_factory=Counter)  #: see `compare_frames`
 
     @staticmethod
@@ -66,7 +66,7 @@ class Agreement:
         return part / whole if whole else None
 
     def shares(self) -> Dict[str, Optional[float]]:
-        """The table's numbers.
+        """The numbers of the table.
 
         Returns:
             {tokens, matched: share of the teacher's tokens that the student has too, moved: share of these that are on
@@ -92,11 +92,11 @@ class Agreement:
 def compare_frames(teacher: FramePosteriors, student: FramePosteriors) -> Agreement:
     """Count where two models agree, over the utterances of the student.
 
-    Frames are laid beside each other as in training (:func:`espnet_kd.frames.align`). Tokens are matched by the fewest
-    edits between both greedy paths; a token's place is the frame in which it begins, in frames of the slower rate.
+    Frames are aligned as in training (:func:`espnet_kd.frames.align`). Tokens are matched by the fewest
+    edits between both greedy paths; the position of a token is its first frame, in frames of the slower rate.
 
     Raises:
-        UserError: other tokens, or lengths that do not fit.
+        UserError: the token lists differ, or the lengths do not fit.
     """
     if teacher.token_list != student.token_list:
         raise UserError("its tokens are not the teacher's")
@@ -129,7 +129,7 @@ def compare_frames(teacher: FramePosteriors, student: FramePosteriors) -> Agreem
 
 
 def _offset(teacher_frame: int, student_frame: int, ratio: float) -> int:
-    """How many frames of the slower rate later; ``ratio``: student's by teacher's frame shift."""
+    """The delay in frames of the slower rate; ``ratio`` is the student's frame shift divided by the teacher's."""
     # Rounding must not put the first of a slower frame's frames into the one before.
     if ratio >= 1:
         return student_frame - int(teacher_frame / ratio + 1e-9)
@@ -141,16 +141,16 @@ class Frames:
     """The outputs of all models for some utterances of one test set, by experiment."""
 
     models: Dict[str, FramePosteriors] = field(default_factory=dict)
-    teachers: Dict[str, FramePosteriors] = field(default_factory=dict)  #: that of each plain or distilled student
+    teachers: Dict[str, FramePosteriors] = field(default_factory=dict)  #: each student's teacher
     agreements: Dict[str, Agreement] = field(default_factory=dict)
-    audio: Dict[str, Tuple[np.ndarray, int]] = field(default_factory=dict)  #: samples (N,) and Hz of those asked for
+    audio: Dict[str, Tuple[np.ndarray, int]] = field(default_factory=dict)  #: (N,) samples, and Hz
     num_utts: int = 0
 
 
 def run_models(
     gathered: Gathered, testset: str, num_utts: int, examples: Sequence[str], notes: List[str], progress: bool = True
 ) -> Frames:
-    """Run the models of all experiments on ``examples`` and others of a test set, ``num_utts`` in all, evenly spread.
+    """Run the models of all experiments on ``num_utts`` utterances of a test set: ``examples``, and others.
 
     If a model or the audio is missing or does not fit, a line is added to ``notes``, and the rest is done.
     """
@@ -195,7 +195,7 @@ Place = Tuple[Path, str]  # a recipe's directory, and a path as named from there
 def _find_models(
     gathered: Gathered, rows: Sequence[Row], notes: List[str]
 ) -> Tuple[Dict[str, Place], Dict[str, Place]]:
-    """What each experiment was decoded with, and each student's teacher: its own, else that of the table."""
+    """The model that decoded each experiment, and each student's teacher: its own, or else that of the table."""
     models: Dict[str, Place] = {}
     for row in rows:
         decoding = gathered.decoding(row)
@@ -223,7 +223,7 @@ def _key(place: Place) -> str:
 
 
 def _teacher_of(experiment: Path, notes: List[str]) -> Optional[Place]:
-    """The teacher that a student was trained from, the first of several; None where it has none or it is gone."""
+    """The teacher of a student, the first of several; None if it has none, or if it no longer exists."""
     given = (read_json(experiment / "kd_stage.json", notes) or {}).get("teacher")
     if not isinstance(given, list) or not given:
         return None
@@ -240,7 +240,7 @@ def _teacher_of(experiment: Path, notes: List[str]) -> Optional[Place]:
 
 
 def _choose(utterances: Sequence[AudioFile], num: int, wanted: Sequence[str]) -> List[AudioFile]:
-    """The wanted ones, and others evenly spread: neighbours are often of one speaker."""
+    """Choose the wanted utterances, and others evenly spread, because neighbours are often of one speaker."""
     chosen = [u for u in utterances if u.utt_id in wanted]
     others = [u for u in utterances if u.utt_id not in wanted]
     num = min(max(num - len(chosen), 0), len(others))
@@ -263,7 +263,7 @@ def _run_model(place: Place, data_home: Path, utterances: Sequence[AudioFile]) -
 
 @contextlib.contextmanager
 def _inside(directory: Path) -> Iterator[None]:
-    """Work in a recipe's directory, from which its files name each other."""
+    """Change to a recipe's directory, to which the paths in its files are relative."""
     before = os.getcwd()
     os.chdir(directory)
     try:

@@ -1,4 +1,4 @@
-"""Audio beside the utterances of a report, where the files are small and at hand."""
+"""Audio for the utterances of a report, if the files are small and exist."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from espnet_kd.data.datadir import read_map
 
 LIMIT = 300_000  #: bytes of audio in a report
 LARGEST = 100_000  #: bytes of one file
-#: How a file begins that every browser plays → its type.
+#: First bytes of the files that every browser plays → media type.
 TYPES = {b"RIFF": "audio/wav", b"fLaC": "audio/flac"}
 
 
 class Audio:
-    """Embeds files until so many bytes are used; an utterance that is shown twice has its audio at the first place."""
+    """Embeds files up to a total size. An utterance that is shown twice has its audio at the first place only."""
 
     def __init__(self, limit: int = LIMIT):
         self.left = limit

@@ -1,4 +1,4 @@
-"""Which method helped: means over seeds, and each student against the plain student of the same seed and size."""
+"""Comparison of methods: means over seeds, and each student against the plain student of the same seed and size."""
 
 from __future__ import annotations
 
@@ -40,16 +40,16 @@ class Difference:
 
 @dataclass
 class Kind:
-    """All seeds of one kind of experiment on one test set; ``against`` says why where there is no difference."""
+    """All seeds of one kind of experiment on one test set. ``against`` is the reason if there is no difference."""
 
     label: str
     rows: List[Row]
     rates: Dict[str, Rate]
     against: Union[Difference, str, None] = None  #: None: nothing to be compared with (a teacher, a plain student)
-    cost: Optional[float] = None  #: training time as a multiple of the plain students', where nothing ran beside
+    cost: Optional[float] = None  #: training time as a multiple of the plain students', if nothing else ran
     #: Deleted, inserted, substituted words in percent of the reference, where they were counted
     split: Optional[Dict[str, float]] = None
-    alone: bool = True  #: whether nothing else was trained while any of these was whose time is known
+    alone: bool = True  #: whether nothing else was trained at the same time as any of these, as far as it is known
     rtf: Optional[float] = None  #: real-time factor, a mean over all models of this size on the test set
 
     def mean(self, key: str) -> Optional[float]:
@@ -59,7 +59,7 @@ class Kind:
 
 
 def find_plain(row: Row, rows: Sequence[Row]) -> Union[Row, str]:
-    """The plain student that a student is fairly compared with, or why there is none.
+    """The plain student that a student is compared with, or the reason why there is none.
 
     It has the same test set, seed and number of parameters; of several the one with as many epochs, then by name.
     """
@@ -76,8 +76,8 @@ def find_plain(row: Row, rows: Sequence[Row]) -> Union[Row, str]:
 def compare(gathered: Gathered) -> List[Kind]:
     """One entry for each kind of scored experiment, by test set: teachers, plain students, then what helped most.
 
-    The intervals are bootstraps over seeds and utterances (`bootstrap_seeds`); over utterances alone, and so silent on
-    other seeds, where a kind has a single one.
+    The intervals are bootstraps over seeds and utterances (`bootstrap_seeds`). With a single seed they are over
+    utterances only, and do not cover other seeds.
     """
     rows, label = gathered.rows, label_rows(gathered.rows)
     groups: Dict[Tuple, List[Row]] = {}
@@ -134,7 +134,7 @@ def _split(rows: Sequence[Row], gathered: Gathered) -> Optional[Dict[str, float]
 
 
 def _speed(row: Row, rows: Sequence[Row]) -> Optional[float]:
-    """Mean real-time factor of the models of one architecture: they do the same work, what differs is noise."""
+    """Mean real-time factor of the models of one architecture, which do the same work; differences are noise."""
     like = [r for r in rows if r["testset"] == row["testset"] and r["params"] == row["params"]]
     if row["params"] is None:
         like = [row]
@@ -175,7 +175,7 @@ def _all_counts(gathered: Gathered, rows: Sequence[Row], unit: str) -> List[Coun
 
 
 def read_counts(gathered: Gathered, row: Row, unit: str) -> Optional[Counts]:
-    """What was counted in each utterance of a scored row, by utterance id; None where per_utt.tsv can't be read."""
+    """The error counts of each utterance of a scored row; None if per_utt.tsv cannot be read."""
     path = gathered.decoding(row) / "per_utt.tsv"
     try:
         with path.open(encoding="utf-8", newline="") as f:

@@ -1,4 +1,4 @@
-"""The section of a report that runs models: where students put tokens, beside their teacher."""
+"""The alignment section of a report, which runs the models: frames of the students' and the teacher's tokens."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def show_frames(parts: Sequence[Part], pictures: Pictures, num_utts: int, num_ex
 
 
 def _show(part: Part, testset: str, pictures: Pictures, num_utts: int, num_examples: int, section: Section) -> None:
-    # Only here: a report without this section does without models.
+    # Imported here, because a report without this section needs no models.
     from espnet_kd.report.alignment import Frames, run_models
 
     where, gathered = part.name(testset), part.gathered
@@ -61,7 +61,7 @@ def _show(part: Part, testset: str, pictures: Pictures, num_utts: int, num_examp
         section.blocks.append(Table(head, lines, f"{where}: {frames.num_utts} utterances"))
         path = pictures.name("offsets")
         if draw_offsets(offsets, part.labels, path):
-            caption = "How far the tokens of each kind of student lie from the teacher's, in frames."
+            caption = "Distance in frames between the tokens of each kind of student and the teacher's."
             section.blocks.append(Picture(path, f"Offsets of tokens, {where}", caption))
     if chosen is not None:
         for utt_id, why in examples.items():

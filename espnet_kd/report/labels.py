@@ -1,4 +1,4 @@
-"""What experiments are called in tables and pictures."""
+"""Labels of experiments in tables and pictures."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ Row = Dict[str, Any]  # keys: espnet_kd.report.results.KEYS
 
 
 def describe(row: Row) -> str:
-    """What kind of experiment a row is, the same for all seeds: ``teacher``, ``plain`` or method and KD stages."""
+    """The kind of experiment of a row, equal for all seeds: ``teacher``, ``plain`` or method and KD stages."""
     if row["role"] in ("teacher", "plain"):
         return row["role"]
     stages = show_stages(row["kd_stages"])
@@ -17,7 +17,7 @@ def describe(row: Row) -> str:
 
 
 def label_rows(rows: Sequence[Row]) -> Callable[[Row], str]:
-    """A function like `describe` that says what tells these rows apart, and no more.
+    """Return a function like `describe` whose labels have only what distinguishes these rows.
 
     KD stages are left out of methods with a single one; the size is added where one kind has several.
     """
@@ -41,7 +41,7 @@ def label_rows(rows: Sequence[Row]) -> Callable[[Row], str]:
 
 
 def show_stages(stages: Any) -> str:
-    """KD stages for people: ``1+2+3``."""
+    """KD stages as a label: ``1+2+3``."""
     if stages in (None, "", []):
         return "–"
     return "+".join(map(str, stages)) if isinstance(stages, list) else str(stages)

@@ -1,4 +1,4 @@
-"""How methods learn: validation CTC loss and CER against epochs and against training time, means over seeds."""
+"""Learning curves: validation CTC loss and CER by epoch and by training time, as means over seeds."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from espnet_kd.report.curves import Curve
 from espnet_kd.report.plotting import add_legend, look, picture, scale_log
 from espnet_kd.report.results import Gathered
 
-#: Statistic of validation → its title, and what it is multiplied with.
+#: Validation statistic → its title, and its factor.
 MEASURES = {"loss_ctc": ("CTC loss", 1.0), "cer_ctc": ("CER, %", 100.0)}
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
@@ -82,7 +82,7 @@ def _flatten(curve: Curve) -> Dict[int, Tuple[float, ...]]:
 def draw_learning(
     learned: Sequence[Learning], labels: Sequence[str], path: Path, teacher_cer: Optional[float] = None
 ) -> List[str]:
-    """Draw all kinds, a panel for each of `MEASURES` by epoch and by training time; bands from least to greatest seed.
+    """Draw all kinds: a panel for each of `MEASURES` by epoch and by training time; bands from lowest to highest seed.
 
     The place of a label in ``labels`` gives its colour. ``teacher_cer`` in percent is drawn as a line.
 
@@ -141,9 +141,9 @@ def _draw(axis, x: np.ndarray, values: np.ndarray, colour: str, marker: str, alp
 
 
 def rank_by_epoch(learned: Sequence[Learning]) -> Tuple[List[str], List[List[str]]]:
-    """Head and body of the table of validation CERs at `SHARES` of the epochs; the last line names who is ahead.
+    """Head and body of the table of validation CERs at `SHARES` of the epochs; the last line names the best kind.
 
-    Only kinds of the size of the first distilled one can be ahead.
+    Only kinds of the same size as the first distilled one are compared.
     """
     total = max((int(one.epochs[-1]) for one in learned), default=0)
     at = {max(1, round(share * total)): share for share in SHARES}
@@ -155,9 +155,9 @@ def rank_by_epoch(learned: Sequence[Learning]) -> Tuple[List[str], List[List[str
 
 
 def rank_by_time(learned: Sequence[Learning]) -> Tuple[List[str], List[List[str]]]:
-    """Likewise, when so much time has passed as the plain student of that size took for `SHARES` of its training.
+    """The same at the times at which the plain student of that size had done `SHARES` of its training.
 
-    ([], []) where there is no plain student, or cores were shared. Between two epochs the CER is taken on the line.
+    ([], []) if there is no plain student, or if cores were shared. Between two epochs the CER is interpolated.
     """
     plain = next((one for one in _comparable(learned) if one.role == "plain"), None)
     if plain is None or not all(one.alone for one in learned) or not plain.seconds[-1]:
@@ -172,13 +172,13 @@ def rank_by_time(learned: Sequence[Learning]) -> Tuple[List[str], List[List[str]
 
 
 def _comparable(learned: Sequence[Learning]) -> List[Learning]:
-    """Those of the size of the first distilled kind; all where there is none."""
+    """The kinds of the same size as the first distilled one; all if there is none."""
     size = next((one.params for one in learned if one.role == "student"), None)
     return [one for one in learned if size is None or one.params == size]
 
 
 def _rank(learned: Sequence[Learning], columns: Sequence[Sequence[float]]) -> List[List[str]]:
-    """A line for each kind, and who is ahead; [] where no CER is known."""
+    """A line for each kind, and the best kind; [] if no CER is known."""
     if not any(math.isfinite(v) for column in columns for v in column):
         return []
     body = [[one.label, *(_cell(column[i]) for column in columns)] for i, one in enumerate(learned)]

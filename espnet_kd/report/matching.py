@@ -1,4 +1,4 @@
-"""Which units of one sequence stand for which of another, by the fewest edits, as the error rates count them."""
+"""Alignment of the units of two sequences with the fewest edits, as the error rates count them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Iterator, List, Sequence, Tuple
 
 import jiwer
 
-#: A stretch of text that both have (``equal``), that is missing (``del``) or too much (``ins``).
+#: A piece of text that both have (``equal``), that is missing (``del``) or inserted (``ins``).
 Piece = Tuple[str, str]
 
 
@@ -24,9 +24,9 @@ def match(reference: Sequence[str], hypothesis: Sequence[str]) -> Iterator[Tuple
 
 
 def mark(reference: str, hypothesis: str, unit: str = "word") -> List[Piece]:
-    """The hypothesis with what it lacks of the reference, and what it has too much, as pieces in reading order.
+    """The hypothesis as pieces in reading order, with its deletions and insertions marked.
 
-    ``unit`` is ``word``, or ``char`` for a language that does not part words (blanks are left out then).
+    ``unit`` is ``word``, or ``char`` for a language without blanks between words (blanks are left out then).
     """
     between = " " if unit == "word" else ""
     ref, hyp = ([*text.split()] if between else [*"".join(text.split())] for text in (reference, hypothesis))

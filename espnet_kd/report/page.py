@@ -1,4 +1,4 @@
-"""What a report consists of, and its two forms: Markdown and one HTML file."""
+"""The parts of a report, and its two formats: Markdown and one HTML file."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Table:
 
 @dataclass
 class Picture:
-    """A PNG file, what it shows for who cannot see it, and how to read it."""
+    """A PNG file, its alternative text, and a caption that explains it."""
 
     path: Path
     alt: str
@@ -57,7 +57,7 @@ Block = Union[Table, Picture, Items, Examples]
 
 @dataclass
 class Section:
-    """A heading, a sentence on how to read what follows, and that."""
+    """A heading, an explanation, and the blocks."""
 
     title: str
     how: str
@@ -77,7 +77,7 @@ def to_markdown(sections: Sequence[Section], home: Path, title: str = "Results")
 
 
 def to_html(sections: Sequence[Section], title: str = "Results") -> str:
-    """One HTML file that asks for nothing else: style inside, pictures as data, no script."""
+    """One self-contained HTML file: style inside, pictures as data, no script."""
     import jinja2
 
     env = jinja2.Environment(
@@ -92,7 +92,7 @@ def to_html(sections: Sequence[Section], title: str = "Results") -> str:
 
 
 def _escape(text: str) -> str:
-    """Text as Markdown that shows it as it is."""
+    """Escape text for Markdown."""
     return re.sub(r"([\\`*|~]|(?<=\])\()", r"\\\1", html.escape(text, quote=False)).replace("\n", " ")
 
 
@@ -105,7 +105,7 @@ def _table(table: Table, home: Path) -> List[str]:
 
 
 def count_lines(table: Table) -> str:
-    """What stands for a folded table."""
+    """The summary of a folded table."""
     return f"{len(table.body)} line{'' if len(table.body) == 1 else 's'}"
 
 

@@ -1,4 +1,4 @@
-"""What all pictures share: legible on a screen and on A4, colours and marks for every eye and printer."""
+"""The common style of all pictures: legible on a screen and on A4, for colour-blind readers and in black and white."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def scale_log(axes: Any, which: str) -> None:
 
 
 def _short(x: float) -> str:
-    """A number as an axis has room for: 2 M, 500 k, 0.005."""
+    """A short form of a number for an axis: 2 M, 500 k, 0.005."""
     for unit, name in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
         if x >= unit:
             return f"{x / unit:g}{name}"
@@ -79,5 +79,5 @@ def _short(x: float) -> str:
 
 
 def look(index: int) -> Tuple[str, str]:
-    """Colour and marker of the n-th thing drawn; 64 pairs before one comes again."""
+    """Colour and marker of the n-th line; there are 64 different pairs."""
     return COLOURS[index % len(COLOURS)], MARKERS[(index + index // len(COLOURS)) % len(MARKERS)]

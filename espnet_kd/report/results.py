@@ -1,4 +1,4 @@
-"""Gather what experiments have left on disk into rows."""
+"""Collect the results of experiments from their directories as rows."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ class Gathered:
     decodings: Dict[Tuple[str, str], Path] = field(default_factory=dict)  #: of (experiment, test set)
 
     def ran_alone(self, row: Row) -> bool:
-        """Whether no other experiment was trained while this one was, as far as the files' times tell."""
+        """Whether no other experiment was trained at the same time, judged by the times of the files."""
         name = row["experiment"]
         mine = self.spans.get(name)
         others = [span for other, span in self.spans.items() if other != name]
         return mine is not None and all(end <= mine[0] or mine[1] <= start for start, end in others)
 
     def decoding(self, row: Row) -> Path:
-        """Where a scored row's test set is decoded."""
+        """The directory with the decoding of a scored row."""
         return self.decodings[row["experiment"], row["testset"]]
 
 
@@ -82,7 +82,7 @@ def gather(expdir: Path, teachers: Sequence[Path] = ()) -> Gathered:
 
 
 def is_experiment(path: Path) -> bool:
-    """Whether a directory has something to report."""
+    """Whether a directory is an experiment with results."""
     return (path / "experiment.json").is_file() or any(path.glob("decode_*/score.json"))
 
 
@@ -109,7 +109,7 @@ def read_json(path: Path, notes: List[str]) -> Optional[Dict[str, Any]]:
 
 
 def find_recipe(near: Path, given: Any) -> Optional[Path]:
-    """The directory in which commands were run that name the file or directory ``given``; None if there is none.
+    """The directory to which the path ``given`` is relative; None if it is not found.
 
     Looked for above ``near`` (an experiment), then here.
     """
@@ -120,9 +120,9 @@ def find_recipe(near: Path, given: Any) -> Optional[Path]:
 
 
 def find_data(decoding: Path) -> Optional[Tuple[Path, str]]:
-    """(recipe's directory, data dir as named from there) of what is decoded in ``decoding``; None if it is gone.
+    """(recipe's directory, data dir relative to it) of a decoding; None if it does not exist any more.
 
-    As decode.json has it, else where the recipes put it.
+    It is the one in decode.json, or else the one where the recipes put it.
     """
     given = (read_json(decoding / "decode.json", []) or {}).get("data_dir")
     for name in (given, f"dump/raw/{decoding.name[len('decode_') :]}"):
@@ -211,7 +211,7 @@ def _rates(score: Dict[str, Any]) -> Dict[str, Optional[float]]:
 
 
 def _short(path: Path) -> str:
-    """The end of a path, enough to find the file below the experiments."""
+    """The last parts of a path, enough to find the file below the experiments."""
     return "/".join(path.resolve().parts[-3:])
 
 
@@ -228,7 +228,7 @@ def _seed(path: Path) -> Optional[int]:
 
 
 def _finite(value: Any) -> Optional[float]:
-    """The number, or None for anything that JSON has no number for."""
+    """A finite number, or None for anything else."""
     return value if isinstance(value, (int, float)) and math.isfinite(value) else None
 
 

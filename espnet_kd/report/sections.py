@@ -1,4 +1,4 @@
-"""The sections of a report, from what was gathered; pictures are drawn on the way."""
+"""The sections of a report, made of the collected results; pictures are drawn at the same time."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ class Part:
 
     @property
     def labels(self) -> List[str]:
-        """What its pictures show, in an order that is the same in all of them."""
+        """The labels in its pictures, in the same order in all of them."""
         label = label_rows(self.gathered.rows)
         return list(dict.fromkeys([*map(label, self.gathered.rows), *(kind.label for kind in self.kinds)]))
 
     def name(self, what: str) -> str:
-        """``what``, and where if need be."""
+        """``what``, and the EXPDIR if there are several."""
         return f"{what}, {self.where}" if self.where else what
 
 
@@ -54,7 +54,7 @@ def make_parts(everything: Sequence[Gathered]) -> List[Part]:
 
 
 def title_of(parts: Sequence[Part]) -> str:
-    """What a report is called: the ends of the directories that it is of."""
+    """The title of a report: the last parts of its EXPDIRs."""
     return f"Knowledge distillation: {', '.join(str(Path(*p.gathered.expdir.resolve().parts[-3:])) for p in parts)}"
 
 
@@ -71,7 +71,7 @@ class Pictures:
         return self.directory / f"{kind}_{self._numbers[kind]}.png"
 
     def remove_others(self, sections: Sequence[Section]) -> None:
-        """Remove those of an earlier report, which would show other experiments."""
+        """Remove the pictures of an earlier report, which would show other experiments."""
         shown = {block.path for section in sections for block in section.blocks if isinstance(block, Picture)}
         for path in self.directory.glob("*_*.png"):
             if re.fullmatch(r"(size|speed|learning|curves|offsets|spikes)_\d+\.png", path.name) and path not in shown:
@@ -79,7 +79,7 @@ class Pictures:
 
 
 def tell_verdict(parts: Sequence[Part]) -> Section:
-    """In plain words what distillation brought; its first block holds a paragraph for each distilled kind."""
+    """The effect of distillation in words; the first block has a paragraph for each distilled kind."""
     verdicts = [text for part in parts for text in make_verdicts(part.kinds, part.where)]
     how = (
         "Each distilled student against the plain student, which has the same size and was trained on the "
@@ -94,7 +94,7 @@ def texts_of(section: Section) -> List[str]:
 
 
 def summarise(parts: Sequence[Part]) -> Section:
-    """Who is how good, at what cost; the runs behind it are folded."""
+    """Error rates and costs of all methods; the single runs are folded."""
     blocks: List[Block] = []
     for part in parts:
         gathered = part.gathered
@@ -129,7 +129,7 @@ _COMPARISON = (
 
 
 def draw_progress(parts: Sequence[Part], pictures: Pictures) -> Section:
-    """Learning curves of all methods in one picture, and who is ahead when."""
+    """Learning curves of all methods in one picture, and tables of the CER at several times."""
     section = Section(
         "Learning curves",
         "Validation, greedy: CTC loss and CER by epoch, and by the time that training has taken. Lines are means over "
@@ -186,7 +186,7 @@ def draw_training(parts: Sequence[Part], pictures: Pictures) -> Section:
 
 
 def show_worst(parts: Sequence[Part]) -> Section:
-    """Texts of the utterances worth a look."""
+    """Texts of the utterances with the most errors and the largest changes."""
     section = Section(
         "Worst utterances",
         "Those with the most errors of the distilled student that stands first in the table, then those that changed "
@@ -212,13 +212,13 @@ def show_worst(parts: Sequence[Part]) -> Section:
 
 
 def tell_environment() -> Section:
-    """With what the report was made."""
+    """The software that made the report."""
     facts = Items([f"{k}: {v}" for k, v in environment().items()])
     return Section("Environments", "Of the report; decode.json beside each result has those of decoding.", [facts])
 
 
 def list_missing(parts: Sequence[Part]) -> Optional[Section]:
-    """What could not be shown, if anything."""
+    """What could not be shown, or None."""
     notes = [note for part in parts for note in dict.fromkeys(part.gathered.notes)]
     return Section("Missing", "What this report lacks, and why.", [Items(notes)]) if notes else None
 
@@ -306,7 +306,7 @@ def _show(rate: Rate) -> str:
 
 
 def duration(value: Optional[float]) -> str:
-    """Seconds for people."""
+    """Seconds as hours, minutes and seconds."""
     if value is None or not math.isfinite(value):
         return "–"
     minutes, rest = divmod(round(value), 60)

@@ -1,4 +1,4 @@
-"""Pictures of where models put their tokens: spikes over time above a spectrogram, and how far they lie apart."""
+"""Pictures of the models' tokens: spikes over time above a spectrogram, and their distances between models."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _LANES = 3  # of token labels above each other
 
 @dataclass
 class Track:
-    """What one model says of an utterance."""
+    """The outputs of one model for an utterance."""
 
     label: str
     nonblank: np.ndarray  #: (T,) 1 − p(blank)
@@ -28,7 +28,7 @@ class Track:
 
 
 def find_window(tracks: Sequence[Track], duration: float) -> Tuple[float, float]:
-    """Start and end in seconds of the stretch, `SECONDS` long, in which the models differ most."""
+    """Start and end in seconds of the window, `SECONDS` long, in which the models differ most."""
     times = {(t, token, i) for i, track in enumerate(tracks) for t, token in track.spikes}
     step = max(track.frame_shift for track in tracks)
     first = [(t, token) for t, token, i in times if i == 0]

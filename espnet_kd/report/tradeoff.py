@@ -1,4 +1,4 @@
-"""Pictures of what accuracy costs: error rates against size and against decoding time."""
+"""Pictures of error rates against model size and against decoding time."""
 
 from __future__ import annotations
 

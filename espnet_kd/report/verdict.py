@@ -1,4 +1,4 @@
-"""What came out, in plain words: one short paragraph for each kind of distilled student."""
+"""The results in words: one short paragraph for each kind of distilled student."""
 
 from __future__ import annotations
 

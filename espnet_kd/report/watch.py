@@ -1,4 +1,4 @@
-"""How far running experiments are: a line for each run."""
+"""The progress of running experiments: one line for each run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from espnet_kd.report.sections import duration
 from espnet_kd.safe_yaml import parse_yaml
 
 REFRESH = 5.0  #: seconds
-#: A run that has written nothing for so many epochs' time is called silent.
+#: A run is called silent if it has written nothing for the time of this number of epochs.
 SILENT = 2.0
 
 
@@ -36,7 +36,7 @@ class Status:
     pace: float  #: seconds of an epoch; 0 while the first one runs
 
     def __str__(self) -> str:
-        known = self.epoch or not self.finished  # of a finished one without checkpoint and log nobody knows
+        known = self.epoch or not self.finished  # unknown for a finished run without checkpoint and log
         parts = [f"{self.name}: {self.what}", *([f"epoch {self.epoch} of {self.epochs or '?'}"] if known else [])]
         if self.loss is not None:
             parts.append(f"validation loss {self.loss:.3f}")
@@ -92,7 +92,7 @@ def find_runs(expdir: Path) -> Iterator[Tuple[Path, str]]:
 
 
 def read_status(run: Path, name: str) -> Status:
-    """What a run has left on disk so far; whatever is missing or half written counts as not there."""
+    """Read the state of a run from its files; missing or incomplete files are treated as absent."""
     record = _read(run / "kd_stage.json")
     facts = _read(run / "experiment.json")
     history = read_progress(run) or {}
@@ -114,7 +114,7 @@ def read_status(run: Path, name: str) -> Status:
 
 
 def _has_result(run: Path) -> bool:
-    """Whether there is what only a finished training leaves: an average of its epochs, or an exported model."""
+    """Whether the training is finished, which an average of its epochs or an exported model shows."""
     return any(next(run.glob(pattern), None) for pattern in ("*.ave.pth", "*.ave_*best.pth", "model.pth"))
 
 

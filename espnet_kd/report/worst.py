@@ -1,4 +1,4 @@
-"""The utterances worth a look: of most errors, and of the largest change against the plain student."""
+"""The utterances with the most errors, and with the largest change against the plain student."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class Chosen:
 
 @dataclass
 class Example:
-    """One utterance: what each model made of the reference, by the model's label; its audio as a data URI, if any."""
+    """One utterance: the marked output of each model by its label, and the audio as a data URI, if any."""
 
     utt_id: str
     why: str
@@ -78,7 +78,7 @@ def choose_examples(chosen: Chosen, num: int) -> List[Tuple[str, str]]:
 
 
 def collect_worst(gathered: Gathered, chosen: Chosen, notes: List[str], audio: Audio) -> Dict[str, List[Example]]:
-    """{what they have in common: examples with their texts}; what cannot be read is named in ``notes``.
+    """{what they have in common: examples with their texts}; files that cannot be read are listed in ``notes``.
 
     ``audio`` embeds that of the first ones.
     """

@@ -1,1 +1,1 @@
-"""Where targets come from: a teacher that runs now, its cache on disk, several teachers as one; the N-best."""
+"""Sources of targets: a running teacher, a target cache on disk, the average of several teachers, the N-best."""

@@ -5,18 +5,18 @@ A cache is a directory::
     manifest.json        teacher, policy, frame shift, counts
     tokens.txt           the teacher's tokens
     shard.00000/         a few hundred utterances, whole or absent
-      utterances         whose targets these are, and the sizes of the arks in bytes; then 'id frames rows checksum' a
-                         line, sorted
-      blank.ark .scp     how likely blank is, of every frame; 16 bits a number, scaled by the utterance's range
-      rows.ark .scp      which frames have tokens, and how many; 16 bits a number
+      utterances         the hash of the cache and the sizes of the arks in bytes; then one line per utterance, sorted:
+                         id frames rows checksum
+      blank.ark .scp     the log-odds of blank in every frame; 16 bits a number, scaled by the utterance's range
+      rows.ark .scp      the frames that have tokens, and how many; 16 bits a number
       tokens.ark .scp    the ids of these tokens; 8 to 16 bits each, 32 of vocabularies above 65,536
-      log_probs.ark .scp how likely they are, against each other; 8 bits each
+      log_probs.ark .scp their relative log-probabilities; 8 bits each
       encoder.3.ark .scp (T, D) hidden states of a tap, in Kaldi's 8-bit compression
 
-The arks are Kaldi's, so that other tools read them; :mod:`espnet_kd.targets.nucleus` says what the numbers mean. Files
-that are missing, cut or of another cache are found when the cache is opened. Every array is checked against its
-checksum when it is read: flipped bytes stop training instead of teaching something else. The command that made a cache,
-given again, checks it all and makes what is damaged anew.
+The arks are Kaldi's, so that other tools read them; :mod:`espnet_kd.targets.nucleus` describes the numbers. Files
+that are missing, cut or of another cache are found when the cache is opened. Every array is compared with its checksum
+when it is read, so that flipped bytes stop a training instead of giving wrong targets. The command that made a cache,
+given again, checks all of it and replaces damaged shards.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ _LARGE = 10**7
 
 @dataclass(frozen=True)
 class Policy:
-    """What is kept of each frame; a page decides."""
+    """What is kept of each frame, as the methods need it."""
 
-    top_k: int  #: tokens of a frame at most, blank apart
-    mass: float = 1.0  #: they are kept until, with blank, they have this probability
-    tokens_on: str = "nonblank"  #: frames that have them: ``nonblank`` or ``all``
-    temperatures: Tuple[float, ...] = ()  #: other than 1 at which the posterior is exact
+    top_k: int  #: largest number of tokens per frame, without blank
+    mass: float = 1.0  #: tokens are kept until, together with blank, they reach this probability
+    tokens_on: str = "nonblank"  #: frames whose tokens are kept: ``nonblank`` or ``all``
+    temperatures: Tuple[float, ...] = ()  #: temperatures other than 1 at which the posterior is exact
     taps: Tuple[str, ...] = ()  #: hidden states
 
     def lacks(self, needed: Needs) -> List[str]:
-        """What ``needed`` has beyond this one, in words."""
+        """What ``needed`` asks for and this policy does not keep, in words."""
         found = []
         if needed.tokens_on == "all" and self.tokens_on != "all":
             found.append("tokens on all frames (it has those of non-blank frames)")
@@ -68,7 +68,7 @@ class Policy:
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a cache says of itself."""
+    """The description of a cache in its manifest.json."""
 
     teacher: str
     teacher_sha256: str  #: of the model file
@@ -86,12 +86,12 @@ class Manifest:
 
     @property
     def identity(self) -> str:
-        """Short hash of what decides the targets; every shard bears it."""
+        """Short hash of everything that determines the targets; every shard has it."""
         decisive = replace(self, teacher="", counts={})  # the teacher's path may be spelled in any way
         return hashlib.sha256(repr(decisive).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
-        """As in manifest.json."""
+        """The content of manifest.json."""
         return json.dumps(asdict(self), indent=2, ensure_ascii=False) + "\n"
 
 
@@ -127,7 +127,7 @@ def read_manifest(cache: PathLike) -> Manifest:
 
 
 def _check_values(manifest: Manifest) -> None:
-    """Refuse values that no cache has (ValueError): sizes of arrays and names of files are made of them."""
+    """Refuse values that no cache has (ValueError), because array sizes and file names are derived from them."""
     policy = manifest.policy
     positive = {f"temperature {tau}": tau for tau in policy.temperatures}
     positive.update(frame_shift=manifest.frame_shift, sampling_rate=manifest.sampling_rate)
@@ -181,10 +181,10 @@ def ark_names(policy: Policy) -> Tuple[str, ...]:
 
 
 def read_index(shard: Path, manifest: Manifest) -> Iterator[IndexEntry]:
-    """Yield the utterances of a shard; sizes and offsets are checked, what the arks hold is not.
+    """Yield the utterances of a shard. Sizes and offsets are checked; the contents of the arks are not.
 
     Raises:
-        UserError: a file is missing, cut or damaged, or of another cache; the message says how to mend it.
+        UserError: a file is missing, cut or damaged, or of another cache; the message says how to repair it.
     """
     names = ark_names(manifest.policy)
     missing = [name for name in (INDEX, *(f"{n}.scp" for n in names)) if not (shard / name).is_file()]
@@ -212,7 +212,7 @@ def read_index(shard: Path, manifest: Manifest) -> Iterator[IndexEntry]:
 
 
 def _read_scp(shard: Path, name: str, size: int) -> Iterator[Tuple[str, int]]:
-    """Utterances and offsets of ``name.scp``. The ark lies beside, wherever the cache was moved to.
+    """Utterances and offsets of ``name.scp``. The ark is looked for beside it, so that a cache can be moved.
 
     ``size`` is what the ark had in bytes when it was written.
     """
@@ -232,7 +232,7 @@ def read_arrays(shard: Path, policy: Policy, entry: IndexEntry) -> List[np.ndarr
     """The arrays of one utterance, in the order of :func:`ark_names`, checked.
 
     Raises:
-        UserError: a file is missing, cut, or other than it was written.
+        UserError: a file is missing, cut, or different from what was written.
     """
     arrays = load_arrays(shard, policy, entry)
     if checksum(arrays) != entry.crc:

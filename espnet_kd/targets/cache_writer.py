@@ -1,4 +1,4 @@
-"""Writing a target cache: shard by shard, each whole or absent, so that the same command continues a broken run."""
+"""Writing a target cache shard by shard. Each shard is whole or absent, so that the same command resumes a run."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ class TargetRecogniser(Recogniser):
         self.policy = policy
 
     def encode(self, speech: torch.Tensor, lengths: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-        """As for training: in bf16 on a GPU that has it, the CTC head not."""
+        """Encode as in training: in bf16 on a GPU that has it; the CTC head stays in float32."""
         with half_on_gpu(self.device):
             out, frames = super().encode(speech, lengths)
         return full_precision(out[0] if isinstance(out, tuple) else out), frames
@@ -78,7 +78,7 @@ class TargetRecogniser(Recogniser):
         # Where all utterances are too short the encoder has no output.
         nothing = logits.new_zeros(*logits.shape[:2], self.model.encoder.output_size())
         packed = []
-        # AudioFile by utterance: the log-probabilities of a batch need not exist at once.
+        # One utterance at a time, so that the log-probabilities of a whole batch never exist at once.
         for i, n in enumerate(lengths.tolist()):
             rows = logits[i, :n].float()
             if rows.log_softmax(-1).isnan().any():  # an infinite logit becomes one
@@ -103,18 +103,18 @@ class TargetRecogniser(Recogniser):
 
 
 def split(utterances: Sequence[AudioFile], shard_size: int) -> List[List[AudioFile]]:
-    """Shards of ``shard_size`` utterances, by name: the same whatever job or machine writes them."""
+    """Divide utterances, sorted by id, into shards of ``shard_size``; every job and machine gets the same shards."""
     ordered = sorted(utterances, key=lambda u: u.utt_id.encode())
     return [ordered[i : i + shard_size] for i in range(0, len(ordered), shard_size)]
 
 
 @contextlib.contextmanager
 def holding(cache: Path, job: int, jobs: int) -> Iterator[None]:
-    """Hold a cache: for the run that finishes it alone, for one of several jobs together with the others.
+    """Lock a cache: exclusively for the run that finishes it, or shared with the other jobs of the same command.
 
     Raises:
-        UserError: another run is in the way, jobs of another number of parts too, whose shards would be the same; or
-            the place is no cache's (:func:`check_place`).
+        UserError: another run holds the cache, or jobs with another number of parts, which would write the same
+            shards; or the directory is no cache (:func:`check_place`).
     """
     if not (cache / MANIFEST).exists():
         check_place(cache)  # a lock file would lie in it
@@ -143,13 +143,13 @@ def _refuse_held(cache: Path, other: str, jobs: int) -> None:
 
 
 def hash_data(utterances: Sequence[AudioFile]) -> str:
-    """SHA-256 of ids, paths and lengths: other audio of the same length in the same file is not noticed."""
+    """SHA-256 of ids, paths and lengths. Audio that was replaced by audio of the same length is not noticed."""
     lines = sorted(f"{u.utt_id} {u.path} {u.samples}\n" for u in utterances)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def is_whole(shard: Path, manifest: Manifest, utterances: Sequence[AudioFile]) -> bool:
-    """Whether a shard holds these utterances, undamaged: every array is read."""
+    """Whether a shard holds these utterances undamaged; every array is read."""
     if not shard.is_dir():
         return False
     try:
@@ -164,7 +164,7 @@ def is_whole(shard: Path, manifest: Manifest, utterances: Sequence[AudioFile]) -
 
 
 def compression(name: str, x: np.ndarray, policy: Policy) -> Optional[int]:
-    """How kaldiio compresses an array of an ark; None: not at all."""
+    """The kaldiio compression of an ark's arrays; None for no compression."""
     if name in ("rows", "tokens"):  # whole numbers, exact in any case
         if x.min() >= 0 and x.max() < 2**8:
             return EIGHT_BIT_INTEGERS
@@ -177,7 +177,7 @@ def _writing(place: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise UserError(f"cannot write {place}: {e.strerror or e}; mend that and run the same command again") from e
+        raise UserError(f"cannot write {place}: {e.strerror or e}; correct that and run the same command again") from e
 
 
 def write_shard(
@@ -234,7 +234,7 @@ def write_manifest(cache: Path, manifest: Manifest, token_list: Sequence[str]) -
     """Write manifest and token list.
 
     Raises:
-        UserError: the directory holds a cache of another teacher, policy or data, or something else than a cache; or
+        UserError: the directory holds a cache of another teacher, policy or data, or other files; or
             it cannot be written.
     """
     if (cache / MANIFEST).exists():
@@ -275,7 +275,7 @@ def check_place(cache: Path) -> None:
 
 
 def remove(cache: Path) -> None:
-    """Remove a cache, if there is one, but for the lock that this run holds (UserError as :func:`check_place`)."""
+    """Remove a cache, if there is one, except the lock of this run (UserError as :func:`check_place`)."""
     check_place(cache)
     with _writing(cache):
         for path in cache.iterdir():
@@ -299,7 +299,7 @@ def count(cache: Path, manifest: Manifest) -> Dict[str, int]:
 
 
 def remove_leftovers(cache: Path) -> None:
-    """Remove what killed runs left; nobody may be writing now."""
+    """Remove the temporary files of killed runs. No other run may be writing."""
     for path in cache.glob(".shard.*"):
         shutil.rmtree(path, ignore_errors=True)
     for path in cache.glob(".lock.*"):  # of jobs
@@ -309,7 +309,7 @@ def remove_leftovers(cache: Path) -> None:
 
 
 def finish(cache: Path, manifest: Manifest) -> Manifest:
-    """Write the counts into the manifest: from now on it may be trained from."""
+    """Write the counts into the manifest, which marks the cache as finished."""
     done = replace(manifest, counts=count(cache, manifest))
     with _writing(cache), replacing(cache / MANIFEST) as f:
         f.write(done.to_json())

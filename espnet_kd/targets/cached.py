@@ -1,4 +1,4 @@
-"""A teacher that is read from its target cache (see ``cache.py``) instead of run."""
+"""A teacher whose outputs are read from its target cache (see ``cache.py``); the model does not run."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from espnet_kd.topk import TopK
 class CachedTeacher:
     """Targets from a cache, in place of a teacher that runs (see :class:`espnet_kd.targets.teacher.Teacher`).
 
-    The index is in memory, some 80 bytes an utterance; arrays are read when a batch asks for them.
+    The index is kept in memory, about 80 bytes per utterance; arrays are read when a batch needs them.
 
     Raises:
         UserError: no cache, an unfinished or a damaged one.
@@ -53,7 +53,7 @@ class CachedTeacher:
             raise UserError(f"{self.path / TOKENS} is not the list that this cache was made with; {MEND}")
         self.sampling_rate, self.frame_shift = self.manifest.sampling_rate, self.manifest.frame_shift
         self.device = torch.device("cpu")
-        # Packed shard by shard: as Python's objects the index would be several times as large on the way.
+        # Packed shard by shard, because as Python objects the index would need several times as much memory.
         ids: List[np.ndarray] = []
         numbers = array("q")
         for number in range(self.manifest.shards):
@@ -78,7 +78,7 @@ class CachedTeacher:
         return isinstance(utt_id, str) and self._find(utt_id) is not None
 
     def check(self, needed: Needs) -> None:
-        """Refuse a method that needs more than was kept (:class:`UserError`)."""
+        """Refuse a method that needs outputs which the cache does not have (:class:`UserError`)."""
         if missing := self.policy.lacks(needed):
             raise UserError(
                 f"the target cache {self.path} has no {', no '.join(missing)}; make one for this method: asr_kd_cache "
@@ -87,14 +87,17 @@ class CachedTeacher:
 
     def state_dict(self) -> Dict[str, Tensor]:
         """Refused (:class:`UserError`): a cache has no parameters."""
-        raise UserError(f"this method begins with the teacher's parameters, and {self.path} has its outputs alone")
+        raise UserError(
+            f"this method is initialised with the teacher's parameters, and {self.path} has only its outputs; give "
+            "--teacher EXP"
+        )
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Follow the student to another device."""
         self.device = fn(torch.zeros((), device=self.device)).device
 
     def probe(self, speech: Tensor, speech_lengths: Tensor) -> EncoderOutputs:
-        """Frames alone, by the frame shift."""
+        """Number of frames, computed from the frame shift; logits are 0."""
         rate = FEATURE_RATE if speech.dim() == 3 else self.sampling_rate  # (B, T, D): features
         frames = (speech_lengths / rate / self.frame_shift).long()
         empty = speech.new_zeros(len(frames), int(frames.max()), 1)
@@ -130,7 +133,7 @@ class CachedTeacher:
         for tap in set(taps):
             place = len(ark_names(self.policy)) - len(self.policy.taps) + self.policy.taps.index(tap)
             states = [torch.from_numpy(arrays[place]) for arrays in each]
-            # Of an utterance without frames there is no array, hence no width.
+            # An utterance without frames has no array, and therefore no width.
             states = [h if len(h) else h.new_zeros(0, self.hidden_size) for h in states]
             hidden[tap] = torch.nn.utils.rnn.pad_sequence(states, batch_first=True)
         return EncoderOutputs(logits, lengths, self.frame_shift, hidden)
@@ -170,9 +173,9 @@ class CachedTeacher:
 
 
 def pad(x: TopK, lengths: Tensor) -> TopK:
-    """A batch (B, T, k) of utterances' frames that lie one after another. Padding has no token, and p(blank) 1.
+    """Arrange frames of utterances, given one after another, as a batch (B, T, k). Padding has p(blank) 1, no tokens.
 
-    k is a multiple of 16, or all tokens: few different sizes, for each of which a kernel is compiled on a GPU.
+    k is a multiple of 16, or all tokens, because on a GPU a kernel is compiled for each different size.
     """
     k = x.tokens.size(-1)
     wide = max(min(-(-k // 16) * 16, x.num_tokens - 1), k)

@@ -1,7 +1,7 @@
-"""What a step needs beside its batch, read and laid out where ESPnet loads its data: in the data loader's workers.
+"""Cached targets and label lengths, loaded in the workers of ESPnet's data loader together with each batch.
 
-A worker prepares batches while the training process computes, and its failures end the training. With a batch come what
-a target cache holds of it, and as Python's numbers the lengths of its labels, which to ask a GPU for would be a wait.
+A worker prepares batches while the training process computes; an error in it ends the training. The label lengths come
+as Python numbers, because reading them from a GPU would make the host wait.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.topk import TopK
 
 BROUGHT = "kd"  #: its name in a batch
-#: A part of the training: begin and end as shares of it, and the taps that it reads; None where it reads no targets.
+#: A part of the training: its begin and end as shares of it, and the taps that it needs; None if it needs no targets.
 Part = Tuple[float, float, Optional[Tuple[str, ...]]]
 Loaded = Tuple[List[str], Dict[str, Any]]
 
 
 class Epochs(Protocol):
-    """Where a training stands (:class:`espnet_kd.distill.schedule.Progress`)."""
+    """The current position of a training (:class:`espnet_kd.distill.schedule.Progress`)."""
 
     epoch: int  #: from 1
     max_epoch: int
@@ -31,12 +31,12 @@ class Epochs(Protocol):
 
 @dataclass
 class Loading:
-    """ESPnet's ``collate_fn``, and beside what that gives an entry ``BROUGHT`` (see :class:`Brought`).
+    """ESPnet's ``collate_fn``, whose batches get a further entry ``BROUGHT`` (see :class:`Brought`).
 
     Args:
         collate: ESPnet's own.
         parts: of the training; of validation the one that counts.
-        progress: whose epoch it is, when the workers of an epoch are started; a step may read less than its epoch.
+        progress: gives the epoch when its workers are started; a step may need fewer targets than its epoch.
     """
 
     collate: Callable[[Collection[Any]], Loaded]
@@ -45,7 +45,7 @@ class Loading:
     progress: Epochs
 
     def __call__(self, data: Collection[Any]) -> Loaded:
-        """Utterance ids and the batch, of what the data set gives of each utterance."""
+        """Return utterance ids and batch, made of the data set's entries."""
         utt_ids, batch = self.collate(data)
         brought: Dict[str, Any] = {}
         if "text_lengths" in batch:
@@ -59,7 +59,7 @@ class Loading:
         return utt_ids, {**batch, BROUGHT: brought}
 
     def _taps(self) -> Optional[Tuple[str, ...]]:
-        """What this epoch reads."""
+        """The taps that this epoch needs."""
         epoch, epochs = self.progress.epoch, max(self.progress.max_epoch, 1)
         begin, end = (epoch - 1) / epochs, epoch / epochs
         now = [taps for b, e, taps in self.parts if b < end and e > begin and taps is not None]
@@ -67,19 +67,19 @@ class Loading:
 
 
 class Brought:
-    """What came with a batch; nothing, where it was not loaded by :class:`Loading`."""
+    """What was loaded with a batch; empty if it was not loaded by :class:`Loading`."""
 
     def __init__(self, content: Optional[Dict[str, Any]] = None):
         self._content = content or {}
 
     def label_counts(self, batch_size: int) -> Optional[List[int]]:
-        """The labels of each of ``batch_size`` utterances; None where they are not at hand."""
+        """The number of labels of each of ``batch_size`` utterances; None if they were not loaded."""
         counts = self._content.get("text_lengths")
         # Of a batch that torch's DataParallel has cut into parts they are the whole batch's.
         return counts if counts is not None and len(counts) == batch_size else None
 
     def targets(self, taps: Sequence[str]) -> Optional[EncoderOutputs]:
-        """The cached targets; None where these were not read, or not with these taps.
+        """The cached targets; None if they were not loaded, or not with these taps.
 
         Raises:
             UserError: they could not be read.
@@ -91,7 +91,7 @@ class Brought:
 
 
 def to_plain(targets: EncoderOutputs) -> Dict[str, Any]:
-    """Cached targets as a dictionary of tensors and numbers, which loader, pinning and ESPnet's ``to_device`` know."""
+    """Cached targets as a dictionary of tensors and numbers, which data loader and ``to_device`` can handle."""
     x = targets.logits
     assert isinstance(x, TopK)
     return {

@@ -17,7 +17,7 @@ _CHECK_AUDIO = LateCheck()
 
 @dataclass(frozen=True)
 class _Row:
-    """One utterance of a batch of targets, which is kept as it was computed."""
+    """One utterance of a batch of targets; the batch is kept as it was computed."""
 
     batch: EncoderOutputs
     prints: Tensor
@@ -25,7 +25,7 @@ class _Row:
 
 
 class Memory:
-    """Targets of up to ``size`` bytes. An utterance that comes with another batch keeps those of its first one."""
+    """Targets of up to ``size`` bytes. Each utterance keeps the targets of the first batch that it was in."""
 
     def __init__(self, size: float):
         self.size = self._room = size
@@ -45,8 +45,8 @@ class Memory:
             prints: (B, 2), see :func:`fingerprints`.
 
         Raises:
-            ValueError: an utterance has other audio than the first time. Only on a GPU, where looking at once would be
-                a wait, and by a later call; on a CPU the utterance counts as unknown.
+            ValueError: an utterance has other audio than the first time. This is raised only on a GPU, and by a later
+                call, so that the host does not wait; on a CPU the utterance counts as unknown.
         """
         rows = [row for utt_id in utt_ids if (row := self._rows.get((utt_id, *taps))) is not None]
         if len(rows) < len(utt_ids):
@@ -74,7 +74,7 @@ class Memory:
         )
 
     def remember(self, utt_ids: Sequence[str], taps: Sequence[str], prints: Tensor, outputs: EncoderOutputs) -> None:
-        """Keep the targets of a batch, where there is room for them."""
+        """Keep the targets of a batch if there is room for them."""
         new = [(i, key) for i, utt_id in enumerate(utt_ids) if (key := (utt_id, *taps)) not in self._rows]
         size = sum(x.nbytes for x in (outputs.logits, outputs.decoder, *outputs.hidden.values()) if x is not None)
         if new and size <= self._room:
@@ -83,9 +83,9 @@ class Memory:
 
 
 def fingerprints(speech: Tensor, lengths: Tensor) -> Tensor:
-    """(B, 2) of what must be the same for targets to be: a sum of each utterance's bits, and its length.
+    """A fingerprint (B, 2) of each utterance's audio: the sum of its bits, and its length.
 
-    ``speech`` is (B, samples, …), and 0 behind the lengths: padding adds nothing. Nothing is copied to the host.
+    ``speech`` is (B, samples, …), with 0 in the padding, which therefore adds nothing. Nothing is copied to the host.
     """
     whole = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[speech.element_size()]
     bits = speech.detach().contiguous().view(whole).flatten(1)
@@ -99,6 +99,6 @@ def _pad(rows: Sequence[Tensor]) -> Tensor:
 def _message(utt_ids: Sequence[str], before: Tensor, prints: Tensor) -> str:
     changed = [utt_id for utt_id, same in zip(utt_ids, (before == prints).all(1).tolist()) if not same]
     return (
-        f"{', '.join(changed[:5])}: not the audio of which the teacher's targets are kept: utterances of training "
-        "and validation share an id, or come in chunks, or change from epoch to epoch; give --teacher_memory 0"
+        f"{', '.join(changed[:5])}: the audio differs from the audio whose targets are kept in memory: utterances of "
+        "training and validation share an id, or are cut into chunks, or change between epochs; give --teacher_memory 0"
     )

@@ -1,11 +1,11 @@
 """The teacher's N-best on disk, for sequence-level distillation.
 
-A text file in UTF-8, one hypothesis a line, the hypotheses of an utterance on lines that follow each other:
+A UTF-8 text file with one hypothesis per line; the hypotheses of an utterance are on consecutive lines:
 
     utt_id rank score token token …
 
-``rank`` counts from 1, the best; ``score`` is the log-probability in nats; the tokens are those of the token list,
-so that a file outlives a reordered list. A token that cannot stand among others, being empty or holding a blank, is
+``rank`` counts from 1, the best; ``score`` is the log-probability in nats; tokens are written by
+name, so that the file stays valid if the token list is reordered. A token that is empty or contains white space is
 written by its number, ``<id:12>``. An empty hypothesis has no tokens.
 """
 
@@ -25,7 +25,7 @@ Hypotheses = List[Tuple[float, Sequence[int]]]
 
 
 def weights(scores: Sequence[float]) -> List[float]:
-    """Renormalise log-probabilities (N,) in nats over the N-best: their softmax; nothing for nothing.
+    """Renormalise log-probabilities (N,) in nats over the N-best: their softmax; an empty list for an empty list.
 
     These are the weights of the hypotheses in sequence-level KD (Takashima et al.).
     """
@@ -38,7 +38,7 @@ def weights(scores: Sequence[float]) -> List[float]:
 
 
 def write_nbest(path: PathLike, nbest: Mapping[str, Hypotheses], token_list: Sequence[str]) -> None:
-    """Write the N-best of utterances, in the order given; the file is whole or absent."""
+    """Write the N-best of utterances in the given order; the file is whole or absent."""
     names = _names(token_list)
     with replacing(path) as f:
         for utt_id, hypotheses in nbest.items():
@@ -47,7 +47,7 @@ def write_nbest(path: PathLike, nbest: Mapping[str, Hypotheses], token_list: Seq
 
 
 def _names(token_list: Sequence[str]) -> List[str]:
-    """How the tokens are written: by name, or by number where the name would be lost or cut."""
+    """The written form of each token: its name, or its number if the name is empty or contains white space."""
     return [f"<id:{i}>" if not t or any(c in t for c in " \t\n\r") else t for i, t in enumerate(token_list)]
 
 
@@ -64,8 +64,8 @@ def read_nbest(path: PathLike, token_list: Sequence[str], blank_id: int = 0) -> 
         ``torch.tensor`` takes: half of a list's memory, and a large corpus has millions.
 
     Raises:
-        UserError: naming the line: not UTF-8, too few columns, a rank that isn't the next one, a score that is no
-            number, an unknown token, an utterance or hypothesis that stands twice; or no such file, or an empty one.
+        UserError: naming the line: not UTF-8, too few columns, a rank out of order, a score that is not
+            a number, an unknown token, a duplicate utterance or hypothesis; or the file is missing or empty.
     """
     id_of = {name: i for i, name in enumerate(_names(token_list)) if i != blank_id}
     found: Dict[str, Hypotheses] = {}

@@ -1,6 +1,6 @@
-"""A frame's posterior in few bytes: its likeliest tokens, as many as carry its mass, in 8 bits each, and one remainder.
+"""Compressed frame posteriors: the likeliest tokens that carry most of the mass, in 8 bits each, and one remainder.
 
-What is kept is exact but for rounding. Of an utterance of T frames, N of them with tokens, M tokens in all::
+What is kept is exact up to rounding. For an utterance with T frames, N of which have tokens, M tokens in all::
 
     blank      (T, 1 + n)  log p/(1−p) of blank, at temperature 1 and at n others; within ±60, off by at most 0.001
     rows       (N, 2)      the frame, and how many tokens it has, negative where blank is likelier than any of them
@@ -52,7 +52,7 @@ class Kept(Protocol):
 
 
 def pack_targets(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np.ndarray]:
-    """What is written of one utterance: its :class:`TopK` of T frames and hidden states (T, D), as float32 arrays."""
+    """The float32 arrays to write for one utterance: its :class:`TopK` of T frames and its hidden states (T, D)."""
     x = x.map(lambda y: y.cpu())
     nonblank = x.argmax() != 0
     there = torch.ones_like(nonblank) if policy.tokens_on == "all" else nonblank
@@ -126,7 +126,7 @@ def _read_blank(columns: Tensor, policy: Kept) -> Tuple[Tensor, Tensor, Dict[flo
 
 
 def in_nucleus(x: TopK, mass: float) -> Tensor:
-    """(N, k) the tokens of N frames that are kept: until, with blank, they have ``mass``; at least one."""
+    """The kept tokens (N, k) bool of N frames: until, together with blank, they reach ``mass``; at least one."""
     p = x.log_probs.double().exp()
     before = x.log_blank.double().exp()[:, None] + p.cumsum(1) - p
     kept = (before < mass) & (_inner(x) >= -SPAN) & (p > 0)

@@ -31,10 +31,10 @@ __all__ = ["OnlineTeacher", "sampling_rate"]
 
 
 class OnlineTeacher:
-    """Targets from a teacher run now.
+    """Targets from a teacher that runs during the training.
 
-    Deliberately no ``torch.nn.Module``: hidden from registration, the teacher is in no checkpoint, optimizer or DDP
-    bucket, and ``model.train()`` cannot switch its dropout and batch normalisation on. It is given the batch's
+    This is deliberately not a ``torch.nn.Module``: an unregistered teacher is in no checkpoint, optimizer or DDP
+    bucket, and ``model.train()`` cannot switch on its dropout and batch normalisation. It is given the batch's
     ``speech`` without SpecAugment, which acts inside the student.
     """
 

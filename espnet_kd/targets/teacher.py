@@ -39,7 +39,7 @@ class Teacher(Protocol):
         """Width of its hidden states."""
 
     def check(self, needed: Needs) -> None:
-        """Refuse what it cannot give (:class:`UserError`)."""
+        """Refuse outputs that this teacher cannot give (:class:`UserError`)."""
 
     def probe(self, speech: Tensor, speech_lengths: Tensor) -> EncoderOutputs:
         """Lengths for a test signal; the other outputs have no meaning."""

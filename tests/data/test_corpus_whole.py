@@ -1,4 +1,4 @@
-"""A corpus that is not all there: what its original is known to have, and this has not, is said."""
+"""An incomplete corpus: the log names what its original has and this copy lacks."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ def test_librispeech(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypat
     command += ["--split_by_speaker", "train-clean-100", "--speakers_valid", "1"] if split else [
         "--train_parts", "train-clean-100", "--valid_parts", "dev-clean", "--test_parts", ""]  # fmt: skip
     asr_kd_data.main(command)
-    lacking = [r.getMessage() for r in caplog.records if "not all there" in r.getMessage()]
-    assert lacking[0].startswith(f"{tmp_path}/data/train: the corpus is not all there, 3 of 251 speakers of ")
+    lacking = [r.getMessage() for r in caplog.records if "corpus is incomplete" in r.getMessage()]
+    assert lacking[0].startswith(f"{tmp_path}/data/train: the corpus is incomplete: 3 of 251 speakers of ")
     assert f"train-clean-100 (missing of {root}/SPEAKERS.TXT: 150); 12 of 28539 utterances" in lacking[0]
     assert len(lacking) == (1 if split else 2)
     # All there: nothing is said.
@@ -42,7 +42,7 @@ def test_librispeech(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypat
     (root / "SPEAKERS.TXT").write_text(SPEAKERS.replace("150 ", "118 "))
     monkeypatch.setattr(librispeech, "SIZES", {"train-clean-100": (3, 12), "dev-clean": (1, 4)})
     asr_kd_data.main(command)
-    assert "not all there" not in caplog.text
+    assert "corpus is incomplete" not in caplog.text
 
 
 @pytest.mark.faults("faulty corpora")
@@ -57,22 +57,22 @@ def test_aishell_packed_beside(tmp_path: Path, caplog: pytest.LogCaptureFixture,
     command = ["aishell", "--out", "data", "--aishell", str(root)]
     asr_kd_data.main(command)
     assert len(read_map("data/train/text")) == 6
-    assert "data/train: the corpus is not all there, 2 of 340 speakers; 6 of 120098 utterances" in caplog.text
+    assert "data/train: the corpus is incomplete: 2 of 340 speakers; 6 of 120098 utterances" in caplog.text
     caplog.clear()
     monkeypatch.setattr(aishell, "SIZES", {"train": (2, 6), "valid": (1, 3), "test": (1, 3)})
     asr_kd_data.main(command)
-    assert "not all there" not in caplog.text
+    assert "corpus is incomplete" not in caplog.text
 
 
 @pytest.mark.faults("faulty corpora")
 def test_tedlium2(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch) -> None:
     command = ["tedlium2", "--out", str(tmp_path / "data"), "--tedlium2", str(write_tedlium2(tmp_path / "ted"))]
     asr_kd_data.main(command)
-    assert "valid: the corpus is not all there, 1 of 8 talks; fetch" in caplog.text and "2 of 1495" in caplog.text
+    assert "valid: the corpus is incomplete: 1 of 8 talks; add" in caplog.text and "2 of 1495" in caplog.text
     caplog.clear()
     monkeypatch.setattr(tedlium2, "TALKS", {"train": 2, "dev": 1, "test": 1})
     asr_kd_data.main(command)
-    assert "not all there" not in caplog.text
+    assert "corpus is incomplete" not in caplog.text
 
 
 def test_links_that_loop(tmp_path: Path) -> None:

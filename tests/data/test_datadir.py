@@ -181,8 +181,8 @@ def test_audio_that_does_not_say_what_it_is(data_dir: Path, tmp_path: Path) -> N
     (tmp_path / "1.flac").write_bytes(content)
     edit(data_dir / "wav.scp", "1.wav", "1.flac")
     message = faults_of(data_dir)
-    assert "'s0-u0': " in message and "0.raw has no header that says its sampling rate: convert" in message
-    assert "'s1-u1': " in message and "1.flac does not say how long it is" in message and "2 fault(s)" in message
+    assert "'s0-u0': " in message and "0.raw has no header with its sampling rate: convert" in message
+    assert "'s1-u1': " in message and "1.flac has no length in its header" in message and "2 fault(s)" in message
 
 
 def test_numbers_of_samples_that_are_none(data_dir: Path) -> None:

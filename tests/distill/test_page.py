@@ -334,7 +334,7 @@ def test_a_page_is_read_without_what_it_names(write_page, outside, capsys, caplo
     path = str(write_page(edited("stages", 0, "objectives", 0, {"objective": "outside_kd.Mine", "strenght": 1})))
     asr_kd_page.main([path])
     assert "outside_kd" not in sys.modules and "stages=" in capsys.readouterr().out
-    assert "not imported, hence not looked at: outside_kd.Mine" in caplog.text
+    assert "not imported, and therefore not checked: outside_kd.Mine" in caplog.text
     with pytest.raises(UserError, match="unknown key 'strenght'; did you mean 'strength'"):
         asr_kd_page.main([path, "--import_objectives"])
     assert "outside_kd" in sys.modules
