@@ -9,7 +9,9 @@ none), compute in float32 or better, and give 0 with a gradient path when no fra
 ``nonblank_mass`` and ``activation_energy`` are frame weights (B, T) for ``weighted_representation``.
 """
 
-import torch
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
 
 from espnet_kd.backend import offer_kernels
 from espnet_kd.losses.divergence import consistency, delayed_kl, kl, softmax_l2
@@ -21,6 +23,9 @@ from espnet_kd.losses.representation import (
     nonblank_mass,
     weighted_representation,
 )
+
+if TYPE_CHECKING:
+    import torch
 
 __all__ = [
     "activation_energy",
