@@ -1,4 +1,4 @@
-"""With what and where results were made."""
+"""Date, versions and hardware, for the records of results."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def environment() -> Dict[str, str]:
 
 
 def _processor() -> str:
-    """Name of the processor: Linux tells it only here."""
+    """Name of the processor, which Linux has only in this file."""
     try:
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -10,7 +10,7 @@ BLANK, UNKNOWN, SOS_EOS, SPACE = "<blank>", "<unk>", "<sos/eos>", "<space>"
 
 
 def load_model(model: bytes, name: str = "the BPE model") -> Any:
-    """Return the SentencePiece processor of a model (:class:`UserError` naming ``name`` where it is none)."""
+    """Return the SentencePiece processor of a model (:class:`UserError` naming ``name``: it is not one)."""
     import sentencepiece
 
     try:

@@ -1,4 +1,4 @@
-"""Strict reading of what a user wrote: unknown keys are refused with the nearest name, wrong types with their place."""
+"""Strict checks of the user's YAML: errors for unknown keys name the nearest one, errors for types their place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: what may have been meant, and all there is."""
+    """The end of a message on an unknown name: the nearest name, and all known names."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(known)})"
@@ -35,7 +35,7 @@ def check_mapping(value: Any, where: str, known: Optional[Iterable[str]] = None)
     """``value`` as a mapping whose keys are all ``known`` (None: any).
 
     Raises:
-        UserError: no mapping, or an unknown key.
+        UserError: not a mapping, or an unknown key.
     """
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: expected a mapping, found {value!r}")
@@ -46,12 +46,12 @@ def check_mapping(value: Any, where: str, known: Optional[Iterable[str]] = None)
 
 
 def to_yaml(value: Any) -> str:
-    """A value on one line, as YAML reads it back: 0.00001 is 1.0e-05, for 1e-05 would be text."""
+    """A value as one line of YAML. For example, 0.00001 is 1.0e-05, because YAML reads 1e-05 as text."""
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
 def check_type(value: Any, hint: Any, where: str) -> None:
-    """Refuse a value read from YAML that an annotation excludes (:class:`UserError`)."""
+    """Refuse a value from YAML that does not fit an annotation (:class:`UserError`)."""
     if fits(value, hint):
         return
     if isinstance(value, str) and typing.get_origin(hint) is Literal:
@@ -64,7 +64,7 @@ def check_type(value: Any, hint: Any, where: str) -> None:
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from YAML can be what an annotation says; a list serves as a tuple, 1 as a number."""
+    """Whether a value from YAML fits an annotation; a list may stand for a tuple, and 1 for a float."""
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, h) for h in inner)
@@ -108,8 +108,7 @@ def describe(hint: Any) -> str:
 def parameters(function: Callable[..., Any]) -> Dict[str, Any]:
     """{parameter that may be named: annotation} of a function or class.
 
-    What is not annotated is expected to be like its default; ``Any`` where that says nothing. A default of None makes
-    None welcome.
+    A parameter without annotation gets the type of its default, or ``Any``. With the default None, None is accepted.
     """
     hints: Dict[str, Any] = {}
     # The fields of a dataclass are resolved in the module of the class that defines each, its __init__ in one module.

@@ -1,4 +1,4 @@
-"""Models, audio and experiments for measurements: random, of the size asked for."""
+"""Random models, audio and experiments of a given size, for measurements."""
 
 from __future__ import annotations
 

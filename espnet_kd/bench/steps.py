@@ -1,4 +1,4 @@
-"""A training step: plain CTC, with a teacher beside it, with its cached targets."""
+"""The time of a training step: with CTC only, with a running teacher, and with cached targets."""
 
 from __future__ import annotations
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-#: What the table says of each ratio: key, meaning.
+#: The ratios of the table: key, description.
 TABLE = (
     ("cached_step", "KD step from the cache / plain step"),
     ("online_step", "KD step with the teacher / (plain step + teacher forward)"),

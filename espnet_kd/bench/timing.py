@@ -1,4 +1,4 @@
-"""Ratios of costs: functions timed in turn, and peak memory in processes of their own."""
+"""Measuring times of alternating functions, and peak memory in separate processes."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def peak_memory(run: Callable[..., Any], *args: Any) -> int:
     """Most memory in bytes that ``run(*args)`` held, in a fresh process of its own; on a GPU, what it allocated there.
 
     Raises:
-        UserError: the process died, for want of memory most likely.
+        UserError: the process died, most likely out of memory.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -86,7 +86,7 @@ def _measure(sender: Any, run: Callable[..., Any], args: Any) -> None:
 
 
 def _peak_rss() -> int:
-    """Bytes of this process's resident memory at most, as far as the system tells."""
+    """Peak resident memory of this process in bytes, as reported by the system."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         if peak := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):

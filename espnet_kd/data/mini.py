@@ -55,7 +55,7 @@ class Settings:
     reverb_ratio: float
 
     def check(self) -> None:
-        """Raise UserError where a value makes no sense."""
+        """Refuse values out of range (:class:`UserError`)."""
         if self.language not in ACCENTS:
             raise UserError(f"--language {self.language}: known are {', '.join(ACCENTS)}")
         if not all(map(math.isfinite, (self.snr_low, self.snr_high))):
@@ -209,7 +209,7 @@ def prepare_mini(
 ) -> Dict[str, int]:
     """Write ``out/{train,valid,test}`` with the audio in ``out/wav`` and return the numbers of utterances.
 
-    ``out/mini.json`` holds the settings and is written last; where it says the same settings, nothing is done.
+    ``out/mini.json`` holds the settings and is written last; if it has the same settings, nothing is done.
 
     Args:
         sizes: utterances of each split (DEFAULT_SIZES).
@@ -229,7 +229,7 @@ def prepare_mini(
     wanted = {"version": VERSION, **settings.__dict__, "sizes": sizes}
     marker = out / "mini.json"
     if read_settings(marker) == wanted:
-        logging.info("%s: the corpus is there with these settings", out)
+        logging.info("%s: the corpus exists already with these settings", out)
         return dict(sizes)
     _check_voices()
     marker.unlink(missing_ok=True)

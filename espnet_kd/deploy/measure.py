@@ -1,9 +1,9 @@
-"""What an export costs and how well it recognises: size, memory, speed, errors, each form in a process of its own.
+"""Measures size, memory, speed and error rates of exports, each format in a process of its own.
 
     python -m espnet_kd.deploy.measure EXPORT DATA_DIR
 
-prints what was measured, and what was recognised, as JSON. One thread; the real-time factor is CPU time, so that other
-processes on the machine matter little.
+prints the measurements and the recognised texts as JSON. One thread is used; the real-time factor is CPU time, on which
+other processes have little influence.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def measure_exports(
 
     Args:
         folders: of any form.
-        reference: what texts are compared with, an export for ESPnet or an experiment; measured as well.
+        reference: an export for ESPnet or an experiment, whose texts are the reference; it is measured too.
 
     Returns:
         A row for each, keys ``KEYS``; ``same_text`` counts the utterances whose text is that of ``reference``, ``cer``
@@ -138,7 +138,7 @@ def measure(folder: Path, data_dir: Path) -> Dict[str, Any]:
 
 
 def _peak_memory() -> int:
-    """Most bytes that this process had in memory. Not of getrusage, which counts what its parent had when it began."""
+    """Peak memory of this process in bytes. Not from getrusage, which includes the parent's memory at the start."""
     try:
         status = Path("/proc/self/status").read_text(encoding="utf-8")
         return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)[1])  # type: ignore[index]

@@ -1,4 +1,4 @@
-"""The section on exported forms, from what ``asr_kd_export --measure`` has left."""
+"""The report's section on exports, made of the results of ``asr_kd_export --measure``."""
 
 from __future__ import annotations
 

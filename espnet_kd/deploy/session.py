@@ -8,7 +8,7 @@ import numpy as np
 
 from espnet_kd.cli import UserError
 
-#: Seconds that sherpa-onnx takes a frame of a model of its kind "omnilingual" for.
+#: Frame shift in seconds that sherpa-onnx assumes for models of its kind "omnilingual".
 SHERPA_FRAME = 0.02
 Waves = Sequence[np.ndarray]
 #: Maps utterances (N_i,) to log-probabilities (T_i, V) of each.
@@ -44,7 +44,7 @@ def pad(waves: Waves) -> np.ndarray:
 
 
 def run_of(session: Any) -> Run:
-    """What a session of a graph with ``speech`` and ``speech_lengths`` gives."""
+    """Return a function that runs a graph with the inputs ``speech`` and ``speech_lengths``."""
 
     def run(waves: Waves) -> List[np.ndarray]:
         lengths = np.array([len(w) for w in waves], dtype=np.int64)
@@ -55,7 +55,7 @@ def run_of(session: Any) -> Run:
 
 
 def standardise(wave: np.ndarray) -> np.ndarray:
-    """What sherpa-onnx does to audio (N,) before a model of its kind "omnilingual"."""
+    """Normalise audio (N,) as sherpa-onnx does for models of its kind "omnilingual"."""
     wave = wave.astype(np.float64)
     return ((wave - wave.mean()) / np.sqrt(wave.var() + 1e-5)).astype(np.float32)
 

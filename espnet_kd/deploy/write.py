@@ -1,4 +1,4 @@
-"""Writing a student in a form for one runtime: a folder with the model and a description, whole or not at all."""
+"""Writing the export for one runtime: a folder with the model and its description, which is whole or absent."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from espnet_kd.files import replacing_directory, sha256_of
 TOKENS, CARD = "tokens.txt", "README.md"
 FORMS = ("onnx", "sherpa", "web", "stream")
 _GRAPH = (MODEL, TOKENS, TOKEN_MODEL, ABOUT, CARD)
-#: What a folder of each form consists of.
+#: The files of each format's folder.
 FILES = {
     "onnx": _GRAPH,
     "sherpa": _GRAPH,
@@ -87,7 +87,7 @@ def _space(student: Student) -> str:
 
 
 def describe(student: Student, built: Built, form: str, options: Options) -> Dict[str, Any]:
-    """What stands in student.json, without the files."""
+    """The contents of student.json, without the list of files."""
     versions = {}
     for package in ("torch", "espnet", "espnet_kd", "onnx", "onnxruntime"):
         try:

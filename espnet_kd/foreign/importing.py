@@ -1,4 +1,4 @@
-"""Write a CTC model of another maker as a finished ESPnet experiment: config.yaml, model.pth, tokens."""
+"""Writing a CTC model of another toolkit as a finished ESPnet experiment: config.yaml, model.pth, tokens."""
 
 from __future__ import annotations
 

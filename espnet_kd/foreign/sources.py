@@ -1,6 +1,6 @@
-"""Where a model of another maker comes from: its files, and whether an experiment was imported from them.
+"""The source files of a model of another toolkit, and the check whether an experiment was imported from them.
 
-Nothing here imports torch: a stage that has nothing to import must not take seconds to see it.
+Nothing here imports torch, so that a stage with nothing to import ends at once.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ BESIDE = ("preprocessor_config.json", "tokenizer_config.json", "special_tokens_m
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "tf_model.h5")
 EXTRA = "pip install 'espnet_kd[foundation]'"
-RECORD = "foreign"  #: the key of config.yaml that says where an experiment was imported from
+RECORD = "foreign"  #: the key of config.yaml with the source of an imported experiment
 
 
 
@@ -125,7 +125,7 @@ def is_imported(output_dir: Path, record: Mapping[str, Any]) -> bool:
                 changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
                 raise UserError(
                     f"{output_dir} was imported from {there.get('source')}, where since then {', '.join(changed)} has "
-                    "changed; students of it know the old one. Give another --output_dir, or remove this one"
+                    "changed; its students were trained with the old one. Give another --output_dir, or remove this one"
                 )
             raise UserError(
                 f"{output_dir} was imported with {key}: {old!r}, and now it is {new!r}; give another --output_dir"
