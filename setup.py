@@ -29,6 +29,7 @@ setup(
         "flashlight-text>=0.0.7,<0.1",  # CTC beam search; its wheel holds KenLM
         "numpy",
         "scipy",
+        "psutil",
         "kaldiio",
         "sentencepiece",
         "pyyaml",

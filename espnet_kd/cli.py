@@ -69,8 +69,8 @@ def check_gpus(ngpu: int) -> None:
     usable = torch.cuda.device_count() if ngpu else 0
     if ngpu > usable:
         raise UserError(
-            f"--ngpu {ngpu}: torch finds {usable} usable GPUs on this machine; give --ngpu {usable}, or see what "
-            "nvidia-smi says"
+            f"--ngpu {ngpu}: torch finds {usable} usable GPUs on this machine; give --ngpu {usable}, or see "
+            "nvidia-smi"
         )
 
 
@@ -107,7 +107,7 @@ def run(main: Callable[[Optional[Sequence[str]]], None]) -> NoReturn:
         if reason is None:
             raise
         logging.debug("where it was refused", exc_info=True)
-        print(f"error: {reason}; correct that, and run the same command again", file=sys.stderr)
+        print(f"error: {reason}; correct that, and the same command continues", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print("error: interrupted; the same command continues where it stopped", file=sys.stderr)

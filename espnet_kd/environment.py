@@ -1,10 +1,13 @@
-"""Date, versions and hardware, for the records of results."""
+"""With what and where results were made, and the memory that it took."""
 
 from __future__ import annotations
 
 import datetime
 import importlib.metadata
 import platform
+import re
+import resource
+import sys
 from pathlib import Path
 from typing import Dict
 
@@ -20,16 +23,29 @@ def environment() -> Dict[str, str]:
             facts[f"{package} version"] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             facts[f"{package} version"] = "not installed"
-    facts["CPU"] = _processor()
+    facts["CPU"] = processor()
     return facts
 
 
-def _processor() -> str:
-    """Name of the processor, which Linux has only in this file."""
+def processor() -> str:
+    """Name of the processor, which Python alone does not know on Linux."""
+    found = _in_proc("cpuinfo", r"^model name\s*:\s*(.*\S)")
+    return found or platform.processor() or platform.machine()
+
+
+def peak_memory() -> int:
+    """Most bytes that this process has had in memory."""
+    peak = _in_proc("self/status", r"^VmHWM:\s*(\d+) kB")
+    if peak:
+        return 1024 * int(peak)
+    # On Linux this would be the parent's, were that larger: it survives exec.
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _in_proc(name: str, pattern: str) -> str:
+    """What the first group of a pattern finds in a file of /proc; empty where there is no such file or line."""
     try:
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
+        found = re.search(pattern, (Path("/proc") / name).read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:
-        pass
-    return platform.processor() or platform.machine()
+        return ""
+    return found[1] if found else ""

@@ -30,7 +30,7 @@ def replacing(path: PathLike, mode: str = "w", sync: bool = True) -> Iterator[IO
     path.parent.mkdir(parents=True, exist_ok=True)
     fd, tmp = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        # mkstemp makes 0600; the file is to have what the user's umask says, as open() would give.
+        # mkstemp makes 0600; the file gets the mode of the user's umask, as from open().
         umask = os.umask(0)
         os.umask(umask)
         os.fchmod(fd, 0o666 & ~umask)

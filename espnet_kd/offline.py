@@ -3,7 +3,7 @@
 With any configuration, ESPnet imports a phonemizer (which would download NLTK data), Transformers, S3PRL,
 text-to-speech and more, and typeguard rewrites each of its functions; this took most of the start-up time. Here these
 libraries are imported when a configuration uses them, and ESPnet's functions do not check the types of their arguments:
-the user's options are checked by :mod:`espnet_kd.distill.configuration`.
+the user's options are checked by :mod:`espnet_kd.distill.checks.configuration`.
 """
 
 from __future__ import annotations

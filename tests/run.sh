@@ -10,9 +10,10 @@ Example: tests/run.sh
          tests/run.sh --fast
          tests/run.sh tests/losses -k gradcheck
 
-Makes .venv where no environment is active, installs, and runs linters, unit tests and the recipes end to end with one
-or two epochs. --fast leaves out all tests that train, and the linters. --long also trains the embedded recipe in full. Optional public corpora are looked for in
-ESPNET_KD_TEST_CORPORA (default: ../shared); what is left out for want of them is said at the end.
+Creates .venv if no environment is active, installs the project, and runs the linters, the unit tests, and the recipes end
+to end with one or two epochs. --fast leaves out the linters and all tests that train. --long also trains the embedded
+recipe in full. Optional public corpora are searched in ESPNET_KD_TEST_CORPORA (default: ../shared); the end of the output
+lists the tests that are skipped without them.
 EOF
     exit 0
 fi

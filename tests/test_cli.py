@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
         (UserError("a.yaml: it is broken; mend it"), 1, "error: a.yaml: it is broken; mend it\n"),
         (
             OSError(28, "No space left on device", "exp/x"), 1,
-            "error: exp/x: No space left on device; correct that, and run the same command again\n",
+            "error: exp/x: No space left on device; correct that, and the same command continues\n",
         ),
         (KeyboardInterrupt(), 130, "error: interrupted; the same command continues where it stopped\n"),
     ],

@@ -17,7 +17,7 @@ ROOMS = (
     *("cli", "strict", "safe_yaml", "files", "pieces", "lazy", "offline", "environment"),
     *("backend", "topk", "late", "frames", "losses"),
     *("foreign", "experiments", "data", "inference", "targets", "decode", "distill", "tasks"),
-    *("report", "deploy", "bench", "ez", "transcribe", "bin", "__main__"),
+    *("report", "deploy", "bench", "ez", "transcribe", "runs", "bin", "__main__"),
 )
 
 

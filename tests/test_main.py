@@ -13,7 +13,7 @@ import yaml
 
 from espnet_kd.__main__ import DECISIVE, KD_TRAINING, main, translate
 from espnet_kd.bin import asr_kd_train
-from espnet_kd.distill.export import KD_OPTIONS
+from espnet_kd.distill.options import KD_OPTIONS
 from espnet_kd.experiments.models import find_experiment, load_model
 
 ROOT = Path(__file__).resolve().parents[1]

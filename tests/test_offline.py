@@ -102,7 +102,7 @@ def test_what_is_missing_is_refused_in_espnets_words(found):
 def test_commands_import_espnet_here_alone():
     """Elsewhere, and earlier, its parts would be imported with all that they import."""
     script = (
-        "import sys, espnet_kd.distill.page, espnet_kd.distill.preflight, espnet_kd.bin.asr_kd_train; "
+        "import sys, espnet_kd.distill.page, espnet_kd.distill.checks.data, espnet_kd.bin.asr_kd_train; "
         "print('found', [n for n in sys.modules if n.startswith(('espnet2.asr', 'espnet2.tasks', 'espnet2.text'))])"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300)

@@ -1,5 +1,5 @@
 # Make the project's environment, or use the active one. Sourced by run_all.sh and tests/run.sh, which set
-# ROOT (of the project) and EXTRAS (of setup.py, in quotes). Sets ACTIVATE.
+# ROOT (of the project) and EXTRAS (of setup.py, in quotes), and may define a function before_installing. Sets ACTIVATE.
 # shellcheck shell=bash disable=SC2034
 
 # The newest Python on the path that the project supports.
@@ -47,6 +47,7 @@ for _extra in ${EXTRAS:?}; do
     [ -n "${ESPNET_KD_INSTALLED:-}" ] || [ -f "${_stamp}.${_extra}" ] || _missing=1
 done
 if [ -n "${_missing}" ]; then
+    if declare -F before_installing >/dev/null; then before_installing; fi
     _log="$(python -c 'import sys; print(sys.prefix)')/espnet_kd_install.log"
     echo "installing espnet_kd[${EXTRAS// /,}] and what it needs, about 5 GB and a few minutes the first time; log: ${_log}" >&2
     if ! python -m pip install --disable-pip-version-check -q -e "${ROOT}[${EXTRAS// /,}]" >"${_log}" 2>&1; then

@@ -66,7 +66,8 @@ def measure(
 
     from espnet_kd.data.datadir import read_map
     from espnet_kd.decode.beam_recognise import BeamRecogniser
-    from espnet_kd.decode.score import count_errors, name_some, paired_bootstrap
+    from espnet_kd.decode.bootstrap import paired_bootstrap
+    from espnet_kd.decode.score import count_errors, name_some
     from espnet_kd.decode.stock import StockRecogniser
     from espnet_kd.experiments.models import find_experiment, load_model
     from espnet_kd.inference.recognise import Recogniser, make_batches, read_audio, read_utterances, recognise_batches

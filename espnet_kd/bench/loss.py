@@ -41,7 +41,7 @@ class Step:
 
     Args:
         kind: ``ctc``, ``ours``, ``masked``, ``plain``.
-        nonblank: share of the frames on which the teacher gives a token.
+        nonblank: share of the frames on which the teacher outputs a token.
     """
 
     def __init__(self, kind: str, nonblank: float, shape: Any = SHAPE):

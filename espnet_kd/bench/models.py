@@ -69,7 +69,7 @@ def copied(data: Dict[str, Any], device: str = "cpu") -> Dict[str, Any]:
 
 @torch.no_grad()
 def save_experiment(directory: Path, conf: Dict[str, Any], data: Dict[str, Any], nonblank: float) -> Path:
-    """An experiment of random parameters that gives a token on the share ``nonblank`` of a batch's frames."""
+    """An experiment of random parameters that outputs a token on the share ``nonblank`` of a batch's frames."""
     model = build(conf).eval()
     logits = model.ctc.ctc_lo(model.encode(data["speech"], data["speech_lengths"])[0])
     lead = logits[..., 1:].amax(-1) - logits[..., 0]

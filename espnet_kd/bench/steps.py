@@ -33,7 +33,7 @@ def measure(
         rounds: counted rounds of the interleaved runs; the medians of the rounds' ratios are given.
         student, teacher: blocks and width of two Conformers.
         utts, seconds: batch and length of its utterances.
-        nonblank: share of the frames on which the teacher gives a token.
+        nonblank: share of the frames on which the teacher outputs a token.
 
     Returns:
         ``cached_step``: KD step from the cache / plain step; ``online_step``: KD step with the teacher beside / (plain
@@ -80,8 +80,8 @@ def measure(
         runs: Dict[str, Callable[[], Any]] = {
             name: _step(m, batches[name], device) for name, m in {"plain": plain, **kd}.items()
         }
-        copied = models.copied(data, device)
-        runs["teacher"] = lambda: online.targets((), copied["speech"], copied["speech_lengths"])
+        inputs = models.copied(data, device)
+        runs["teacher"] = lambda: online.targets((), inputs["speech"], inputs["speech_lengths"])
         times = interleaved(runs, rounds)
         counts = cached.manifest.counts
     both = [p + t for p, t in zip(times["plain"], times["teacher"])]

@@ -6,7 +6,9 @@ import argparse
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
-#: The ratios of the table: key, description.
+from espnet_kd.environment import processor
+
+#: Rows of the table: key of a ratio, its meaning.
 TABLE = (
     ("cached_step", "KD step from the cache / plain step"),
     ("online_step", "KD step with the teacher / (plain step + teacher forward)"),
@@ -102,18 +104,9 @@ def machine() -> Dict[str, str]:
     except PackageNotFoundError:  # which the loss alone does not need
         espnet = "not installed"
 
-    names = [line for line in _cpuinfo() if line.startswith("model name")]
-    processor = names[0].partition(":")[2].strip() if names else platform.processor() or platform.machine()
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor}, one thread",
+        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"{processor()}, one thread",
         "Python": platform.python_version(),
         "torch": torch.__version__,
         "ESPnet": espnet,
     }
-
-
-def _cpuinfo() -> List[str]:
-    try:
-        return Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return []

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import re
-import resource
 import statistics
-import sys
 import time
 from multiprocessing import get_context
-from pathlib import Path
 from typing import Any, Callable, Dict, List, Mapping
 
 import torch
 
+from espnet_kd import environment
 from espnet_kd.cli import UserError
 
 try:
@@ -82,16 +79,4 @@ def peak_memory(run: Callable[..., Any], *args: Any) -> int:
 def _measure(sender: Any, run: Callable[..., Any], args: Any) -> None:
     torch.set_num_threads(1)
     run(*args)
-    sender.send(_peak_rss())
-
-
-def _peak_rss() -> int:
-    """Peak resident memory of this process in bytes, as reported by the system."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        if peak := re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE):
-            return 1024 * int(peak[1])
-    except OSError:
-        pass
-    # On Linux this would be the parent's, were that larger: it survives exec.
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    sender.send(environment.peak_memory())

@@ -48,8 +48,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         logging.warning("not imported, and therefore not checked: %s (see --help)", ", ".join(sorted(unread)))
     print(f"teacher={page.teacher}")
     print(f"stages={len(page.stages)}")
-    print(f"labels={int(any(stage.needs_text for stage in page.stages))}")
-    print(f"nbest={max(stage.nbest for stage in page.stages)}")
+    print(f"labels={int(page.needs_text)}")
+    print(f"nbest={page.nbest}")
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ import functools
 import hashlib
 import heapq
 import itertools
-import json
 import logging
 import math
 import os
@@ -37,7 +36,8 @@ from espnet_kd.data.datadir import (
     write_data_dir,
 )
 from espnet_kd.data.parallel import map_with_bar
-from espnet_kd.files import PathLike, read_settings, remove_leftovers, replacing
+from espnet_kd.experiments.record import Record
+from espnet_kd.files import PathLike, remove_leftovers, replacing
 
 # Decoding these anew every epoch took a quarter of a small student's training step.
 SLOW_TO_DECODE = (".opus", ".ogg", ".mp3")
@@ -99,10 +99,11 @@ def format_data(
             "version": VERSION, "fs": fs, "speed_factors": list(factors), "min_seconds": min_seconds,
             "max_seconds": max_seconds, "drop_out_of_range": drop_out_of_range, "source": fingerprint,
         }  # fmt: skip
-        if read_settings(dst / ".done") == settings and (dst / "wav.scp").exists():
+        record = Record(dst / ".done", dst / ".begun")
+        if record.is_of(settings) and (dst / "wav.scp").exists():
             logging.info("%s: formatted already with these settings", dst)
             return sum(1 for _ in read_pairs(dst / "utt2spk"))
-        _begin(dst, settings)
+        _begin(dst, record, settings)
         rates: Counter[int] = Counter()
         odd: Counter[str] = Counter()
 
@@ -124,7 +125,7 @@ def format_data(
                 os.sync()  # once, before wav.scp marks the files as complete
 
         number = write_data_dir(dst, _within_limits(made(), fs, min_seconds, max_seconds, drop_out_of_range, dst))
-        os.replace(dst / ".begun", dst / ".done")
+        record.finish(settings)
         hours = sum(int(samples) for _, samples in read_pairs(dst / "utt2num_samples")) / fs / 3600
     no_text = "" if (dst / "text").exists() else ", no text"
     logging.info("%s: %d utterances, %.2f h%s", dst, number, hours, no_text)
@@ -259,20 +260,19 @@ def _stamp(u: Utterance, source: Path) -> str:
     return f"{stat.st_size} {stat.st_mtime_ns}"
 
 
-def _begin(dst: Path, settings: Dict) -> None:
-    """Prepare ``dst`` for a run with these settings; keep the audio of an interrupted run."""
-    for name in (".done", "out_of_range"):
-        (dst / name).unlink(missing_ok=True)
-    for name in (".begun", "out_of_range"):
-        remove_leftovers(dst / name)
-    if read_settings(dst / ".begun") == settings:
+def _begin(dst: Path, record: Record, settings: Dict) -> None:
+    """Make ``dst`` ready for a run with these settings; keep the audio that an interrupted one has made."""
+    (dst / "out_of_range").unlink(missing_ok=True)
+    remove_leftovers(dst / "out_of_range")
+    goes_on = record.inputs_of_begun() == settings
+    record.path.unlink(missing_ok=True)
+    if goes_on:
         for path in (dst / "audio").rglob(".*.flac.*"):
             path.unlink()  # begun by a run that was killed
         return
     (dst / "wav.scp").unlink(missing_ok=True)  # it names the audio that is removed next
     shutil.rmtree(dst / "audio", ignore_errors=True)
-    with replacing(dst / ".begun") as f:
-        json.dump(settings, f)
+    record.begin(settings)
 
 
 def _check(

@@ -7,7 +7,6 @@ own random generator, keyed by (seed, split, index): the bytes depend on the set
 from __future__ import annotations
 
 import functools
-import json
 import logging
 import math
 import shutil
@@ -23,7 +22,8 @@ from espnet_kd.data.audio import write_audio
 from espnet_kd.data.datadir import Utterance, write_data_dir
 from espnet_kd.data.parallel import map_with_bar
 from espnet_kd.data.sentences import make_sentence, words
-from espnet_kd.files import PathLike, read_settings, replacing
+from espnet_kd.experiments.record import Record
+from espnet_kd.files import PathLike
 
 FS = 16000
 VERSION = 3  # part of the settings: raise it when the same settings give other bytes
@@ -226,13 +226,13 @@ def prepare_mini(
     settings.check()
     if min(sizes.values()) < 1 or nj < 1:
         raise UserError(f"every split needs an utterance and nj a process: {sizes}, nj {nj}")
-    wanted = {"version": VERSION, **settings.__dict__, "sizes": sizes}
-    marker = out / "mini.json"
-    if read_settings(marker) == wanted:
-        logging.info("%s: the corpus exists already with these settings", out)
+    inputs = {"version": VERSION, **settings.__dict__, "sizes": sizes}
+    record = Record(out / "mini.json")
+    if record.is_of(inputs):
+        logging.info("%s: the corpus is there with these settings", out)
         return dict(sizes)
     _check_voices()
-    marker.unlink(missing_ok=True)
+    record.begin()
     jobs = plan(settings, sizes, out)
     for split in sizes:
         (out / split / "wav.scp").unlink(missing_ok=True)  # it names the audio that is removed next
@@ -248,8 +248,7 @@ def prepare_mini(
         write_data_dir(out / split, utts)
         voices, minutes = len({u.speaker for u in utts}), sum(n for _, n in rows) / FS / 60
         logging.info("%s %d utterances, %d voices, %.1f min", split, len(utts), voices, minutes)
-    with replacing(marker) as f:
-        json.dump(wanted, f, indent=2)
+    record.finish(inputs)
     return dict(sizes)
 
 

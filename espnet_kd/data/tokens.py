@@ -10,7 +10,6 @@ import functools
 import hashlib
 import heapq
 import io
-import json
 import logging
 import re
 from collections import Counter
@@ -34,7 +33,8 @@ from espnet_kd.data.tokenizing import (
     usable_pieces,
 )
 from espnet_kd.experiments.named_files import read_token_list
-from espnet_kd.files import PathLike, read_settings, remove_leftovers, replacing
+from espnet_kd.experiments.record import Record
+from espnet_kd.files import PathLike, remove_leftovers, replacing
 
 VERSION = 1
 TOKEN_TYPES = ("char", "word", "bpe")
@@ -183,7 +183,7 @@ def _is_made(out_dir: Path, settings: Dict[str, Any]) -> bool:
     needed += [NLSYMS] if "nlsyms" in settings and settings["token_type"] == "char" else []
     if not all((out_dir / name).exists() for name in needed):
         return False
-    return read_settings(out_dir / "tokens.json") == settings
+    return Record(out_dir / "tokens.json").is_of(settings)
 
 
 def _write(
@@ -203,8 +203,7 @@ def _write(
                 f.write(content)
         with replacing(out_dir / "tokens.txt") as f:
             f.writelines(f"{token}\n" for token in tokens)
-        with replacing(out_dir / "tokens.json") as f:
-            json.dump(settings, f)
+        Record(out_dir / "tokens.json").finish(settings)
     return out_dir / "tokens.txt"
 
 

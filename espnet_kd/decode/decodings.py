@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import datetime
 import hashlib
-import json
 import logging
 import math
 import os
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple, Union
 
 from espnet_kd import cli
+from espnet_kd.experiments.record import Record
 from espnet_kd.files import check_writable, replacing, sha256_of
 
 #: The models that `espnet_kd.experiments.models.find_experiment` chooses from.
@@ -47,7 +47,7 @@ def decode_experiments(args: argparse.Namespace) -> None:
     todo: Dict[str, List[Tuple[Path, Path, Dict]]] = {}
     for expdir, data_dir, output_dir in places:
         inputs = {**describe_inputs(Path(expdir), data_dir), "search": {**search, **ngram}}
-        if not args.force and is_done(output_dir, inputs):
+        if not args.force and record_of(output_dir).is_of(inputs):
             logging.info("%s is decoded already with this model, data and search (--force decodes again)", output_dir)
         else:
             todo.setdefault(expdir, []).append((data_dir, output_dir, inputs))
@@ -155,8 +155,8 @@ def _decode(recogniser, utterances: List, output_dir: Path, facts: Dict, args: a
     from espnet_kd.inference.recognise import recognise
 
     hypotheses, timing = recognise(recogniser, utterances, args.batch_seconds, args.nj)
-    # decode.json marks a whole decoding: it is removed before anything is replaced, and written last.
-    (output_dir / "decode.json").unlink(missing_ok=True)
+    record = record_of(output_dir)
+    record.begin()
     write_recog_dirs(output_dir, hypotheses, args.nbest)
     rtf = timing.decode_seconds / timing.audio_seconds if timing.audio_seconds else None
     facts = {
@@ -174,9 +174,7 @@ def _decode(recogniser, utterances: List, output_dir: Path, facts: Dict, args: a
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         **facts,
     }
-    with replacing(output_dir / "decode.json") as f:
-        json.dump(facts, f, indent=2)
-        f.write("\n")
+    record.finish(facts.pop("inputs"), **facts)
     logging.info("%d utterances → %s, real-time factor %s", len(utterances), output_dir, rtf and f"{rtf:.5f}")
 
 
@@ -214,12 +212,9 @@ def _hash_ngram(path: str) -> str:
         raise cli.UserError(f"cannot read --ngram_file {path}: {e.strerror}") from e
 
 
-def is_done(output_dir: Path, inputs: Dict) -> bool:
-    """Whether ``output_dir`` holds a complete decoding of exactly these inputs."""
-    try:
-        return json.loads((output_dir / "decode.json").read_text(encoding="utf-8"))["inputs"] == inputs
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+def record_of(output_dir: Path) -> Record:
+    """The record of a decoding: its inputs, and what was measured."""
+    return Record(output_dir / "decode.json", key="inputs")
 
 
 def write_recog_dirs(output_dir: Path, hypotheses: Dict[str, List], nbest: int) -> None:

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import logging
 from pathlib import Path
-from typing import Dict, Optional
 
 from espnet_kd import cli
 from espnet_kd.decode.decodings import describe_inputs
+from espnet_kd.experiments.record import Record
 from espnet_kd.files import check_writable, replacing
 
 
@@ -25,8 +24,8 @@ def make_nbest(args: argparse.Namespace) -> None:
         raise cli.UserError(f"--output {output} is a directory; give a file, e.g. {output / 'nbest'}")
     search = {"nbest": args.nbest, "beam_size": args.beam_size, "beam_size_token": args.beam_size_token}
     inputs = {**search, "data": [describe_inputs(Path(args.teacher), Path(d)) for d in args.data_dir]}
-    sidecar, log_prior = Path(f"{output}.json"), Path(f"{output}.log_prior.npy")
-    if not args.force and output.is_file() and log_prior.is_file() and _read_inputs(sidecar) == inputs:
+    record, log_prior = Record(Path(f"{output}.json"), key="inputs"), Path(f"{output}.log_prior.npy")
+    if not args.force and output.is_file() and log_prior.is_file() and record.is_of(inputs):
         logging.info("%s is done already with this teacher, data and search (--force makes it again)", output)
         return
 
@@ -46,8 +45,7 @@ def make_nbest(args: argparse.Namespace) -> None:
     utterances = read_all_utterances(args.data_dir, recogniser.rate)
     found, timing = recognise(recogniser, utterances, args.batch_seconds, args.nj)
 
-    # The sidecar marks a whole file: it is removed before the file is replaced, and written last.
-    sidecar.unlink(missing_ok=True)
+    record.begin()
     write_nbest(output, found, recogniser.token_list)
     with replacing(log_prior, "wb") as f:
         np.save(f, recogniser.log_prior())
@@ -60,20 +58,9 @@ def make_nbest(args: argparse.Namespace) -> None:
         "decode_seconds": round(timing.decode_seconds, 4),
         "read_seconds": round(timing.read_seconds, 4),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "inputs": inputs,
     }
-    with replacing(sidecar) as f:
-        json.dump(facts, f, indent=2)
-        f.write("\n")
+    record.finish(inputs, **facts)
     logging.info(
         "%d hypotheses of %d utterances → %s, in %.0f s for %.0f s of audio",
         facts["hypotheses"], len(found), output, timing.decode_seconds + timing.read_seconds, timing.audio_seconds,
     )  # fmt: skip
-
-
-def _read_inputs(sidecar: Path) -> Optional[Dict]:
-    """The inputs of a finished file; None if the sidecar is missing or damaged."""
-    try:
-        return json.loads(sidecar.read_text(encoding="utf-8"))["inputs"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None

@@ -11,10 +11,10 @@ import numpy as np
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import read_map
+from espnet_kd.decode.bootstrap import RESAMPLES, bootstrap_interval
 
 #: Columns of `Counts.table`.
 COUNTS = ("corr", "sub", "del", "ins")
-RESAMPLES = 2000
 
 
 @dataclass
@@ -70,57 +70,6 @@ def count_errors(pairs: Dict[str, Tuple[str, str]], unit: str) -> Counts:
     return Counts(list(pairs), table)
 
 
-def bootstrap_interval(
-    errors: np.ndarray, lengths: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0, level: float = 0.95
-) -> Tuple[float, float]:
-    """Percentile interval, in percent, of an error rate when utterances are drawn again with replacement.
-
-    Args:
-        errors: (U,) errors of every utterance.
-        lengths: (U,) units of its reference.
-
-    Returns:
-        (low, high); NaN where the references hold nothing.
-    """
-    sums = resample_sums(np.stack([errors, lengths], axis=1), resamples, seed)
-    sums = sums[sums[:, 1] > 0]  # only empty references were drawn
-    if not len(sums):
-        return float("nan"), float("nan")
-    low, high = np.quantile(100.0 * sums[:, 0] / sums[:, 1], [(1 - level) / 2, (1 + level) / 2])
-    return float(low), float(high)
-
-
-def paired_bootstrap(
-    errors_a: np.ndarray, errors_b: np.ndarray, words: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
-) -> Tuple[float, float, float, float]:
-    """Compare two systems on the same utterances.
-
-    Args:
-        errors_a: (U,) errors of system a in every utterance; negative differences mean that a is better.
-        errors_b: (U,) errors of system b.
-        words: (U,) reference words (or characters).
-
-    Returns:
-        (difference of the error rates a − b in percentage points, its 95 % interval low, high, two-sided p).
-        p is 2 · min(P(≤ 0), P(≥ 0)) over the resamples, never below 2 / (resamples + 1).
-
-    Raises:
-        ValueError: arrays of different shapes, or no reference word.
-    """
-    errors_a, errors_b, words = map(np.asarray, (errors_a, errors_b, words))
-    if not errors_a.shape == errors_b.shape == words.shape or words.ndim != 1:
-        raise ValueError(f"want three arrays (U,), got {errors_a.shape}, {errors_b.shape}, {words.shape}")
-    if words.sum() <= 0:
-        raise ValueError("the references hold nothing")
-    sums = resample_sums(np.stack([errors_a - errors_b, words], axis=1), resamples, seed)
-    sums = sums[sums[:, 1] > 0]
-    draws = 100.0 * sums[:, 0] / sums[:, 1]
-    low, high = np.quantile(draws, [0.025, 0.975])
-    tail = min((draws <= 0).sum(), (draws >= 0).sum())
-    p = min(1.0, 2.0 * (tail + 1) / (len(draws) + 1))
-    return 100.0 * float((errors_a - errors_b).sum() / words.sum()), float(low), float(high), float(p)
-
-
 def summarise(counts: Counts, *, resamples: int = RESAMPLES, seed: int = 0) -> Dict:
     """Rates in percent of the reference's units, with the 95 % interval of ``err``.
 
@@ -153,18 +102,6 @@ def format_table(dataset: str, utterances: int, rows: Sequence[Tuple[str, Dict]]
         lines += [f"### {title}", "", "|dataset|Snt|Wrd|Corr|Sub|Del|Ins|Err|S.Err|", "|---" * 9 + "|"]
         lines += [f"|{'|'.join(cells)}|{interval}", ""]
     return "\n".join(lines)
-
-
-def resample_sums(rows: np.ndarray, resamples: int, seed: int) -> np.ndarray:
-    """Sums (resamples, C) of the rows of (U, C), drawn U at a time with replacement."""
-    rng = np.random.default_rng(seed)
-    u = len(rows)
-    step = max(1, 20_000_000 // u)  # bounds the memory of the drawn counts to 160 MB
-    chunks = []
-    for start in range(0, resamples, step):
-        times_drawn = rng.multinomial(u, np.full(u, 1.0 / u), size=min(step, resamples - start))
-        chunks.append(times_drawn.astype(np.float64) @ rows)  # float64 is exact here, and has a fast product
-    return np.concatenate(chunks)
 
 
 def name_some(ids: Iterable[str], limit: int = 5) -> str:

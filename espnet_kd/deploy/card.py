@@ -18,11 +18,15 @@ CARD = "README.md"
 UNKNOWN = "[to be filled in by the author]"
 USAGE = {
     "onnx": '''```python
-import numpy, onnxruntime, soundfile
+import json, numpy, onnxruntime, soundfile
+about = json.load(open("{folder}/student.json", encoding="utf-8"))
 session = onnxruntime.InferenceSession("{folder}/model.onnx")
 speech = soundfile.read("speech.wav", dtype="float32")[0][None]  # (1, N), {rate} Hz
 lengths = numpy.array([speech.shape[1]])
 log_probs, frames = session.run(None, {{"speech": speech, "speech_lengths": lengths}})
+best = log_probs[0, : frames[0]].argmax(axis=-1)  # greedy search: repeats are merged, blanks dropped
+changed = [label for label, before in zip(best, [-1, *best]) if label != before]
+print([about["tokens"][label] for label in changed if label not in (about["blank"], *about["no_text"])])
 ```
 
 With espnet_kd: `from espnet_kd.transcribe import Transcriber; print(Transcriber("{folder}")("speech.mp3").text)`''',

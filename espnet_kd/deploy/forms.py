@@ -142,8 +142,13 @@ def to_int8(content: bytes) -> bytes:
         raise UserError("--quantize int8: the mel filters are not found in the graph; use --quantize none")
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "model.onnx"
-        quantize_dynamic(
-            graph, out, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul"],
-            nodes_to_exclude=mel,
-        )  # fmt: skip
+        before = logging.root.manager.disable
+        logging.disable(logging.WARNING)  # a line of onnxruntime for each product that it leaves as it is
+        try:
+            quantize_dynamic(
+                graph, out, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul"],
+                nodes_to_exclude=mel,
+            )  # fmt: skip
+        finally:
+            logging.disable(before)
         return out.read_bytes()

@@ -11,8 +11,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import re
-import resource
 import subprocess
 import sys
 import time
@@ -20,6 +18,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Sequence, Tuple, Union
 
 from espnet_kd.cli import UserError
+from espnet_kd.environment import peak_memory
 from espnet_kd.files import replacing
 
 EXPORTS = "exports.json"
@@ -128,22 +127,13 @@ def measure(folder: Path, data_dir: Path) -> Dict[str, Any]:
         "quantize": facts.get("quantize", "none"),
         "utterances": len(texts),
         "bytes": sum(p.stat().st_size for p in files) or None,
-        "memory_bytes": _peak_memory(),
+        "memory_bytes": peak_memory(),
         "load_seconds": round(loaded, 3),
         "first_result_seconds": round(first or 0.0, 4),
         "latency_seconds": sum(latencies) / len(latencies) if latencies else None,
         "rtf": computing / seconds if seconds else None,
         "texts": texts,
     }
-
-
-def _peak_memory() -> int:
-    """Peak memory of this process in bytes. Not from getrusage, which includes the parent's memory at the start."""
-    try:
-        status = Path("/proc/self/status").read_text(encoding="utf-8")
-        return 1024 * int(re.search(r"^VmHWM:\s*(\d+) kB", status, re.MULTILINE)[1])  # type: ignore[index]
-    except (OSError, TypeError):
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def table(rows: Sequence[Dict[str, Any]]) -> Tuple[Sequence[str], List[Sequence[str]]]:

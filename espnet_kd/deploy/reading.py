@@ -57,7 +57,7 @@ def read_live(rate: int, seconds: float = 0.1) -> Iterator[np.ndarray]:
     It must have 16-bit little-endian samples of one channel at ``rate`` Hz, raw or as WAV.
 
     Raises:
-        UserError: the WAV header has another format.
+        UserError: the WAV header does not fit the data.
     """
     stream = cast(io.BufferedReader, sys.stdin.buffer)  # standard input is opened with a buffer
     head = stream.read(12)

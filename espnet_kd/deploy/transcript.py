@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import unicodedata
 from dataclasses import asdict, dataclass, field
 from typing import Any, Callable, Dict, List, Sequence
 
@@ -84,19 +85,31 @@ def read_tokens(
 
 
 def words_of(tokens: Sequence[Token], to_text: Callable[[List[str]], str]) -> List[Segment]:
-    """Group tokens to words with their times; ``to_text`` says where a blank stands between two."""
+    """Group tokens to words with their times; ``to_text`` gives the places of blanks between words.
+
+    Of writings without blanks, Chinese and Japanese, every token is a word.
+    """
     words: List[Segment] = []
-    before = ""
-    for number, token in enumerate(tokens, 1):
-        text = to_text([t.token for t in tokens[:number]])
-        added = text[len(before) :] if text.startswith(before) else f" {token.token}"
-        if words and not added[:1].isspace() and not before.endswith(" ") and before:
-            words[-1].text += added.rstrip()
-            words[-1].end = token.end
-        elif added.strip():
-            words.append(Segment(token.start, token.end, added.strip()))
+    held: List[str] = []  # tokens of the last word alone, so that the time does not grow with the square of the text
+    before = ""  # their text
+    for token in tokens:
+        text = to_text([*held, token.token]).strip()
+        added = text[len(before) :] if text.startswith(before) else ""
+        blank = len(text.split()) > len(before.split())
+        if held and (blank or (_has_no_blanks(before[-1:]) and _has_no_blanks(added[:1]))):
+            held, text = [], to_text([token.token]).strip()
+        if text and not held:
+            words.append(Segment(token.start, token.end, text))
+        elif text and text != before:
+            words[-1].text, words[-1].end = text, token.end
+        held = [*held, token.token] if text else []
         before = text
     return words
+
+
+def _has_no_blanks(character: str) -> bool:
+    """Whether a character is of a writing that puts no blanks between words."""
+    return bool(character) and unicodedata.name(character, "").startswith(("CJK ", "HIRAGANA ", "KATAKANA "))
 
 
 def subtitles(words: Sequence[Segment]) -> List[Segment]:
@@ -112,7 +125,8 @@ def subtitles(words: Sequence[Segment]) -> List[Segment]:
         ):
             found.append(Segment(word.start, word.end, word.text))
         else:
-            last.text, last.end = f"{last.text} {word.text}", word.end
+            between = "" if _has_no_blanks(last.text[-1]) and _has_no_blanks(word.text[0]) else " "
+            last.text, last.end = f"{last.text}{between}{word.text}", word.end
     return found
 
 

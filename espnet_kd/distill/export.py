@@ -14,6 +14,7 @@ import torch
 import yaml
 
 from espnet_kd.cli import UserError
+from espnet_kd.distill.options import KD_OPTIONS
 from espnet_kd.distill.page import objective_class
 from espnet_kd.distill.record import RECORD
 from espnet_kd.experiments.audio_options import sampling_rate
@@ -29,11 +30,6 @@ from espnet_kd.experiments.named_files import find_token_model
 from espnet_kd.experiments.portable import PORTABLE, can_fold, fold, unfold_config, unfold_state
 from espnet_kd.files import replacing, replacing_directory
 
-#: Options that the task adds to ESPnet's; an exported config.yaml has none of them.
-KD_OPTIONS = (
-    *("teacher", "target_cache", "kd_config", "kd_stage", "kd_stages", "teacher_memory", "augmented_teacher", "nbest"),
-    *("max_nonfinite", "blank_teacher"),
-)
 MODEL, CONFIG, STATISTICS, TOKEN_MODEL = "model.pth", "config.yaml", "feats_stats.npz", "bpe.model"
 DECODE, README = "decode.yaml", "README.md"
 #: The files of an export.
@@ -108,7 +104,7 @@ def _usage(config: Dict[str, Any], has_token_model: bool) -> str:
     place = ""
     if _needs_statistics(config):
         place = (
-            "\nESPnet looks for `feats_stats.npz` of this model where config.yaml says, seen from the working\n"
+            "\nESPnet looks for `feats_stats.npz` of this model at the path in config.yaml, relative to the working\n"
             "directory: start in the recipe's directory, or use the zip.\n"
         )
     return f"""```python
@@ -120,7 +116,7 @@ student = Speech2Text(folder / "{CONFIG}", folder / "{MODEL}", {more})
 text, *_ = student(soundfile.read("speech.wav")[0])[0]  # {rate:g} Hz, one channel
 ```
 
-It needs ESPnet (`pip install espnet torchaudio`) and nothing else. `{DECODE}` says how a CTC model is decoded: ESPnet's
+It needs ESPnet (`pip install espnet torchaudio`) and nothing else. `{DECODE}` has options for a CTC model: ESPnet's
 defaults ask for an attention decoder too. Of the zip beside this folder:
 `Speech2Text(**espnet2.main_funcs.pack_funcs.unpack("export.zip", "student"), ctc_weight=1.0)`.
 {place}"""
@@ -172,6 +168,6 @@ def plain_student(config_file: Path, state: Dict[str, torch.Tensor]) -> Tuple[Di
         for name, options in named:
             config, state = objective_class(name, str(record)).export(name.rsplit(".", 1)[-1], options, config, state)
     elif len(student_only(state)) < len(state):
-        raise UserError(f"{record} is missing; it names the objectives of the heads in this model: restore it")
+        raise UserError(f"{record} is missing; it describes the KD heads in this model, so put it back")
     return config, student_only(state)
 

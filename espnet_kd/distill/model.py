@@ -14,7 +14,7 @@ from torch import Tensor
 
 from espnet_kd import frames as fr
 from espnet_kd.cli import UserError
-from espnet_kd.distill.checks import check_objective, check_pair, check_rates
+from espnet_kd.distill.checks.pairs import check_objective, check_pair, check_rates
 from espnet_kd.distill.objectives import Batch, Objective, lay_on
 from espnet_kd.distill.page import ObjectiveSpec
 from espnet_kd.distill.plan import Moment, Plan
@@ -106,7 +106,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
             model.kd_heads = torch.nn.ModuleDict(heads)
         return model
 
-    # Given in adopt; annotated here because no __init__ says so.
+    # Set in adopt; annotated here because there is no __init__.
     plan: Plan
     progress: Progress
     teacher: Optional[Teacher]

@@ -78,6 +78,16 @@ class Page:
     stages: List[KDStage]
     train: Dict[str, Any]  #: options of ESPnet that hold for the whole training
 
+    @property
+    def needs_text(self) -> bool:
+        """Whether one of its KD stages trains with transcripts."""
+        return any(stage.needs_text for stage in self.stages)
+
+    @property
+    def nbest(self) -> int:
+        """Hypotheses per utterance of the teacher's N-best that it reads; 0: none."""
+        return max(stage.nbest for stage in self.stages)
+
 
 def list_pages() -> List[str]:
     """Names of the pages that come with the package."""

@@ -7,13 +7,15 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Sequence, Tuple
 
 from espnet_kd.cli import UserError
+from espnet_kd.distill.checks.options import tokens_of
 from espnet_kd.distill.page import Page
 from espnet_kd.distill.plan import Plan
-from espnet_kd.distill.requirements import tokens_of
 from espnet_kd.experiments.models import read_config
+from espnet_kd.experiments.record import differences
+from espnet_kd.experiments.resume import is_compared
 from espnet_kd.files import replacing
 from espnet_kd.targets.cache import read_manifest
 
@@ -22,23 +24,6 @@ RECORD = "kd_stage.json"
 TRACES = ("checkpoint.pth", "config.yaml", "*epoch.pth")
 #: What a user changes to train elsewhere.
 OUTPUT_OPTION = "--output_dir (of run.sh: --tag or --expdir)"
-#: Options of the training command that may change between two runs of one training: they do not change what is learnt,
-#: or the record has them under a name of its own.
-HARMLESS = frozenset(
-    (
-        *("config", "output_dir", "resume", "dry_run", "print_config", "log_level", "log_interval"),
-        *("ngpu", "num_workers", "num_att_plot", "use_matplotlib", "use_tensorboard", "create_graph_in_tensorboard"),
-        *("use_wandb", "wandb_project", "wandb_id", "wandb_entity", "wandb_name", "wandb_model_log_interval"),
-        *("dist_backend", "dist_init_method", "dist_world_size", "dist_rank", "local_rank", "dist_master_addr"),
-        *("dist_master_port", "dist_launcher", "multiprocessing_distributed", "unused_parameters"),
-        *("gradient_as_bucket_view", "ddp_comm_hook", "sharded_ddp", "cudnn_enabled", "cudnn_benchmark"),
-        *("cudnn_deterministic", "use_tf32", "detect_anomaly", "max_cache_size", "max_cache_fd"),
-        *("valid_max_cache_size", "collect_stats", "write_collected_feats", "allow_variable_data_keys"),
-        *("nbest_averaging_interval", "save_strategy"),
-        *("seed", "max_epoch", "teacher", "target_cache", "kd_config", "kd_stage", "kd_stages", "nbest"),
-        *("teacher_memory", "max_nonfinite", "blank_teacher"),
-    )
-)
 
 
 def make_record(args: argparse.Namespace, parser: argparse.ArgumentParser, plan: Plan) -> Dict[str, Any]:
@@ -56,7 +41,7 @@ def make_record(args: argparse.Namespace, parser: argparse.ArgumentParser, plan:
         "pool": page.pool,
         "train": page.train,
         "stages": stages,
-        "options": {k: v for k, v in sorted(vars(args).items()) if k not in HARMLESS and v != parser.get_default(k)},
+        "options": {k: v for k, v in sorted(vars(args).items()) if is_compared(k) and v != parser.get_default(k)},
         "data": _hashes(
             [
                 args.token_list,
@@ -113,7 +98,7 @@ def claim(output_dir: Path, record: Dict[str, Any], plan: Plan) -> int:
     # A directory in which nothing was trained yet may take a mended command.
     if differing and (output_dir / "checkpoint.pth").exists():
         raise UserError(
-            f"{output_dir} holds a student with other settings ({describe(differing)}); choose another {OUTPUT_OPTION}"
+            f"{output_dir} holds a student with other settings ({in_words(differing)}); choose another {OUTPUT_OPTION}"
         )
     if differing:
         return 0
@@ -143,17 +128,20 @@ def claim_plain(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     if now.get("input_size") is not None:  # then ESPnet makes no frontend, and notes none
         found = {k: v for k, v in found.items() if not k.startswith("frontend")}
     # A higher max_epoch extends a training.
-    compared = [k for k in now if k in found and (k not in HARMLESS or k in ("seed", "max_epoch"))]
+    compared = [k for k in now if k in found and (is_compared(k) or k in ("seed", "max_epoch"))]
     if (now["max_epoch"] or 0) >= (found.get("max_epoch") or 0):
         compared.remove("max_epoch")
     if differing := list(differences({k: found[k] for k in compared}, {k: now[k] for k in compared})):
         raise UserError(
-            f"{output_dir} holds a model of other settings ({describe(differing)}); choose another {OUTPUT_OPTION}"
+            f"{output_dir} holds a model of other settings ({in_words(differing)}); choose another {OUTPUT_OPTION}"
         )
 
 
-def describe(differing: Sequence[Tuple[str, Any, Any]], shown: int = 5) -> str:
-    """What :func:`differences` gives, in words: ``encoder_conf.num_blocks: 2 → 3``; of a hash, what has changed."""
+def in_words(differing: Sequence[Tuple[str, Any, Any]], shown: int = 5) -> str:
+    """Differences (:func:`espnet_kd.experiments.record.differences`) in words: ``encoder_conf.num_blocks: 2 → 3``.
+
+    Of a file that differs only its name is given, not its hashes.
+    """
     words = []
     for key, old, new in differing[:shown]:
         what, _, rest = key.partition(".")
@@ -172,18 +160,6 @@ def write_record(output_dir: Path, record: Mapping[str, Any], done: int, ended: 
     output_dir.mkdir(parents=True, exist_ok=True)
     with replacing(output_dir / RECORD) as f:
         json.dump({**record, "finished_kd_stage": done, "finished": ended}, f, indent=2)
-
-
-def differences(old: Any, new: Any, where: str = "") -> Iterator[Tuple[str, Any, Any]]:
-    """(place, old value, new value) of everything that differs between two values read from JSON."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in {**old, **new}:
-            yield from differences(old.get(key), new.get(key), f"{where}.{key}" if where else key)
-    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
-        for i, (a, b) in enumerate(zip(old, new)):
-            yield from differences(a, b, f"{where}[{i}]")
-    elif old != new:
-        yield where, old, new
 
 
 def _without_epochs(record: Mapping[str, Any]) -> Dict[str, Any]:

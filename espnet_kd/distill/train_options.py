@@ -37,7 +37,7 @@ RESERVED = ("config", "kd_config", "kd_stage", "kd_stages", "max_epoch", "output
 def check_train_options(content: Any, where: str) -> Dict[str, Any]:
     """Check a page's ``train:`` block, which may have the options in :data:`ALLOWED`.
 
-    ESPnet's own parser checks their values (:func:`espnet_kd.distill.configuration.check_options`).
+    Their values are checked by ESPnet's own parser (:func:`espnet_kd.distill.checks.configuration.check_options`).
 
     Args:
         where: the block's place in messages, ``page.yaml: train``.

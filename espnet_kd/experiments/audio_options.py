@@ -79,8 +79,8 @@ def check_teacher_audio(student: argparse.Namespace, teacher: argparse.Namespace
     if mine is not None and theirs is None:
         raise UserError(
             f"speech_volume_normalize: {mine:g} acts before the model, so that the teacher {name}, which was trained "
-            "without it, would get other audio than in its training; leave it out, or keep the teacher's outputs on "
-            "disk (--target_cache)"
+            "without it, would get other audio than in training; leave it out, or write the teacher's outputs to disk "
+            "(--target_cache)"
         )
 
 

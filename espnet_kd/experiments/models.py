@@ -171,7 +171,7 @@ def load_model(
 
     Nothing that the configuration names is loaded, downloaded or run (:mod:`espnet_kd.experiments.trust`). Every key
     must match (ESPnet's own loader accepts missing ones), except for the differences of older files that
-    :func:`espnet_kd.experiments.states.fit_state` knows; keys under ``kd_heads.`` are left out.
+    :func:`espnet_kd.experiments.states.fit_state` handles; keys under ``kd_heads.`` are left out.
 
     Returns:
         (ESPnetASRModel, argparse.Namespace of the config)

@@ -242,7 +242,7 @@ def open_graph(content: bytes) -> Any:
 
 
 def graph_inputs(session: Any) -> Tuple[Any, Optional[Any]]:
-    """The inputs of an ONNX file: audio (B, N), and the number of samples (B,) where it wants that too.
+    """The inputs of an ONNX file: audio (B, N), and the number of samples (B,) where the graph has that input.
 
     Raises:
         UserError: it has other inputs.

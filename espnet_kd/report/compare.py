@@ -8,8 +8,8 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Union
 
 import numpy as np
 
+from espnet_kd.decode.bootstrap import bootstrap_seeds
 from espnet_kd.decode.score import COUNTS, Counts
-from espnet_kd.report.bootstrap import bootstrap_seeds
 from espnet_kd.report.labels import Row, label_rows
 from espnet_kd.report.results import Gathered
 

@@ -13,24 +13,23 @@ from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.iterators.sequence_iter_factory import SequenceIterFactory
 from espnet2.train.distributed_utils import DistributedOption
-from espnet2.utils.types import str2bool, str_or_none
 from torch import Tensor
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import read_pairs
 from espnet_kd.data.parallel import leave_with_parent
+from espnet_kd.distill.checks import check_models
+from espnet_kd.distill.checks.training import check_normalisation
 from espnet_kd.distill.epoch_end import check_updated, hand_over
-from espnet_kd.distill.foresight import check_criteria, check_teacher_speaks, check_text_lengths
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.nonfinite import NonFiniteLosses
+from espnet_kd.distill.options import KD_OPTIONS
 from espnet_kd.distill.page import KDStage, Page, check_cacheable, load_page
 from espnet_kd.distill.plan import Plan, make_plan
-from espnet_kd.distill.preflight import check_disk, log_memory
 from espnet_kd.distill.schedule import EpochHooks, Progress
 from espnet_kd.experiments.checkpoints import keep_previous
 from espnet_kd.experiments.models import find_experiment
 from espnet_kd.files import sha256_of
-from espnet_kd.inference.encode import input_width, measure_frame_shift
 from espnet_kd.offline import ASRTask
 from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.loading import Loading
@@ -45,7 +44,7 @@ DATA_OPTIONS = ("train_data_path_and_name_and_type", "valid_data_path_and_name_a
 
 
 class ASRKDTask(ASRTask):
-    """ASRTask plus ``--teacher``, ``--kd_config`` and ``--kd_stage``."""
+    """ASRTask with the options of :mod:`espnet_kd.distill.options`, of which ``--kd_config`` chooses the method."""
 
     #: State of the run in this process; ESPnet builds model and iterators by separate class methods of one process.
     progress: Progress = Progress()
@@ -58,57 +57,8 @@ class ASRKDTask(ASRTask):
         """Add ESPnet's ASR options and this task's."""
         super().add_task_arguments(parser)
         group = parser.add_argument_group(description="Distillation related")
-        group.add_argument(
-            "--teacher",
-            nargs="*",
-            default=[],
-            metavar="EXP[/FILE.pth]",
-            help="A finished ESPnet ASR experiment, an export, or a zip of espnet2.bin.pack; the "
-            "probabilities of several teachers are averaged",
-        )
-        group.add_argument(
-            "--target_cache",
-            type=str_or_none,
-            metavar="DIR",
-            help="A target cache (asr_kd_cache) that replaces a running teacher; with --teacher it must be of that one",
-        )
-        group.add_argument("--kd_config", type=str_or_none, help="Method page: a name in conf/methods, or a path")
-        group.add_argument("--kd_stage", type=int, help="Train up to the end of this KD stage, and stop")
-        group.add_argument(
-            "--kd_stages",
-            type=int,
-            nargs="+",
-            help="Use only these KD stages of the page; the share of those left out goes to the last one",
-        )
-        group.add_argument(
-            "--teacher_memory",
-            type=float,
-            default=1000.0,
-            metavar="MB",
-            help="Keep up to this size of an online teacher's outputs in memory: on a small corpus it runs only once",
-        )
-        group.add_argument(
-            "--nbest", type=str_or_none, help="The teacher's N-best of training and validation data (asr_kd_nbest)"
-        )
-        group.add_argument(
-            "--augmented_teacher",
-            type=str2bool,
-            default=False,
-            help="Also give an online teacher the noise and reverberation that the data loader adds",
-        )
-        group.add_argument(
-            "--blank_teacher",
-            type=str2bool,
-            default=False,
-            help="Train also with a teacher that is blank on nearly all frames of the training data",
-        )
-        group.add_argument(
-            "--max_nonfinite",
-            type=int,
-            default=20,
-            metavar="N",
-            help="Stop if more than N batches of an epoch have a loss that is not finite; the log names each",
-        )
+        for name, arguments in KD_OPTIONS.items():
+            group.add_argument(f"--{name}", **arguments)
 
     @classmethod
     def required_data_names(cls, train: bool = True, inference: bool = False) -> Tuple[str, ...]:
@@ -132,11 +82,12 @@ class ASRKDTask(ASRTask):
         cls.kd_model = cls.losses = None
         try:
             student = super().build_model(args)
-        except Exception as e:  # what ESPnet's classes say of their arguments, and of files that they open
+        except Exception as e:  # whatever ESPnet's classes raise because of their arguments and files
             raise UserError(f"cannot build the model of {args.config}: {type(e).__name__}: {e}") from e
         if getattr(args, "collect_stats", False):
             student.__class__ = StatisticsModel
             return student
+        check_normalisation(args, student)
         cls.progress, cls.plan = Progress(max_epoch=args.max_epoch or 1), None
         model, teacher = student, None
         if getattr(args, "kd_config", None) is not None:
@@ -147,16 +98,8 @@ class ASRKDTask(ASRTask):
             nbest = cls._nbest(args) if any(phase.stage.nbest for phase in plan.phases) else None
             teacher = cls._teacher(args, plan.page) if plan.page.teacher == "required" else None
             model = ESPnetASRKDModel.adopt(student, plan, teacher, cls.progress, sampling_rate(args), nbest)
-            if teacher is not None:
-                check_teacher_speaks(args, teacher)
             cls.kd_model = model
-        check_criteria(args, model, cls.plan)
-        if not input_width(student):
-            check_text_lengths(args, measure_frame_shift(student, sampling_rate(args)), sampling_rate(args))
-        check_disk(args, model, 0 if cls.plan is None else len(cls.plan.phases))
-        runs = teacher is not None and not args.target_cache
-        beside = sum(int(x.nbytes) for x in teacher.state_dict().values()) if teacher is not None and runs else 0
-        log_memory(args, model, sampling_rate(args), beside)
+        check_models(args, student, model, cls.plan, teacher)
         cls.losses = NonFiniteLosses(args.max_nonfinite, cls.progress)
         cls.losses.watch(model)
         return model

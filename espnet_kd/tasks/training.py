@@ -15,15 +15,14 @@ from typing import Any, Dict, List, Sequence
 
 import torch
 
-from espnet_kd.cli import UserError, check_gpus, refuse_empty
-from espnet_kd.distill.configuration import check_configuration, check_options
+from espnet_kd.cli import UserError, refuse_empty
+from espnet_kd.distill.checks import check_command
+from espnet_kd.distill.checks.configuration import check_configuration, check_options
 from espnet_kd.distill.page import list_pages, load_page
 from espnet_kd.distill.plan import Phase, Plan, make_plan
-from espnet_kd.distill.preflight import check_files
 from espnet_kd.distill.record import OUTPUT_OPTION, RECORD, claim, claim_plain, make_record, write_record
 from espnet_kd.distill.train_options import to_options
 from espnet_kd.experiments.checkpoints import check_ended, forget_optimizer, mend
-from espnet_kd.experiments.models import load_state
 from espnet_kd.files import locked, replacing
 from espnet_kd.tasks.asr_kd import ASRKDTask
 
@@ -43,18 +42,12 @@ def train_student(cmd: Sequence[str]) -> None:
         if given:
             raise UserError(f"--{given[0]} needs a method: give --kd_config (known: {', '.join(list_pages())})")
     if not first_rank(args):
-        logging.getLogger().setLevel(logging.ERROR)  # one process speaks for all, as ESPnet has it
+        logging.getLogger().setLevel(logging.ERROR)  # one process logs for all, as in ESPnet
     with contextlib.ExitStack() as stack:
         if args.output_dir and not args.collect_stats and not args.print_config:
             if first_rank(args):
                 stack.enter_context(locked(Path(args.output_dir), OUTPUT_OPTION))
-            if args.dist_launcher is None:
-                check_gpus(args.ngpu)
-            if args.max_epoch < 1:
-                raise UserError(f"--max_epoch is {args.max_epoch}; it must be 1 or more")
-            check_files(args)
-            for given in args.init_param:
-                load_state(given.split(":")[0])  # ESPnet would load it with all that it holds
+            check_command(args)
         _run(cmd, args)
 
 
@@ -65,7 +58,7 @@ def train(cmd: List[str]) -> None:
     except torch.multiprocessing.ProcessExitedException as e:
         if e.exit_code != 1:
             raise
-        sys.exit(1)  # one process per GPU: that one has told why
+        sys.exit(1)  # one process per GPU: that process has printed the error
 
 
 def _run(cmd: List[str], args: argparse.Namespace) -> None:

@@ -9,54 +9,21 @@ in the working directory. A process of its own, since forks and threads of a tes
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import random
-import signal
 import sys
 from pathlib import Path
-from typing import List, Optional
+from typing import List
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from killing import run_forked
 from tiny_layouts import snapshot
 from tqdm import tqdm
 
 from espnet_kd.bin import asr_kd_data
-
-OPERATIONS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"}
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
-
-
-def run(command: List[str], kill_at: Optional[int]) -> int:
-    """Run in a fork; return the number of its file operations, or -1 if it was killed before number ``kill_at``."""
-    readable, writable = os.pipe()
-    pid = os.fork()
-    if not pid:
-        done = 0
-
-        def watch(event: str, args: tuple) -> None:
-            nonlocal done
-            if event in OPERATIONS or (event == "open" and (args[2] or 0) & WRITING):
-                done += 1
-                if done == kill_at:
-                    os.kill(os.getpid(), signal.SIGKILL)
-
-        code = 1
-        try:
-            sys.addaudithook(watch)
-            asr_kd_data.main(command)
-            os.write(writable, str(done).encode())
-            code = 0
-        finally:
-            os._exit(code)
-    os.close(writable)
-    _, status = os.waitpid(pid, 0)
-    with os.fdopen(readable) as f:
-        told = f.read()
-    if os.WIFSIGNALED(status):
-        return -1
-    assert os.WEXITSTATUS(status) == 0, command
-    return int(told)
 
 
 def main(seed: int, kills: int, commands: List[List[str]]) -> None:
@@ -69,18 +36,19 @@ def main(seed: int, kills: int, commands: List[List[str]]) -> None:
         (top / str(attempt)).mkdir()
         os.chdir(top / str(attempt))
         if attempt == 0:
-            totals = [run(command, None) for command in commands]
+            totals = [run_forked(functools.partial(asr_kd_data.main, command), None) for command in commands]
             want = snapshot(Path())
             continue
         moments = []
         for command, total in zip(commands, totals):
+            work = functools.partial(asr_kd_data.main, command)
             moments.append(rng.randint(1, total))
-            assert run(command, moments[-1]) == -1
+            assert run_forked(work, moments[-1]) == -1
             killed += 1
             moments.append(rng.randint(1, 2 * total))  # and again, or not
-            if run(command, moments[-1]) == -1:
+            if run_forked(work, moments[-1]) == -1:
                 killed += 1
-                run(command, None)
+                run_forked(work, None)
         found = snapshot(Path())
         if found != want:
             names = sorted(k for k in {*found, *want} if found.get(k) != want.get(k))

@@ -8,10 +8,10 @@ import re
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Callable, List
 
+import psutil
 import pytest
 from tiny_layouts import write_aishell, write_librispeech, write_tedlium2
 
@@ -50,24 +50,6 @@ def test_stages_one_to_three(corpus: str, tmp_path: Path, record_property: Calla
     assert (tmp_path / "runs/0/dump/train/out_of_range").exists()
 
 
-def children_of(pid: int) -> List[int]:
-    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
-
-
-def is_running(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-def wait_for(what, seconds: float = 60.0) -> None:
-    end = time.monotonic() + seconds
-    while not what():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.05)
-
-
 @pytest.mark.faults("kill -9 of data preparation")
 def test_workers_end_with_their_parent() -> None:
     code = (
@@ -80,9 +62,9 @@ def test_workers_end_with_their_parent() -> None:
         [sys.executable, "-c", code], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
     )
     assert process.stdout.readline() == b"working\n"
-    children = children_of(process.pid)
+    children = psutil.Process(process.pid).children()
     assert len(children) >= 2
     process.send_signal(signal.SIGKILL)
     process.wait()
     process.stdout.close()
-    wait_for(lambda: not any(map(is_running, children)))
+    assert not psutil.wait_procs(children, timeout=60)[1]

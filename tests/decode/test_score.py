@@ -2,12 +2,11 @@
 
 import json
 
-import numpy as np
 import pytest
 
 from espnet_kd.bin import asr_kd_score
 from espnet_kd.cli import UserError
-from espnet_kd.decode.score import bootstrap_interval, count_errors, pair_texts, paired_bootstrap, summarise
+from espnet_kd.decode.score import count_errors, pair_texts, summarise
 
 PAIRS = {  # hypothesis, reference
     "same": ("a b c", "a b c"),
@@ -40,40 +39,6 @@ def test_character_counts_count_blanks():
 def test_nothing_but_empty_references():
     summary = summarise(count_errors({"u": ("a", "")}, "word"))
     assert (summary["err"], summary["low"], summary["n"]) == (None, None, 0)
-
-
-def test_interval_agrees_with_the_binomial_one():
-    rng = np.random.default_rng(1)
-    errors = (rng.random(1000) < 0.2).astype(int)
-    low, high = bootstrap_interval(errors, np.ones(1000, int))
-    half = 196 * np.sqrt(errors.mean() * (1 - errors.mean()) / 1000)
-    assert (high - low) / 2 == pytest.approx(half, rel=0.08)
-    assert (low + high) / 2 == pytest.approx(100 * errors.mean(), abs=0.3)
-    assert (low, high) == bootstrap_interval(errors, np.ones(1000, int))  # seeded
-    assert (low, high) != bootstrap_interval(errors, np.ones(1000, int), seed=1)
-
-
-def test_paired_bootstrap_sees_a_steady_gain_that_single_intervals_hide():
-    rng = np.random.default_rng(2)
-    words = rng.integers(5, 30, 300)
-    b = rng.binomial(words, rng.beta(1, 3, 300))
-    a = np.maximum(b - (rng.random(300) < 0.3), 0)
-    difference, low, high, p = paired_bootstrap(a, b, words)
-    assert difference == pytest.approx(100 * (a.sum() - b.sum()) / words.sum())
-    assert low < difference < high < 0
-    assert p < 0.01
-    assert bootstrap_interval(a, words)[1] > bootstrap_interval(b, words)[0]
-
-
-def test_paired_bootstrap_of_equal_systems():
-    words = np.full(50, 10)
-    same = np.arange(50) % 4
-    assert paired_bootstrap(same, same, words) == (0.0, 0.0, 0.0, 1.0)
-    shuffled = np.random.default_rng(0).permutation(same)
-    _, low, high, p = paired_bootstrap(same, shuffled, words)
-    assert low < 0 < high and p > 0.1
-    with pytest.raises(ValueError, match="arrays"):
-        paired_bootstrap(same, same[:3], words)
 
 
 def write(path, texts):

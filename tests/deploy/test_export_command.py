@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import soundfile
 import tiny_asr
 import tiny_students
 import yaml
@@ -12,6 +13,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.deploy import measure, web
 from espnet_kd.distill.export import FILES
 from espnet_kd.files import sha256_of
+from espnet_kd.transcribe import Transcriber
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
 
@@ -67,6 +69,23 @@ def test_all_formats_measured_and_described(recipe, tmp_path):
     asr_kd_report.main([str(recipe / "exp"), "--no_frames"])
     assert "## Exported forms" in (recipe / "exp/RESULTS.md").read_text()
     assert "|sherpa|test|" in (recipe / "exp/RESULTS.md").read_text()
+
+
+def test_what_a_card_says_runs(recipe, monkeypatch, capsys):
+    """The code for onnxruntime and for sherpa-onnx, beside the folders and a speech.wav."""
+    pytest.importorskip("sherpa_onnx", reason="sherpa-onnx is in the extra 'test'")
+    experiment, wave = recipe / "exp/student", tiny_asr.audio(3.0, 4)
+    asr_kd_export.main(["--expdir", str(experiment), "--format", "onnx", "sherpa", "--card"])
+    card = (experiment / "export_sherpa/README.md").read_text()
+    onnx, sherpa = (block.partition("```")[0] for block in card.split("```python\n")[1:])
+    monkeypatch.chdir(experiment)
+    soundfile.write("speech.wav", wave, 16000, subtype="PCM_16")
+    expected = Transcriber("export_onnx")("speech.wav")
+    capsys.readouterr()
+    exec(onnx, {})
+    assert capsys.readouterr().out == f"{[t.token for t in expected.tokens]}\n" != "[]\n"
+    exec(sherpa, {})
+    assert capsys.readouterr().out.split() == Transcriber("export_sherpa")("speech.wav").text.split() != []
 
 
 def test_a_streaming_student(recipe):

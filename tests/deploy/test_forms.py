@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import logging
 
 import numpy as np
 import pytest
@@ -188,11 +189,13 @@ def test_opsets(tmp_path, opset):
 def test_int8_recognises_and_says_where_it_saves_little(tmp_path, caplog):
     pytest.importorskip("onnx", reason="onnx is in the extra 'onnx'")
     student = tiny_students.student()
+    caplog.set_level(logging.INFO)
     outs = [
         write.write_form(student, "onnx", tmp_path / q, write.Options(quantize=q, max_seconds=10))
         for q in ("none", "int8")
     ]
     assert "--quantize int8: " in caplog.text  # of a student that is this small
+    assert not [r for r in caplog.records if "onnxruntime" in r.pathname]  # it has a line for every product
     sizes = [(o / "model.onnx").stat().st_size for o in outs]
     waves = [tiny_asr.audio(4.0, 7)]
     one, other = (session.run_of(session.onnx_session(str(o / "model.onnx")))(waves)[0] for o in outs)

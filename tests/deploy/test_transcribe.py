@@ -226,6 +226,27 @@ def test_words(tokens, to_text):
     assert words[1].start == tokens[-1].start and words[0].end in (0.4, 0.9)
 
 
+def test_words_of_a_long_stream_take_time_in_proportion():
+    given = []
+
+    def to_text(tokens):
+        given.append(len(tokens))
+        return "".join(" " if t == "<space>" else t for t in tokens)
+
+    words = words_of(spoken(*["o", "n", "<space>"] * 500), to_text)
+    assert [w.text for w in words] == ["on"] * 500 and max(given) <= 4
+    assert words[3].end == words[3].start + 0.9  # where its last letter ends, not the blank after it
+
+
+def test_a_writing_without_blanks_is_cut_into_subtitles():
+    spoken_for_ten_seconds = spoken(*"我想知道今天天气怎么样テスト", "ok", "<space>", "go")
+    words = words_of(spoken_for_ten_seconds, lambda ts: "".join(" " if t == "<space>" else t for t in ts))
+    assert [w.text for w in words] == [*"我想知道今天天气怎么样テス", "トok", "go"]
+    cues = subtitles(words)
+    assert [c.text for c in cues] == ["我想知道今天天气怎么样テ", "ストok go"]
+    assert all(c.end - c.start <= 6.0 for c in cues)
+
+
 def test_subtitles():
     words = [Segment(i * 0.5, i * 0.5 + 0.4, "word") for i in range(20)]
     words.append(Segment(20.0, 20.4, "late"))

@@ -35,7 +35,7 @@ def set_tokens(tokens):
         ),
         (set_tokens(["<blank>", "<unk>", "<space>", *"bacdefghij", "<sos/eos>"]), "moved .*'a' is 3 / 4"),
         (set_tokens([*tiny_asr.TOKENS[:-1], "k", "<sos/eos>"]), "student 14 tokens.*15; .*only the teacher.*'k'"),
-        (lambda conf: conf["frontend_conf"].update(fs=8000), "student hears 16000 Hz, the teacher .* 8000 Hz"),
+        (lambda conf: conf["frontend_conf"].update(fs=8000), "student takes audio of 16000 Hz, the teacher .* 8000 Hz"),
     ],
 )
 def test_a_teacher_that_does_not_fit(tmp_path, fkl, edit, message):
@@ -115,7 +115,7 @@ def test_taps_of_a_later_stage_are_checked_up_front(write_page, teacher, taps, w
 
 def test_an_objective_that_needs_a_teacher_on_a_page_without_one(write_page):
     page = {"teacher": "none", **one_stage({"objective": "kl"})}
-    with pytest.raises(UserError, match="page.yaml: KD stage 1: kl: needs a teacher, but the page says teacher: none"):
+    with pytest.raises(UserError, match="page.yaml: KD stage 1: kl: needs a teacher, but the page has teacher: none"):
         adopt(tiny_kd.student_config(), write_page(page))
 
 

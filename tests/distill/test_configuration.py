@@ -8,7 +8,7 @@ import yaml
 
 from espnet_kd.bin import asr_kd_train
 from espnet_kd.cli import UserError
-from espnet_kd.distill.configuration import check_configuration
+from espnet_kd.distill.checks.configuration import check_configuration
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = sorted([*ROOT.glob("egs2/*/asr_kd1/conf/**/*.yaml"), *ROOT.glob("conf/models/*.yaml")])

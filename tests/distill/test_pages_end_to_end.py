@@ -12,7 +12,8 @@ import torch
 import yaml
 
 from espnet_kd.bin import asr_kd_train
-from espnet_kd.distill.export import KD_OPTIONS, export
+from espnet_kd.distill.export import export
+from espnet_kd.distill.options import KD_OPTIONS
 from espnet_kd.distill.page import METHODS_DIR, list_pages, load_page
 from espnet_kd.distill.schedule import EpochHooks
 from espnet_kd.experiments.checkpoints import load_checkpoint
@@ -134,16 +135,19 @@ def test_stock_espnet_decodes_them_all(directory, corpus):
 
 
 def test_a_method_of_your_own_as_the_readme_has_it(corpus, directory, teacher_dir, monkeypatch):
-    """The class and the page in conf/methods/README.md, from a directory outside the package."""
+    """The function, its test, the class and the page in conf/methods/README.md, from outside the package."""
     readme = (METHODS_DIR / "README.md").read_text(encoding="utf-8")
     section = readme[readme.index("## A method of your own") :]
-    code, page = (re.search(rf"```{kind}\n(.*?)```", section, re.DOTALL)[1] for kind in ("python", "yaml"))
+    code, page, test = re.findall(r"```(?:python|yaml)\n(.*?)```", section, re.DOTALL)
     assert len((code + page).splitlines()) < 30
     outside = directory / "outside"
     outside.mkdir()
     (outside / "my_kd.py").write_text(code)
     (outside / "my_kd.yaml").write_text(page)
     monkeypatch.syspath_prepend(str(outside))
+    checked: dict = {}
+    exec(test, checked)
+    checked["test_reverse_kl"]()
     out = directory / "own"
     asr_kd_train.main(
         corpus.options(out, "--teacher", str(teacher_dir), "--kd_config", str(outside / "my_kd.yaml"), max_epoch=1)

@@ -2,7 +2,9 @@
 
 import copy
 import json
+import re
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -14,15 +16,18 @@ from espnet_kd.bin import asr_kd_train
 from espnet_kd.cli import UserError
 from espnet_kd.distill.page import load_page
 from espnet_kd.distill.plan import make_plan
-from espnet_kd.distill.record import HARMLESS, claim, differences, make_record, write_record
+from espnet_kd.distill.record import claim, make_record, write_record
 from espnet_kd.experiments.checkpoints import read_checkpoint
 from espnet_kd.experiments.models import load_state
+from espnet_kd.experiments.record import differences
+from espnet_kd.experiments.resume import ACCEPTED, OWN, rule_of
 from espnet_kd.targets.online import OnlineTeacher
 
 PARSER = asr_kd_train.get_parser()
 OPTIONS = sorted({a.dest for a in PARSER._actions} - {"help"})
-#: Of the harmless options, those of which the record has the essence under a name of its own.
-BY_CONTENT = {"seed", "max_epoch", "teacher", "target_cache", "kd_config", "kd_stages", "nbest"}
+#: Options whose content is compared, and the length of the training: each has a test of its own below.
+BY_CONTENT = {option for option, rule in OWN.items() if rule != "refused"} | {"kd_stages"}
+PAGE = Path(__file__).parents[2] / "docs/resume.md"
 
 
 @pytest.fixture
@@ -49,15 +54,16 @@ def other(value):
     return "another"
 
 
-@pytest.mark.parametrize("option", sorted({*OPTIONS, "seed", "teacher"} - BY_CONTENT) + ["seed", "teacher"])
-def test_every_option_is_harmless_or_refused(recorded, option):
+@pytest.mark.parametrize("option", sorted({*OPTIONS} - BY_CONTENT))
+def test_every_option_of_a_distillation_is_accepted_or_refused(recorded, option):
     out, args, plan = recorded
     changed = copy.copy(args)
     setattr(changed, option, other(getattr(args, option)))
     record = make_record(changed, PARSER, plan)
-    if option in HARMLESS - BY_CONTENT:
+    if rule_of(option) == "accepted":
         assert claim(out, record, plan) == 1
         return
+    assert rule_of(option) == "refused"
     with pytest.raises(UserError, match=rf"out holds a student with other settings \({option}.*: .* → ") as e:
         claim(out, record, plan)
     assert "choose another --output_dir" in str(e.value)
@@ -94,7 +100,14 @@ def test_a_cache_of_another_teacher(recorded, monkeypatch):
 
 def test_what_is_harmless_exists():
     """A name that ESPnet gave up would hide a new option of that name."""
-    assert set(HARMLESS) - set(OPTIONS) == set() and set(HARMLESS) >= BY_CONTENT
+    assert ACCEPTED | set(OWN) <= set(OPTIONS) and not ACCEPTED & set(OWN)
+
+
+def test_the_page_has_every_rule():
+    """docs/resume.md lists every option that is not simply refused."""
+    sections = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
+    listed = {part.split("\n", 1)[0].split()[0].lower(): set(re.findall(r"`--(\w+)`", part)) for part in sections}
+    assert listed["accepted"] == ACCEPTED and listed["compared"] == set(OWN)
 
 
 def test_what_decides_is_not_called_harmless():
@@ -102,7 +115,7 @@ def test_what_decides_is_not_called_harmless():
     decides += " encoder encoder_conf model_conf ctc_conf specaug_conf normalize_conf init_param freeze_param patience"
     decides += " best_model_criterion keep_nbest_models num_iters_per_epoch sort_in_batch augmented_teacher train_dtype"
     decides += " train_shape_file train_data_path_and_name_and_type token_list bpemodel preprocessor_conf"
-    assert set(decides.split()) <= set(OPTIONS) - HARMLESS
+    assert set(decides.split()) <= set(OPTIONS) - ACCEPTED - set(OWN)
 
 
 @pytest.mark.parametrize(

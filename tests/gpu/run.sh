@@ -8,15 +8,16 @@ usage() {
 Usage: tests/gpu/run.sh [--wheels DIR] [--cpu] [--output DIR] [--only PART …]
 Example: tests/gpu/run.sh --wheels ~/wheels --output ~/gpu
 
-On a machine with Python, torch, torchaudio and a GPU, without network, in five minutes: losses, selections and alignment
-against float64 and without a wait; a training by every page, in mixed precision; a target cache, a training that is
-killed and goes on, decoding; then asr_kd_bench. Prints a table, and writes it with all figures to DIR/gpu.json (default:
-a directory of /tmp); logs lie beside it. Ends with 1 where something failed.
+For a machine with Python, torch, torchaudio and a GPU, without network; takes five minutes. Tests losses, frame selections
+and alignment against float64, and that they do not wait for the GPU; trains with every method page in mixed precision;
+tests a target cache, a training that is killed and resumed, and decoding; then runs asr_kd_bench. Prints a table, and
+writes it with all measurements to DIR/gpu.json (default: a directory in /tmp), with the logs beside it. The exit code is 1
+if something failed.
 
---wheels  a folder of wheels, installed into an environment of its own in DIR; without it what is installed is taken.
-          Made where there is a network: pip wheel --wheel-dir wheels '.[test]', then without torch*, nvidia* and triton*.
---cpu     the same on a CPU: kernels in Triton's interpreter; what needs CUDA is left out, each by its name
---only    losses (torch alone is enough), training, bench
+--wheels  a directory of wheels to install into a new environment in DIR; default: use what is installed. To make it on a
+          machine with network: pip wheel --wheel-dir wheels '.[test]', then remove torch*, nvidia* and triton*
+--cpu     do the same on a CPU, with the kernels in Triton's interpreter; what needs CUDA is left out, and listed by name
+--only    losses (needs torch only), training, bench
 EOF
 }
 

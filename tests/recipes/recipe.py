@@ -5,6 +5,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import psutil
+
 ROOT = Path(__file__).resolve().parents[2]
 
 #: Models that train in seconds, and may recognise nothing; the recipes' own YAML is read first, and is thus checked.
@@ -47,3 +49,15 @@ class Recipe:
         )
         assert not check or done.returncode == 0, done.stdout[-6000:]
         return done
+
+
+def sleepers(directory: Path, seconds: str) -> list:
+    """The processes that sleep for this time in a recipe's directory."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.cmdline() == ["sleep", seconds] and process.cwd() == str(directory.resolve()):
+                found.append(process)
+        except psutil.Error:  # it has ended meanwhile, or is somebody else's
+            continue
+    return found

@@ -1,11 +1,12 @@
-"""kill -9 at random moments of every stage of the embedded recipe; the same command again ends as if nothing had been.
+"""kill -9 in every stage of the embedded recipe; the same command again ends as if nothing had been.
 
-Every stage is run unbroken, timed, and undone; then begun again, killed twice, each time after a random share of that
-time, and given again until it ends. What the recipe's directory then holds is compared with what the unbroken stage
-left, but for times and logs: data, statistics, every parameter, texts, scores. Moments follow from a seed as far as the
-machine's speed lets them. The commands' processes are forks (zygote.py), so that moments fall into their work.
+Every stage is run unbroken, its events counted (killing.py), and undone; then begun again, killed twice, each time
+before a random event, and given again until it ends. What the recipe's directory then holds is compared with what the
+unbroken stage left, but for times and logs: data, statistics, every parameter, texts, scores. The commands' processes
+are forks of a warm one (zygote.py).
 """
 
+import contextlib
 import json
 import os
 import random
@@ -17,9 +18,11 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 import zygote
+from killing import group_environment
 from recipe import TINY, Recipe
 
 from espnet_kd.experiments.checkpoints import load_checkpoint
@@ -83,7 +86,7 @@ class Killed:
 
     def __init__(self, egs2: Path, directory: Path):
         self.recipe = Recipe(egs2, "mini")
-        self.dir, self.kept = self.recipe.dir, directory / "kept"
+        self.dir, self.kept, self.counter = self.recipe.dir, directory / "kept", directory / "events"
         address = directory / "socket"
         self.server = subprocess.Popen(
             [sys.executable, zygote.__file__, str(address)], env={**self.recipe.env, "PYTHONIOENCODING": "UTF-8"},
@@ -111,32 +114,27 @@ class Killed:
             if (self.kept / name).exists():
                 shutil.copytree(self.kept / name, self.dir / name, symlinks=True)
 
-    def kill_after(self, seconds: float, options: list) -> bool:
-        """Whether the stage was still running after so many seconds; it is then no more."""
+    def run(self, options: list, kill_at: int = 0) -> int:
+        """Run a stage and return the number of its events, or -1 if it was killed before number ``kill_at``."""
         run = subprocess.Popen(
-            self.recipe.command(*options), cwd=self.dir, env=self.recipe.env, stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, preexec_fn=os.setpgrp,
+            self.recipe.command(*options), cwd=self.dir, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT, text=True, preexec_fn=os.setpgrp,
+            env={**self.recipe.env, **group_environment(self.counter, kill_at)},
         )  # fmt: skip
-        try:
-            said, _ = run.communicate(timeout=seconds)
-        except subprocess.TimeoutExpired:
-            os.killpg(run.pid, signal.SIGKILL)
-            run.communicate()
+        said, _ = run.communicate(timeout=900)
+        if run.returncode == -signal.SIGKILL:
             while any(self.alive(run.pid)):
                 time.sleep(0.01)
-            return True
+            return -1
         assert run.returncode == 0, said[-6000:]
-        return False
+        return self.counter.stat().st_size
 
     @staticmethod
     def alive(group: int):
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                state, _, its_group = stat.read_text().rpartition(")")[2].split()[:3]
-            except OSError:
-                continue
-            if int(its_group) == group and state not in "ZX":
-                yield stat.parent.name
+        for process in psutil.process_iter():
+            with contextlib.suppress(psutil.Error, ProcessLookupError):
+                if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                    yield process
 
 
 @pytest.fixture(scope="module")
@@ -152,27 +150,21 @@ def test_killed_in_every_stage(killed, record_property):
     for stage, more in STEPS:
         options = [*SMALL, *more, "--stage", str(stage), "--stop_stage", str(stage)]
         killed.keep()
-        started = time.monotonic()
-        killed.recipe.run(*options)
-        whole = time.monotonic() - started
+        events = killed.run(options)
         want = contents(killed.dir)
         killed.undo()
-        moments = []
-        while not moments:  # a moment that the stage did not live to see does not count
-            share = draw.random()
-            if killed.kill_after(share * whole, options):
-                moments.append(share)
-            else:
-                killed.undo()
+        moments = [draw.randint(1, events)]
+        assert killed.run(options, moments[0]) == -1
         for _ in range(KILLS - 1):
-            share = draw.random()
-            if killed.kill_after(share * whole, options):
-                moments.append(share)
+            # Of what is left. A moment that the stage does not live to see is none.
+            moment = draw.randint(1, max(1, events - moments[-1]))
+            if killed.run(options, moment) == -1:
+                moments.append(moment)
         killed.recipe.run(*options)
         different = differing(want, contents(killed.dir))
-        assert not different, f"stage {stage} {more}, killed after {moments} of {whole:.1f} s: {different}"
+        assert not different, f"stage {stage} {more}, killed before {moments} of {events} events: {different}"
         kills += moments
-    assert len(kills) >= 15
+    assert len(kills) >= len(STEPS)
     record_property("faults", len(kills))
     rows = json.loads((killed.dir / "exp/results.json").read_text())
     assert {row["role"] for row in rows} == {"teacher", "plain", "student"}

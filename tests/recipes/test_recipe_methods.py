@@ -11,7 +11,7 @@ import time
 
 import pytest
 import yaml
-from recipe import ROOT, TINY, Recipe
+from recipe import ROOT, TINY, Recipe, sleepers
 
 SMALL = ["--local_data_opts", "--train 16 --valid 4 --test 6", "--nj", "1"]
 SMALL += ["--teacher_args", f"{TINY} --max_epoch 1", "--train_args", f"{TINY} --max_epoch 1"]
@@ -272,16 +272,16 @@ def test_so_many_run_side_by_side_and_end_with_the_script(egs2, stub, jobs):
     )
     try:
         deadline = time.time() + 120
-        while len(sleepers(stub)) < jobs:
+        while len(sleepers(stub, "987")) < jobs:
             assert time.time() < deadline and run.poll() is None
             time.sleep(0.2)
         time.sleep(2.5)
-        assert len(sleepers(stub)) == jobs
+        assert len(sleepers(stub, "987")) == jobs
     finally:
         os.kill(run.pid, signal.SIGTERM)  # the script alone
     assert run.wait(timeout=20) == 143
     time.sleep(0.5)
-    assert not sleepers(stub)
+    assert not sleepers(stub, "987")
 
 
 def test_stopped_while_decoding(egs2, stub):
@@ -293,26 +293,13 @@ def test_stopped_while_decoding(egs2, stub):
     )  # fmt: skip
     deadline = time.time() + 120
     try:
-        while not sleepers(stub):
+        while not sleepers(stub, "987"):
             assert time.time() < deadline and run.poll() is None
             time.sleep(0.2)
     finally:
         os.kill(run.pid, signal.SIGTERM)  # the script alone
     assert run.wait(timeout=20) == 143
-    assert not sleepers(stub)
-
-
-def sleepers(stub) -> list:
-    """Ids of the stub recipe's sleeping processes."""
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            with open(f"/proc/{pid}/cmdline", "rb") as f:
-                if f.read() == b"sleep\x00987\x00" and os.readlink(f"/proc/{pid}/cwd") == str(stub.resolve()):
-                    found.append(pid)
-        except OSError:  # it has ended meanwhile
-            continue
-    return found
+    assert not sleepers(stub, "987")
 
 
 @pytest.mark.parametrize(

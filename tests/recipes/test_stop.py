@@ -4,10 +4,9 @@ import os
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
-from recipe import Recipe
+from recipe import Recipe, sleepers
 
 SECONDS = "98765"
 
@@ -24,20 +23,6 @@ def recipe(egs2):
         path.write_text(content)
     (recipe.dir / "fake_python").chmod(0o755)
     return recipe
-
-
-def sleepers(directory: Path) -> list:
-    found = []
-    for pid in filter(str.isdigit, os.listdir("/proc")):
-        try:
-            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
-            if words[:2] == [b"sleep", SECONDS.encode()] and os.readlink(f"/proc/{pid}/cwd") == str(
-                directory.resolve()
-            ):
-                found.append(pid)
-        except OSError:  # it has ended meanwhile
-            continue
-    return found
 
 
 #: Preparation, jobs side by side, a training run: how many processes sleep in each.
@@ -57,7 +42,7 @@ def test_nothing_is_left_behind(recipe, stage, asleep, how, code):
     )  # fmt: skip
     try:
         deadline = time.time() + 60
-        while len(sleepers(recipe.dir)) < asleep:
+        while len(sleepers(recipe.dir, SECONDS)) < asleep:
             assert time.time() < deadline and run.poll() is None, run.communicate()
             time.sleep(0.1)
         if how == "kill":
@@ -65,10 +50,10 @@ def test_nothing_is_left_behind(recipe, stage, asleep, how, code):
         else:
             os.killpg(run.pid, signal.SIGINT)  # as a terminal does
         said, _ = run.communicate(timeout=20)
-        left = sleepers(recipe.dir)
+        left = sleepers(recipe.dir, SECONDS)
     finally:
-        for pid in sleepers(recipe.dir):
-            os.kill(int(pid), signal.SIGKILL)
+        for process in sleepers(recipe.dir, SECONDS):
+            process.kill()
     assert run.returncode == code and not left
     assert said.splitlines()[-1] == "error: stopped; the same command continues where it stopped"
     assert "failed" not in said and "Traceback" not in said

@@ -15,7 +15,7 @@ from tiny_cache import TOP_K, assert_equal, command
 
 from espnet_kd.bin import asr_kd_cache, asr_kd_train
 from espnet_kd.cli import UserError
-from espnet_kd.distill.checks import check_rates
+from espnet_kd.distill.checks.pairs import check_rates
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.experiments.checkpoints import read_checkpoint
 from espnet_kd.frames import valid

@@ -6,6 +6,7 @@ import time
 from argparse import Namespace
 from contextlib import nullcontext
 
+import psutil
 import pytest
 import tiny_kd
 import torch
@@ -15,8 +16,8 @@ from espnet2.train.distributed_utils import resolve_distributed_mode
 
 from espnet_kd.bin import asr_kd_train
 from espnet_kd.cli import UserError
-from espnet_kd.distill.export import KD_OPTIONS
 from espnet_kd.distill.model import ESPnetASRKDModel
+from espnet_kd.distill.options import KD_OPTIONS
 from espnet_kd.distill.page import load_page
 from espnet_kd.distill.train_options import to_options
 from espnet_kd.files import locked
@@ -255,6 +256,6 @@ def test_a_process_per_gpu_ends_with_its_parent(tmp_path, monkeypatch):
         time.sleep(0.05)
     process.kill()
     process.join()
-    while os.path.exists(f"/proc/{(tmp_path / 'pid').read_text()}"):
+    while psutil.pid_exists(int((tmp_path / "pid").read_text())):
         assert time.time() < deadline, "it goes on alone"
         time.sleep(0.05)

@@ -12,7 +12,7 @@ import yaml
 
 from espnet_kd.bin import asr_kd_export, asr_kd_train
 from espnet_kd.cli import UserError
-from espnet_kd.distill.export import KD_OPTIONS
+from espnet_kd.distill.options import KD_OPTIONS
 from espnet_kd.experiments.checkpoints import read_checkpoint
 from espnet_kd.experiments.models import find_experiment, load_model, load_state, student_only
 
@@ -125,6 +125,15 @@ def test_without_a_page_it_is_espnets_training(corpus, tmp_path):
     asr_kd_train.main(corpus.options(tmp_path / "out", "--max_epoch", "1"))
     assert (tmp_path / "out" / "1epoch.pth").is_file() and not (tmp_path / "out" / "kd_stage.json").exists()
     assert "loss_kd" not in stats(tmp_path / "out")
+
+
+@pytest.mark.parametrize("page", [None, "kl"])
+def test_statistics_of_other_features_are_refused_by_name(corpus, teacher_dir, tmp_path, page):
+    """ESPnet's own error is one of tensor sizes, in the first step."""
+    more = ["--kd_config", page, "--teacher", str(teacher_dir)] if page else []
+    with pytest.raises(UserError, match=r"feats_stats.npz has statistics of 40 .* makes 32 .*n_mels") as caught:
+        asr_kd_train.main(corpus.options(tmp_path / "exp", *more, "--frontend_conf", "n_mels=32"))
+    assert "\n" not in str(caught.value)
 
 
 @pytest.fixture(scope="module")

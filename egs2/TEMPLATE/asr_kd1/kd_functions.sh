@@ -100,6 +100,18 @@ needs_text() {
     done
 }
 
+# recorded OPTIONS…: whether there is a finished result of these inputs; a model of other data ends the script
+recorded() {
+    local code=0
+    # shellcheck disable=SC2086
+    ${python} -m espnet_kd.bin.asr_kd_record check "$@" || code=$?
+    [ "${code}" = 0 ] || [ "${code}" = 3 ] || exit "${code}"
+    return "${code}"
+}
+# record OPTIONS…: note that the result is finished
+# shellcheck disable=SC2086
+record() { dry || ${python} -m espnet_kd.bin.asr_kd_record finish "$@"; }
+
 stats_of() { echo "${expdir}/stats_$1_${tokens_name}"; }
 
 # options_for SET LABELS: fill data_opts and train_opts, for training on SET; a text only where there is one, and that of
@@ -129,9 +141,14 @@ options_for() {
 
 # collect SET LABELS: statistics of a training set, and of the validation set
 collect() {
-    local stats count job jobs=${nj} dirs=()
+    local stats count job jobs=${nj} dirs=() inputs=() dset
     stats=$(stats_of "$1")
-    if [ -z "$(find "${raw}/$1/wav.scp" "${raw}/${valid_set}/wav.scp" "${tokens}" -newer "${stats}/.done" 2>&1)" ]; then
+    inputs=(--record "${stats}/.done" --value="fs ${fs}" --file "${tokens}")
+    for dset in "$1" "${valid_set}"; do
+        [ ! -e "${raw}/${dset}/wav.scp" ] || inputs+=("${raw}/${dset}/wav.scp")
+        ! has_text "${dset}" || dry || inputs+=("${raw}/${dset}/text")
+    done
+    if ! dry && recorded "${inputs[@]}"; then
         log "statistics are there, ${stats}"
         return
     fi
@@ -155,31 +172,31 @@ collect() {
         ${python} -m espnet2.bin.aggregate_stats_dirs "${dirs[@]}" --output_dir "${stats}"
     kd data statistics "${stats}"/{train,valid}/feats_stats.npz
     act finish_shapes "${stats}"
+    record "${inputs[@]}"
 }
 
 # check_lengths: whether all utterances have frames enough for the models that are trained here
 check_lengths() {
-    local stats settings fs_option='' models=()
+    local stats fs_option='' models=() inputs=()
     stats=$(stats_of "${kd_set}")
     [ "${fs}" = 16000 ] || fs_option="--frontend_conf fs=${fs} "
     models=(--model "student=${fs_option}--config ${student_config} ${train_args}")
     [ -n "${teacher}" ] || models+=(--model "teacher=${fs_option}--config ${teacher_config} ${teacher_args}")
-    if ! dry; then
-        settings=$(cat "${student_config}" "${teacher_config}" "${tokens}" "${stats}/.done" - <<<"${models[*]}" | cksum)
-        [ "$(cat "${stats}/.lengths" 2>/dev/null)" != "${settings}" ] || [ "${stats}/.lengths" -ot "${stats}/.done" ] ||
-            return 0
-    fi
+    inputs=(--record "${stats}/.lengths" --value="${models[*]}")
+    inputs+=(--file "${student_config}" "${teacher_config}" "${tokens}" "${stats}/.done")
+    dry || ! recorded "${inputs[@]}" || return 0
     kd data lengths "${models[@]}" --stats "${stats}" --data_dirs "${raw}/${kd_set}" "${raw}/${valid_set}" \
         --token_list "${tokens}" --token_type "${token_type}"
-    dry || echo "${settings}" >"${stats}/.lengths"
+    record "${inputs[@]}"
 }
 
 # check_ceiling: what of the teacher's outputs is lost on the student's frames; printed once
 check_ceiling() {
-    local mark=${teachers[0]}/.ceiling
-    [ ! -e "${mark}" ] || [ "${student_config}" -nt "${mark}" ] || return 0
+    local inputs=(--record "${teachers[0]}/.ceiling" --file "${teachers[0]}/config.yaml" "${student_config}"
+        "${raw}/${valid_set}/wav.scp")
+    dry || ! recorded "${inputs[@]}" || return 0
     kd ceiling --teacher "${teachers[0]}" --data_dir "${raw}/${valid_set}" --student_config "${student_config}"
-    act touch "${mark}"
+    record "${inputs[@]}"
 }
 
 # split_for_jobs SET STATS JOBS: the utterances of each job
@@ -199,7 +216,6 @@ finish_shapes() {
     for file in "$1"/*/text_shape; do
         [ ! -e "${file}" ] || sed -e "s/\$/,$(wc -l <"${tokens}")/" "${file}" >"${file}.${token_type}"
     done
-    touch "$1/.done"
 }
 
 # shapes_of_untranscribed: ESPnet's statistics stop at an empty text, though its training does not: the text lengths of
@@ -241,30 +257,21 @@ describe() {
 
 # train_once ROLE DIR CONFIG OPTIONS…: teacher or plain student, unless DIR has it; a DIR of other settings is refused
 train_once() {
-    local role=$1 dir=$2 config=$3 data settings found=''
+    local role=$1 dir=$2 config=$3 inputs=()
     shift 3
     needs_text "the ${role} model" "${train_set}" "${valid_set}"
     needs "$(stats_of "${train_set}")/.done" 4
     options_for "${train_set}" 1
-    if ! dry; then
-        data=$(cat "${tokens}" "${raw}/${train_set}/wav.scp" | cksum)
-        settings="${data} $(cat "${config}" - <<<"${seed} $* ${feats_normalize}" | cksum)"
-        [ ! -f "${dir}/checkpoint.pth" ] || found=$(cat "${dir}/.settings" 2>/dev/null || echo nothing known)
-        # Two numbers alone are an earlier version's, of data and options together.
-        [[ -z "${found}" || "${found}" = "${data} "* || "${found}" =~ ^[0-9]+\ [0-9]+$ ]] || fail "${dir} holds a model of other tokens or audio than" \
-            "${tokens} and ${raw}/${train_set}/wav.scp; choose another --expdir, or remove it"
-        if [ -f "${dir}/.done" ] && [ "${found}" = "${settings}" ]; then
-            log "the ${role} is trained, ${dir}"
-            return
-        fi
-        mkdir -p "${dir}"
-        [ -n "${found}" ] || echo "${settings}" >"${dir}/.settings"
+    inputs=(--model "${dir}" --fixed "${tokens}" "${raw}/${train_set}/wav.scp" --file "${config}")
+    inputs+=(--value="${seed} $* ${feats_normalize}")
+    if ! dry && recorded "${inputs[@]}"; then
+        log "the ${role} is trained, ${dir}"
+        return
     fi
     # Of options that differ it refuses those that matter, by name.
     train "${dir}" "${config}" train.log --seed "${seed}" "$@"
-    dry || echo "${settings}" >"${dir}/.settings"
     act describe "${dir}" "${role}" "${seed}"
-    act touch "${dir}/.done"
+    record "${inputs[@]}"
 }
 
 # page_of METHOD: what its page says, once: page[teacher] (required, none), page[stages], page[nbest], page[labels] (1, 0)

@@ -14,21 +14,21 @@ $(sed -n '2,/^[^#]/s/^# //p' "$(dirname "${stages}")/run.sh")
 
 Stages, the same in every recipe:
    1 data preparation          5 teacher training         8-10 KD stages 1-3
-   2 formatting, speed         6 student without KD       11 export
+   2 formatting, speed         6 plain student (no KD)    11 export
    3 token list                7 N-best or targets of     12 decoding
    4 statistics                  the teacher              13 scoring and results
 
-Where the training set has no text: the tokens are those of --teacher, stage 6 is skipped, and the method has to be one
-without labels.
+If the training set has no text, the tokens are those of --teacher, stage 6 is skipped, and the method must be one that
+needs no transcripts.
 
-Batches: --batch_bins is what all GPUs of all machines take together in a step, and the optimizer moves after
---accum_grad such steps. On N times the GPUs, N times the --batch_bins fills the same memory of each; with an N-th of the
---accum_grad beside it the optimizer does the same as before. Teacher and students get the same.
+Batches: --batch_bins is the size of a batch over all GPUs of all machines together. The optimizer updates the parameters
+once per --accum_grad batches. With N times as many GPUs, N times the --batch_bins needs the same memory on each GPU; if
+you also divide --accum_grad by N, the updates stay the same. Both options apply to teacher and students.
 
-Exit codes: 0 done; 1 a mistake or a failure, said in one line; 2 wrong options; 130 stopped with Ctrl-C, 143 with kill.
-Whatever stopped it, the same command continues where it stopped.
+Exit codes: 0 done; 1 a mistake or a failure, reported in one line; 2 wrong options; 130 stopped with Ctrl-C, 143 with
+kill. After any interruption, the same command continues where it stopped.
 
-Options (and this recipe's defaults):
+Options, with the defaults of this recipe:
 EOF
     options | sed -nE 's/^([a-z_]+)=[^#]*(# ?(.*))?$/\1 \3/p' | while read -r name comment; do
         value=${!name}

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# AISHELL-1: Mandarin, read, 151 h to train on: ./run.sh --aishell DIR (with transcript/ and wav/ in it).
+# AISHELL-1: read Mandarin speech, 151 h for training. Give --aishell DIR, the directory with transcript/ and wav/.
 set -euo pipefail
 export corpus_dirs="aishell"
 exec "$(dirname "${BASH_SOURCE[0]}")/asr_kd.sh" \

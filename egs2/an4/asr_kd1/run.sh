@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# CMU AN4: real speech, 50 minutes of it. ./run.sh --an4 DIR, or without it the corpus is downloaded.
+# CMU AN4: 50 minutes of real speech. Give --an4 DIR; without it the corpus is downloaded.
 set -euo pipefail
 export corpus_dirs="an4"
 exec "$(dirname "${BASH_SOURCE[0]}")/asr_kd.sh" \

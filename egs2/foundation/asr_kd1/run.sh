@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# A directory of audio without transcripts, and a pre-trained CTC model as the teacher: ./run.sh --audio DIR --teacher hf:DIR
+# Audio without transcripts, and a pre-trained CTC model as the teacher: give --audio DIR and --teacher hf:DIR.
 set -euo pipefail
 export corpus_dirs="audio"
 exec "$(dirname "${BASH_SOURCE[0]}")/asr_kd.sh" \

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
-# LibriSpeech, any of its parts: ./run.sh --librispeech DIR, or without it the parts are downloaded.
-# --train_parts, --valid_parts, --test_parts "PART …" (default: 960 h, dev-*, test-*); --split_by_speaker "PART …", whose
-# speakers are divided among train, valid and test.
+# LibriSpeech, any of its parts. Give --librispeech DIR; without it the parts are downloaded.
+# --train_parts, --valid_parts, --test_parts "PART …" choose the parts (default: 960 h, dev-*, test-*).
+# --split_by_speaker "PART …" divides the speakers of these parts among train, valid and test.
 set -euo pipefail
 export corpus_dirs="librispeech" corpus_options="train_parts valid_parts test_parts split_by_speaker"
 exec "$(dirname "${BASH_SOURCE[0]}")/asr_kd.sh" \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The embedded default: speech synthesised on the spot, nothing to download.
+# The embedded recipe: it synthesises its speech, and downloads no data.
 set -euo pipefail
 exec "$(dirname "${BASH_SOURCE[0]}")/asr_kd.sh" \
     --token_type word \

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# TED-LIUM release 2: talks, about 210 h to train on: ./run.sh --tedlium2 DIR (with train/, dev/, test/ in it).
+# TED-LIUM release 2: talks, about 210 h for training. Give --tedlium2 DIR, the directory with train/, dev/ and test/.
 set -euo pipefail
 export corpus_dirs="tedlium2"
 exec "$(dirname "${BASH_SOURCE[0]}")/asr_kd.sh" \

@@ -11,7 +11,7 @@ import yaml
 
 from espnet_kd.bin import asr_kd_train
 from espnet_kd.cli import UserError
-from espnet_kd.distill import requirements
+from espnet_kd.distill.checks import options as requirements
 
 KL = ["--kd_config", "kl"]
 
@@ -162,7 +162,7 @@ def test_loudness_that_the_teacher_does_not_know_is_refused(corpus, tmp_path, te
 
 def test_a_token_list_in_the_yaml(corpus, tmp_path):
     """As a saved configuration has it."""
-    from espnet_kd.distill.configuration import check_configuration
+    from espnet_kd.distill.checks.configuration import check_configuration
 
     content = yaml.safe_load(corpus.config().read_text())
     for value, good in ((tiny_asr.TOKENS, True), (["a", 3], False), ({"a": 1}, False)):

@@ -55,7 +55,7 @@ def check_packages(args: argparse.Namespace) -> None:
     needed = [p for p in PACKAGES if getattr(args, p[0], None) == (True if p[1] is None else p[1])]
     if getattr(args, "use_adapter", False):
         module, package = ADAPTERS.get(args.adapter, (None, None))
-        if module is None:
+        if module is None or package is None:
             raise UserError(f"--adapter {args.adapter}: known are {', '.join(ADAPTERS)}")
         needed.append(("adapter", args.adapter, module, package))
     for option, value, module, package in needed:
@@ -89,7 +89,7 @@ def check_tokens(args: argparse.Namespace) -> None:
                 break
     except UserError:
         raise
-    except (Exception, SystemExit) as e:  # whatever tokenizers, cleaners and their packages say of what they lack
+    except (Exception, SystemExit) as e:  # whatever tokenizers, cleaners and their packages raise
         reason = " ".join(str(e).split())[:200] or type(e).__name__
         given = [o for o in ("token_type", "g2p", "cleaner") if getattr(args, o, None)]
         options = ", ".join(f"--{o} {getattr(args, o)}" for o in given)
@@ -117,7 +117,7 @@ def check_init_param(args: argparse.Namespace) -> None:
         return  # ESPnet leaves them out, and logs each
     try:
         model = ASRTask.build_model(copy.deepcopy(args))
-    except Exception as e:  # said of the same options when they are trained with
+    except Exception as e:  # the training itself reports it for the same options
         raise UserError(f"cannot build the model of {args.config}: {type(e).__name__}: {e}") from e
     own = model.state_dict()
     for given, state in states:

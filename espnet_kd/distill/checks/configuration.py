@@ -130,5 +130,5 @@ def _try_optimizer(args: argparse.Namespace, place: Callable[[str], str]) -> Non
             return
         try:
             made = classes[chosen](made, **getattr(args, f"{name}_conf"))
-        except Exception as e:  # whatever a class says of its arguments
+        except Exception as e:  # whatever a class raises because of its arguments
             raise UserError(f"{place(f'{name}_conf')}: {name} {chosen}: {e}") from e

@@ -1,11 +1,14 @@
-"""What a training would pass over in silence: a criterion that no epoch has, transcripts that no alignment fits, a
-teacher that recognises nothing.
+"""What would make a training useless without an error, or stop it without a cause: a criterion that no epoch has,
+transcripts that are longer than the student's frames, statistics of other features, a teacher that recognises
+nothing, a disk without room.
 """
 
 from __future__ import annotations
 
 import argparse
 import logging
+import shutil
+from pathlib import Path
 from typing import TYPE_CHECKING, List, Optional, Set
 
 import torch
@@ -21,6 +24,7 @@ if TYPE_CHECKING:
     from espnet2.asr.espnet_model import ESPnetASRModel
 
 SHOWN = 5  # utterances in a message
+GIB = 2**30
 #: Utterances, and frames of them, on which a teacher is tried.
 TRIED, ENOUGH = 50, 1000
 #: Share of frames with a token up to which a teacher recognises nothing; of speech a token every few seconds has more.
@@ -59,6 +63,20 @@ def statistics(args: argparse.Namespace, model: ESPnetASRModel, plan: Optional[P
         for spec, _ in plan.phases[-1].terms:
             known |= {f"loss_{spec.key}", *spec.make().statistics}
     return known
+
+
+def check_normalisation(args: argparse.Namespace, model: ESPnetASRModel) -> None:
+    """Refuse statistics for ``global_mvn`` that are of other features than the model's (:class:`UserError`)."""
+    mean = getattr(model.normalize, "mean", None)
+    if model.frontend is None or not isinstance(mean, torch.Tensor):
+        return
+    size = model.frontend.output_size()
+    if mean.numel() != size:
+        raise UserError(
+            f"normalize_conf: {args.normalize_conf.get('stats_file')} has statistics of {mean.numel()} features, and "
+            f"the frontend of this configuration makes {size} (frontend_conf: n_mels); give it the same, or an --expdir"
+            " of its own, from stage 4 on"
+        )
 
 
 def check_text_lengths(args: argparse.Namespace, frame_shift: float, rate: float) -> None:
@@ -123,4 +141,29 @@ def check_teacher_speaks(args: argparse.Namespace, teacher: Teacher) -> None:
             f"the teacher {teacher.name} is blank on {100 - 100 * tokens / frames:.1f} % of the frames of {tried} "
             "training utterances: it recognises nothing, and neither would its student. Decode this data with "
             "asr_kd_inference to see, and give another --teacher; --blank_teacher true trains all the same"
+        )
+
+
+def check_disk(args: argparse.Namespace, model: torch.nn.Module, kept: int = 0) -> None:
+    """Refuse a disk without room for what a training of ``model`` writes (:class:`UserError`).
+
+    Args:
+        kept: students that are kept beside the checkpoints and models of ESPnet, one for each KD stage.
+    """
+    weights = sum(x.nbytes for x in model.state_dict().values())
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    # The checkpoint holds Adam's two moments beside the model; the one before stays, and both are there twice while
+    # they are replaced. Models: the n best by each criterion, the newest, an average each.
+    criteria = len(args.best_model_criterion)
+    best = args.keep_nbest_models if isinstance(args.keep_nbest_models, list) else [args.keep_nbest_models]
+    models = criteria * (max(best, default=1) + len(best)) + 1 + kept
+    needed = 3 * (weights + 2 * trained) + models * weights
+    out = Path(args.output_dir)
+    files = [*out.glob("*.pth"), *out.glob("kd_stage*/*.pth")]
+    there = sum(p.stat().st_size for p in files if not p.is_symlink())  # of this run: to be replaced
+    free = shutil.disk_usage(next(p for p in (out, *out.absolute().parents) if p.exists())).free
+    if needed - there > free:
+        raise UserError(
+            f"{args.output_dir}: checkpoints and models take about {needed / GIB:.1f} GiB, and {free / GIB:.1f} GiB "
+            "are free; make room, or lower keep_nbest_models"
         )

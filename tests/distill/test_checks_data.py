@@ -4,11 +4,11 @@ import shutil
 from collections import namedtuple
 
 import pytest
-import torch
 
 from espnet_kd.bin import asr_kd_train
 from espnet_kd.cli import UserError
-from espnet_kd.distill import preflight
+from espnet_kd.distill.checks import training as checks
+from espnet_kd.distill.checks.data import check_files
 from espnet_kd.tasks.asr_kd import ASRKDTask
 
 Usage = namedtuple("Usage", "total used free")
@@ -54,7 +54,7 @@ def test_data_files_may_hold_more_than_is_trained_on(own):
     directory, options = own
     for name in ("speech_shape", "text_shape.char"):
         without(directory / "train" / name, 2)
-    preflight.check_files(ASRKDTask.get_parser().parse_args(options))
+    check_files(ASRKDTask.get_parser().parse_args(options))
 
 
 @pytest.mark.faults("data that do not fit, seen before training")
@@ -78,7 +78,7 @@ def test_without_audio(own):
 @pytest.mark.faults("a full disk")
 def test_a_full_disk_is_refused_before_training(corpus, teacher_dir, tmp_path, monkeypatch):
     options = corpus.options(tmp_path / "out", "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")
-    monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**5, 10**5))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: Usage(10**9, 10**9 - 10**5, 10**5))
     with pytest.raises(UserError, match="out: checkpoints and models take about 0.0 GiB, and 0.0 GiB are free"):
         asr_kd_train.main(options)
     assert not list(tmp_path.glob("out/**/*.pth"))
@@ -91,9 +91,9 @@ def test_room_is_counted_as_it_is_taken(corpus, tmp_path, monkeypatch):
     model = ASRKDTask.build_model(args)
 
     def enough(free):
-        monkeypatch.setattr(preflight.shutil, "disk_usage", lambda path: Usage(0, 0, free))
+        monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: Usage(0, 0, free))
         try:
-            preflight.check_disk(args, model)
+            checks.check_disk(args, model)
         except UserError:
             return False
         return True
@@ -110,39 +110,3 @@ def test_room_is_counted_as_it_is_taken(corpus, tmp_path, monkeypatch):
     left = sum(p.stat().st_size for p in (tmp_path / "out").glob("*.pth") if not p.is_symlink())
     assert left < before < 3 * left
     assert needed() == pytest.approx(before - left, abs=3000)
-
-
-def test_memory_is_estimated(corpus, tmp_path, monkeypatch, caplog):
-    options = corpus.options(tmp_path / "out")
-    args = ASRKDTask.get_parser().parse_args(options)
-    with caplog.at_level("INFO"):
-        model = ASRKDTask.build_model(args)
-    assert "memory, an estimate: " in caplog.text and "(3 × 1.3 s)" in caplog.text and "are free" not in caplog.text
-    assert model.training
-    caplog.clear()
-    monkeypatch.setattr(preflight, "_available", lambda ngpu: 10**6)
-    with caplog.at_level("INFO"):
-        preflight.log_memory(args, model, 16000.0)
-    assert "0.00 GiB are free; lower batch_size" in caplog.text
-
-
-def test_the_estimate_is_near_what_a_step_keeps(corpus, tmp_path):
-    """Against what autograd really keeps of a batch in training, with dropout."""
-    args = ASRKDTask.get_parser().parse_args(corpus.options(tmp_path / "out"))
-    model = ASRKDTask.build_model(args).train()
-    sizes = []
-    for seconds in (2, 8):
-        kept = {}
-
-        def pack(x, kept=kept):
-            kept[x.untyped_storage().data_ptr()] = x
-            return x
-
-        speech, lengths = torch.randn(3, seconds * 16000), torch.full((3,), seconds * 16000)
-        text, text_lengths = torch.full((3, 4), 3), torch.full((3,), 4)
-        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-            model(speech=speech, speech_lengths=lengths, text=text, text_lengths=text_lengths)
-        sizes.append(sum(x.untyped_storage().nbytes() for x in kept.values()))
-    square, linear = preflight._kept_for_backward(model, 16000)
-    estimate = 3 * (square * (8**2 - 2**2) + linear * (8 - 2))
-    assert 0.7 < estimate / (sizes[1] - sizes[0]) < 1.2

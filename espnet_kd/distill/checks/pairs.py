@@ -22,7 +22,7 @@ def check_objective(objective: Objective, student: ESPnetASRModel, teacher: Opti
         UserError: naming what is missing.
     """
     if teacher is None and objective.needs_teacher:
-        raise UserError("needs a teacher, but the page says teacher: none")
+        raise UserError("needs a teacher, but the page has teacher: none")
     if objective.nbest and not has_nbest:
         raise UserError("needs the teacher's N-best: give --nbest FILE (stage 7 of run.sh writes it)")
     if objective.branch == "attention" and student.ctc_weight == 1.0:
@@ -57,7 +57,8 @@ def check_pair(student: ESPnetASRModel, teacher: Teacher, rate: float) -> None:
         UserError: naming the tokens or the rates that differ.
     """
     if rate != teacher.sampling_rate:
-        raise UserError(f"the student hears {rate:g} Hz, the teacher {teacher.name} {teacher.sampling_rate:g} Hz")
+        other = f"{teacher.name} of {teacher.sampling_rate:g} Hz"
+        raise UserError(f"the student takes audio of {rate:g} Hz, the teacher {other}")
     mine, theirs = list(student.token_list), teacher.token_list
     if mine == theirs:
         return

@@ -1,0 +1,54 @@
+"""tests/benchmarks/exports.py: what it prints of equal and of other students."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import tiny_asr
+import tiny_students
+
+from espnet_kd.bin import asr_kd_export
+
+pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
+pytest.importorskip("sherpa_onnx", reason="sherpa-onnx is in the extra 'test'")
+main = runpy.run_path(str(Path(__file__).parents[1] / "benchmarks/exports.py"))["main"]
+
+
+@pytest.fixture(scope="module")
+def data_dir(tmp_path_factory):
+    return tiny_asr.data_dir(tmp_path_factory.mktemp("data"), {f"u{i}": tiny_asr.audio(1.5 + i, i) for i in range(3)})
+
+
+def rows(capsys):
+    """{form: cells} of the table that was printed."""
+    lines = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    return {cells[0]: dict(zip(lines[0], cells)) for cells in lines[2:]}
+
+
+def test_forms_of_a_student_and_another_student(tmp_path, data_dir, capsys):
+    experiment = tiny_students.experiment(tmp_path / "exp", sharpen=20.0)
+    asr_kd_export.main(["--expdir", str(experiment), "--format", "espnet", "onnx", "sherpa"])
+    places = [str(experiment / f"export{form}") for form in ("", "_onnx", "_sherpa")]
+    main([*places, "--data_dir", str(data_dir), "--rounds", "1"])
+    found = rows(capsys)
+    assert list(found) == ["ESPnet", "onnx", "sherpa"] and found["ESPnet"]["CPU time / ESPnet's"] == "1.00"
+    assert found["onnx"]["same text"] == "3 of 3" and float(found["onnx"]["largest difference"]) < 1e-4
+    # A random model notices that sherpa-onnx takes the mean out of the audio; its text is compared all the same.
+    assert found["sherpa"]["same text"].endswith(" of 3") and found["sherpa"]["last token off"].endswith(" ms")
+
+    other = tiny_students.experiment(tmp_path / "other", normalize=None, sharpen=20.0)
+    main([str(other), places[1], "--data_dir", str(data_dir), "--rounds", "1"])
+    found = rows(capsys)
+    assert found["onnx"]["same text"] == "0 of 3" and float(found["onnx"]["largest difference"]) > 0.1
+
+
+def test_streams(tmp_path, data_dir, capsys):
+    experiment = tiny_students.experiment(tmp_path / "exp", "contextual_block_conformer", "global_mvn", sharpen=20.0)
+    asr_kd_export.main(["--expdir", str(experiment), "--format", "stream"])
+    main([str(experiment), str(experiment / "export_stream"), "--data_dir", str(data_dir), "--rounds", "1"])
+    found = rows(capsys)
+    assert list(found) == ["ESPnet", "ESPnet, on a stream", "stream"]
+    for form in ("ESPnet, on a stream", "stream"):
+        assert found[form]["same text"] == "3 of 3" and float(found[form]["largest difference"]) < 1e-4
+        first, last, _ = found[form]["latency: first, last, all"].removesuffix(" ms").split(", ")
+        assert 0 < float(first) < 2000 and 0 < float(last) < 2000
