@@ -87,6 +87,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
             several = len(args.files) > 1 and args.output_format == "text"
             sys.stdout.write(f"{file}\t{content}" if several else content)
             sys.stdout.flush()
+        if args.streaming:  # after the text, whose line has ended now
+            logging.info("%s: %s", file, transcriber.latencies)
     if failed:
         raise UserError(f"{len(failed)} of {len(args.files)} files could not be transcribed, see above")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import time
 from pathlib import Path
 from typing import Callable, Iterable, Iterator, List, Optional, Tuple, Union
@@ -33,6 +32,7 @@ class LiveTranscriber:
         self.student = _load(Path(model), threads)
         #: Called with the text so far when more of it is known.
         self.on_text: Optional[Callable[[str], None]] = None
+        self.latencies: Optional[Latencies] = None  #: of the last file
 
     def __call__(self, file: str) -> Transcript:
         """Recognise a file, or standard input (``-``) as it arrives.
@@ -45,8 +45,7 @@ class LiveTranscriber:
             pieces = reading.read_live(rate, CHUNK)
         else:
             pieces = chunks(reading.read_blocks(file, rate), int(CHUNK * rate))
-        transcript, latencies = self.follow(pieces, file)
-        logging.info("%s: %s", file, latencies)
+        transcript, self.latencies = self.follow(pieces, file)
         return transcript
 
     def follow(self, pieces: Iterable[np.ndarray], name: str = "") -> Tuple[Transcript, Latencies]:

@@ -2,14 +2,14 @@
 
     python tests/benchmarks/exports.py exp/student/export exp/student/export_onnx --data_dir dump/raw/test
     python tests/benchmarks/exports.py exp/student/export exp/student/export_web --data_dir dump/raw/test --browser 20
-    python tests/benchmarks/exports.py exp/live/export exp/live/export_stream --data_dir dump/raw/test --hour
+    python tests/benchmarks/exports.py exp/live/export exp/live/export_stream --data_dir dump/raw/test --minutes 60
 
 The first is the export for ESPnet, or an experiment, which is run on each utterance alone; its text, log-probabilities
 and times are what the others are held against. A folder of --format sherpa is run by sherpa_onnx itself, one of
 --format stream in pieces of 0.1 s, as is the first where its encoder works in blocks. The forms take turns, utterance
 by utterance, on one thread; times are CPU time. --browser opens the page in a headless Chromium that reaches no other
-host, and gives it so many of the files; --hour gives streams an hour of the audio, end to end, in a process in which
-nothing else is.
+host, and gives it so many of the files; --minutes gives graphs for streams so much of the audio, end to end, in
+processes in which nothing else is, and shows their memory.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def streamed(name: str, student: Any) -> Form:
 
 def load_forms(reference: Path, espnet: backends.EspnetBackend, folders: Sequence[Path]) -> List[Form]:
     """The reference, as it is (``espnet``) and on streams where it can be, and the others."""
-    from espnet_kd.deploy.espnet_stream import ENCODERS  # loads torch, which --hour does without
+    from espnet_kd.deploy.espnet_stream import ENCODERS  # loads torch, which --minutes does without
 
     forms = [whole("ESPnet", espnet)]
     if type(espnet.recogniser.model.encoder).__name__ in ENCODERS:
@@ -183,21 +183,25 @@ def in_browser(folder: Path, files: Dict[str, str], expected: Dict[str, str]) ->
     return f"Chromium: same text {same} of {len(files)}; requests to other hosts: {len(elsewhere)}; to its own: {own}"
 
 
-def hour(student: Any, waves: Sequence[np.ndarray]) -> str:
-    """Give an hour of audio to a stream; a line on the memory of this process."""
+def last_long(student: Any, waves: Sequence[np.ndarray], minutes: int, keep: bool) -> str:
+    """Give a stream minutes of audio; a line on the memory of this process. ``keep``: all tokens until the end."""
     audio = np.concatenate(waves)
     size = int(CHUNK * student.rate)
-    stream, marks, begun = Stream(student), [], time.process_time()
-    steps = round(3600 / CHUNK)
-    for step in tqdm(range(steps), desc="an hour", disable=None):
+    stream, marks, found, begun = Stream(student), [], 0, time.process_time()
+    minute = round(60 / CHUNK)
+    for step in tqdm(range(minutes * minute), desc=f"{minutes} minutes", disable=None):
         stream.accept(np.take(audio, range(step * size, (step + 1) * size), mode="wrap"))
-        if step in (steps // 60 - 1, *range(steps // 6 - 1, steps, steps // 6)):
-            marks.append(f"{_memory() / 1e6:.1f}")
-    stream.accept(audio[:0], final=True)
-    transcript = sum(sys.getsizeof(t) + sum(map(sys.getsizeof, (t.start, t.end, t.confidence))) for t in stream.tokens)
+        if not keep and len(stream.tokens) > 1:  # the last one may still go on
+            found += len(stream.tokens) - 1
+            del stream.tokens[:-1]
+        done = (step + 1) / minute
+        if done in (1, minutes) or done % 10 == 0:
+            marks.append(f"{_memory() / 1e6:.1f} ({done:g})")
+    found += len(stream.tokens)
+    how = "kept" if keep else "dropped as they come"
     return (
-        f"memory in MB after 1, 10, 20, … 60 minutes: {' '.join(marks)}, of this at the end the {len(stream.tokens)} "
-        f"tokens that were recognised {transcript / 1e6:.1f}; CPU {time.process_time() - begun:.0f} s"
+        f"{found} tokens, {how}: memory in MB (after minutes) {', '.join(marks)}; "
+        f"CPU {time.process_time() - begun:.0f} s"
     )
 
 
@@ -207,14 +211,15 @@ def _memory() -> int:
     return 1024 * int(re.search(r"^VmRSS:\s*(\d+) kB", status, re.MULTILINE)[1])
 
 
-def hour_in_a_process(folder: Path, data_dir: Path) -> None:
+def last_long_in_a_process(folder: Path, data_dir: Path, minutes: int, keep: bool) -> None:
     """Only the stream is in memory there: for a graph neither torch nor ESPnet is loaded."""
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import exports; "
         "student = exports.LiveTranscriber(Path(sys.argv[2])).student; "
-        "print(exports.hour(student, exports.read_waves(Path(sys.argv[3]), student.rate)[1]))"
+        "waves = exports.read_waves(Path(sys.argv[3]), student.rate)[1]; "
+        "print(exports.last_long(student, waves, int(sys.argv[4]), sys.argv[5] == 'True'))"
     )
-    command = [sys.executable, "-c", code, str(Path(__file__).parent), str(folder), str(data_dir)]
+    command = [sys.executable, "-c", code, *map(str, (Path(__file__).parent, folder, data_dir, minutes, keep))]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     print(f"{folder}: {done.stdout.strip().splitlines()[-1]}")
 
@@ -233,7 +238,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     parser.add_argument("--data_dir", type=Path, required=True, help="its wav.scp names the utterances")
     parser.add_argument("--rounds", type=int, default=2, help="turns of each form on each utterance (default: 2)")
     parser.add_argument("--browser", type=int, default=0, metavar="N", help="so many files go to the page in Chromium")
-    parser.add_argument("--hour", action="store_true", help="give streams an hour of audio")
+    parser.add_argument("--minutes", type=int, default=0, metavar="N", help="streams get so many minutes of audio")
     args = parser.parse_args(argv)
     import torch
 
@@ -250,8 +255,9 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             chosen = dict(list(files.items())[:: max(1, len(files) // args.browser)][: args.browser])
             expected = {utt_id: result[0] for utt_id, result in zip(files, forms[0].results)}
             print(in_browser(folder, chosen, expected))
-        if kind == "stream" and args.hour:
-            hour_in_a_process(folder, args.data_dir)
+        if kind == "stream" and args.minutes:
+            for keep in (False, True):
+                last_long_in_a_process(folder, args.data_dir, args.minutes, keep)
 
 
 if __name__ == "__main__":

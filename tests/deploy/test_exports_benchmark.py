@@ -1,5 +1,6 @@
 """tests/benchmarks/exports.py: what it prints of equal and of other students."""
 
+import re
 import runpy
 from pathlib import Path
 
@@ -19,9 +20,9 @@ def data_dir(tmp_path_factory):
     return tiny_asr.data_dir(tmp_path_factory.mktemp("data"), {f"u{i}": tiny_asr.audio(1.5 + i, i) for i in range(3)})
 
 
-def rows(capsys):
+def rows(printed):
     """{form: cells} of the table that was printed."""
-    lines = [line.strip("|").split("|") for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
+    lines = [line.strip("|").split("|") for line in printed.splitlines() if line.startswith("|")]
     return {cells[0]: dict(zip(lines[0], cells)) for cells in lines[2:]}
 
 
@@ -30,7 +31,7 @@ def test_forms_of_a_student_and_another_student(tmp_path, data_dir, capsys):
     asr_kd_export.main(["--expdir", str(experiment), "--format", "espnet", "onnx", "sherpa"])
     places = [str(experiment / f"export{form}") for form in ("", "_onnx", "_sherpa")]
     main([*places, "--data_dir", str(data_dir), "--rounds", "1"])
-    found = rows(capsys)
+    found = rows(capsys.readouterr().out)
     assert list(found) == ["ESPnet", "onnx", "sherpa"] and found["ESPnet"]["CPU time / ESPnet's"] == "1.00"
     assert found["onnx"]["same text"] == "3 of 3" and float(found["onnx"]["largest difference"]) < 1e-4
     # A random model notices that sherpa-onnx takes the mean out of the audio; its text is compared all the same.
@@ -38,16 +39,21 @@ def test_forms_of_a_student_and_another_student(tmp_path, data_dir, capsys):
 
     other = tiny_students.experiment(tmp_path / "other", normalize=None, sharpen=20.0)
     main([str(other), places[1], "--data_dir", str(data_dir), "--rounds", "1"])
-    found = rows(capsys)
+    found = rows(capsys.readouterr().out)
     assert found["onnx"]["same text"] == "0 of 3" and float(found["onnx"]["largest difference"]) > 0.1
 
 
 def test_streams(tmp_path, data_dir, capsys):
     experiment = tiny_students.experiment(tmp_path / "exp", "contextual_block_conformer", "global_mvn", sharpen=20.0)
     asr_kd_export.main(["--expdir", str(experiment), "--format", "stream"])
-    main([str(experiment), str(experiment / "export_stream"), "--data_dir", str(data_dir), "--rounds", "1"])
-    found = rows(capsys)
+    command = [str(experiment), str(experiment / "export_stream"), "--data_dir", str(data_dir), "--rounds", "1"]
+    main([*command, "--minutes", "1"])
+    printed = capsys.readouterr().out
+    found = rows(printed)
     assert list(found) == ["ESPnet", "ESPnet, on a stream", "stream"]
+    counts = re.findall(r"(\d+) tokens, (kept|dropped .*): memory in MB \(after minutes\) [\d.]+ \(1\);", printed)
+    assert [how for _, how in counts] == ["dropped as they come", "kept"]
+    assert counts[0][0] == counts[1][0] > "0"  # the same text, whether it is kept or not
     for form in ("ESPnet, on a stream", "stream"):
         assert found[form]["same text"] == "3 of 3" and float(found[form]["largest difference"]) < 1e-4
         first, last, _ = found[form]["latency: first, last, all"].removesuffix(" ms").split(", ")

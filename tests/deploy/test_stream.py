@@ -149,6 +149,14 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys, caplog):
         asr_kd_transcribe.main([*command, str(tmp_path / "a.wav")])
     assert capsys.readouterr().out == f"{stream.text.strip()}\n"
     assert "latency of the first token" in caplog.text and "real-time factor" in caplog.text
+    terminal = io.StringIO()  # which shows both
+    handler = logging.StreamHandler(terminal)
+    logging.getLogger().addHandler(handler)
+    with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
+        patch.setattr(sys, "stdout", terminal)
+        asr_kd_transcribe.main([*command, str(tmp_path / "a.wav")])
+    logging.getLogger().removeHandler(handler)
+    assert stream.text.strip() in terminal.getvalue().splitlines()  # no message in the line of the text
     raw = (wave * 32768).astype("<i2").tobytes()
     for content in ((tmp_path / "a.wav").read_bytes(), raw):
         monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BufferedReader(io.BytesIO(content))}))
