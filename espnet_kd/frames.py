@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
-from numbers import Real
+from numbers import Integral, Real
 from typing import Any, Mapping, Optional, Sequence, Tuple, overload
 
 import numpy as np
@@ -88,7 +88,7 @@ def _is_finite(x: Tensor) -> bool:
 #: Option of ``select`` → whether a value will do, and what it must be.
 _OPTIONS = {
     "n": (
-        lambda v: isinstance(v, (int, np.integer)) and _is_number(v) and v >= 0,
+        lambda v: isinstance(v, Integral) and _is_number(v) and int(v) >= 0,
         "a whole number of frames, at least 0",
     ),
     "theta": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
