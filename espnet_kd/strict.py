@@ -60,7 +60,7 @@ def check_type(value: Any, hint: Any, where: str) -> None:
     if isinstance(value, str) and fits(0.5, hint):
         with contextlib.suppress(ValueError):  # 1e-3 is no number to YAML, 1.0e-3 is one
             trap = f" (YAML takes that for text: write {to_yaml(float(value))})"
-    raise UserError(f"{where}: expected {describe(hint)}, found {value!r}{trap}")
+    raise UserError(f"{where}: expected {describe_type(hint)}, found {value!r}{trap}")
 
 
 def fits(value: Any, hint: Any) -> bool:
@@ -91,15 +91,15 @@ def fits(value: Any, hint: Any) -> bool:
     return origin in (Any, object) or not isinstance(origin, type) or not isinstance(value, tuple(_NAMES))
 
 
-def describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """An annotation in words."""
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe(h) for h in inner))
+        return " or ".join(dict.fromkeys(describe_type(h) for h in inner))
     if origin is Literal:
         return "one of " + ", ".join(map(repr, inner))
     if origin in _LISTS:
-        return "a list" + (f", each {describe(inner[0])}" if len(set(inner) - {Ellipsis, Any}) == 1 else "")
+        return "a list" + (f", each {describe_type(inner[0])}" if len(set(inner) - {Ellipsis, Any}) == 1 else "")
     if origin in _MAPPINGS:
         return "a mapping"
     return _NAMES.get(origin, getattr(origin, "__name__", str(origin)))

@@ -53,7 +53,7 @@ def measure(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     data = models.batch(utts, seconds, vocabulary)
-    plain = models.build(models.config(vocabulary, student))
+    plain = models.random_model(models.config(vocabulary, student))
     page = load_page(method)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)

@@ -47,7 +47,7 @@ def median(values: List[float]) -> float:
     return statistics.median(values)
 
 
-def peak_memory(run: Callable[..., Any], *args: Any) -> int:
+def peak_memory_of(run: Callable[..., Any], *args: Any) -> int:
     """Most memory in bytes that ``run(*args)`` held, in a fresh process of its own; on a GPU, what it allocated there.
 
     Raises:

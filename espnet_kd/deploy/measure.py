@@ -136,7 +136,7 @@ def measure(folder: Path, data_dir: Path) -> Dict[str, Any]:
     }
 
 
-def table(rows: Sequence[Dict[str, Any]]) -> Tuple[Sequence[str], List[Sequence[str]]]:
+def exports_table(rows: Sequence[Dict[str, Any]]) -> Tuple[Sequence[str], List[Sequence[str]]]:
     """Head and lines of text of rows of exports.json."""
     head = ("form", "test set", "size", "memory", "loading", "first result", "latency", "real-time factor")
 

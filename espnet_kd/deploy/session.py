@@ -35,7 +35,7 @@ def onnx_session(model: Any, threads: int = 1) -> Any:
         raise UserError(f"onnxruntime cannot load {name}: {str(e).splitlines()[0]}") from e
 
 
-def pad(waves: Waves) -> np.ndarray:
+def pad_waves(waves: Waves) -> np.ndarray:
     """(B, N) float32 of utterances (N_i,), with zeros; N is 1 or more."""
     padded = np.zeros((len(waves), max(1, *(len(w) for w in waves))), dtype=np.float32)
     for row, wave in zip(padded, waves):
@@ -48,7 +48,7 @@ def run_of(session: Any) -> Run:
 
     def run(waves: Waves) -> List[np.ndarray]:
         lengths = np.array([len(w) for w in waves], dtype=np.int64)
-        log_probs, frames = session.run(None, {"speech": pad(waves), "speech_lengths": lengths})
+        log_probs, frames = session.run(None, {"speech": pad_waves(waves), "speech_lengths": lengths})
         return [row[:n] for row, n in zip(log_probs, frames)]
 
     return run

@@ -12,7 +12,7 @@ from typing import Any, Dict, Optional
 from espnet_kd.cli import UserError
 from espnet_kd.deploy import sherpa, web
 from espnet_kd.deploy.backends import ABOUT, MODEL
-from espnet_kd.deploy.forms import Built, build
+from espnet_kd.deploy.forms import Built, build_form
 from espnet_kd.deploy.student import Student
 from espnet_kd.distill.export import TOKEN_MODEL
 from espnet_kd.files import replacing_directory, sha256_of
@@ -54,7 +54,7 @@ def write_form(student: Student, form: str, out: Path, options: Options) -> Path
         UserError: the student cannot be exported exactly, or ``out`` holds something else.
     """
     options.check()
-    built = build(
+    built = build_form(
         student, form, max_seconds=options.max_seconds, opset=options.opset, quantize=options.quantize
     )
     with replacing_directory(out, FILES[form], f"an export for {form}") as part:
@@ -63,7 +63,7 @@ def write_form(student: Student, form: str, out: Path, options: Options) -> Path
             web.write_page(part, options.ort_web)
         else:
             _write_tokens(part, student, form)
-        about = describe(student, built, form, options)
+        about = describe_export(student, built, form, options)
         files = sorted(p for p in part.rglob("*") if p.is_file())
         about["files"] = {str(p.relative_to(part)): sha256_of(p) for p in files}
         text = json.dumps(about, indent=2, ensure_ascii=False)
@@ -86,7 +86,7 @@ def _space(student: Student) -> str:
     return getattr(student.args, "space_symbol", "<space>")
 
 
-def describe(student: Student, built: Built, form: str, options: Options) -> Dict[str, Any]:
+def describe_export(student: Student, built: Built, form: str, options: Options) -> Dict[str, Any]:
     """The contents of student.json, without the list of files."""
     versions = {}
     for package in ("torch", "espnet", "espnet_kd", "onnx", "onnxruntime"):

@@ -49,7 +49,7 @@ def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> P
     """
     config_file, model_file = find_experiment(experiment)
     out = output_dir or config_file.parent / "export"
-    config, state = plain_student(config_file, load_state(model_file))
+    config, state = without_distillation(config_file, load_state(model_file))
     # Options that only training needs, and files that the user of the model does not have.
     config.update(output_dir=str(out), init_param=[], resume=False)
     with replacing_directory(out, FILES) as part:
@@ -148,7 +148,9 @@ def _write_zip(f: Any, part: Path, out: Path) -> None:
                 add(path.name, path.read_bytes())
 
 
-def plain_student(config_file: Path, state: Dict[str, torch.Tensor]) -> Tuple[Dict[str, Any], Dict[str, torch.Tensor]]:
+def without_distillation(
+    config_file: Path, state: Dict[str, torch.Tensor]
+) -> Tuple[Dict[str, Any], Dict[str, torch.Tensor]]:
     """Configuration and parameters of the plain student, as converted by the objectives of the KD stage.
 
     Raises:

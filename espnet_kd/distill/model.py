@@ -21,7 +21,7 @@ from espnet_kd.distill.plan import Moment, Plan
 from espnet_kd.distill.schedule import Progress, Weight
 from espnet_kd.inference.encode import EncoderOutputs, encode, measure_frame_shift, recording_decoder
 from espnet_kd.losses.common import full_precision
-from espnet_kd.targets.loading import BROUGHT, Brought, Part
+from espnet_kd.targets.loading import BROUGHT, Brought, ReadPart
 from espnet_kd.targets.nbest import Hypotheses
 from espnet_kd.targets.teacher import Teacher
 from espnet_kd.topk import NotKept
@@ -181,9 +181,9 @@ class ESPnetASRKDModel(ESPnetASRModel):
         stats["loss"] = loss.detach()
         return force_gatherable((loss, stats, batch_size), loss.device)
 
-    def parts(self, train: bool) -> List[Part]:
+    def parts(self, train: bool) -> List[ReadPart]:
         """The taps that the parts of the training, or validation, need (`espnet_kd.targets.loading`)."""
-        found: List[Part] = []
+        found: List[ReadPart] = []
         for phase, terms in zip(self.plan.phases, self.terms):
             taps = [o.teacher_taps for _, o, _ in terms if o.uses_teacher]
             reads = tuple(sorted({t for each in taps for t in each})) if taps else None

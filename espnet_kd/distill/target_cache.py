@@ -83,7 +83,7 @@ def _write(args: argparse.Namespace, output: Path, job: int, jobs: int, device: 
         writer.remove(output)
     writer.write_manifest(output, manifest, recogniser.token_list)
     if jobs == 1:
-        writer.remove_leftovers(output)
+        writer.remove_cache_leftovers(output)
     mine = list(enumerate(shards))[job - 1 :: jobs]
     with tqdm(total=sum(len(u) for _, u in mine), unit="utt", desc=output.name) as bar:
         written = writer.write_shards(

@@ -16,7 +16,7 @@ History = Dict[int, Dict[str, Dict[str, float]]]
 
 
 @dataclass
-class Part:
+class StageHistory:
     """A KD stage of a training: its number in the page, its first and last epoch, and their statistics.
 
     A KD stage may begin within an epoch, which then is the last one of the KD stage before, too.
@@ -34,7 +34,7 @@ class Part:
         return str(self.first) if self.first == last else f"{self.first}–{last}"
 
 
-def read_parts(expdir: Path) -> List[Part]:
+def read_parts(expdir: Path) -> List[StageHistory]:
     """The KD stages of an experiment that is one training, as far as it is trained.
 
     [] where there is no such record, and where each KD stage was a training of its own (:func:`read_stages`).
@@ -42,7 +42,7 @@ def read_parts(expdir: Path) -> List[Part]:
     try:
         record = json.loads((expdir / "kd_stage.json").read_text(encoding="utf-8"))
         places = [(int(s["kd_stage"]), *map(int, s["epochs"])) for s in record["stages"]]
-        parts = [Part(number, first, last, {}) for number, first, last in places]
+        parts = [StageHistory(number, first, last, {}) for number, first, last in places]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     history = read_history(expdir) or {}

@@ -17,10 +17,10 @@ from espnet_kd.strict import check_mapping
 
 PORTABLE = "espnet_kd_portable"
 LAYER = "preencoder.linear_out"
-State = Dict[str, torch.Tensor]
+StateDict = Dict[str, torch.Tensor]
 
 
-def can_fold(config: Dict[str, Any], state: State) -> bool:
+def can_fold(config: Dict[str, Any], state: StateDict) -> bool:
     """Whether a model's normalisation can become a layer.
 
     ESPnet's streaming search has no pre-encoder between features and a contextual-block encoder.
@@ -35,7 +35,7 @@ def can_fold(config: Dict[str, Any], state: State) -> bool:
     )
 
 
-def fold(config: Dict[str, Any], state: State) -> Tuple[Dict[str, Any], State]:
+def fold(config: Dict[str, Any], state: StateDict) -> Tuple[Dict[str, Any], StateDict]:
     """Configuration and parameters that compute the same without a statistics file; see :func:`can_fold`."""
     conf = {k: v for k, v in (config.get("normalize_conf") or {}).items() if k != "stats_file"}
     mean, std = (state[f"normalize.{name}"].double() for name in ("mean", "std"))
@@ -74,6 +74,6 @@ def unfold_config(config: Dict[str, Any], where: str) -> Dict[str, Any]:
     return plain
 
 
-def unfold_state(state: State) -> State:
+def unfold_state(state: StateDict) -> StateDict:
     """The inverse of :func:`fold` for the parameters."""
     return {k: v for k, v in state.items() if not k.startswith(f"{LAYER}.")}

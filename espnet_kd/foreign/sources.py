@@ -133,7 +133,7 @@ def is_imported(output_dir: Path, record: Mapping[str, Any]) -> bool:
     return (output_dir / "model.pth").is_file()
 
 
-def read_json(path: Path) -> Dict[str, Any]:
+def read_mapping(path: Path) -> Dict[str, Any]:
     """The mapping in a JSON file (:class:`UserError`: unreadable, or something else)."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

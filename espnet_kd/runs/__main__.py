@@ -76,7 +76,7 @@ def check_gpus(job: Job) -> None:
     here = cmd.is_file() and re.search(r"^[^#\n]*cuda_cmd=.*run_local", cmd.read_text(encoding="utf-8"), re.MULTILINE)
     if here and job.settings["ngpu"] != "0":
         # In a process of its own, for it imports torch.
-        check = f"from espnet_kd import cli; cli.run(lambda _: cli.check_gpus({int(job.settings['ngpu'])}))"
+        check = f"from espnet_kd import cli; cli.run(lambda _: cli.check_ngpu({int(job.settings['ngpu'])}))"
         code = subprocess.run([sys.executable, "-c", check]).returncode
         if code:
             sys.exit(code)

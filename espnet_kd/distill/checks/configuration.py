@@ -16,7 +16,7 @@ from espnet2.utils.types import float_or_none, int_or_none, str2bool, str_or_non
 
 from espnet_kd.cli import UserError
 from espnet_kd.experiments.models import read_config
-from espnet_kd.strict import check_mapping, check_type, describe, nearest, parameters, takes_anything
+from espnet_kd.strict import check_mapping, check_type, describe_type, nearest, parameters, takes_anything
 
 #: What an option's converter makes of a word, as annotations. YAML's numbers serve as words.
 _TYPES: Dict[Any, Any] = {
@@ -68,7 +68,7 @@ def _check_option(action: argparse.Action, value: Any, where: str) -> None:
         try:
             value = action.type(value)  # type: ignore[operator]  # a string would name a type of the parser; none has
         except (ValueError, TypeError, argparse.ArgumentTypeError) as e:
-            wanted = describe(hint) if hint else "another value"
+            wanted = describe_type(hint) if hint else "another value"
             raise UserError(f"{where}: expected {wanted}, found {value!r}") from e
     elif hint is not None and (value is not None or action.default is not None):
         # ESPnet takes one value for a list of one.
