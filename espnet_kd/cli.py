@@ -62,7 +62,7 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
         raise UserError(f"--batch_seconds is {seconds}; it must be a number above 0")
 
 
-def check_ngpu(ngpu: int) -> None:
+def check_gpus(ngpu: int) -> None:
     """Refuse more GPUs than torch can use on this machine (:class:`UserError`)."""
     import torch
 

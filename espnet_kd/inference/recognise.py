@@ -38,7 +38,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from espnet_kd.cli import UserError, check_ngpu
+from espnet_kd.cli import UserError, check_gpus
 from espnet_kd.data.audio import read_audio_info, read_samples
 from espnet_kd.data.datadir import read_map
 from espnet_kd.experiments.audio_options import sampling_rate, takes_audio, volume
@@ -188,7 +188,7 @@ def choose_device(args: argparse.Namespace) -> str:
     Raises:
         UserError: there is no GPU.
     """
-    check_ngpu(args.ngpu)
+    check_gpus(args.ngpu)
     args.search_jobs = args.nj if args.ngpu else 0
     if args.ngpu:
         args.nj = 1  # parallel batches do not speed up a GPU; recipes pass both options

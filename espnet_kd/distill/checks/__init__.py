@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 from typing import TYPE_CHECKING, Optional
 
-from espnet_kd.cli import UserError, check_ngpu
+from espnet_kd.cli import UserError, check_gpus
 from espnet_kd.distill.checks.data import check_files, check_teachers
 from espnet_kd.distill.checks.options import check_requirements
 from espnet_kd.distill.checks.training import check_criteria, check_disk, check_teacher_speaks, check_text_lengths
@@ -33,7 +33,7 @@ def check_command(args: argparse.Namespace) -> None:
         UserError: naming the option, the file and the utterances.
     """
     if args.dist_launcher is None:
-        check_ngpu(args.ngpu)
+        check_gpus(args.ngpu)
     if args.max_epoch < 1:
         raise UserError(f"--max_epoch is {args.max_epoch}; it must be 1 or more")
     check_files(args)
