@@ -1,12 +1,12 @@
-"""``python -m espnet_kd`` in the place of ``python``, so that ESPnet's own scripts distil without being edited.
+"""Use ``python -m espnet_kd`` in place of ``python``, so that ESPnet's own scripts distil without being edited.
 
 Example, in a recipe of an ESPnet checkout:
     ./asr.sh --python "python3 -m espnet_kd" --asr_tag student \\
         --asr_args "--teacher exp/asr_teacher --kd_config progressive_fkl" <options of the recipe>
 
 ``-m espnet2.bin.asr_train`` with --teacher or --kd_config among its arguments becomes
-``-m espnet_kd.bin.asr_kd_train``. Everything else, also asr_train without these options, goes on to the same
-interpreter as it came. Options of the KD training: python -m espnet_kd.bin.asr_kd_train --help
+``-m espnet_kd.bin.asr_kd_train``. Everything else, also asr_train without these options, is passed to the same
+interpreter unchanged. Options of the KD training: python -m espnet_kd.bin.asr_kd_train --help
 """
 
 # ESPnet's scripts start this before every command, and read the standard output of some: nothing is imported here that

@@ -1,6 +1,6 @@
-"""What every command shares: errors a user can act on, exit codes, log format.
+"""Shared code of all commands: errors for the user, exit codes, log format.
 
-Exit codes: 0 done · 1 the user can mend it (one line ``error: …``) · 2 wrong command line
+Exit codes: 0 done · 1 an error that the user can correct (one line ``error: …``) · 2 wrong command line
 (argparse) · 130 interrupted with Ctrl-C.
 """
 
@@ -17,14 +17,14 @@ from typing import Callable, Collection, NoReturn, Optional, Sequence
 
 
 class UserError(Exception):
-    """A mistake of the user; the message states what is wrong, where, and what to do."""
+    """An error that the user can correct. The message says what is wrong, where, and what to do."""
 
 
 def refuse_empty(args: argparse.Namespace, may_be: Collection[str] = ()) -> None:
-    """Refuse options, or parts of lists, that are empty: ``--out ""`` comes of an unset variable, and means the root.
+    """Refuse empty options and list items: ``--out ""`` is the result of an unset variable.
 
     Args:
-        may_be: names of options of which that means something.
+        may_be: names of options that may be empty.
 
     Raises:
         UserError: naming the option.
@@ -36,20 +36,20 @@ def refuse_empty(args: argparse.Namespace, may_be: Collection[str] = ()) -> None
 
 
 def add_batch_options(parser: argparse.ArgumentParser, *, nj: str, force: str, ngpu: str = "") -> None:
-    """Add ``--ngpu --batch_seconds --nj --force``, which every command that runs a model over data dirs has.
+    """Add ``--ngpu --batch_seconds --nj --force``, the options of every command that runs a model over data dirs.
 
     Args:
-        nj, force: the help of these, which differs.
-        ngpu: what the help of ``--ngpu`` adds.
+        nj, force: the help texts of these options.
+        ngpu: an addition to the help text of ``--ngpu``.
     """
     parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help=f"0: CPU, 1: GPU{ngpu}")
-    parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio in a batch, padding included")
+    parser.add_argument("--batch_seconds", type=float, default=60.0, help="seconds of audio in a batch, with padding")
     parser.add_argument("--nj", type=int, default=1, help=nj)
     parser.add_argument("--force", action="store_true", help=force)
 
 
 def check_positive(args: argparse.Namespace, *names: str) -> None:
-    """Refuse those of the options ``names`` that are below 1, and a ``--batch_seconds`` that is no number above 0.
+    """Refuse options ``names`` below 1, and a ``--batch_seconds`` that is not a number above 0.
 
     Raises:
         UserError: naming the option.
@@ -63,7 +63,7 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
 
 
 def check_gpus(ngpu: int) -> None:
-    """Refuse more GPUs than this machine has for use (:class:`UserError`)."""
+    """Refuse more GPUs than torch can use on this machine (:class:`UserError`)."""
     import torch
 
     usable = torch.cuda.device_count() if ngpu else 0
@@ -90,7 +90,7 @@ def refusal(error: BaseException) -> Optional[str]:
 
 
 def run(main: Callable[[Optional[Sequence[str]]], None]) -> NoReturn:
-    """Call ``main(None)`` (arguments from the shell) and leave with the exit code of the module's docstring."""
+    """Call ``main(None)`` (arguments from the shell) and exit with a code of the module's docstring."""
     logging.basicConfig(
         level=logging.INFO,
         stream=sys.stderr,
@@ -116,5 +116,5 @@ def run(main: Callable[[Optional[Sequence[str]]], None]) -> NoReturn:
 
 
 def command() -> NoReturn:
-    """Run the module of ``espnet_kd.bin`` that bears the name of the installed command (see setup.py)."""
+    """Run the module of ``espnet_kd.bin`` with the name of the installed command (see setup.py)."""
     run(importlib.import_module(f"espnet_kd.bin.{Path(sys.argv[0]).stem}").main)

@@ -1,4 +1,4 @@
-"""Distillation from Python, in the manner of ``espnetez.Trainer``: a script or a notebook instead of run.sh.
+"""Distillation from a Python script or notebook, with an interface like ``espnetez.Trainer``.
 
     distiller = Distiller("train_student.yaml", "exp/student", "exp/stats", teacher="exp/teacher", method="kl",
         data_info={"speech": ("wav.scp", "sound"), "text": ("text", "text")},
@@ -6,7 +6,7 @@
     distiller.collect_stats()
     export = distiller.train()
 
-egs2/TEMPLATE/distil_from_python.py is a whole script.
+egs2/TEMPLATE/distil_from_python.py is a complete script.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from espnet_kd.files import PathLike, replacing
 
 
 class Distiller:
-    """A student, its teacher and method; what ``espnetez.Trainer`` calls by a name is called so here."""
+    """A student with its teacher and method. Arguments have the names of ``espnetez.Trainer``."""
 
     def __init__(
         self,
@@ -37,15 +37,15 @@ class Distiller:
         teacher: Union[PathLike, Sequence[PathLike]] = (),
         **options: Any,
     ) -> None:
-        """Take the student's ESPnet configuration (a YAML file or its content), and where everything is.
+        """Take the student's ESPnet configuration (a YAML file or its content), and all paths.
 
         Args:
             train_config: without the data, without ESPnet's defaults: what a ``train_student.yaml`` holds.
-            output_dir: gets the student; the same again continues a run that was stopped.
-            stats_dir: gets, or holds, the statistics.
+            output_dir: directory of the student; a run that was stopped is resumed there.
+            stats_dir: directory of the statistics.
             method: page by name (of conf/methods) or path.
             data_info: {name: (file in the dump directories, type)}; no ``text`` for a method without labels.
-            teacher: experiments ``EXP[/FILE.pth]``, one or several; none where the method has none.
+            teacher: one or more experiments ``EXP[/FILE.pth]``; none for a method without a teacher.
             options: further options of ``asr_kd_train``, such as ``token_list``, ``max_epoch``, ``ngpu``.
         """
         self.output_dir, self.stats_dir, self._config = Path(output_dir), Path(stats_dir), train_config
@@ -60,7 +60,7 @@ class Distiller:
 
     def collect_stats(self) -> None:
         """Write shapes and feature statistics to ``stats_dir``: ``train/feats_stats.npz`` is what global_mvn reads."""
-        # Without the normalisation, which would read what is made here.
+        # Without the normalisation, which would read the statistics that are made here.
         _train([*self._options(self.stats_dir), "--collect_stats", "true", "--normalize", "none"])
 
     def train(self) -> Path:

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: write beside, then rename into place. Directories held by one run at a time."""
+"""Files that are whole or absent (written to a temporary file, then renamed), and locks on directories."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ PathLike = Union[str, Path]
 def replacing(path: PathLike, mode: str = "w", sync: bool = True) -> Iterator[IO]:
     """Open a temporary file beside ``path`` and rename it to ``path`` when the block ends well.
 
-    Text is UTF-8. A kill or an exception leaves the old file, or none, never half of the new one; nor does a power cut,
-    unless ``sync`` is off, which saves milliseconds a file where there are very many.
+    Text is UTF-8. A kill or an exception leaves the old file, or none, but never half of the new one. The same
+    holds for a power cut unless ``sync`` is off, which saves milliseconds per file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -48,14 +48,14 @@ def replacing(path: PathLike, mode: str = "w", sync: bool = True) -> Iterator[IO
 
 @contextlib.contextmanager
 def replacing_directory(out: PathLike, files: Collection[str], what: str = "an export") -> Iterator[Path]:
-    """Give an empty directory beside ``out``, and put it in the place of ``out`` when the block ends well.
+    """Yield an empty directory beside ``out``, and rename it to ``out`` when the block ends well.
 
     Args:
-        files: what a directory of this kind consists of; one that holds anything else is not replaced.
-        what: the kind, for the message.
+        files: names of the files in a directory of this kind; a directory with other files is not replaced.
+        what: the kind of directory, for the message.
 
     Raises:
-        UserError: ``out`` is a file, or holds something else, which would be lost.
+        UserError: ``out`` is a file, or has other files, which would be lost.
     """
     out = Path(out)
     if out.exists() and not out.is_dir():
@@ -93,7 +93,7 @@ def sha256_of(path: PathLike) -> str:
 
 
 def read_settings(path: Path) -> Any:
-    """The content of a JSON file; an empty dict, which equals no settings, where it is missing or damaged."""
+    """Read a JSON file of settings; an empty dict, which equals no settings, if it is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError):
@@ -101,14 +101,14 @@ def read_settings(path: Path) -> Any:
 
 
 def remove_leftovers(path: PathLike) -> None:
-    """Remove what a killed :func:`replacing` left beside ``path``; nobody may be writing it now."""
+    """Remove the temporary files of a killed :func:`replacing` of ``path``. No other process may be writing it."""
     path = Path(path)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.????????"):
         leftover.unlink(missing_ok=True)
 
 
 def check_writable(directory: PathLike) -> None:
-    """Refuse a directory, there or yet to be made, that cannot be written (:class:`UserError`); before work for it."""
+    """Refuse a directory that cannot be written or created (:class:`UserError`), before the work for it begins."""
     place = next(p for p in (Path(directory).absolute(), *Path(directory).absolute().parents) if p.exists())
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
         raise UserError(f"cannot write into {directory}; choose another directory, or change its permissions")
@@ -118,15 +118,15 @@ def check_writable(directory: PathLike) -> None:
 def locked(
     directory: PathLike, option: str = "--output_dir", *, part: str = "", shared: bool = False
 ) -> Iterator[None]:
-    """Hold ``directory``, which is made where it is missing, for this run: two at once would overwrite each other.
+    """Lock ``directory``, which is created if it is missing, so that no two runs write into it at the same time.
 
     Args:
-        option: what the user calls it, for the message.
-        part: hold a part of it alone, of this name.
-        shared: together with others who share it.
+        option: its option, for the message.
+        part: lock only the part of this name.
+        shared: a shared lock, which several runs may have at the same time.
 
     Raises:
-        UserError: another run holds it, or it cannot be locked.
+        UserError: another run has the lock, or the directory cannot be locked.
     """
     directory = Path(directory)
     with contextlib.ExitStack() as stack:

@@ -21,13 +21,13 @@ class Copied(Protocol):
         """Wait until the copy is finished."""
 
 
-class Later:
-    """Call a function if a flag is True: on a CPU at once, on a GPU when the flag has been copied to the host."""
+class _Pending:
+    """Flags on a GPU, each with a function to call if it is True, that are being copied to the host."""
 
     def __init__(self) -> None:
         self._pending: Deque[Tuple[Copied, Tensor, Callable[[], None]]] = deque()
 
-    def __call__(self, flag: Tensor, act: Callable[[], None]) -> None:
+    def add(self, flag: Tensor, act: Callable[[], None]) -> None:
         """Check all earlier flags that have been copied, and ``flag``, a scalar, or begin to copy it.
 
         What ``act`` raises is raised here; for an earlier flag it is the ``act`` of the earlier call.
@@ -48,10 +48,6 @@ class Later:
             if here:
                 act()
 
-    def clear(self) -> None:
-        """Forget all flags that have not been copied yet."""
-        self._pending.clear()
-
     def finish(self) -> None:
         """Wait for all flags, and check them."""
         while self._pending:
@@ -59,18 +55,23 @@ class Later:
             self.look()
 
 
-class LateCheck:
-    """``check(wrong, message)`` raises ValueError with the message if the tensor ``wrong`` is True."""
+class Later(_Pending):
+    """Call a function if a flag is True: on a CPU at once, on a GPU when the flag has been copied to the host."""
 
-    def __init__(self) -> None:
-        self._later = Later()
+    def __call__(self, flag: Tensor, act: Callable[[], None]) -> None:
+        """Check ``flag``, a scalar, now or later, and call ``act`` if it is True."""
+        self.add(flag, act)
+
+
+class LateCheck(_Pending):
+    """``check(wrong, message)`` raises ValueError with the message if the tensor ``wrong`` is True, now or later."""
 
     def __call__(self, wrong: Tensor, message: Callable[[], str]) -> None:
-        """See :class:`Later`; the message is made only if it is needed."""
-        self._later(wrong, lambda: self._refuse(message))
+        """Check ``wrong``, a scalar; the message is made only if it is needed."""
+        self.add(wrong, lambda: self._refuse(message))
 
     def _refuse(self, message: Callable[[], str]) -> NoReturn:
-        self._later.clear()  # the other flags are most likely of the same fault
+        self._pending.clear()  # the other flags are most likely of the same fault
         raise ValueError(message())
 
 

@@ -1,8 +1,8 @@
-"""Imports that wait until what they import is used.
+"""Lazy imports: a library is imported when it is first used.
 
-While :func:`importing_lazily` is on, chosen packages get a stand-in for each chosen library that they import, which
-imports the library when an attribute of it is first used. Only the importing module's own name refers to the stand-in:
-it is never in ``sys.modules``, no library is changed, and every other importer gets the library itself.
+Inside :func:`importing_lazily`, chosen packages get a proxy for each chosen library that they import. The proxy imports
+the library when one of its attributes is first used. Only the importing module refers to the proxy: it is never in
+``sys.modules``, no library is changed, and all other modules get the library itself.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from typing import Any, Collection, ContextManager, Iterator, Mapping, Optional,
 
 
 class Deferred:
-    """A module, or an object inside one, that is imported when it is used."""
+    """A proxy for a module, or an object in one, that is imported when it is used."""
 
     def __init__(self, window: _Window, module: str, path: Tuple[str, ...] = ()):
         self._window, self._module, self._path = window, module, path
@@ -56,7 +56,7 @@ class Deferred:
 
 
 class _Window:
-    """``__import__`` for the time in which imports may wait."""
+    """A replacement of ``__import__`` that defers imports."""
 
     def __init__(
         self,
@@ -71,12 +71,12 @@ class _Window:
         self._asked: Set[str] = set()
 
     def inside(self, module: str) -> ContextManager[None]:
-        """The time in which a deferred module is imported, whose own imports may wait in turn."""
+        """The context in which a deferred module is imported; its own imports may be deferred too."""
         waiting = self._inside.get(module)
         return importing_lazily([module], dict.fromkeys(waiting, ())) if waiting else contextlib.nullcontext()
 
     def load(self, module: str) -> types.ModuleType:
-        """Import ``module``, and of what is inside it whatever an import statement has named."""
+        """Import ``module`` and those of its submodules that an import statement has named."""
         # Should it be needed before the block is left: what it imports of itself is the real thing.
         self._covered -= {name for name in self._covered if is_inside(name, module) or is_inside(module, name)}
         for name in sorted(name for name in self._asked if is_inside(name, module)):
@@ -84,7 +84,7 @@ class _Window:
         return importlib.import_module(module)
 
     def __call__(self, name: str, globals: Any = None, locals: Any = None, fromlist: Any = (), level: int = 0) -> Any:
-        """``__import__``: a stand-in where one of the importers asks for a covered module that is not loaded."""
+        """``__import__``: return a proxy if one of the importers imports a covered module that is not loaded."""
         importer = (globals or {}).get("__name__", "").partition(".")[0]
         if level == 0 and importer in self._importers:
             substitute = self._substitutes.get(name)
@@ -125,11 +125,11 @@ def importing_lazily(
     """Let the packages ``importers`` import the modules ``deferred``, and all inside these, on first use.
 
     Args:
-        importers: top-level packages; who else imports in the meantime is not concerned.
-        deferred: {dotted name: what it may import on first use in its turn}; a module that cannot be found is imported
-            at once, and fails as it would.
-        substitutes: {module: object with some of its names}, given instead of the module to an importer that asks for
-            these names alone.
+        importers: top-level packages whose imports are deferred; other packages import as usual.
+        deferred: {dotted name: modules whose import it may defer in turn}; a module that cannot be found is imported at
+            once, and fails as usual.
+        substitutes: {module: object with some of its names}, which replaces the module for an importer that imports
+            only these names.
     """
     window = _Window(importers, deferred, substitutes or {})
     builtins.__import__ = window

@@ -1,9 +1,9 @@
 """ESPnet's ASR task, imported fast and without touching the network; import it from here, before other parts of ESPnet.
 
-ESPnet imports a phonemizer (which would download NLTK data), Transformers, S3PRL, text-to-speech and more, whatever the
-configuration, and has typeguard rewrite each of its functions: most of the time that a process took to start. Here
-these libraries wait until a configuration uses them, and ESPnet's functions do not check their arguments' types: what a
-user writes is checked by :mod:`espnet_kd.distill.checks.configuration`.
+With any configuration, ESPnet imports a phonemizer (which would download NLTK data), Transformers, S3PRL,
+text-to-speech and more, and typeguard rewrites each of its functions; this took most of the start-up time. Here these
+libraries are imported when a configuration uses them, and ESPnet's functions do not check the types of their arguments:
+the user's options are checked by :mod:`espnet_kd.distill.checks.configuration`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 
 from espnet_kd.lazy import importing_lazily
 
-#: What ESPnet's ASR task imports and few configurations use. Not flash_attn: whether it works shows on import alone.
+#: Imports of ESPnet's ASR task that few configurations use. Not flash_attn: only its import shows whether it works.
 DEFERRED = {
     **dict.fromkeys(("g2p_en", "tacotron_cleaner", "whisper", "transformers", "s3prl", "loralib", "wandb"), ()),
     **dict.fromkeys(("scipy.signal", "music21", "miditoolkit"), ()),
@@ -37,11 +37,11 @@ with importing_lazily(
 
 
 class ASRTask(asr.ASRTask):
-    """ESPnet's, whose models know the width of the features that they are fed with."""
+    """ESPnet's ASR task; its models have the attribute ``input_size``, the width of their input features."""
 
     @classmethod
     def build_model(cls, args: argparse.Namespace) -> ESPnetASRModel:
-        """ESPnet's model; its attribute ``input_size`` is None where it makes its features itself, 1 for audio."""
+        """Build ESPnet's model. Its ``input_size`` is None if a frontend computes the features, and 1 for audio."""
         model = super().build_model(args)
         model.input_size = args.input_size
         return model

@@ -9,8 +9,8 @@ from espnet_kd.cli import UserError
 BLANK, UNKNOWN, SOS_EOS, SPACE = "<blank>", "<unk>", "<sos/eos>", "<space>"
 
 
-def load_model(model: bytes, name: str = "the BPE model") -> Any:
-    """Return the SentencePiece processor of a model (:class:`UserError` naming ``name`` where it is none)."""
+def load_sentencepiece(model: bytes, name: str = "the BPE model") -> Any:
+    """Return the SentencePiece processor of a model (:class:`UserError` naming ``name``: it is not one)."""
     import sentencepiece
 
     try:
@@ -21,5 +21,5 @@ def load_model(model: bytes, name: str = "the BPE model") -> Any:
 
 def read_pieces(model: bytes, name: str = "the BPE model") -> List[str]:
     """Return all pieces of a SentencePiece model, in order (:class:`UserError` naming ``name`` where it is none)."""
-    processor = load_model(model, name)
+    processor = load_sentencepiece(model, name)
     return [processor.id_to_piece(i) for i in range(processor.get_piece_size())]

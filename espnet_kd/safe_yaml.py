@@ -1,4 +1,4 @@
-"""YAML that somebody else wrote, read within bounds: a few hundred bytes can stand for more than a machine holds.
+"""Reading untrusted YAML within bounds: a few hundred bytes can expand to more than the memory of a machine.
 
 Aliases (``*name``) repeat what an anchor names, repetitions of repetitions grow without bound, and deep nesting
 exhausts the stack. Both are counted on the parser's events, before anything is built.
@@ -12,7 +12,7 @@ import yaml
 
 from espnet_kd.cli import UserError
 
-#: As deep as a page or a configuration may nest; those of ESPnet and of this package need less than ten.
+#: Largest nesting depth of a page or a configuration; those of ESPnet and of this package need less than ten.
 MAX_DEPTH = 32
 #: Keys, values and list entries, those that aliases repeat included; a list of 200,000 tokens is below it.
 MAX_NODES = 1_000_000
@@ -23,7 +23,7 @@ def parse_yaml(text: str, where: str, max_nodes: int = MAX_NODES) -> Any:
     """The content of a YAML document of plain values (``where`` stands before messages).
 
     Raises:
-        UserError: no YAML, a value that cannot be made (the thirteenth month), or beyond the bounds.
+        UserError: not YAML, a value that cannot be constructed (such as month 13), or a document beyond the bounds.
     """
     try:
         _measure(text, where, max_nodes)

@@ -1,4 +1,4 @@
-"""Strict reading of what a user wrote: unknown keys are refused with the nearest name, wrong types with their place."""
+"""Strict checks of the user's YAML: errors for unknown keys name the nearest one, errors for types their place."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _MAPPINGS = (dict, collections.abc.Mapping, collections.abc.MutableMapping)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """The end of a message about an unknown name: what may have been meant, and all there is."""
+    """The end of a message on an unknown name: the nearest name, and all known names."""
     known = list(known)
     close = difflib.get_close_matches(name, known, n=1)
     return (f"; did you mean {close[0]!r}?" if close else "") + f" (known: {', '.join(known)})"
@@ -35,7 +35,7 @@ def check_mapping(value: Any, where: str, known: Optional[Iterable[str]] = None)
     """``value`` as a mapping whose keys are all ``known`` (None: any).
 
     Raises:
-        UserError: no mapping, or an unknown key.
+        UserError: not a mapping, or an unknown key.
     """
     if not isinstance(value, Mapping):
         raise UserError(f"{where}: expected a mapping, found {value!r}")
@@ -46,12 +46,12 @@ def check_mapping(value: Any, where: str, known: Optional[Iterable[str]] = None)
 
 
 def to_yaml(value: Any) -> str:
-    """A value on one line, as YAML reads it back: 0.00001 is 1.0e-05, for 1e-05 would be text."""
+    """A value as one line of YAML. For example, 0.00001 is 1.0e-05, because YAML reads 1e-05 as text."""
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
 
 
 def check_type(value: Any, hint: Any, where: str) -> None:
-    """Refuse a value read from YAML that an annotation excludes (:class:`UserError`)."""
+    """Refuse a value from YAML that does not fit an annotation (:class:`UserError`)."""
     if fits(value, hint):
         return
     if isinstance(value, str) and typing.get_origin(hint) is Literal:
@@ -60,11 +60,11 @@ def check_type(value: Any, hint: Any, where: str) -> None:
     if isinstance(value, str) and fits(0.5, hint):
         with contextlib.suppress(ValueError):  # 1e-3 is no number to YAML, 1.0e-3 is one
             trap = f" (YAML takes that for text: write {to_yaml(float(value))})"
-    raise UserError(f"{where}: expected {describe(hint)}, found {value!r}{trap}")
+    raise UserError(f"{where}: expected {describe_type(hint)}, found {value!r}{trap}")
 
 
 def fits(value: Any, hint: Any) -> bool:
-    """Whether a value read from YAML fits an annotation; a list serves as a tuple, 1 as a number."""
+    """Whether a value from YAML fits an annotation; a list may stand for a tuple, and 1 for a float."""
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (Union, types.UnionType):
         return any(fits(value, h) for h in inner)
@@ -91,15 +91,15 @@ def fits(value: Any, hint: Any) -> bool:
     return origin in (Any, object) or not isinstance(origin, type) or not isinstance(value, tuple(_NAMES))
 
 
-def describe(hint: Any) -> str:
+def describe_type(hint: Any) -> str:
     """An annotation in words."""
     origin, inner = typing.get_origin(hint) or hint, typing.get_args(hint)
     if origin in (Union, types.UnionType):
-        return " or ".join(dict.fromkeys(describe(h) for h in inner))
+        return " or ".join(dict.fromkeys(describe_type(h) for h in inner))
     if origin is Literal:
         return "one of " + ", ".join(map(repr, inner))
     if origin in _LISTS:
-        return "a list" + (f", each {describe(inner[0])}" if len(set(inner) - {Ellipsis, Any}) == 1 else "")
+        return "a list" + (f", each {describe_type(inner[0])}" if len(set(inner) - {Ellipsis, Any}) == 1 else "")
     if origin in _MAPPINGS:
         return "a mapping"
     return _NAMES.get(origin, getattr(origin, "__name__", str(origin)))
@@ -108,8 +108,7 @@ def describe(hint: Any) -> str:
 def parameters(function: Callable[..., Any]) -> Dict[str, Any]:
     """{parameter that may be named: annotation} of a function or class.
 
-    Without an annotation a value must be of its default's type; ``Any`` where that has none. A default of None makes
-    None welcome.
+    A parameter without annotation gets the type of its default, or ``Any``. With the default None, None is accepted.
     """
     hints: Dict[str, Any] = {}
     # The fields of a dataclass are resolved in the module of the class that defines each, its __init__ in one module.

@@ -4,7 +4,7 @@
     student = Transcriber("exp/student_progressive_fkl/export_onnx")
     print(student("speech.flac").text)
 
-Every format of ``asr_kd_export`` can be given, and an experiment. Neither torch nor ESPnet is needed for the formats
+The model may be an export of any format, or an experiment. Neither torch nor ESPnet is needed for the formats
 onnx, sherpa and web.
 """
 

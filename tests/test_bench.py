@@ -73,7 +73,7 @@ def test_what_noise_hides_is_no_ratio(ours, monkeypatch):
 def test_a_process_that_dies_is_told():
     """Instead of being waited for."""
     with pytest.raises(UserError, match="ended with exit code 3 "):
-        timing.peak_memory(os._exit, 3)
+        timing.peak_memory_of(os._exit, 3)
 
 
 def test_mistakes_are_told():

@@ -1,1 +1,1 @@
-"""What distillation costs on the machine at hand, as ratios: see ``espnet_kd.bin.asr_kd_bench``."""
+"""Measurements of the costs of distillation as ratios (see ``espnet_kd.bin.asr_kd_bench``)."""

@@ -1,6 +1,6 @@
-"""Factorized KL beside CTC: what it adds in time and memory, ours and written plainly.
+"""Time and memory that factorized KL adds to CTC, in this package and in a straightforward implementation.
 
-On a GPU also by the backend of devices without Triton (``masked``), where ours is by another.
+On a GPU the backend for devices without Triton (``masked``) is measured too, if it is not the default.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from espnet_kd.backend import backend_of, using
-from espnet_kd.bench.timing import interleaved, median, peak_memory
+from espnet_kd.bench.timing import interleaved, median, peak_memory_of
 from espnet_kd.losses import factorized_kl
 
 #: utterances, frames, tokens, labels an utterance
@@ -36,7 +36,7 @@ def plain_factorized_kl(student_logits: Tensor, teacher_logits: Tensor, lengths:
     return blank[valid].mean() + tokens[nonblank].mean()
 
 
-class Step:
+class LossStep:
     """Forward and backward of CTC, alone or with a factorized KL, from the student's logits on.
 
     Args:
@@ -71,7 +71,7 @@ class Step:
         return loss.item()
 
 
-def bandwidth_share(step: Step, rounds: int) -> float:
+def bandwidth_share(step: LossStep, rounds: int) -> float:
     """Share of the memory's bandwidth that our loss alone uses, forward and backward.
 
     Bytes that must move at least (student and teacher read, the student's gradient written) / time, as a share of what
@@ -96,7 +96,7 @@ def bandwidth_share(step: Step, rounds: int) -> float:
 
 
 def _one_step(kind: str, nonblank: float, shape: Any) -> None:
-    Step(kind, nonblank, shape)()
+    LossStep(kind, nonblank, shape)()
 
 
 def measure(nonblank: float, rounds: int, shape: Any = SHAPE) -> Dict[str, Union[str, Optional[float]]]:
@@ -107,12 +107,12 @@ def measure(nonblank: float, rounds: int, shape: Any = SHAPE) -> Dict[str, Union
     Seconds are medians over ``rounds``; where noise hides what one of them adds, ``fkl_time`` is None. Bytes are peaks
     above a process with CTC and the same inputs alone, 1 MiB at least.
     """
-    alone = Step("ours", nonblank, shape)
+    alone = LossStep("ours", nonblank, shape)
     backend = backend_of(alone.logits, alone.teacher)
     others = ["ours", "plain", *(["masked"] if backend == "fused" else [])]
-    seconds = interleaved({kind: Step(kind, nonblank, shape) for kind in ("ctc", *others)}, rounds)
+    seconds = interleaved({kind: LossStep(kind, nonblank, shape) for kind in ("ctc", *others)}, rounds)
     extra = {kind: median([a - b for a, b in zip(seconds[kind], seconds["ctc"])]) for kind in others}
-    peaks = {kind: peak_memory(partial(_one_step, kind, nonblank, shape)) for kind in ("ctc", *others)}
+    peaks = {kind: peak_memory_of(partial(_one_step, kind, nonblank, shape)) for kind in ("ctc", *others)}
     # Below a megabyte, or 0 where the peak lies elsewhere in the step, there is nothing to divide by.
     more = {kind: max(peaks[kind] - peaks["ctc"], 2**20) for kind in others}
     return {

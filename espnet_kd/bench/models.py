@@ -1,4 +1,4 @@
-"""Models, audio and experiments for measurements: random, of the size asked for."""
+"""Random models, audio and experiments of a given size, for measurements."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def config(vocabulary: int, size: Size) -> Dict[str, Any]:
     return conf
 
 
-def build(conf: Dict[str, Any]) -> ESPnetASRModel:
+def random_model(conf: Dict[str, Any]) -> ESPnetASRModel:
     """The model of a configuration, with random parameters."""
     from espnet_kd.offline import ASRTask
 
@@ -70,7 +70,7 @@ def copied(data: Dict[str, Any], device: str = "cpu") -> Dict[str, Any]:
 @torch.no_grad()
 def save_experiment(directory: Path, conf: Dict[str, Any], data: Dict[str, Any], nonblank: float) -> Path:
     """An experiment of random parameters that outputs a token on the share ``nonblank`` of a batch's frames."""
-    model = build(conf).eval()
+    model = random_model(conf).eval()
     logits = model.ctc.ctc_lo(model.encode(data["speech"], data["speech_lengths"])[0])
     lead = logits[..., 1:].amax(-1) - logits[..., 0]
     model.ctc.ctc_lo.bias[0] += lead.flatten().quantile(1 - nonblank)

@@ -1,4 +1,4 @@
-"""A training step: plain CTC, with a teacher beside it, with its cached targets."""
+"""The time of a training step: with CTC only, with a running teacher, and with cached targets."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def measure(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.manual_seed(0)
     data = models.batch(utts, seconds, vocabulary)
-    plain = models.build(models.config(vocabulary, student))
+    plain = models.random_model(models.config(vocabulary, student))
     page = load_page(method)
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)

@@ -1,4 +1,4 @@
-"""Ratios of costs: functions timed in turn, and peak memory in processes of their own."""
+"""Measuring times of alternating functions, and peak memory in separate processes."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ def median(values: List[float]) -> float:
     return statistics.median(values)
 
 
-def peak_memory(run: Callable[..., Any], *args: Any) -> int:
+def peak_memory_of(run: Callable[..., Any], *args: Any) -> int:
     """Most memory in bytes that ``run(*args)`` held, in a fresh process of its own; on a GPU, what it allocated there.
 
     Raises:
-        UserError: the process died, for want of memory most likely.
+        UserError: the process died, most likely out of memory.
     """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

@@ -73,7 +73,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     output_dir = Path(args.output_dir) if args.output_dir else expdirs[0]
     parts, pictures = show.make_parts(everything), show.Pictures(output_dir / "report")
     verdict = show.tell_verdict(parts)
-    sections = [verdict, show.summarise(parts), show.draw_progress(parts, pictures), show.draw_costs(parts, pictures)]
+    sections = [verdict, show.compare_methods(parts), show.draw_progress(parts, pictures)]
+    sections.append(show.draw_costs(parts, pictures))
     exports = show_exports(parts)
     sections += [exports] if exports else []
     sections.append(show.draw_training(parts, pictures))

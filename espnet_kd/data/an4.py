@@ -50,7 +50,7 @@ def prepare_an4(
         UserError: the corpus is not there, cannot be downloaded, or a listed recording is missing.
     """
     out = Path(out)
-    root = find_root(download(downloads, f"{mirror.rstrip('/')}/{ARCHIVE}") if an4 is None else Path(an4))
+    root = find_an4(download_an4(downloads, f"{mirror.rstrip('/')}/{ARCHIVE}") if an4 is None else Path(an4))
     audio = find_audio(root)
     left_out: List[str] = []
     train = list(_read_split(root, "train", audio, left_out))
@@ -89,7 +89,7 @@ def prepare_an4(
     return counts
 
 
-def find_root(path: Path) -> Path:
+def find_an4(path: Path) -> Path:
     """Return the directory that holds ``etc/an4_train.transcription``: ``path`` or one below it."""
     if not path.is_dir():
         raise UserError(f"--an4 {path}: no such directory; give the one that holds etc/ and wav/")
@@ -181,7 +181,7 @@ def _raw_to_wav(src: Path, dst: Path, endian: str) -> Path:
     return dst
 
 
-def download(downloads: PathLike, url: str = f"{MIRROR}/{ARCHIVE}") -> Path:
+def download_an4(downloads: PathLike, url: str = f"{MIRROR}/{ARCHIVE}") -> Path:
     """Fetch and unpack the original corpus under ``downloads`` (about 64 MB) unless it is there; return its root.
 
     Raises:

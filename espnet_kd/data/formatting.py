@@ -47,7 +47,7 @@ VERSION = 3  # part of the settings: raise it when the same settings give other 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a worker needs to know besides the utterance."""
+    """The settings that a worker needs."""
 
     audio_dir: str
     fs: int
@@ -82,8 +82,8 @@ def format_data(
             test set is never thinned out), and is only counted.
         nj: processes.
 
-    A finished ``dst`` with the same settings and source is left alone; an interrupted one goes on. Memory does not grow
-    with the number of utterances.
+    A finished ``dst`` with the same settings and source is not changed; an interrupted run is resumed. Memory does not
+    grow with the number of utterances.
 
     Raises:
         UserError: a fault in the source (named), a bad option, nothing left after dropping, or the system refuses to
@@ -122,7 +122,7 @@ def format_data(
                 if number:
                     logging.warning("%s: %d of %d utterances %s", names, number, total, what)
             if (dst / "audio").exists():
-                os.sync()  # once, before wav.scp says that the files are whole
+                os.sync()  # once, before wav.scp marks the files as complete
 
         number = write_data_dir(dst, _within_limits(made(), fs, min_seconds, max_seconds, drop_out_of_range, dst))
         record.finish(settings)
@@ -315,7 +315,7 @@ def _within_limits(
 
 @dataclass(frozen=True)
 class _Made:
-    """What came of one utterance."""
+    """The result of one utterance."""
 
     copies: List[Utterance]
     rate: int  # of the source, Hz
@@ -372,7 +372,7 @@ def _samples_of(path: Path) -> Optional[int]:
     """Return the samples of a file that an interrupted run left whole, or None."""
     try:
         return read_audio_info(str(path), whole=True)[0] if path.exists() else None
-    except UserError:  # renamed into place, but the machine went down before all of it was on the disk
+    except UserError:  # renamed into place, but the machine stopped before all of it was written to the disk
         return None
 
 

@@ -55,7 +55,7 @@ class Settings:
     reverb_ratio: float
 
     def check(self) -> None:
-        """Raise UserError where a value makes no sense."""
+        """Refuse values out of range (:class:`UserError`)."""
         if self.language not in ACCENTS:
             raise UserError(f"--language {self.language}: known are {', '.join(ACCENTS)}")
         if not all(map(math.isfinite, (self.snr_low, self.snr_high))):
@@ -69,7 +69,7 @@ class Settings:
 
 
 @dataclass(frozen=True)
-class Job:
+class UtteranceJob:
     """One utterance to make."""
 
     split: str
@@ -100,9 +100,9 @@ def voices_of(split: str, language: str = "en") -> List[str]:
     return [f"{accents[i % len(accents)]}+{v.replace('_', ' ')}" for i, v in enumerate(VARIANTS[split])]
 
 
-def plan(settings: Settings, sizes: Mapping[str, int], out: Path) -> List[Job]:
+def plan(settings: Settings, sizes: Mapping[str, int], out: Path) -> List[UtteranceJob]:
     """Draw all sentences, none of them twice, and the voices."""
-    jobs: List[Job] = []
+    jobs: List[UtteranceJob] = []
     seen: Set[str] = set()
     # Test first: its sentences then stay the same when the size of train is changed.
     for split in ("test", "valid", "train"):
@@ -117,8 +117,8 @@ def plan(settings: Settings, sizes: Mapping[str, int], out: Path) -> List[Job]:
                 raise UserError(f"--{split} {sizes[split]}: the grammar has no more new sentences; ask for fewer")
             seen.add(text)
             voice = voices[int(rng.integers(len(voices)))]
-            job = Job(split, index, voice, spoken, text, "")
-            jobs.append(Job(split, index, voice, spoken, text, str(out / "wav" / split / f"{job.utt_id}.wav")))
+            job = UtteranceJob(split, index, voice, spoken, text, "")
+            jobs.append(UtteranceJob(split, index, voice, spoken, text, str(out / "wav" / split / f"{job.utt_id}.wav")))
     return jobs
 
 
@@ -159,7 +159,7 @@ def _pink(n: int, rng: np.random.Generator) -> np.ndarray:
     return np.fft.irfft(spectrum / np.sqrt(np.maximum(np.arange(len(spectrum)), 1)), n)
 
 
-def _noise(n: int, job: Job, settings: Settings, rng: np.random.Generator, data: bytes) -> np.ndarray:
+def _noise(n: int, job: UtteranceJob, settings: Settings, rng: np.random.Generator, data: bytes) -> np.ndarray:
     """White, pink or babble noise (three other sentences at once, voices of the same split), n samples of RMS 1."""
     kind = rng.integers(3)
     if kind == 0:
@@ -177,7 +177,7 @@ def _noise(n: int, job: Job, settings: Settings, rng: np.random.Generator, data:
     return x / np.sqrt(np.mean(x**2))
 
 
-def render(job: Job, settings: Settings, data: bytes) -> np.ndarray:
+def render_utterance(job: UtteranceJob, settings: Settings, data: bytes) -> np.ndarray:
     """Make an utterance: int16 samples at 16 kHz, depending on the job and the settings only."""
     rng = _rng(settings, job.split, job.index, 1)
     x = _speak(job.spoken, job.voice, rng, data)
@@ -189,9 +189,9 @@ def render(job: Job, settings: Settings, data: bytes) -> np.ndarray:
     return np.round(x * 32767).astype(np.int16)
 
 
-def _write(job: Job, settings: Settings, data: bytes) -> int:
+def _write(job: UtteranceJob, settings: Settings, data: bytes) -> int:
     """Render to the job's file and return the number of samples."""
-    samples = render(job, settings, data)
+    samples = render_utterance(job, settings, data)
     write_audio(job.path, samples, FS, sync=False)
     return len(samples)
 
@@ -209,7 +209,7 @@ def prepare_mini(
 ) -> Dict[str, int]:
     """Write ``out/{train,valid,test}`` with the audio in ``out/wav`` and return the numbers of utterances.
 
-    ``out/mini.json`` holds the settings and is written last; where it says the same settings, nothing is done.
+    ``out/mini.json`` holds the settings and is written last; if it has the same settings, nothing is done.
 
     Args:
         sizes: utterances of each split (DEFAULT_SIZES).

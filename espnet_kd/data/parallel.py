@@ -23,14 +23,14 @@ CHUNK = 16  # items a process gets at a time
 
 
 def start_worker() -> None:
-    """What a worker process does first."""
+    """Initialise a worker process."""
     # Ctrl-C reaches the whole process group; only the parent reports it, and stops the others.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     leave_with_parent()
 
 
 def leave_with_parent() -> None:
-    """End this process when its parent is gone: one that was killed stops nobody, and its workers would go on."""
+    """End this process when its parent ends. A killed parent cannot stop its workers, which would continue."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=_exit_after, args=(parent,), daemon=True).start()
@@ -57,11 +57,11 @@ def map_with_bar(
 ) -> Iterator[Result]:
     """Yield ``work(item)`` in the order of ``items``; ``work`` has to be importable by name where ``nj`` > 1.
 
-    Only a few items for each process are on their way at a time, so that ``items`` may be more than memory holds.
-    ``total`` is their number, for the bar, where they cannot say it themselves.
+    Only a few items for each process are in memory at a time. ``total`` is their number for the progress bar, if
+    ``items`` has no length.
 
     Raises:
-        UserError: from ``work``, where a worker process died, or no process is asked for.
+        UserError: ``work`` raised it, a worker process died, or ``nj`` is below 1.
     """
     from tqdm import tqdm
 
@@ -92,4 +92,4 @@ def map_with_bar(
                 for future in waiting:
                     future.cancel()
     except BrokenProcessPool as e:
-        raise UserError(f"{desc}: a worker process died, for want of memory perhaps; try a smaller --nj") from e
+        raise UserError(f"{desc}: a worker process died, perhaps out of memory; try a smaller --nj") from e

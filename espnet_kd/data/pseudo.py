@@ -1,4 +1,4 @@
-"""Transcripts that a recogniser made (pseudo-labels): read, and checked for what cannot be right."""
+"""Automatic transcripts (pseudo-labels): reading them, and filtering out those that are probably wrong."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ LONGEST_PHRASE = 8  #: words of a phrase whose repetition is looked for
 
 
 class Label(NamedTuple):
-    """What a recogniser found in an utterance."""
+    """The transcript of a recogniser for an utterance."""
 
     text: str
-    confidence: Optional[float] = None  #: the higher, the surer; its scale is the recogniser's
+    confidence: Optional[float] = None  #: higher is better; the scale depends on the recogniser
 
 
 @dataclass(frozen=True)
 class Limits:
-    """What a transcript must keep to; None: not looked at."""
+    """Limits for a transcript; None: no limit."""
 
     min_confidence: Optional[float] = None
     max_repeats: Optional[int] = 3  #: times that a phrase may follow itself
@@ -43,7 +43,7 @@ class Verdict:
     """Whether a transcript is kept."""
 
     text: str  #: in the token list's characters
-    reason: str = ""  #: why it is not kept; empty where it is
+    reason: str = ""  #: the reason why it is not kept; empty if it is kept
     distance: Optional[float] = None  #: to the CTC teacher's text
 
     @property

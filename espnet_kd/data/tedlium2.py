@@ -63,7 +63,7 @@ def prepare_tedlium2(
             left_out = LeftOut(skip_faulty)
             room = tuple(padding) if ours == "train" else (0.0, 0.0)
             talks = _list(root / theirs, left_out, drop_fillers)
-            listed[ours] = Spool(out, (pad(talk, *room) for talk in talks)), left_out
+            listed[ours] = Spool(out, (pad_segments(talk, *room) for talk in talks)), left_out
             left_out.expect("talks", len(listed[ours][0]), TALKS[theirs])
         return {name: write_corpus_dir(out / name, spool, gone, nj=nj) for name, (spool, gone) in listed.items()}
 
@@ -91,7 +91,7 @@ def clean(text: str, drop_fillers: bool = False) -> str:
     return " ".join(words)
 
 
-def pad(talk: List[Utterance], before: float, after: float) -> List[Utterance]:
+def pad_segments(talk: List[Utterance], before: float, after: float) -> List[Utterance]:
     """Widen the segments of one talk (sorted by time), by half of the gap to a neighbour at most; seconds."""
     if not before and not after:
         return talk

@@ -14,7 +14,7 @@ from typing import Callable, List, Optional, Sequence
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines
 from espnet_kd.files import PathLike
-from espnet_kd.pieces import BLANK, SOS_EOS, SPACE, UNKNOWN, load_model, read_pieces
+from espnet_kd.pieces import BLANK, SOS_EOS, SPACE, UNKNOWN, load_sentencepiece, read_pieces
 
 SPECIAL = (UNKNOWN, BLANK, SOS_EOS, SPACE, "<s>", "</s>")
 NLSYMS, CLEANER, BPE_MODEL = "nlsyms.txt", "cleaner", "bpe.model"
@@ -46,7 +46,7 @@ class Tokenizer:
         if token_type == "bpe":
             if model is None:
                 raise UserError(f"{model_name} is needed with --token_type bpe; stage 3 puts it beside tokens.txt")
-            self._split: Callable[[str], List[str]] = load_model(model, model_name).encode_as_pieces
+            self._split: Callable[[str], List[str]] = load_sentencepiece(model, model_name).encode_as_pieces
         elif token_type == "word":
             self._split = str.split
         else:
@@ -95,7 +95,7 @@ class TokenList(Tokenizer):
 
 def usable_pieces(model: bytes, name: str = "the BPE model") -> List[str]:
     """Return those pieces of a SentencePiece model that a text can become, in order; errors of :func:`read_pieces`."""
-    processor = load_model(model, name)
+    processor = load_sentencepiece(model, name)
     idle = (processor.is_unknown, processor.is_control, processor.is_unused, processor.is_byte)
     numbers = range(processor.get_piece_size())
     return [processor.id_to_piece(i) for i in numbers if not any(is_idle(i) for is_idle in idle)]

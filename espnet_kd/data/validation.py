@@ -1,4 +1,4 @@
-"""Checking a data dir (see `espnet_kd.data.datadir`) before hours of training."""
+"""Checks of a data dir (see `espnet_kd.data.datadir`) before a training."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ Span = Tuple[str, int, Optional[float], Optional[int]]  # id, line number, secon
 
 
 class Faults:
-    """Counts faults and keeps the first MAX_SHOWN of them; :meth:`raise_if_any` tells."""
+    """Counts faults and keeps the first MAX_SHOWN of them; :meth:`raise_if_any` raises them."""
 
     def __init__(self, where: PathLike) -> None:
         self.where = where
@@ -105,14 +105,14 @@ def validate(
         elif head.startswith(MARK):
             faults.add(f"{path}:1: a byte order mark (U+FEFF), which ESPnet would take for a part of the first id; "
                        f"remove it (stage 2 does): sed -i '1s/^.//' {path}")  # fmt: skip
-    faults.raise_if_any()  # nothing in such files would be what it seems
+    faults.raise_if_any()  # such files cannot be checked any further
     with os_errors_as_user_errors(data_dir):
         sizes = {name: _check_lines(data_dir / name, faults, what) for name, what in kinds.items()}
         texts = _Texts(token_list, token_type, allow_empty, allow_unknown)
         _check_entries(data_dir, names, texts, faults)
         texts.report(data_dir / "text")
         work = functools.partial(_read_info, check=check_audio, decode=decode)
-        nj = nj if check_audio else 1  # nothing is worth a process where nothing is opened
+        nj = nj if check_audio else 1  # without opening files, further processes do not pay off
         spans: Iterable[Span] = _check_audio(data_dir / "wav.scp", work, sizes["wav.scp"], fs, nj, faults)
         if segmented:
             spans = _check_segments(data_dir, {key: (seconds, channels) for key, _, seconds, channels in spans}, faults)

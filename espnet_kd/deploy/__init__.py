@@ -1,1 +1,1 @@
-"""A student outside ESPnet: as an ONNX graph, in sherpa-onnx, in a browser, on a stream; and its use everywhere."""
+"""Export of students as ONNX graphs, for sherpa-onnx, browsers and streaming, and recognition with any export."""

@@ -1,4 +1,4 @@
-"""What runs an export: ESPnet on torch, or onnxruntime, which needs neither. One interface for both."""
+"""One interface for exports that run in ESPnet (with torch) and in onnxruntime (without it)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from espnet_kd.deploy.session import SHERPA_FRAME, onnx_session, run_of, run_of_
 from espnet_kd.files import sha256_of
 
 ABOUT, MODEL = "student.json", "model.onnx"
-#: What student.json must have, and of which type.
+#: The keys of student.json and their types.
 _FIELDS: Dict[str, Any] = {
     "format": str, "sampling_rate": int, "frame_shift": (int, float), "least_samples": int,
     "max_seconds": (int, float, type(None)),
@@ -39,7 +39,7 @@ class Backend(Protocol):
 
 
 def load(path: Union[str, Path], threads: int = 1) -> Backend:
-    """Load an export of any form, or an experiment.
+    """Load an export of any format, or an experiment.
 
     Raises:
         UserError: there is none, or it is damaged.
@@ -51,10 +51,10 @@ def load(path: Union[str, Path], threads: int = 1) -> Backend:
 
 
 def choose_longest(backend: Backend, asked: Optional[float], default: float) -> float:
-    """Seconds that audio is cut to: what is asked for, else ``default``, within what the export takes.
+    """The length in seconds to which audio is cut: ``asked``, or else ``default``, within the limit of the export.
 
     Raises:
-        UserError: more is asked for than it takes.
+        UserError: ``asked`` is more than the export accepts.
     """
     most = backend.max_seconds
     if asked is not None and most is not None and asked > most:
@@ -135,7 +135,7 @@ def read_about(folder: Path) -> Any:
 
 
 def text_of(about: Any, folder: Path) -> Callable[[List[str]], str]:
-    """From tokens to text; of pieces without their SentencePiece model they are put together as they are."""
+    """Return a function from tokens to text; without a SentencePiece model, pieces are joined."""
     kind = about["token_type"]
     if kind == "bpe" and not (folder / "bpe.model").is_file():
         return lambda tokens: "".join(tokens).replace("▁", " ").strip()

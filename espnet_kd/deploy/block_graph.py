@@ -1,8 +1,8 @@
-"""One block of a streaming student as a graph, whose state goes in and comes out; ESPnet's contextual-block encoders.
+"""One block of a streaming student (ESPnet's contextual-block encoders) as a graph with the state as input and output.
 
-Audio is cut into windows of one block, which begin every hop. A window holds all that the frames of its block are
-computed from, so that nothing of features and subsampling is kept between two; from block to block go the context
-vectors of the layers, one position each, and the mean of the block before.
+Audio is cut into windows of one block, which begin every hop. A window has all samples that
+the frames of its block depend on, so that features and subsampling have no state. The state between blocks are the
+context vectors of the layers, one position each, and the mean of the block before.
 """
 
 from __future__ import annotations

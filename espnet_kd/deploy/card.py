@@ -7,7 +7,7 @@ from typing import Any, Dict, List, Mapping, Sequence
 
 import yaml
 
-from espnet_kd.deploy.measure import read_rows, table
+from espnet_kd.deploy.measure import exports_table, read_rows
 from espnet_kd.distill.export import usage_of_export
 from espnet_kd.environment import environment
 from espnet_kd.files import read_settings, replacing, sha256_of
@@ -100,7 +100,7 @@ def make_card(expdir: Path, form: str, folder: Path, folders: Mapping[str, Path]
         sections.append(Section("Results", "In percent, greedy CTC decoding.", [Table(columns, body)]))
     measured = read_rows(expdir)
     if measured:
-        sections.append(Section("Forms", f"One thread of {environment()['CPU']}.", [Table(*table(measured))]))
+        sections.append(Section("Forms", f"One thread of {environment()['CPU']}.", [Table(*exports_table(measured))]))
     lines += to_markdown(sections, folder, "").split("\n")[2:] if sections else []
     lines += ["## How to run it", ""]
     for kind, place in folders.items():

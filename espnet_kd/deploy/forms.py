@@ -33,7 +33,7 @@ class Built:
     facts: Dict[str, Any] = field(default_factory=dict)  #: what stands in student.json
 
 
-def build(
+def build_form(
     student: Student, form: str, *, max_seconds: float = 30.0, opset: int = 17, quantize: str = "none"
 ) -> Built:
     """Build the graph of a form.

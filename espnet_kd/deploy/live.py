@@ -1,4 +1,4 @@
-"""Transcribing with a streaming student: text as soon as it is known, and how long it took."""
+"""Transcription with a streaming student: text as soon as it is recognised, and its latency."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def _load(path: Path, threads: int) -> Streaming:
 
 
 class Latencies:
-    """How long after its end in the audio a token is known, were the audio arriving now."""
+    """The latency of each token: the time from its end in the audio until it is recognised, if the audio were live."""
 
     def __init__(self, rate: int):
         self._rate = rate
@@ -94,7 +94,7 @@ class Latencies:
         self.seconds = 0.0
 
     def add(self, stream: Stream, tokens: list, computed: float) -> None:
-        """Note the tokens that came of a step, and the seconds that it took."""
+        """Note the tokens of a step, and its duration in seconds."""
         self.seconds = stream.samples / self._rate
         self.computing += computed
         self.longest = max(self.longest, computed)

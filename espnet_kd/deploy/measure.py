@@ -1,9 +1,9 @@
-"""What an export costs and how well it recognises: size, memory, speed, errors, each form in a process of its own.
+"""Measures size, memory, speed and error rates of exports, each format in a process of its own.
 
     python -m espnet_kd.deploy.measure EXPORT DATA_DIR
 
-prints what was measured, and what was recognised, as JSON. One thread; the real-time factor is CPU time, so that other
-processes on the machine matter little.
+prints the measurements and the recognised texts as JSON. One thread is used; the real-time factor is CPU time, on which
+other processes have little influence.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def measure_exports(
 
     Args:
         folders: of any form.
-        reference: what texts are compared with, an export for ESPnet or an experiment; measured as well.
+        reference: an export for ESPnet or an experiment, whose texts are the reference; it is measured too.
 
     Returns:
         A row for each, keys ``KEYS``; ``same_text`` counts the utterances whose text is that of ``reference``, ``cer``
@@ -136,7 +136,7 @@ def measure(folder: Path, data_dir: Path) -> Dict[str, Any]:
     }
 
 
-def table(rows: Sequence[Dict[str, Any]]) -> Tuple[Sequence[str], List[Sequence[str]]]:
+def exports_table(rows: Sequence[Dict[str, Any]]) -> Tuple[Sequence[str], List[Sequence[str]]]:
     """Head and lines of text of rows of exports.json."""
     head = ("form", "test set", "size", "memory", "loading", "first result", "latency", "real-time factor")
 

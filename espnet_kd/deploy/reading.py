@@ -1,4 +1,4 @@
-"""Audio of any file or of standard input, block by block at the rate of a model; long audio cut at pauses."""
+"""Reading audio files and standard input in blocks at a model's rate, and cutting long audio at pauses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.data import audio
 
 STANDARD_INPUT = "-"
-#: Seconds over which the level is looked at where audio is cut.
+#: Seconds of the window in which the level is measured to find a pause.
 WINDOW = 0.2
 
 
@@ -52,7 +52,9 @@ def resampled(blocks: Iterable[Tuple[np.ndarray, int]], rate: int) -> Iterator[n
 
 
 def read_live(rate: int, seconds: float = 0.1) -> Iterator[np.ndarray]:
-    """Yield what arrives at standard input, 16-bit little-endian samples of one channel at ``rate`` Hz, raw or as WAV.
+    """Yield audio from standard input as it arrives.
+
+    It must have 16-bit little-endian samples of one channel at ``rate`` Hz, raw or as WAV.
 
     Raises:
         UserError: the WAV header does not fit the data.

@@ -1,15 +1,15 @@
-"""The section on exported forms, from what ``asr_kd_export --measure`` has left."""
+"""The report's section on exports, made of the results of ``asr_kd_export --measure``."""
 
 from __future__ import annotations
 
 from typing import Optional, Sequence
 
-from espnet_kd.deploy.measure import read_rows, table
+from espnet_kd.deploy.measure import exports_table, read_rows
 from espnet_kd.report.page import Section, Table
-from espnet_kd.report.sections import Part
+from espnet_kd.report.sections import ReportPart
 
 
-def show_exports(parts: Sequence[Part]) -> Optional[Section]:
+def show_exports(parts: Sequence[ReportPart]) -> Optional[Section]:
     """What every exported form costs and recognises; None where nothing was measured."""
     section = Section(
         "Exported forms",
@@ -23,6 +23,6 @@ def show_exports(parts: Sequence[Part]) -> Optional[Section]:
         for name, path in part.gathered.paths.items():
             rows = read_rows(path)
             if rows:
-                head, body = table(rows)
+                head, body = exports_table(rows)
                 section.blocks.append(Table(head, body, part.name(name)))
     return section if section.blocks else None

@@ -8,7 +8,7 @@ import numpy as np
 
 from espnet_kd.cli import UserError
 
-#: Seconds that sherpa-onnx takes a frame of a model of its kind "omnilingual" for.
+#: Frame shift in seconds that sherpa-onnx assumes for models of its kind "omnilingual".
 SHERPA_FRAME = 0.02
 Waves = Sequence[np.ndarray]
 #: Maps utterances (N_i,) to log-probabilities (T_i, V) of each.
@@ -35,7 +35,7 @@ def onnx_session(model: Any, threads: int = 1) -> Any:
         raise UserError(f"onnxruntime cannot load {name}: {str(e).splitlines()[0]}") from e
 
 
-def pad(waves: Waves) -> np.ndarray:
+def pad_waves(waves: Waves) -> np.ndarray:
     """(B, N) float32 of utterances (N_i,), with zeros; N is 1 or more."""
     padded = np.zeros((len(waves), max(1, *(len(w) for w in waves))), dtype=np.float32)
     for row, wave in zip(padded, waves):
@@ -44,18 +44,18 @@ def pad(waves: Waves) -> np.ndarray:
 
 
 def run_of(session: Any) -> Run:
-    """What a session of a graph with ``speech`` and ``speech_lengths`` gives."""
+    """Return a function that runs a graph with the inputs ``speech`` and ``speech_lengths``."""
 
     def run(waves: Waves) -> List[np.ndarray]:
         lengths = np.array([len(w) for w in waves], dtype=np.int64)
-        log_probs, frames = session.run(None, {"speech": pad(waves), "speech_lengths": lengths})
+        log_probs, frames = session.run(None, {"speech": pad_waves(waves), "speech_lengths": lengths})
         return [row[:n] for row, n in zip(log_probs, frames)]
 
     return run
 
 
 def standardise(wave: np.ndarray) -> np.ndarray:
-    """What sherpa-onnx does to audio (N,) before a model of its kind "omnilingual"."""
+    """Normalise audio (N,) as sherpa-onnx does for models of its kind "omnilingual"."""
     wave = wave.astype(np.float64)
     return ((wave - wave.mean()) / np.sqrt(wave.var() + 1e-5)).astype(np.float32)
 

@@ -1,4 +1,4 @@
-"""Audio recognised while it arrives. Nothing here needs torch."""
+"""Streaming recognition. Nothing here needs torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from espnet_kd.deploy.transcript import Token
 
 
 class Blocks(Protocol):
-    """What computes one stream."""
+    """The computation of one stream."""
 
     def push(self, samples: np.ndarray, final: bool) -> np.ndarray:
         """Take (n,) samples and give the (T, V) log-probabilities of the frames that are known now."""

@@ -1,4 +1,4 @@
-"""A student that is loaded to be exported."""
+"""Loading a student for its export."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Student:
-    """A loaded student and what is known of it."""
+    """A loaded student with its properties."""
 
     model: ESPnetASRModel
     args: Any

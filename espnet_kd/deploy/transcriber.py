@@ -1,4 +1,4 @@
-"""Audio of any length to text with times: what :mod:`espnet_kd.transcribe` gives to Python programs."""
+"""Recognition of audio of any length as text with times: the class behind :mod:`espnet_kd.transcribe`."""
 
 from __future__ import annotations
 

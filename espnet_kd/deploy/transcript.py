@@ -1,4 +1,4 @@
-"""What was recognised in audio, with times: tokens, words, subtitles."""
+"""Transcripts with times: tokens, words, subtitles."""
 
 from __future__ import annotations
 

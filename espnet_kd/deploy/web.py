@@ -1,4 +1,4 @@
-"""The page of ``--format web``: its own files, and those of onnxruntime-web, from a directory or from npm."""
+"""The web page of ``--format web``: its own files, and onnxruntime-web from a directory or from npm."""
 
 from __future__ import annotations
 

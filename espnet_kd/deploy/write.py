@@ -1,4 +1,4 @@
-"""Writing a student in a form for one runtime: a folder with the model and a description, whole or not at all."""
+"""Writing the export for one runtime: a folder with the model and its description, which is whole or absent."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Any, Dict, Optional
 from espnet_kd.cli import UserError
 from espnet_kd.deploy import sherpa, web
 from espnet_kd.deploy.backends import ABOUT, MODEL
-from espnet_kd.deploy.forms import Built, build
+from espnet_kd.deploy.forms import Built, build_form
 from espnet_kd.deploy.student import Student
 from espnet_kd.distill.export import TOKEN_MODEL
 from espnet_kd.files import replacing_directory, sha256_of
@@ -20,7 +20,7 @@ from espnet_kd.files import replacing_directory, sha256_of
 TOKENS, CARD = "tokens.txt", "README.md"
 FORMS = ("onnx", "sherpa", "web", "stream")
 _GRAPH = (MODEL, TOKENS, TOKEN_MODEL, ABOUT, CARD)
-#: What a folder of each form consists of.
+#: The files of each format's folder.
 FILES = {
     "onnx": _GRAPH,
     "sherpa": _GRAPH,
@@ -54,7 +54,7 @@ def write_form(student: Student, form: str, out: Path, options: Options) -> Path
         UserError: the student cannot be exported exactly, or ``out`` holds something else.
     """
     options.check()
-    built = build(
+    built = build_form(
         student, form, max_seconds=options.max_seconds, opset=options.opset, quantize=options.quantize
     )
     with replacing_directory(out, FILES[form], f"an export for {form}") as part:
@@ -63,7 +63,7 @@ def write_form(student: Student, form: str, out: Path, options: Options) -> Path
             web.write_page(part, options.ort_web)
         else:
             _write_tokens(part, student, form)
-        about = describe(student, built, form, options)
+        about = describe_export(student, built, form, options)
         files = sorted(p for p in part.rglob("*") if p.is_file())
         about["files"] = {str(p.relative_to(part)): sha256_of(p) for p in files}
         text = json.dumps(about, indent=2, ensure_ascii=False)
@@ -86,8 +86,8 @@ def _space(student: Student) -> str:
     return getattr(student.args, "space_symbol", "<space>")
 
 
-def describe(student: Student, built: Built, form: str, options: Options) -> Dict[str, Any]:
-    """What stands in student.json, without the files."""
+def describe_export(student: Student, built: Built, form: str, options: Options) -> Dict[str, Any]:
+    """The contents of student.json, without the list of files."""
     versions = {}
     for package in ("torch", "espnet", "espnet_kd", "onnx", "onnxruntime"):
         try:

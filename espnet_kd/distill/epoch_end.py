@@ -1,4 +1,4 @@
-"""What is checked and kept at the end of an epoch."""
+"""Checks at the end of an epoch, and the student that is kept at the end of a KD stage."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from espnet_kd.experiments.checkpoints import CHECKPOINT, PREVIOUS
 from espnet_kd.experiments.models import load_safely, student_only
 from espnet_kd.files import replacing
 
-STUDENT = "student.pth"  #: the student alone, as a KD stage ends with it
+STUDENT = "student.pth"  #: the student at the end of a KD stage
 
 
 def check_updated(output_dir: Path, progress: Progress, first_rank: bool = True) -> None:
-    """Refuse a training whose last epoch did not change the model; the first rank takes that epoch back.
+    """Refuse a training whose last epoch did not change the model; the first rank removes that epoch.
 
     ESPnet ends such a training without an error, and would count the epoch as trained when it is resumed. All ranks of
     a parallel run call this.
@@ -36,7 +36,7 @@ def check_updated(output_dir: Path, progress: Progress, first_rank: bool = True)
             checkpoint.unlink(missing_ok=True)
         (output_dir / f"{progress.epoch}epoch.pth").unlink(missing_ok=True)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # a process that leaves with an error may end the others
+        torch.distributed.barrier()  # a process that exits with an error may end the others
     lower = "lower the learning rate (optim_conf: lr)"
     raise UserError(
         f"{output_dir}: no step of epoch {progress.epoch} had finite gradients, or it has fewer batches than "
@@ -46,10 +46,10 @@ def check_updated(output_dir: Path, progress: Progress, first_rank: bool = True)
 
 
 def hand_over(output_dir: Path, plan: Plan, epoch: int, stopped: bool = False) -> None:
-    """Keep the student that a KD stage ends with: of each that ends in ``epoch``, which has just been trained.
+    """Keep the student of each KD stage that ends in ``epoch``, which has just been trained.
 
-    That of the last KD stage is ``student.pth`` in ``output_dir`` itself; that of an earlier one lies in its directory
-    ``kd_stage<k>`` with the configuration, so that it can be decoded.
+    The student of the last KD stage is ``student.pth`` in ``output_dir``; that of an earlier one is written to the
+    directory ``kd_stage<k>`` with its configuration, so that it can be decoded.
 
     Args:
         stopped: whether training ended with this epoch, perhaps before ``max_epoch`` (ESPnet's ``patience``).

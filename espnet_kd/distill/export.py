@@ -1,4 +1,4 @@
-"""From a student's experiment to a plain ESPnet one."""
+"""Export of a student's experiment as a plain ESPnet experiment."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from espnet_kd.files import replacing, replacing_directory
 
 MODEL, CONFIG, STATISTICS, TOKEN_MODEL = "model.pth", "config.yaml", "feats_stats.npz", "bpe.model"
 DECODE, README = "decode.yaml", "README.md"
-#: What an export consists of.
+#: The files of an export.
 FILES = (CONFIG, MODEL, STATISTICS, TOKEN_MODEL, DECODE, README)
 
 
@@ -41,20 +41,20 @@ def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> P
 
     The directory has config.yaml and model.pth, which stock ESPnet loads from any working directory; feats_stats.npz
     and bpe.model where the model has them; decode.yaml, the options that a CTC model is decoded with; and a README.md.
-    The zip is that of ``espnet2.bin.pack``. Each appears whole or not at all; an export from before is replaced.
+    The zip is that of ``espnet2.bin.pack``. Both are whole or absent; an earlier export is replaced.
 
     Raises:
-        UserError: the experiment is incomplete, a file its config names is missing or is something else, or the place
-            holds something else.
+        UserError: the experiment is incomplete, a file that its config names is missing or of another kind, or the
+            output directory has other files.
     """
     config_file, model_file = find_experiment(experiment)
     out = output_dir or config_file.parent / "export"
-    config, state = plain_student(config_file, load_state(model_file))
-    # What only training needed, and what must not be looked for where the model is used.
+    config, state = without_distillation(config_file, load_state(model_file))
+    # Options that only training needs, and files that the user of the model does not have.
     config.update(output_dir=str(out), init_param=[], resume=False)
     with replacing_directory(out, FILES) as part:
         _write(part, config_file, config, state, out)
-        # Before the directory: with it, all is there.
+        # Before the directory, whose existence means that the export is complete.
         with replacing(out.with_name(f"{out.name}.zip"), "wb") as f:
             _write_zip(f, part, out)
     load_model(out / CONFIG, out / MODEL)
@@ -94,7 +94,7 @@ def _needs_statistics(config: Dict[str, Any]) -> bool:
 
 
 def usage_of_export(folder: Path) -> str:
-    """How an export is used with ESPnet alone, in Markdown."""
+    """Instructions for the use of an export with ESPnet, in Markdown."""
     return _usage(read_config(folder / CONFIG), (folder / TOKEN_MODEL).exists())
 
 
@@ -123,7 +123,7 @@ defaults ask for an attention decoder too. Of the zip beside this folder:
 
 
 def _write_zip(f: Any, part: Path, out: Path) -> None:
-    """What ``espnet2.bin.pack`` makes of an export, with paths that are rewritten where it is unpacked."""
+    """Write an export as ``espnet2.bin.pack`` does, with paths that are rewritten when it is unpacked."""
     config = read_config(part / CONFIG)
     if _needs_statistics(config):
         config["normalize_conf"]["stats_file"] = STATISTICS
@@ -148,8 +148,10 @@ def _write_zip(f: Any, part: Path, out: Path) -> None:
                 add(path.name, path.read_bytes())
 
 
-def plain_student(config_file: Path, state: Dict[str, torch.Tensor]) -> Tuple[Dict[str, Any], Dict[str, torch.Tensor]]:
-    """Configuration and parameters without what distillation added, as the KD stage's objectives have it.
+def without_distillation(
+    config_file: Path, state: Dict[str, torch.Tensor]
+) -> Tuple[Dict[str, Any], Dict[str, torch.Tensor]]:
+    """Configuration and parameters of the plain student, as converted by the objectives of the KD stage.
 
     Raises:
         UserError: a damaged record of the KD stage, or an objective of it that cannot be imported.

@@ -1,4 +1,4 @@
-"""The KD model: an ESPnet ASR model whose forward adds the objectives of the KD stage that training is in."""
+"""The KD model: an ESPnet ASR model whose forward adds the objectives of the current KD stage."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ from espnet_kd.distill.plan import Moment, Plan
 from espnet_kd.distill.schedule import Progress, Weight
 from espnet_kd.inference.encode import EncoderOutputs, encode, measure_frame_shift, recording_decoder
 from espnet_kd.losses.common import full_precision
-from espnet_kd.targets.loading import BROUGHT, Brought, Part
+from espnet_kd.targets.loading import BROUGHT, Brought, ReadPart
 from espnet_kd.targets.nbest import Hypotheses
 from espnet_kd.targets.teacher import Teacher
 from espnet_kd.topk import NotKept
 
-#: What ESPnet's reporter takes: None for a statistic that this batch lacks.
+#: Statistics for ESPnet's reporter; None for a statistic that this batch does not have.
 Statistics = Dict[str, Union[Tensor, float, None]]
 #: An objective's entry in the page, the objective, its weight.
 Term = Tuple[ObjectiveSpec, Objective, Weight]
 
 
 class ESPnetASRKDModel(ESPnetASRModel):
-    """A student in all KD stages of a plan. Made with :meth:`adopt`, never constructed.
+    """A student in all KD stages of a plan. It is made with :meth:`adopt`, never constructed.
 
-    Its parameters have the plain student's names; what is trained beside it lies under ``kd_heads``; the teacher is not
-    registered at all.
+    Its parameters have the plain student's names. Modules that are trained with it are under ``kd_heads``. The teacher
+    is not registered.
     """
 
     @classmethod
@@ -52,7 +52,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         """Turn the student that ESPnet built into the KD model of a training.
 
         Args:
-            progress: the point of the training, which chooses the KD stage of a step.
+            progress: the position in the training, which determines the KD stage of a step.
             sampling_rate: of the audio that the student's frontend expects, Hz.
             nbest: the teacher's N-best by utterance.
 
@@ -81,7 +81,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         model.frame_shift = measure_frame_shift(student, sampling_rate)
         if teacher is not None:
             check_rates(student, model.frame_shift, teacher, sampling_rate)
-        made: Dict[Tuple[str, str], Objective] = {}  # one with the same options is one over all KD stages
+        made: Dict[Tuple[str, str], Objective] = {}  # an objective with the same options is one object in all KD stages
         heads: Dict[str, torch.nn.Module] = {}
         model.terms = []
         for phase in plan.phases:
@@ -133,20 +133,20 @@ class ESPnetASRKDModel(ESPnetASRModel):
             speech: (B, samples) · speech_lengths: (B,)
             text: (B, L) · text_lengths: (B,), 0 where an utterance is not transcribed; both absent in training
                 without labels
-            kwargs: ``utt_id``, auxiliary labels of InterCTC, and what :mod:`espnet_kd.targets.loading` has brought
+            kwargs: ``utt_id``, auxiliary labels of InterCTC, and the entry of :mod:`espnet_kd.targets.loading`
 
         Returns:
-            loss, statistics, batch size, in the form of ESPnet's trainer
+            loss, statistics, batch size, as ESPnet's trainer expects them
 
         The loss is ctc_weight · (w_ctc · CTC + Σ weight · objective) + (1 − ctc_weight) · (w_att · attention + Σ weight
-        · objective of the decoder); without objectives and with weights 1 it is ESPnetASRModel's. In validation it is
-        what the training ends with, in every epoch.
+        · objective of the decoder); without objectives and with weights 1 it is ESPnetASRModel's. In validation the
+        weights are those at the end of the training, in every epoch.
         """
         batch_size = speech.size(0)
         now = self.plan.at(self.progress) if self.training else self.plan.last
         terms = self._active(now)
         if text is not None:
-            # As it is padded: its length that counts would have to be asked of a GPU, and nothing depends on it.
+            # The padded length is kept: reading the true length would make the host wait for a GPU, and is not needed.
             text = text.masked_fill(text == -1, self.ignore_id)
         # SpecAugment's masks are drawn anew for every row, so that repeated rows are two views. None in validation.
         views = max((o.views for _, o, _ in terms), default=1) if self.training else 1
@@ -181,9 +181,9 @@ class ESPnetASRKDModel(ESPnetASRModel):
         stats["loss"] = loss.detach()
         return force_gatherable((loss, stats, batch_size), loss.device)
 
-    def parts(self, train: bool) -> List[Part]:
-        """What the parts of the training, or what validation, reads of a teacher (`espnet_kd.targets.loading`)."""
-        found: List[Part] = []
+    def parts(self, train: bool) -> List[ReadPart]:
+        """The taps that the parts of the training, or validation, need (`espnet_kd.targets.loading`)."""
+        found: List[ReadPart] = []
         for phase, terms in zip(self.plan.phases, self.terms):
             taps = [o.teacher_taps for _, o, _ in terms if o.uses_teacher]
             reads = tuple(sorted({t for each in taps for t in each})) if taps else None
@@ -191,7 +191,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         return found if train else [(0.0, 1.0, found[-1][2])]
 
     def _active(self, now: Moment) -> List[Term]:
-        """The objectives that are computed: in training those whose weight is not 0, in validation all of the phase."""
+        """The objectives to compute: in training those with a weight other than 0, in validation all of the phase."""
         terms = self.terms[now.phase.index]
         return [term for term in terms if not self.training or now(term[2])]
 
@@ -215,7 +215,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         taps: Sequence[str],
         stats: Statistics,
     ) -> Tensor:
-        """Weighted attention loss of the transcribed utterances; the decoder's outputs where a tap asks for them."""
+        """Weighted attention loss of the transcribed utterances; keeps the decoder's outputs if a tap needs them."""
         weight = now(now.phase.stage.attention_weight)
         loss = out.new_zeros(())
         if not weight and "decoder" not in taps:
@@ -242,7 +242,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         return weight * loss if weight else torch.zeros_like(loss)
 
     def _log_probs(self, out: Tensor) -> Tensor:
-        """(B, T, V), once for CTC and every objective; dropout as in ESPnet's CTC, which has it in eval too."""
+        """Log-probabilities (B, T, V) for CTC and all objectives; dropout as in ESPnet's CTC, also in eval mode."""
         return full_precision(self.ctc.ctc_lo(F.dropout(out, p=self.ctc.dropout_rate))).log_softmax(-1)
 
     def _ctc(
@@ -258,8 +258,8 @@ class ESPnetASRKDModel(ESPnetASRModel):
         """ESPnet's CTC (sum over the utterance, averaged over the batch), or that per label, as the page has it.
 
         ``weights`` (B,) of the utterances; by default 1, or 0 where there are no labels. ``label_counts``:
-        ``text_lengths`` where they are at hand, for torch's CTC has both lengths copied to the host. In ESPnet's own
-        step it waits for them too, and for each utterance's labels besides.
+        ``text_lengths`` as Python numbers if they are known, because torch's CTC copies both lengths to the host. In
+        ESPnet's own step the host waits for them too, and for each utterance's labels.
         """
         per_label = now.phase.stage.ctc_per == "label"
         by_time = log_probs.transpose(0, 1)
@@ -272,13 +272,13 @@ class ESPnetASRKDModel(ESPnetASRModel):
                 )
             labels = torch.cat([t[:n] for t, n in zip(text, on_host)])
             return self.ctc.loss_fn(by_time, labels, lengths, text_lengths)
-        # The labels as they lie, padded: to cut each utterance's out, or to see whether all have some, would be a wait.
+        # The padded labels: selecting those of each utterance would make the host wait.
         each = self.ctc.ctc_loss(by_time, text, lengths, on_host)
         if weights is None:
             weights = (text_lengths > 0).to(log_probs.dtype)
         if per_label:
             each = each / text_lengths.clamp(min=1)
-        # where, not a product: 0 · ∞ would be NaN
+        # where instead of a product, because 0 · ∞ would be NaN
         return torch.where(weights > 0, each, 0.0).mul(weights).mean()
 
     def _ctc_branch(
@@ -300,10 +300,10 @@ class ESPnetASRKDModel(ESPnetASRModel):
             stats["loss_ctc"] = loss.detach()
             stats["cer_ctc"] = None
             if not self.training and self.error_calculator is not None:
-                # Blank outside the utterance: ESPnet's own figure counts what it reads in the padding.
+                # Blank in the padding, which ESPnet's own figure would count.
                 best = log_probs.argmax(-1).masked_fill(~fr.valid(lengths, log_probs.size(1)), self.blank_id)
                 rate = self.error_calculator(best.cpu(), text.cpu(), is_ctc=True)
-                # None where nothing is transcribed: a rank that reports less than the others would wait for ever.
+                # NaN without transcripts: a rank with fewer statistics than the others would wait for ever.
                 stats["cer_ctc"] = math.nan if rate is None else rate
             if self.interctc_weight and intermediate:
                 inner = []
@@ -353,7 +353,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         for spec, objective, weight in terms:
             try:
                 value, extra = objective(student, target, batch, now.position)
-            except NotKept as e:  # of an objective whose `needs` lacks something that it reads
+            except NotKept as e:  # an objective reads more than its `needs` names
                 raise UserError(f"{spec.name}: {e}") from e
             weighted = now(weight) * value
             total = total + branches[objective.branch] * weighted
@@ -365,7 +365,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
 
 
 def _repeat(times: int, x: Any) -> Any:
-    """Everything in ``x`` that has a row per utterance, ``times`` times over, the whole batch after the whole batch."""
+    """Repeat everything in ``x`` that has a row per utterance ``times`` times, batch after batch."""
     if times == 1:
         return x
     if isinstance(x, Tensor):

@@ -1,8 +1,8 @@
-"""Losses that are not finite: the utterances are named, the step is skipped and counted, too many end the training.
+"""Losses that are not finite: the log names the utterances, the step is skipped, and too many of them end the training.
 
-The skipping is ESPnet's: its trainer moves no parameter by gradients that are not finite, in a parallel run on no rank.
-Batch normalisation would keep what such a step left in its running statistics; they are put back. In validation ESPnet
-leaves such a batch out of the averages without a word.
+ESPnet's trainer skips the step: it does not update parameters by gradients that are not finite, on any rank of a
+parallel run. The running statistics of batch normalisation, which such a step has changed, are restored here. In
+validation ESPnet leaves such a batch out of the averages without a message.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from espnet_kd.late import Later
 
 @dataclass(frozen=True)
 class _Step:
-    """One forward of the model, for a message."""
+    """The data of one forward of the model, for a message."""
 
     epoch: int
     number: int
@@ -45,12 +45,12 @@ class NonFiniteLosses:
     """Watches the forward of a model.
 
     Args:
-        limit: so many batches of an epoch, training and validation together, may have a loss that is not finite; in a
-            parallel run those of each process. The same few utterances come back in every epoch, a model that has
-            diverged exceeds any limit in the same one.
-        progress: names epoch and step.
+        limit: largest number of batches of an epoch, training and validation together, whose loss may not be finite;
+            in a parallel run, of each process. A few damaged utterances stay below it in every epoch; a model that has
+            diverged exceeds it within one epoch.
+        progress: gives epoch and step.
 
-    On a GPU, where looking at once would be a wait, a step is reported when a later one begins.
+    On a GPU a step is reported when a later one begins, so that the host does not wait.
     """
 
     def __init__(self, limit: int, progress: Progress):
@@ -61,13 +61,13 @@ class NonFiniteLosses:
         self._later = Later()
 
     def watch(self, model: torch.nn.Module) -> None:
-        """Look at every loss of an ESPnet model from now on; its forward raises UserError past the limit."""
+        """Check every loss of an ESPnet model from now on; its forward raises UserError beyond the limit."""
         self._norms = [m for m in model.modules() if isinstance(m, _NormBase) and m.track_running_stats]
         model.register_forward_pre_hook(self._remember)
         model.register_forward_hook(self._check, with_kwargs=True)
 
     def finish(self) -> None:
-        """Report the last steps too (:class:`UserError` as above)."""
+        """Check the last steps too (:class:`UserError` as above)."""
         self._later.finish()
 
     def _remember(self, model: torch.nn.Module, args: Tuple[Any, ...]) -> None:

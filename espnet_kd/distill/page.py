@@ -1,4 +1,4 @@
-"""Method pages: one YAML that names the objectives of each KD stage and their weights. Read strictly."""
+"""Method pages: YAML files with the objectives of each KD stage and their weights, read with strict checks."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ObjectiveSpec:
 
     @property
     def has_head(self) -> bool:
-        """Whether something is trained beside the student for it."""
+        """Whether a module is trained with the student for this objective."""
         return type(self.make()).build is not Objective.build
 
 
@@ -56,13 +56,13 @@ class KDStage:
 
     @property
     def needs_text(self) -> bool:
-        """Whether it trains with transcripts."""
+        """Whether it needs transcripts."""
         branches = (self.ctc_weight, self.attention_weight)
         return any(w != 0.0 for w in branches) or any(o.make().needs_text for o in self.objectives)
 
     @property
     def nbest(self) -> int:
-        """Hypotheses per utterance of the teacher's N-best that it reads."""
+        """Number of hypotheses per utterance that it needs of the teacher's N-best."""
         return max((o.make().nbest for o in self.objectives), default=0)
 
 
@@ -95,14 +95,14 @@ def list_pages() -> List[str]:
 
 
 class Unread(Objective):
-    """Stands for an objective of another module where a page is only read: nothing is known of it."""
+    """A placeholder for an objective of another module that is not imported."""
 
     def __init__(self, **options: Any):
         super().__init__()
 
 
 def load_page(name: str, import_objectives: bool = True) -> Page:
-    """Read a page by path or by the name of one of the package's.
+    """Read a page by its path, or by its name if it comes with the package.
 
     Args:
         import_objectives: whether to import objectives that are named by a dotted path, which is code of the page's
@@ -124,7 +124,7 @@ def load_page(name: str, import_objectives: bool = True) -> Page:
 
 
 def check_cacheable(page: Page) -> None:
-    """Refuse a page that no target cache can serve (:class:`UserError`)."""
+    """Refuse a page that cannot be trained from a target cache (:class:`UserError`)."""
     if page.pool == "mean":
         raise UserError(f"{page.path}: pool: mean needs whole posteriors, which a target cache has not; use --teacher")
     if page.teacher_weights:
@@ -132,7 +132,7 @@ def check_cacheable(page: Page) -> None:
 
 
 def needed_targets(pages: Sequence[str]) -> Needs:
-    """What the objectives of some pages read of a teacher, together.
+    """The teacher's outputs that the objectives of some pages need together.
 
     Raises:
         UserError: as :func:`load_page` and :func:`check_cacheable`; or no page has a teacher whose outputs it reads.
@@ -180,7 +180,7 @@ def _page(path: Path, content: Any, imports: bool) -> Page:
 
 
 def _check_kept(page: Page) -> None:
-    """Refuse ``keep`` of what the KD stage before lacks, and one objective with two sets of options for its head."""
+    """Refuse a ``keep`` of unknown objectives, and an objective with a head that has two sets of options."""
     options: Dict[str, ObjectiveSpec] = {}
     before: List[str] = []
     for stage in page.stages:
@@ -197,7 +197,7 @@ def _check_kept(page: Page) -> None:
 
 
 def _implied_options(stages: Sequence[KDStage]) -> Dict[str, Any]:
-    """ESPnet's options that follow from the KD stages."""
+    """ESPnet options that follow from the KD stages."""
     implied: Dict[str, Any] = {}
     weights = [w for s in stages for w in (s.ctc_weight, s.attention_weight)]
     heads = [o for s in stages for o in s.objectives if o.has_head]

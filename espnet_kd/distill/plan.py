@@ -1,4 +1,4 @@
-"""The KD stages of a page as parts of one training: which objectives count at which step, and how much."""
+"""The KD stages of a page as phases of one training, with the objectives and weights of each step."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Phase:
 
 @dataclass
 class Moment:
-    """What counts at one step: a phase, and the position in it."""
+    """A phase, and the position in it, which determine the weights of a step."""
 
     phase: Phase
     position: Position
@@ -57,13 +57,13 @@ class Plan:
         return [phase.stage.number for phase in self.phases]
 
     def at(self, progress: Progress) -> Moment:
-        """What a training step counts with."""
+        """The phase and position of a training step."""
         phase = next((p for p in self.phases if progress.fraction < p.end - TINY), self.phases[-1])
         return Moment(phase, progress.within(phase.begin, phase.end))
 
     @property
     def last(self) -> Moment:
-        """What the training ends with. Validation counts with this in every epoch, so that epochs can be compared."""
+        """The end of the training. Validation uses its weights in every epoch, so that epochs can be compared."""
         return Moment(self.phases[-1], Position(1.0, 1.0))
 
     def phase(self, number: Optional[int]) -> Phase:
@@ -75,7 +75,7 @@ class Plan:
         return self.phase(number).epochs(self.max_epoch)[1]
 
     def parts(self) -> List[List[Phase]]:
-        """Phases that share optimizer and schedule: a new part begins at each KD stage with ``restart: true``."""
+        """Groups of phases that share optimizer and schedule; ``restart`` in a page begins a new group."""
         parts: List[List[Phase]] = []
         for phase in self.phases:
             if not parts or phase.stage.restart:
@@ -84,7 +84,7 @@ class Plan:
         return parts
 
     def as_record(self) -> List[Dict[str, Any]]:
-        """The phases as JSON has them."""
+        """The phases as JSON."""
         return [
             {
                 "kd_stage": p.stage.number,
@@ -101,10 +101,10 @@ class Plan:
 
 
 def make_plan(page: Page, max_epoch: int, wanted: Optional[Sequence[int]] = None) -> Plan:
-    """Lay KD stages out over ``max_epoch`` epochs: each takes its share, and the last one the rest.
+    """Distribute KD stages over ``max_epoch`` epochs: each has its share, and the last one has the rest.
 
-    KD stages that are left out thus give their share to the last one, and every student trains ``max_epoch`` epochs. A
-    KD stage may begin at any step, but for one with ``restart``, which begins with an epoch.
+    The last KD stage thus also has the share of those that are left out, and every student trains ``max_epoch`` epochs.
+    A KD stage may begin at any step, except one with ``restart``, which begins with an epoch.
 
     Args:
         wanted: numbers of the KD stages to use; default: all.
@@ -133,5 +133,5 @@ def make_plan(page: Page, max_epoch: int, wanted: Optional[Sequence[int]] = None
 
 
 def weight_record(weight: Weight) -> Union[float, Dict[str, Any]]:
-    """A weight as JSON has it."""
+    """A weight as JSON."""
     return asdict(weight) if isinstance(weight, Ramp) else weight

@@ -1,4 +1,4 @@
-"""Where training stands, and weights that follow it."""
+"""The position in a training, and weights that depend on it."""
 
 from __future__ import annotations
 
@@ -14,28 +14,28 @@ class Position:
     """A point of a KD stage: 0 at its beginning, 1 at its end."""
 
     fraction: float
-    epoch_fraction: float  #: the same, moving once an epoch
+    epoch_fraction: float  #: the same, but constant within an epoch
 
 
 @dataclass
 class Progress:
-    """A point of a training. Epochs count from 1; nothing of it is in a checkpoint, a resume sets it anew."""
+    """A position in a training. Epochs count from 1. It is not in the checkpoint; a resume sets it again."""
 
     epoch: int = 1
     max_epoch: int = 1
     step: int = 0  #: of this epoch, from 0
-    steps_per_epoch: Optional[int] = None  #: where the iterator factory has it; else known after the first epoch
+    steps_per_epoch: Optional[int] = None  #: from the iterator factory, or else known after the first epoch
     updates: Optional[int] = None  #: of the parameters by the optimizer in this epoch; None: no epoch has begun
 
     @property
     def fraction(self) -> float:
-        """Share of the training that is done, 0…1."""
+        """Finished share of the training, 0…1."""
         within = min(self.step / self.steps_per_epoch, 1.0) if self.steps_per_epoch else 0.0
         return min((self.epoch - 1 + within) / max(self.max_epoch, 1), 1.0)
 
     @property
     def epoch_fraction(self) -> float:
-        """The same, moving once an epoch."""
+        """The same, but constant within an epoch."""
         return min((self.epoch - 1) / max(self.max_epoch, 1), 1.0)
 
     def within(self, begin: float, end: float) -> Position:

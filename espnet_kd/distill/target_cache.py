@@ -1,4 +1,4 @@
-"""A target cache from a teacher's experiment, a method's needs and data dirs."""
+"""Makes the target cache of a teacher for the needs of some methods and for data dirs."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _write(args: argparse.Namespace, output: Path, job: int, jobs: int, device: 
         writer.remove(output)
     writer.write_manifest(output, manifest, recogniser.token_list)
     if jobs == 1:
-        writer.remove_leftovers(output)
+        writer.remove_cache_leftovers(output)
     mine = list(enumerate(shards))[job - 1 :: jobs]
     with tqdm(total=sum(len(u) for _, u in mine), unit="utt", desc=output.name) as bar:
         written = writer.write_shards(
@@ -93,7 +93,7 @@ def _write(args: argparse.Namespace, output: Path, job: int, jobs: int, device: 
         )  # fmt: skip
     logging.info("%s: %d of %d shards written, %d found whole", output, written, len(mine), len(mine) - written)
     if jobs > 1:
-        logging.info("when all %d jobs are through, run the same command without --job", jobs)
+        logging.info("when all %d jobs are finished, run the same command without --job", jobs)
         return
     counts = writer.finish(output, manifest).counts
     frames = max(counts["frames"], 1)

@@ -1,6 +1,7 @@
-"""What a page's ``train:`` block may hold: ESPnet options of the training, but none that names a file.
+"""The ESPnet options that a page's ``train:`` block may set: how a student is trained, but no paths.
 
-Pages are passed on. Everything else of ESPnet's, the paths of data and models above all, is left to the command line.
+Pages are shared between users, so that all other options, above all paths of data and models, belong on the command
+line.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ MODELS = (
 AUGMENTATION = ("specaug", "specaug_conf")
 LOGGING = ("log_interval", "num_att_plot", "use_matplotlib", "use_tensorboard")
 ALLOWED = (*OPTIMIZATION, *STEPS, *BATCHES, *MODELS, *AUGMENTATION, *LOGGING)
-#: Options that training itself sets or reads beforehand: in a ``train:`` block they would be passed over in silence.
+#: Options that the training sets or reads before the page: in a ``train:`` block they would have no effect.
 RESERVED = ("config", "kd_config", "kd_stage", "kd_stages", "max_epoch", "output_dir", "resume")
 
 
 def check_train_options(content: Any, where: str) -> Dict[str, Any]:
-    """The ``train:`` block of a page, with options of :data:`ALLOWED` alone.
+    """Check a page's ``train:`` block, which may have the options in :data:`ALLOWED`.
 
     Their values are checked by ESPnet's own parser (:func:`espnet_kd.distill.checks.configuration.check_options`).
 
@@ -42,7 +43,7 @@ def check_train_options(content: Any, where: str) -> Dict[str, Any]:
         where: the block's place in messages, ``page.yaml: train``.
 
     Raises:
-        UserError: no mapping, an option that a page cannot set, or a value that no option has.
+        UserError: not a mapping, an option that a page cannot set, or a value of an unsuitable type.
     """
     options = check_mapping(content, where)
     for key, value in options.items():
@@ -59,7 +60,7 @@ def check_train_options(content: Any, where: str) -> Dict[str, Any]:
 
 
 def _check_plain(value: Any, where: str, depth: int = 0) -> None:
-    """Refuse what is no word, number, list of them or mapping to them (:class:`UserError`)."""
+    """Refuse values other than words, numbers, and lists or mappings of them (:class:`UserError`)."""
     if isinstance(value, Mapping) and depth < 2:
         for key, inner in value.items():
             _check_plain(inner, f"{where}.{key}", depth + 1)

@@ -1,4 +1,4 @@
-"""What ESPnet's options do to audio before the encoder: looked at in one place, for teachers and students alike.
+"""The ESPnet options that change the audio before the encoder, handled in one place for teachers and students.
 
 | option | in training | at inference, in the cache, in bench | teacher and student |
 |---|---|---|---|
@@ -49,18 +49,18 @@ def sampling_rate(args: argparse.Namespace) -> float:
 
 
 def takes_audio(args: argparse.Namespace) -> bool:
-    """Whether a model is fed with audio: with a frontend, or by an encoder that takes samples (``input_size: 1``)."""
+    """Whether the input of a model is audio: it has a frontend, or its encoder takes samples (``input_size: 1``)."""
     return getattr(args, "input_size", None) in (None, 1)
 
 
 def volume(args: argparse.Namespace) -> Optional[float]:
-    """The peak that an ESPnet configuration brings utterances to; None where it leaves them as they are."""
+    """The peak to which an ESPnet configuration normalises utterances; None if it does not normalise them."""
     # As ESPnet reads it: a configuration of before rir_scp has no such option.
     return getattr(args, "speech_volume_normalize", None) if hasattr(args, "rir_scp") else None
 
 
 def to_volume(speech: Tensor, peak: float) -> Tensor:
-    """Audio (B, N, …), padded with 0, with each utterance's peak at ``peak``; silence stays silent."""
+    """Normalise audio (B, N, …), padded with 0, to ``peak`` per utterance; silence is not changed."""
     highest = speech.abs().flatten(1).amax(1).view(-1, *[1] * (speech.dim() - 1))
     return torch.where(highest > 0, speech * (peak / highest.clamp(min=1e-30)), speech)
 

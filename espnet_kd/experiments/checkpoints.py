@@ -1,4 +1,4 @@
-"""Resuming after a kill: ESPnet writes checkpoints in place, so one may be half written or missing."""
+"""Resuming after a kill: ESPnet overwrites checkpoints in place, so that one may be incomplete or missing."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ def load_checkpoint(path: Path) -> Dict[str, Any]:
     """
     scalars = [type(np.dtype(t)) for t in ("float32", "float64", "int64")]
     allowed = [datetime.timedelta, np.dtype, np.float64(0).__reduce__()[0], *scalars]
-    # Memory-mapped: to get the reporter's few numbers, model and optimizer need not be read.
+    # Memory-mapped, so that reading the reporter's few numbers does not read model and optimizer.
     return load_safely(path, allowed, mmap=True)
 
 
 def read_checkpoint(path: Path) -> Optional[Dict[str, Any]]:
     """As :func:`load_checkpoint`, but None where the file is absent or damaged.
 
-    ESPnet itself loads a checkpoint with all that it holds: whoever resumes calls this first.
+    ESPnet itself loads a checkpoint with any objects in it; call this before a resume.
     """
     if not path.is_file():
         return None
@@ -65,7 +65,7 @@ def read_checkpoint(path: Path) -> Optional[Dict[str, Any]]:
 
 
 def check_ended(output_dir: Path, max_epoch: int, early: bool) -> None:
-    """Refuse what a training left that has not ended.
+    """Refuse the output of a training that has not ended.
 
     Args:
         early: whether it may end before ``max_epoch`` (ESPnet's ``patience``).
@@ -85,7 +85,7 @@ def check_ended(output_dir: Path, max_epoch: int, early: bool) -> None:
 
 
 def forget_optimizer(output_dir: Path) -> None:
-    """Take optimizer and schedule out of a checkpoint: ESPnet's resume then goes on with new ones."""
+    """Remove optimizer and schedule from a checkpoint, so that ESPnet's resume continues with new ones."""
     states = {**load_checkpoint(output_dir / CHECKPOINT), "optimizers": [], "schedulers": []}
     with replacing(output_dir / CHECKPOINT, "wb") as f:
         torch.save(states, f)
@@ -94,8 +94,8 @@ def forget_optimizer(output_dir: Path) -> None:
 def mend(output_dir: Path) -> int:
     """Make a killed run resumable, and log what was done.
 
-    A damaged checkpoint gives way to the previous epoch's, or to a fresh start; an epoch's model that is missing or
-    damaged is written again from its checkpoint.
+    A damaged checkpoint is replaced by that of the previous epoch, or by a fresh start. An epoch's model that is
+    missing or damaged is written again from its checkpoint.
 
     Returns:
         the last finished epoch, 0 for a fresh start

@@ -1,4 +1,4 @@
-"""Training statistics of a finished or running ESPnet run: from its checkpoint, else from its log."""
+"""Training statistics of a finished or running ESPnet run, read from its checkpoint, or else from its log."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ History = Dict[int, Dict[str, Dict[str, float]]]
 
 
 @dataclass
-class Part:
+class StageHistory:
     """A KD stage of a training: its number in the page, its first and last epoch, and their statistics.
 
     A KD stage may begin within an epoch, which then is the last one of the KD stage before, too.
@@ -29,12 +29,12 @@ class Part:
 
     @property
     def epochs(self) -> str:
-        """Those that are trained, for people."""
+        """The trained epochs as text."""
         last = max(self.history, default=self.last)
         return str(self.first) if self.first == last else f"{self.first}–{last}"
 
 
-def read_parts(expdir: Path) -> List[Part]:
+def read_parts(expdir: Path) -> List[StageHistory]:
     """The KD stages of an experiment that is one training, as far as it is trained.
 
     [] where there is no such record, and where each KD stage was a training of its own (:func:`read_stages`).
@@ -42,7 +42,7 @@ def read_parts(expdir: Path) -> List[Part]:
     try:
         record = json.loads((expdir / "kd_stage.json").read_text(encoding="utf-8"))
         places = [(int(s["kd_stage"]), *map(int, s["epochs"])) for s in record["stages"]]
-        parts = [Part(number, first, last, {}) for number, first, last in places]
+        parts = [StageHistory(number, first, last, {}) for number, first, last in places]
     except (OSError, ValueError, KeyError, TypeError):
         return []
     history = read_history(expdir) or {}
@@ -62,7 +62,7 @@ def read_history(run_dir: Path) -> Optional[History]:
 
 
 def read_progress(run_dir: Path) -> Optional[History]:
-    """As :func:`read_history` for a run that goes on: its logs first, which can be read without torch."""
+    """Like :func:`read_history`, for a running training: its logs are read first, which does not need torch."""
     return _from_logs(run_dir) or read_history(run_dir)
 
 
@@ -121,7 +121,7 @@ def _from_logs(run_dir: Path) -> History:
 
 
 def _logs(run_dir: Path) -> List[Path]:
-    """Its logs. Where each KD stage was a training of its own, all their logs lie in the last one's directory."""
+    """Its logs. If each KD stage was a training of its own, all their logs are in the last one's directory."""
     try:
         stage = json.loads((run_dir / "kd_stage.json").read_text(encoding="utf-8"))["kd_stage"]
     except (OSError, ValueError, KeyError, TypeError):

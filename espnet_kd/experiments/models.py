@@ -1,4 +1,4 @@
-"""Find and load a finished ESPnet ASR experiment: as a teacher, for decoding, for export."""
+"""Finding and loading finished ESPnet ASR experiments, as teachers, for decoding and for export."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from espnet_kd.safe_yaml import parse_yaml
 if TYPE_CHECKING:
     from espnet2.asr.espnet_model import ESPnetASRModel
 
-#: Prefix of what is trained beside a student (projections, heads) and dropped from it afterwards.
+#: Prefix of the modules that are trained with a student (projections, heads) and not exported.
 KD_PREFIX = "kd_heads."
 
 
@@ -70,8 +70,8 @@ def find_experiment(path: Union[str, Path]) -> Tuple[Path, Path]:
 
 
 def _criteria(content: Dict, config: Path) -> List[Tuple[str, str]]:
-    """(phase, key) of ``best_model_criterion``, those of validation first: what fits the training data best may have
-    memorised them, and ESPnet's own default begins with the loss of training.
+    """(phase, key) of ``best_model_criterion``, those of validation first. The best model on the training data may be
+    overfitted, and ESPnet's default begins with the training loss.
     """
     criteria = content.get("best_model_criterion") or []
     if not isinstance(criteria, list) or not all(isinstance(c, list) and len(c) > 1 for c in criteria):
@@ -99,15 +99,15 @@ def read_config(config: Union[str, Path]) -> Dict:
 
 
 def load_safely(path: Union[str, Path], allowed: Sequence[Any] = (), mmap: bool = False) -> Any:
-    """Load what ``torch.save`` wrote onto the CPU: tensors, plain values and ``allowed`` classes.
+    """Load a file of ``torch.save`` onto the CPU if it has only tensors, plain values and ``allowed`` classes.
 
     With ``ESPNET_KD_TRUST_PICKLE=1`` everything is loaded.
 
     Raises:
-        UserError: a whole file that holds something else, which to read could run code; or one that unpacks to many
-            times its size.
-        Whatever torch raises for a file that is absent, damaged or of another kind, without its advice on how to load
-            the file nevertheless.
+        UserError: the file has other objects, which could run code when they are read; or it unpacks to many times its
+            size.
+        Any error of torch for a file that is absent, damaged or of another kind, without its advice on how to load the
+            file nevertheless.
     """
     archive = zipfile.is_zipfile(path)
     if archive:
@@ -128,7 +128,7 @@ def load_safely(path: Union[str, Path], allowed: Sequence[Any] = (), mmap: bool 
 
 
 def _has_pickled_objects(path: Union[str, Path]) -> bool:
-    """Whether a file is one whole pickle that imports something, as far as can be seen without running it."""
+    """Whether a file is a complete pickle that imports something, judged without running it."""
     imports = False
     try:
         with open(path, "rb") as f:
@@ -149,7 +149,7 @@ def load_state(model_file: Union[str, Path]) -> Dict[str, torch.Tensor]:
         state = load_safely(model_file)
     except UserError:
         raise
-    except Exception as e:  # pickle, zip, runtime or OS errors: in each case the file cannot be used
+    except Exception as e:  # pickle, zip, runtime or OS error: the file cannot be loaded
         reason = next(iter(str(e).splitlines()), "") or type(e).__name__
         raise UserError(f"cannot load {model_file}: {reason}; is the file damaged, or not a model?") from e
     if isinstance(state, dict) and isinstance(state.get("module"), dict):
@@ -160,7 +160,7 @@ def load_state(model_file: Union[str, Path]) -> Dict[str, torch.Tensor]:
 
 
 def student_only(state: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
-    """Leave out what is trained beside the student (keys under ``kd_heads.``)."""
+    """Leave out the modules that were trained with the student (keys under ``kd_heads.``)."""
     return {k: v for k, v in state.items() if not k.startswith(KD_PREFIX)}
 
 
@@ -209,7 +209,7 @@ def load_model(
 
 
 def foreign(args: argparse.Namespace) -> ContextManager:
-    """Add this package's encoders to ESPnet's choices while a model from another toolkit is built."""
+    """Register this package's encoders while ESPnet builds a model of another toolkit."""
     if str(args.encoder).lower() not in FOREIGN:
         return contextlib.nullcontext()
     from espnet_kd.foreign.encoders import known_to_espnet
@@ -218,14 +218,14 @@ def foreign(args: argparse.Namespace) -> ContextManager:
 
 
 def drop_nothing(model: ESPnetASRModel) -> None:
-    """Switch off the dropout of ESPnet's RNN encoders, which acts in eval mode as well."""
+    """Switch off the dropout of ESPnet's RNN encoders, which is active in eval mode too."""
     for module in model.modules():
         if type(module).__name__ == "RNNP":
             module.dropout = 0.0
 
 
 def _add_adapter(model: ESPnetASRModel, args: argparse.Namespace) -> None:
-    """The layers that ESPnet's fine-tuning adds, in the state in which it saves them."""
+    """Add the layers of ESPnet's fine-tuning, in the state in which it saves them."""
     from espnet2.layers.create_adapter import create_adapter
 
     try:
@@ -238,7 +238,7 @@ def _add_adapter(model: ESPnetASRModel, args: argparse.Namespace) -> None:
 def _statistics(args: argparse.Namespace, state: Dict[str, torch.Tensor], where: str) -> Iterator[None]:
     """Give GlobalMVN a file to open, made of the mean and deviation that are in the model.
 
-    GlobalMVN requires a file when it is built. The one that config.yaml names may be absent, or that of another recipe.
+    GlobalMVN requires a file when it is built. The one in config.yaml may be missing, or belong to another recipe.
     """
     if str(getattr(args, "normalize", None)).lower() != "global_mvn":
         yield

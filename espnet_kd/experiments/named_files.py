@@ -1,4 +1,4 @@
-"""Files that a config.yaml names: looked for where the configuration came from, and read only as what they must be."""
+"""Finding the files that a config.yaml names, and reading them only in their expected format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from espnet_kd.pieces import BLANK, SOS_EOS, UNKNOWN, read_pieces
 
 
 def places(given: Union[str, Path], config: Path) -> Iterator[Path]:
-    """Where a file named in ``config`` can be: beside it, at its absolute path, in the recipe around it, or here.
+    """Candidates for a file named in ``config``: beside it, its absolute path, the recipe around it, and here.
 
     Paths of ESPnet's are relative to the recipe's directory, which is one of those that hold the experiment's.
     """
@@ -68,9 +68,9 @@ def find_token_model(args: argparse.Namespace, config: Path) -> Path:
 
 
 def check_token_model(path: Path, token_list: Sequence[str]) -> Optional[str]:
-    """Why a file is not the SentencePiece model of a token list; None where it is.
+    """The reason why a file is not the SentencePiece model of a token list; None if it is.
 
-    A few tokens may have been added to the list afterwards: what stage 3 of run.sh takes is stricter
+    A few tokens may have been added to the list afterwards: the check of stage 3 of run.sh is stricter
     (:func:`espnet_kd.data.tokenizing.check_model`).
     """
     try:

@@ -1,4 +1,4 @@
-"""Models packed by ``espnet2.bin.pack``: a zip file, unpacked as an experiment's directory."""
+"""Models packed by ``espnet2.bin.pack``: zip files, which are unpacked to an experiment's directory."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from typing import Dict, Union
 from espnet_kd.cli import UserError
 from espnet_kd.safe_yaml import parse_yaml
 
-#: An archive may unpack to so many times its own size, and to this many bytes besides: parameters hardly shrink, what
-#: is made to fill a disk or the memory shrinks a thousandfold.
+#: An archive may unpack to at most EXPANSION times its size plus ALLOWANCE bytes. Parameters hardly compress; a file
+#: that is made to fill a disk or the memory compresses a thousandfold.
 EXPANSION, ALLOWANCE = 20, 64 * 2**20
 MAX_MEMBERS = 10_000
 MAX_META = 2**20  # bytes
@@ -31,7 +31,7 @@ def check_expansion(archive: Union[str, Path]) -> None:
     size = Path(archive).stat().st_size
     with zipfile.ZipFile(archive) as packed:
         members = packed.infolist()
-    # zipfile reads no more of a member than the size in its entry.
+    # zipfile never reads more of a member than the size in its entry.
     total = sum(member.file_size for member in members)
     if total > EXPANSION * size + ALLOWANCE or len(members) > MAX_MEMBERS:
         raise UserError(

@@ -1,9 +1,9 @@
-"""An export's normalisation, as ESPnet can build it without a file: a diagonal linear layer before the encoder.
+"""An export's normalisation as a diagonal linear layer before the encoder, which ESPnet builds without a file.
 
-ESPnet's GlobalMVN opens its statistics wherever the working directory is, although they are in the model as well. An
-export does the same with ``preencoder: linear``, whose values are parameters. The statistics stay in the model file
-under their own names, which ESPnet ignores, and config.yaml has under ``PORTABLE`` what was replaced: here an
-export is loaded as the student that it was, equal in every bit.
+ESPnet's GlobalMVN opens its file of statistics, relative to the working directory, although they are in the model too.
+An export computes the same with ``preencoder: linear``, whose values are parameters. The statistics stay in the model
+file under their own names, which ESPnet ignores, and the entry ``PORTABLE`` of config.yaml describes the replacement,
+so that this package loads an export as the original student, equal in every bit.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from espnet_kd.strict import check_mapping
 
 PORTABLE = "espnet_kd_portable"
 LAYER = "preencoder.linear_out"
-State = Dict[str, torch.Tensor]
+StateDict = Dict[str, torch.Tensor]
 
 
-def can_fold(config: Dict[str, Any], state: State) -> bool:
+def can_fold(config: Dict[str, Any], state: StateDict) -> bool:
     """Whether a model's normalisation can become a layer.
 
     ESPnet's streaming search has no pre-encoder between features and a contextual-block encoder.
@@ -35,8 +35,8 @@ def can_fold(config: Dict[str, Any], state: State) -> bool:
     )
 
 
-def fold(config: Dict[str, Any], state: State) -> Tuple[Dict[str, Any], State]:
-    """Configuration and parameters that compute the same without a file of statistics; see :func:`can_fold`."""
+def fold(config: Dict[str, Any], state: StateDict) -> Tuple[Dict[str, Any], StateDict]:
+    """Configuration and parameters that compute the same without a statistics file; see :func:`can_fold`."""
     conf = {k: v for k, v in (config.get("normalize_conf") or {}).items() if k != "stats_file"}
     mean, std = (state[f"normalize.{name}"].double() for name in ("mean", "std"))
     scale = 1 / std if conf.get("norm_vars", True) else torch.ones_like(std)
@@ -56,7 +56,7 @@ def fold(config: Dict[str, Any], state: State) -> Tuple[Dict[str, Any], State]:
 
 
 def unfold_config(config: Dict[str, Any], where: str) -> Dict[str, Any]:
-    """The configuration that :func:`fold` was given; any other comes back as it is.
+    """The inverse of :func:`fold` for the configuration; any other configuration is returned unchanged.
 
     Raises:
         UserError: the entry ``PORTABLE`` is not as it was written.
@@ -74,6 +74,6 @@ def unfold_config(config: Dict[str, Any], where: str) -> Dict[str, Any]:
     return plain
 
 
-def unfold_state(state: State) -> State:
-    """The parameters that :func:`fold` was given."""
+def unfold_state(state: StateDict) -> StateDict:
+    """The inverse of :func:`fold` for the parameters."""
     return {k: v for k, v in state.items() if not k.startswith(f"{LAYER}.")}

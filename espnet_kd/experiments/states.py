@@ -1,4 +1,4 @@
-"""State dicts of other ages and makers, brought to the names of the model that ESPnet builds today."""
+"""Conversion of state dicts of older ESPnet versions to the names of the current model."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What somebody else's config.yaml may have ESPnet do while a model is built.
+"""Limits on what an untrusted config.yaml can make ESPnet do while a model is built.
 
-Some of ESPnet's components load a file that config.yaml names with all that a pickle can hold, download one, or import
-what it names: each of these runs code of whoever wrote the file. Only components that do none of it are built; the
-others need ``ESPNET_KD_TRUST_PICKLE=1``. docs/trust.md is the user's page on it.
+Some of ESPnet's components unpickle a file that config.yaml names, download one, or import a module that it names. Each
+of these can run code of the file's author. Only components that do none of it are built; the others need
+``ESPNET_KD_TRUST_PICKLE=1``. See docs/trust.md.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 from espnet_kd.cli import UserError, trusts_pickles
 from espnet_kd.strict import nearest
 
-#: Encoders of this package for models of other makers; all that they are is in the experiment's own files.
+#: Encoders of this package for models of other toolkits, which read only the experiment's own files.
 FOREIGN = ("hugging_face_ctc", "onnx_ctc")
 #: Components of ``espnet2.tasks.asr`` (202511) that open no file, reach for no network and import nothing by name.
 #: global_mvn opens its statistics, which is not left to it (:mod:`espnet_kd.experiments.models`).
@@ -55,7 +55,7 @@ def allows_network() -> bool:
 
 
 def check_components(args: argparse.Namespace, where: Union[str, Path]) -> None:
-    """Refuse a configuration whose model could run code of whoever wrote it, or that is of another task of ESPnet.
+    """Refuse a configuration whose model could run code of its author, or that is of another ESPnet task.
 
     Args:
         args: contents of config.yaml, which is ``where``.
@@ -98,7 +98,7 @@ def _refuse_untrusted(component: str) -> None:
 
 
 def _refuse_other_tasks(args: argparse.Namespace, where: Union[str, Path]) -> None:
-    """One line for models of another ``espnet2.bin.*_train``, whose options are not those of asr_train."""
+    """Refuse models of another ``espnet2.bin.*_train``, whose options are not those of asr_train."""
     model, encoder = (str(getattr(args, name, None)).lower() for name in ("model", "encoder"))
     if str(getattr(args, "preprocessor", "")).startswith("s2t") or encoder == "e_branchformer_ctc":
         found = "of espnet2.bin.s2t_train (OWSM)"
@@ -118,7 +118,7 @@ def _refuse_other_tasks(args: argparse.Namespace, where: Union[str, Path]) -> No
 
 
 def _choices() -> Dict[str, Tuple[str, ...]]:
-    """All choices that ESPnet has for each option, in lower case as ESPnet compares them."""
+    """The classes that ESPnet has for each option, in lower case as ESPnet compares them."""
     from espnet_kd.offline import ASRTask
 
     known = {c.name: tuple(name.lower() for name in c.classes) for c in ASRTask.class_choices_list}
@@ -130,9 +130,9 @@ def _choices() -> Dict[str, Tuple[str, ...]]:
 
 @contextlib.contextmanager
 def guarded() -> Iterator[None]:
-    """While ESPnet builds a model: no pickle is loaded with more than tensors, and no connection is made.
+    """While ESPnet builds a model, load only tensors from pickles, and refuse network connections.
 
-    The second line of defence, for what a component does that :data:`LOADS_NOTHING` takes for harmless.
+    This is the second line of defence, in case a component of :data:`LOADS_NOTHING` is not harmless.
     """
     load, connect = torch.load, socket.socket.connect
 

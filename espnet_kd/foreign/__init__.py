@@ -1,1 +1,1 @@
-"""CTC models of other makers as ESPnet experiments: Hugging Face's, and ONNX files."""
+"""CTC models of other toolkits as ESPnet experiments: Hugging Face transformers, and ONNX files."""

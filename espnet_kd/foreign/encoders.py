@@ -1,7 +1,7 @@
-"""ESPnet encoders that run a CTC model of another maker on audio.
+"""ESPnet encoders that run a CTC model of another toolkit on audio.
 
-They are chosen by an experiment's config.yaml like any encoder of ESPnet (``encoder: hugging_face_ctc``), so that a
-model of another maker is an ESPnet model wherever one is loaded: in training, in the target cache, at inference.
+An experiment's config.yaml chooses them like any encoder of ESPnet (``encoder: hugging_face_ctc``), so that such a
+model works as an ESPnet model everywhere: in training, for the target cache, at inference.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EPS = 1e-7
 
 
 class ForeignEncoder(AbsEncoder):
-    """What the encoders of other makers have in common.
+    """Base of the encoders of other toolkits.
 
     Utterances of different length never share a batch: many of these models normalise over time, so that the padding
     would change their output.
@@ -67,7 +67,7 @@ class ForeignEncoder(AbsEncoder):
 
 
 class Tap(torch.nn.Module):
-    """A place in a foreign encoder at which the hidden states of a layer pass by, for a hook to keep."""
+    """A module in a foreign encoder through which the hidden states of a layer pass, so that a hook can record them."""
 
     def forward(self, hidden: Tensor) -> Tuple[Tensor]:
         """Return what was given, in the form in which ESPnet's layers return it."""
@@ -169,7 +169,7 @@ ENCODERS = {"hugging_face_ctc": HuggingFaceCTCEncoder, "onnx_ctc": OnnxCTCEncode
 
 @contextlib.contextmanager
 def known_to_espnet() -> Iterator[None]:
-    """Add the encoders of this module to ESPnet's choices while a model is built."""
+    """Register the encoders of this module while ESPnet builds a model."""
     from espnet2.tasks.asr import encoder_choices
 
     encoder_choices.classes.update(ENCODERS)
@@ -205,7 +205,7 @@ def build_hugging_face(config: Mapping[str, Any]) -> PreTrainedModel:
 
 
 def base_model(model: PreTrainedModel) -> Tuple[PreTrainedModel, int]:
-    """The model below the CTC head, and the width of what it gives."""
+    """The model below the CTC head, and the width of its output."""
     head = ctc_head(model)
     base: Any = getattr(model, model.base_model_prefix, None)
     if base is None or base is model:

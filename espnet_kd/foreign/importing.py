@@ -1,4 +1,4 @@
-"""Write a CTC model of another maker as a finished ESPnet experiment: config.yaml, model.pth, tokens."""
+"""Writing a CTC model of another toolkit as a finished ESPnet experiment: config.yaml, model.pth, tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from espnet_kd.cli import UserError
 from espnet_kd.files import replacing
 from espnet_kd.foreign import encoders
-from espnet_kd.foreign.sources import BESIDE, CONFIG, RECORD, need, read_json
+from espnet_kd.foreign.sources import BESIDE, CONFIG, RECORD, need, read_mapping
 from espnet_kd.foreign.vocabulary import Vocabulary, make_vocabulary
 from espnet_kd.pieces import UNKNOWN
 
@@ -63,7 +63,7 @@ def read_hugging_face(directory: Path) -> Imported:
     Raises:
         UserError: a file is missing, damaged or does not fit the others; or the model has code of its own.
     """
-    config = read_json(directory / CONFIG)
+    config = read_mapping(directory / CONFIG)
     if config.get("auto_map"):
         raise UserError(f"{directory / CONFIG}: the model has code of its own (auto_map), which is not run here")
     transformers = need("transformers")
@@ -99,7 +99,7 @@ def read_hugging_face(directory: Path) -> Imported:
         unknown,
         {t for t in tokenizer.all_special_tokens if t not in (unknown, delimiter)},
     )
-    features = read_json(directory / BESIDE[0]) if (directory / BESIDE[0]).is_file() else {}
+    features = read_mapping(directory / BESIDE[0]) if (directory / BESIDE[0]).is_file() else {}
     family = config["model_type"]
     conf: Dict[str, Any] = {"model": json.loads(json.dumps({**model.config.to_dict(), "model_type": family}))}
     if family in encoders.FEATURES:

@@ -1,6 +1,6 @@
-"""Where a model of another maker comes from: its files, and whether an experiment was imported from them.
+"""The source files of a model of another toolkit, and the check whether an experiment was imported from them.
 
-Nothing here imports torch: a stage that has nothing to import must not take seconds to see it.
+Nothing here imports torch, so that a stage with nothing to import ends at once.
 """
 
 from __future__ import annotations
@@ -125,7 +125,7 @@ def is_imported(output_dir: Path, record: Mapping[str, Any]) -> bool:
                 changed = sorted(k for k in {*old, *new} if old.get(k) != new.get(k))
                 raise UserError(
                     f"{output_dir} was imported from {there.get('source')}, where since then {', '.join(changed)} has "
-                    "changed; students of it know the old one. Give another --output_dir, or remove this one"
+                    "changed; its students were trained with the old one. Give another --output_dir, or remove this one"
                 )
             raise UserError(
                 f"{output_dir} was imported with {key}: {old!r}, and now it is {new!r}; give another --output_dir"
@@ -133,7 +133,7 @@ def is_imported(output_dir: Path, record: Mapping[str, Any]) -> bool:
     return (output_dir / "model.pth").is_file()
 
 
-def read_json(path: Path) -> Dict[str, Any]:
+def read_mapping(path: Path) -> Dict[str, Any]:
     """The mapping in a JSON file (:class:`UserError`: unreadable, or something else)."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

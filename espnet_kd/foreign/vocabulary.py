@@ -1,4 +1,4 @@
-"""The tokens of a CTC model of another maker, in ESPnet's order."""
+"""The tokens of a CTC model of another toolkit, in the order of ESPnet."""
 
 from __future__ import annotations
 

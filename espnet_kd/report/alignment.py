@@ -21,7 +21,7 @@ from espnet_kd.inference.encode import measure_frame_shift
 from espnet_kd.inference.recognise import BLANK_ID, AudioFile, Recogniser, read_audio, read_utterances, recognise
 from espnet_kd.report.labels import Row
 from espnet_kd.report.matching import match
-from espnet_kd.report.results import Gathered, find_data, find_recipe, read_json
+from espnet_kd.report.results import Gathered, find_data, find_recipe, read_json_object
 from espnet_kd.topk import TopK, compress
 
 
@@ -199,7 +199,7 @@ def _find_models(
     models: Dict[str, Place] = {}
     for row in rows:
         decoding = gathered.decoding(row)
-        given = (read_json(decoding / "decode.json", notes) or {}).get("model")
+        given = (read_json_object(decoding / "decode.json", notes) or {}).get("model")
         recipe = find_recipe(decoding, given)
         if recipe is None:
             notes.append(f"{row['experiment']}: the model that decoded it, {given or 'of unknown name'}, is not there")
@@ -224,7 +224,7 @@ def _key(place: Place) -> str:
 
 def _teacher_of(experiment: Path, notes: List[str]) -> Optional[Place]:
     """The teacher of a student, the first of several; None if it has none, or if it no longer exists."""
-    given = (read_json(experiment / "kd_stage.json", notes) or {}).get("teacher")
+    given = (read_json_object(experiment / "kd_stage.json", notes) or {}).get("teacher")
     if not isinstance(given, list) or not given:
         return None
     recipe = find_recipe(experiment, given[0])

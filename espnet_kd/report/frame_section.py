@@ -8,7 +8,7 @@ from typing import Any, Dict, List, Optional, Sequence
 from espnet_kd.cli import UserError
 from espnet_kd.report.labels import label_rows
 from espnet_kd.report.page import Items, Picture, Section, Table
-from espnet_kd.report.sections import Part, Pictures
+from espnet_kd.report.sections import Pictures, ReportPart
 from espnet_kd.report.spikes import Track, draw_offsets, draw_spikes
 from espnet_kd.report.worst import Chosen, choose_examples, choose_student
 
@@ -21,7 +21,7 @@ HOW = (
 )
 
 
-def show_frames(parts: Sequence[Part], pictures: Pictures, num_utts: int, num_examples: int) -> Section:
+def show_frames(parts: Sequence[ReportPart], pictures: Pictures, num_utts: int, num_examples: int) -> Section:
     """Run the models, draw, count; ``frames`` of the rows is filled in on the way."""
     section = Section("Alignment", HOW.format(f"up to {num_utts}"))
     for part in parts:
@@ -32,7 +32,9 @@ def show_frames(parts: Sequence[Part], pictures: Pictures, num_utts: int, num_ex
     return section
 
 
-def _show(part: Part, testset: str, pictures: Pictures, num_utts: int, num_examples: int, section: Section) -> None:
+def _show(
+    part: ReportPart, testset: str, pictures: Pictures, num_utts: int, num_examples: int, section: Section
+) -> None:
     # Imported here, because a report without this section needs no models.
     from espnet_kd.report.alignment import Frames, run_models
 

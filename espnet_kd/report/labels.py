@@ -7,7 +7,7 @@ from typing import Any, Callable, Dict, Sequence, Set
 Row = Dict[str, Any]  # keys: espnet_kd.report.results.KEYS
 
 
-def describe(row: Row) -> str:
+def describe_kind(row: Row) -> str:
     """The kind of experiment of a row, equal for all seeds: ``teacher``, ``plain`` or method and KD stages."""
     if row["role"] in ("teacher", "plain"):
         return row["role"]
@@ -17,7 +17,7 @@ def describe(row: Row) -> str:
 
 
 def label_rows(rows: Sequence[Row]) -> Callable[[Row], str]:
-    """Return a function like `describe` whose labels have only what distinguishes these rows.
+    """Return a function like `describe_kind` whose labels have only what distinguishes these rows.
 
     KD stages are left out of methods with a single one; the size is added where one kind has several.
     """
@@ -27,7 +27,7 @@ def label_rows(rows: Sequence[Row]) -> Callable[[Row], str]:
 
     def kind(row: Row) -> str:
         single = row["role"] == "student" and row["method"] and stages.get(row["method"]) == {"1"}
-        return row["method"] if single else describe(row)
+        return row["method"] if single else describe_kind(row)
 
     sizes: Dict[str, Set[int]] = {}
     for row in rows:

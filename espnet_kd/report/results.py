@@ -13,7 +13,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.experiments.history import read_parts, read_stages, seconds
 from espnet_kd.files import replacing
 from espnet_kd.report.curves import Curve
-from espnet_kd.report.labels import Row, describe, label_rows
+from espnet_kd.report.labels import Row, describe_kind, label_rows
 
 ROLES = ("teacher", "plain", "student")
 #: Keys of every row, in this order; None where a fact is not known. ``expdir`` is as given; ``frames`` is what
@@ -93,7 +93,7 @@ def write_json(rows: Sequence[Row], path: Path) -> None:
         f.write("\n")
 
 
-def read_json(path: Path, notes: List[str]) -> Optional[Dict[str, Any]]:
+def read_json_object(path: Path, notes: List[str]) -> Optional[Dict[str, Any]]:
     """A JSON object, or None: silently if there is no file, with a note if it can't be used."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def find_data(decoding: Path) -> Optional[Tuple[Path, str]]:
 
     It is the one in decode.json, or else the one where the recipes put it.
     """
-    given = (read_json(decoding / "decode.json", []) or {}).get("data_dir")
+    given = (read_json_object(decoding / "decode.json", []) or {}).get("data_dir")
     for name in (given, f"dump/raw/{decoding.name[len('decode_') :]}"):
         recipe = find_recipe(decoding, name)
         if recipe:
@@ -137,14 +137,14 @@ def read_scores(run_dir: Path) -> List[Row]:
     return [
         {"testset": str(score.get("testset") or score_file.parent.name[len("decode_") :]), **_rates(score)}
         for score_file in sorted(run_dir.glob("decode_*/score.json"))
-        if (score := read_json(score_file, [])) is not None
+        if (score := read_json_object(score_file, [])) is not None
     ]
 
 
 def _add(result: Gathered, path: Path, forced: Dict[str, Any]) -> None:
     """Append the rows, the curve and the notes of one experiment."""
     name = path.resolve().name
-    given = read_json(path / "experiment.json", result.notes)
+    given = read_json_object(path / "experiment.json", result.notes)
     if given is None and not forced:
         result.notes.append(f"{name}: no experiment.json, so role and method are not known")
     facts = {**(given or {}), **forced}
@@ -163,7 +163,7 @@ def _add(result: Gathered, path: Path, forced: Dict[str, Any]) -> None:
         result.notes.append(f"{name}: no training statistics (checkpoint.pth or train.log)")
     rows = []
     for score_file in sorted(path.glob("decode_*/score.json")):
-        score = read_json(score_file, result.notes)
+        score = read_json_object(score_file, result.notes)
         if score is not None:
             rows.append({**base, **_score(score, score_file, result)})
             result.decodings[name, rows[-1]["testset"]] = score_file.parent
@@ -184,7 +184,7 @@ def _add(result: Gathered, path: Path, forced: Dict[str, Any]) -> None:
 def _score(score: Dict[str, Any], score_file: Path, result: Gathered) -> Dict[str, Any]:
     """Columns that come from a decoding directory."""
     where = f"{score_file.parent.parent.resolve().name}/{score_file.parent.name}"
-    decode = read_json(score_file.parent / "decode.json", result.notes)
+    decode = read_json_object(score_file.parent / "decode.json", result.notes)
     if decode is None:
         result.notes.append(f"{where}: no decode.json, so parameters and real-time factor are not known")
     decode = decode or {}
@@ -235,4 +235,4 @@ def _finite(value: Any) -> Optional[float]:
 def _order(row: Row) -> Tuple:
     role = ROLES.index(row["role"]) if row["role"] in ROLES else len(ROLES)
     seed = row["seed"] if isinstance(row["seed"], int) else 0
-    return role, row["testset"] or "", describe(row), seed, row["experiment"]
+    return role, row["testset"] or "", describe_kind(row), seed, row["experiment"]

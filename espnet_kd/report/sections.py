@@ -24,7 +24,7 @@ from espnet_kd.report.worst import choose_student, collect_worst
 
 
 @dataclass
-class Part:
+class ReportPart:
     """One EXPDIR: what was gathered, compared, and ``where`` to tell it from others ("" for a single one)."""
 
     gathered: Gathered
@@ -47,13 +47,13 @@ class Part:
         return f"{what}, {self.where}" if self.where else what
 
 
-def make_parts(everything: Sequence[Gathered]) -> List[Part]:
+def make_parts(everything: Sequence[Gathered]) -> List[ReportPart]:
     """Compare the experiments of each EXPDIR among themselves."""
     several = len(everything) > 1
-    return [Part(g, compare(g), str(g.expdir) if several else "") for g in everything]
+    return [ReportPart(g, compare(g), str(g.expdir) if several else "") for g in everything]
 
 
-def title_of(parts: Sequence[Part]) -> str:
+def title_of(parts: Sequence[ReportPart]) -> str:
     """The title of a report: the last parts of its EXPDIRs."""
     return f"Knowledge distillation: {', '.join(str(Path(*p.gathered.expdir.resolve().parts[-3:])) for p in parts)}"
 
@@ -78,7 +78,7 @@ class Pictures:
                 path.unlink()
 
 
-def tell_verdict(parts: Sequence[Part]) -> Section:
+def tell_verdict(parts: Sequence[ReportPart]) -> Section:
     """The effect of distillation in words; the first block has a paragraph for each distilled kind."""
     verdicts = [text for part in parts for text in make_verdicts(part.kinds, part.where)]
     how = (
@@ -93,7 +93,7 @@ def texts_of(section: Section) -> List[str]:
     return [text for block in section.blocks if isinstance(block, Items) for text in block.texts]
 
 
-def summarise(parts: Sequence[Part]) -> Section:
+def compare_methods(parts: Sequence[ReportPart]) -> Section:
     """Error rates and costs of all methods; the single runs are folded."""
     blocks: List[Block] = []
     for part in parts:
@@ -128,7 +128,7 @@ _COMPARISON = (
 )
 
 
-def draw_progress(parts: Sequence[Part], pictures: Pictures) -> Section:
+def draw_progress(parts: Sequence[ReportPart], pictures: Pictures) -> Section:
     """Learning curves of all methods in one picture, and tables of the CER at several times."""
     section = Section(
         "Learning curves",
@@ -150,7 +150,7 @@ def draw_progress(parts: Sequence[Part], pictures: Pictures) -> Section:
     return section
 
 
-def draw_costs(parts: Sequence[Part], pictures: Pictures) -> Section:
+def draw_costs(parts: Sequence[ReportPart], pictures: Pictures) -> Section:
     """Accuracy against size and speed."""
     section = Section(
         "Accuracy against size and speed",
@@ -168,7 +168,7 @@ def draw_costs(parts: Sequence[Part], pictures: Pictures) -> Section:
     return section
 
 
-def draw_training(parts: Sequence[Part], pictures: Pictures) -> Section:
+def draw_training(parts: Sequence[ReportPart], pictures: Pictures) -> Section:
     """Curves of every loss."""
     section = Section(
         "Training curves",
@@ -185,7 +185,7 @@ def draw_training(parts: Sequence[Part], pictures: Pictures) -> Section:
     return section
 
 
-def show_worst(parts: Sequence[Part]) -> Section:
+def show_worst(parts: Sequence[ReportPart]) -> Section:
     """Texts of the utterances with the most errors and the largest changes."""
     section = Section(
         "Worst utterances",
@@ -217,7 +217,7 @@ def tell_environment() -> Section:
     return Section("Environments", "Of the report; decode.json beside each result has those of decoding.", [facts])
 
 
-def list_missing(parts: Sequence[Part]) -> Optional[Section]:
+def list_missing(parts: Sequence[ReportPart]) -> Optional[Section]:
     """What could not be shown, or None."""
     notes = [note for part in parts for note in dict.fromkeys(part.gathered.notes)]
     return Section("Missing", "What this report lacks, and why.", [Items(notes)]) if notes else None

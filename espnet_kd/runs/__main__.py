@@ -46,7 +46,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             return
         if job.is_dry_run:
             return print_commands(job)
-        check_gpus(job)
+        check_job_gpus(job)
         run = run_comparison if job.methods else run_one
         run(job)
     except WrongOption as e:
@@ -70,7 +70,7 @@ def print_commands(job: Job) -> None:
             sys.exit(code)
 
 
-def check_gpus(job: Job) -> None:
+def check_job_gpus(job: Job) -> None:
     """Refuse more GPUs than there are, before data are prepared for hours. A cluster has others than this machine."""
     cmd = job.recipe / "cmd.sh"
     here = cmd.is_file() and re.search(r"^[^#\n]*cuda_cmd=.*run_local", cmd.read_text(encoding="utf-8"), re.MULTILINE)

@@ -73,7 +73,7 @@ class Pace:
         if not self._before < finished < total:
             return ""
         seconds = (time.monotonic() - self._since) / (finished - self._before) * (total - finished)
-        return f"about {in_words(seconds)} of training left"
+        return f"about {time_in_words(seconds)} of training left"
 
 
 def progress(steps: Sequence[Step], states: Mapping[str, State], began: Mapping[str, float], pace: Pace) -> str:
@@ -86,7 +86,8 @@ def progress(steps: Sequence[Step], states: Mapping[str, State], began: Mapping[
     for step in steps:
         if states[step.name] is State.RUNNING:
             epochs = f"epoch {step.finished_epochs(State.RUNNING)} of {step.epochs}"
-            running.append(f"{step.name}, {epochs if step.epochs else in_words(time.monotonic() - began[step.name])}")
+            so_far = epochs if step.epochs else time_in_words(time.monotonic() - began[step.name])
+            running.append(f"{step.name}, {so_far}")
     done = ", ".join(filter(None, [f"{over(states)} of {len(steps)} done" if len(steps) > 1 else "", pace.left()]))
     return "; ".join(filter(None, [done, f"running: {'; '.join(running)}"]))
 
@@ -96,6 +97,6 @@ def over(states: Mapping[str, State]) -> int:
     return sum(state in (State.DONE, State.FAILED) for state in states.values())
 
 
-def in_words(seconds: float) -> str:
+def time_in_words(seconds: float) -> str:
     """A time, in seconds or minutes."""
     return f"{int(seconds)} s" if seconds < 100 else f"{int(seconds + 30) // 60} min"

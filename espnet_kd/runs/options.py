@@ -83,7 +83,7 @@ def parse(root: Path, words: Sequence[str]) -> Job:
     for name in names:
         if name in OF_RUN_SH:
             raise WrongOption(f"{name} is for run.sh of a recipe")
-    settings = read_settings(recipe / "run.sh", options)
+    settings = read_run_settings(recipe / "run.sh", options)
     # Two trainings side by side need two cores; a GPU is for one.
     jobs = own["jobs"] or ("2" if (os.cpu_count() or 1) >= 2 and settings["ngpu"] == "0" else "1")
     job = Job(root, recipe, options, settings, own["methods"], tuple(own["seeds"].split() or ["0"]), as_jobs(jobs))
@@ -126,7 +126,7 @@ def check_comparison(job: Job, names: Sequence[str]) -> None:
             raise WrongOption(f"{name} cannot be given with --methods: its runs differ in nothing but method and seed")
 
 
-def read_settings(run: Path, options: Sequence[str]) -> DefaultDict[str, str]:
+def read_run_settings(run: Path, options: Sequence[str]) -> DefaultDict[str, str]:
     """What a recipe's run.sh takes for each of its options: {name: value}, empty where a name is not printed.
 
     Raises:

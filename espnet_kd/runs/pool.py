@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 from typing import Dict, Iterable, Iterator, List, Sequence
 
-from espnet_kd.runs.console import Console, Pace, in_words, over, progress
+from espnet_kd.runs.console import Console, Pace, over, progress, time_in_words
 from espnet_kd.runs.steps import State, Step
 
 #: Seconds between two looks at what runs; a step is prepared for minutes and trains for hours.
@@ -124,7 +124,7 @@ class Pool:
         code = self._running.pop(step.name).returncode
         self.exit_codes[step.name] = code if code >= 0 else 128 - code
         if code == 0:
-            self._console.log(f"{counted}{step.name}, {in_words(time.monotonic() - self._began[step.name])}")
+            self._console.log(f"{counted}{step.name}, {time_in_words(time.monotonic() - self._began[step.name])}")
             return State.DONE
         log = self._logs / step.log_name
         self._console.log(f"{counted}{step.name} FAILED; the end of {log}:")

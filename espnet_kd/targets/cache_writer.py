@@ -298,7 +298,7 @@ def count(cache: Path, manifest: Manifest) -> Dict[str, int]:
     return counts
 
 
-def remove_leftovers(cache: Path) -> None:
+def remove_cache_leftovers(cache: Path) -> None:
     """Remove the temporary files of killed runs. No other run may be writing."""
     for path in cache.glob(".shard.*"):
         shutil.rmtree(path, ignore_errors=True)

@@ -128,7 +128,7 @@ class CachedTeacher:
         """The targets of a batch on the CPU (:class:`UserError`: an utterance is missing or damaged)."""
         each = [self._read(utt_id) for utt_id in utt_ids]
         lengths = torch.tensor([len(arrays[0]) for arrays in each])
-        logits = pad(self._unpack(utt_ids, each), lengths)
+        logits = pad_frames(self._unpack(utt_ids, each), lengths)
         hidden = {}
         for tap in set(taps):
             place = len(ark_names(self.policy)) - len(self.policy.taps) + self.policy.taps.index(tap)
@@ -172,7 +172,7 @@ class CachedTeacher:
             ) from e
 
 
-def pad(x: TopK, lengths: Tensor) -> TopK:
+def pad_frames(x: TopK, lengths: Tensor) -> TopK:
     """Arrange frames of utterances, given one after another, as a batch (B, T, k). Padding has p(blank) 1, no tokens.
 
     k is a multiple of 16, or all tokens, because on a GPU a kernel is compiled for each different size.

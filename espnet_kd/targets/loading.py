@@ -18,7 +18,7 @@ from espnet_kd.topk import TopK
 
 BROUGHT = "kd"  #: its name in a batch
 #: A part of the training: its begin and end as shares of it, and the taps that it needs; None if it needs no targets.
-Part = Tuple[float, float, Optional[Tuple[str, ...]]]
+ReadPart = Tuple[float, float, Optional[Tuple[str, ...]]]
 Loaded = Tuple[List[str], Dict[str, Any]]
 
 
@@ -41,7 +41,7 @@ class Loading:
 
     collate: Callable[[Collection[Any]], Loaded]
     teacher: Optional[CachedTeacher]
-    parts: Sequence[Part]
+    parts: Sequence[ReadPart]
     progress: Epochs
 
     def __call__(self, data: Collection[Any]) -> Loaded:

@@ -1,4 +1,4 @@
-"""The task ``asr_kd``: ESPnet's ASR task with a KD stage around the student. Command line to objects, nothing else."""
+"""The task ``asr_kd``: ESPnet's ASR task with distillation. It builds the objects for the command line's options."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ DATA_OPTIONS = ("train_data_path_and_name_and_type", "valid_data_path_and_name_a
 class ASRKDTask(ASRTask):
     """ASRTask with the options of :mod:`espnet_kd.distill.options`, of which ``--kd_config`` chooses the method."""
 
-    #: Of the run in this process: ESPnet builds model and iterators by separate class methods, in one process.
+    #: State of the run in this process; ESPnet builds model and iterators by separate class methods of one process.
     progress: Progress = Progress()
     plan: Optional[Plan] = None
     kd_model: Optional[ESPnetASRKDModel] = None
@@ -62,22 +62,22 @@ class ASRKDTask(ASRTask):
 
     @classmethod
     def required_data_names(cls, train: bool = True, inference: bool = False) -> Tuple[str, ...]:
-        """Speech alone: text is needed only where the KD stage uses labels."""
+        """Only speech; text is needed only if the KD stage uses labels."""
         return ("speech",)
 
     @classmethod
     def optional_data_names(cls, train: bool = True, inference: bool = False) -> Tuple[str, ...]:
-        """ASRTask's, and text."""
+        """The names of ASRTask, and text."""
         return ("text",) + super().optional_data_names(train, inference)
 
     @classmethod
     def build_model(cls, args: argparse.Namespace) -> ESPnetASRModel:
-        """Build the student as ESPnet does, and make the KD model of ``--kd_config`` of it.
+        """Build the student as ESPnet does, and turn it into the KD model of ``--kd_config``.
 
         Without ``--kd_config``, and for statistics, the student stays as it is and no teacher is loaded.
 
         Raises:
-            UserError: student, teacher and page don't fit, or there is no room on the disk.
+            UserError: student, teacher and page don't fit, or the disk has too little space.
         """
         cls.kd_model = cls.losses = None
         try:
@@ -106,7 +106,7 @@ class ASRKDTask(ASRTask):
 
     @classmethod
     def main_worker(cls, args: argparse.Namespace) -> None:
-        """ESPnet's; a process of its own, one per GPU, reports a mistake in one line too, and ends with its parent."""
+        """Run ESPnet's; a process per GPU also reports errors in one line, and ends when its parent ends."""
         leave_with_parent()
         try:
             super().main_worker(args)
@@ -120,7 +120,7 @@ class ASRKDTask(ASRTask):
 
     @classmethod
     def build_optimizers(cls, args: argparse.Namespace, model: torch.nn.Module) -> List[torch.optim.Optimizer]:
-        """ASRTask's, with their updates counted. From here on ``max_epoch`` is where ``--kd_stage`` ends."""
+        """Build ASRTask's, and count their updates. From here on ``max_epoch`` is the last epoch of ``--kd_stage``."""
         optimizers = super().build_optimizers(args, model)
         for optimizer in optimizers:
             optimizer.register_step_post_hook(cls.progress.count_update)
@@ -130,7 +130,7 @@ class ASRKDTask(ASRTask):
 
     @classmethod
     def _look_at_last_epoch(cls, args: argparse.Namespace) -> None:
-        """Refuse an epoch in which nothing was learnt; keep the student that a KD stage ends with."""
+        """Refuse an epoch that did not change the model; keep the student at the end of a KD stage."""
         if cls.losses is not None:
             cls.losses.finish()
         # Launched by torchrun or slurm, ``args`` has no rank.
@@ -167,7 +167,7 @@ class ASRKDTask(ASRTask):
                     f"{', '.join(found)} act before the model, so that an online teacher would get augmented audio; "
                     "take them out, or give --augmented_teacher true"
                 )
-        # Augmented in the data loader, an utterance differs from epoch to epoch; cut into chunks, all have its id.
+        # An utterance that the data loader augments differs between epochs; chunks of an utterance all have its id.
         changing = args.augmented_teacher or args.iterator_type != "sequence"
         memory = 0.0 if changing else args.teacher_memory * 1e6
         teachers = [OnlineTeacher(path, memory / len(args.teacher)) for path in args.teacher]
@@ -179,7 +179,7 @@ class ASRKDTask(ASRTask):
     def build_iter_factory(
         cls, args: argparse.Namespace, distributed_option: DistributedOption, mode: str, kwargs: Optional[dict] = None
     ) -> AbsIterFactory:
-        """ASRTask's; in training it also reports the epoch, and keeps the last finished checkpoint."""
+        """Build ASRTask's; in training it also reports the epoch, and keeps the last finished checkpoint."""
         factory = super().build_iter_factory(args, distributed_option, mode, kwargs)
         # Chunks are cut of what is collated, and of several factories' data each has its own.
         if cls.kd_model is not None and mode in ("train", "valid") and type(factory) is SequenceIterFactory:
@@ -200,7 +200,7 @@ class ASRKDTask(ASRTask):
 
 
 class StatisticsModel(ESPnetASRModel):
-    """ESPnet's model for ``--collect_stats``, which requires text there, without using it."""
+    """The model for ``--collect_stats``; ESPnet's own requires text there, which it does not use."""
 
     def collect_feats(
         self,
@@ -230,7 +230,7 @@ def cached_teacher(args: argparse.Namespace, page: Page) -> CachedTeacher:
     """The teacher of ``--target_cache``.
 
     Raises:
-        UserError: it lacks utterances or what the page reads, or is not that of ``--teacher``.
+        UserError: it lacks utterances or outputs that the page needs, or is of another teacher than ``--teacher``.
     """
     check_cacheable(page)
     teacher = CachedTeacher(args.target_cache)

@@ -30,7 +30,7 @@ from espnet_kd.inference.recognise import Recogniser, make_batches, read_audio, 
 from espnet_kd.losses import factorized_kl
 from espnet_kd.targets.cache import Policy, ark_names
 from espnet_kd.targets.cache_writer import compression
-from espnet_kd.targets.cached import pad
+from espnet_kd.targets.cached import pad_frames
 from espnet_kd.targets.nucleus import pack_targets, unpack_targets
 from espnet_kd.topk import Posterior, TopK, compress
 
@@ -109,7 +109,7 @@ def together(each: Sequence[TopK], lengths: Tensor) -> TopK:
 
     wide = [x.map(widen) for x in each]
     names = ("log_blank", "tokens", "log_probs")
-    return pad(TopK(*(torch.cat([getattr(x, n) for x in wide]) for n in names), each[0].num_tokens), lengths)
+    return pad_frames(TopK(*(torch.cat([getattr(x, n) for x in wide]) for n in names), each[0].num_tokens), lengths)
 
 
 def value_and_gradient(student: Tensor, teacher: Posterior, lengths: Tensor) -> Tuple[float, Tensor]:

@@ -28,7 +28,7 @@ from espnet_kd.distill.schedule import Progress
 def measure(vocabulary: int, args: argparse.Namespace) -> None:
     """Print one line."""
     torch.manual_seed(0)
-    plain = models.build(models.config(vocabulary, (args.blocks, args.width)))
+    plain = models.random_model(models.config(vocabulary, (args.blocks, args.width)))
     page = load_page("self_kd")
     page.teacher = "none"  # what is measured does not depend on what the encoder begins with
     page.stages[0].objectives = [o for o in page.stages[0].objectives if o.name == "self_kd"]

@@ -140,7 +140,7 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         tar.add(tmp_path / "src/an4", "an4")
     url = (tmp_path / "an4_sphere.tar.gz").as_uri()
     monkeypatch.undo()
-    root = an4.find_root(an4.download(tmp_path / "downloads", url))
+    root = an4.find_an4(an4.download_an4(tmp_path / "downloads", url))
     assert root == tmp_path / "downloads/an4_sphere/an4" and len(an4.find_audio(root)) == 10
     # The second time it is there, network or not.
     monkeypatch.setattr(urllib.request, "urlopen", fail)
@@ -153,7 +153,7 @@ def test_an_archive_that_leads_out_is_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "downloads/an4_sphere.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "x", "../../evil")
     with pytest.raises(UserError, match="cannot be unpacked"):
-        an4.download(tmp_path / "downloads")
+        an4.download_an4(tmp_path / "downloads")
     assert not (tmp_path / "evil").exists() and not (tmp_path.parent / "evil").exists()
 
 

@@ -56,8 +56,8 @@ def test_order_and_size_do_not_matter(engine: None) -> None:
     large = mini.plan(settings, {"train": 50, "valid": 3, "test": 6}, Path("x"))
     assert small[:9] == large[:9]
     with espeak.data_path() as data:
-        forward = [mini.render(job, settings, data).tobytes() for job in small]
-        backward = [mini.render(job, settings, data).tobytes() for job in reversed(small)]
+        forward = [mini.render_utterance(job, settings, data).tobytes() for job in small]
+        backward = [mini.render_utterance(job, settings, data).tobytes() for job in reversed(small)]
     assert forward == backward[::-1]
 
 
@@ -109,9 +109,9 @@ def test_noise_has_the_asked_level(engine: None, monkeypatch: pytest.MonkeyPatch
     def snr_of(snr: float) -> float:
         settings = mini.Settings(0, "en", snr, snr, 0)
         with espeak.data_path() as data:
-            noisy = mini.render(job, settings, data).astype(float)
+            noisy = mini.render_utterance(job, settings, data).astype(float)
             monkeypatch.setattr(mini, "_noise", lambda n, *_: np.zeros(n))
-            clean = mini.render(job, settings, data).astype(float)
+            clean = mini.render_utterance(job, settings, data).astype(float)
             monkeypatch.undo()
         noise = noisy - clean * (noisy @ clean) / (clean @ clean)
         return 10 * np.log10((clean @ clean) / (noise @ noise) * (noisy @ clean) ** 2 / (clean @ clean) ** 2)

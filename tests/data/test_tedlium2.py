@@ -12,7 +12,7 @@ from espnet_kd.bin import asr_kd_data
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import Utterance, read_data_dir, read_map
 from espnet_kd.data.formatting import format_data
-from espnet_kd.data.tedlium2 import clean, pad, prepare_tedlium2
+from espnet_kd.data.tedlium2 import clean, pad_segments, prepare_tedlium2
 from espnet_kd.data.validation import validate
 
 
@@ -71,9 +71,9 @@ def test_segments_and_text(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> 
 
 def test_padding_keeps_to_half_the_gap() -> None:
     talk = [Utterance("a", "s", "x", "T", None, "r", *times) for times in ((0.1, 1.0), (1.1, 2.0), (1.9, 3.0), (5, 6))]
-    spans = [(round(u.start, 3), round(u.end, 3)) for u in pad(talk, 0.15, 0.1)]
+    spans = [(round(u.start, 3), round(u.end, 3)) for u in pad_segments(talk, 0.15, 0.1)]
     assert spans == [(0.0, 1.05), (1.05, 2.0), (1.9, 3.1), (4.85, 6.1)]
-    assert pad(talk, 0, 0) == talk
+    assert pad_segments(talk, 0, 0) == talk
 
 
 def test_padding_is_for_training(tmp_path: Path) -> None:

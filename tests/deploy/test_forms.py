@@ -65,7 +65,7 @@ def test_exact_or_refused(tmp_path, form, encoder, normalize):
     elif form == "onnx":
         # other lengths and batches than those it was tried with, and padding that is not silent
         waves = [tiny_asr.audio(s, i) for i, s in enumerate((1.7, 0.35, 11.9, 4.0))]
-        padded = session.pad(waves)
+        padded = session.pad_waves(waves)
         lengths = np.array([len(w) for w in waves])
         padded[np.arange(padded.shape[1])[None] >= lengths[:, None]] = 0.3
         log_probs, frames = loaded.run(None, {"speech": padded, "speech_lengths": lengths})

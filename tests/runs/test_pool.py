@@ -183,10 +183,10 @@ def test_epochs_are_counted_in_every_log_of_a_training(tmp_path):
 
 
 def test_time_is_given_in_seconds_or_minutes():
-    from espnet_kd.runs.console import in_words
+    from espnet_kd.runs.console import time_in_words
 
-    assert [in_words(s) for s in (0.9, 99.9, 100, 149, 150)] == ["0 s", "99 s", "2 min", "2 min", "3 min"]
-    assert in_words(3600) == "60 min"
+    assert [time_in_words(s) for s in (0.9, 99.9, 100, 149, 150)] == ["0 s", "99 s", "2 min", "2 min", "3 min"]
+    assert time_in_words(3600) == "60 min"
 
 
 def test_progress_is_shown_every_minute_where_there_is_no_terminal(monkeypatch, capsys):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Optional
 from espnet_kd.cli import UserError, check_gpus
 from espnet_kd.distill.checks.data import check_files, check_teachers
 from espnet_kd.distill.checks.options import check_requirements
-from espnet_kd.distill.checks.training import check_criteria, check_disk, check_teacher_speaks, check_text_lengths
+from espnet_kd.distill.checks.training import check_criteria, check_disk, check_teacher_recognises, check_text_lengths
 from espnet_kd.distill.plan import Plan
 from espnet_kd.experiments.audio_options import sampling_rate
 from espnet_kd.experiments.models import load_state
@@ -65,7 +65,7 @@ def check_models(
         UserError: naming the option, the file or the utterances.
     """
     if teacher is not None:
-        check_teacher_speaks(args, teacher)
+        check_teacher_recognises(args, teacher)
     check_criteria(args, model, plan)
     if not input_width(student):
         check_text_lengths(args, measure_frame_shift(student, sampling_rate(args)), sampling_rate(args))

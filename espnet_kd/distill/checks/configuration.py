@@ -1,7 +1,7 @@
-"""Strict reading of an ESPnet training configuration: ESPnet checks neither the keys of ``*_conf`` nor any type.
+"""Strict checks of an ESPnet training configuration, because ESPnet checks neither the keys of ``*_conf`` nor types.
 
-Everything is checked against what ESPnet itself has: the parser's options, and the signature of the class that each
-``encoder``, ``frontend``, ``optim`` … chooses. What a class with ``**kwargs`` takes besides is passed over.
+Options are compared with ESPnet's parser, and keys of ``*_conf`` with the signature of the class that ``encoder``,
+``frontend``, ``optim`` … chooses. Further keys for a class with ``**kwargs`` are not checked.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from espnet2.utils.types import float_or_none, int_or_none, str2bool, str_or_non
 
 from espnet_kd.cli import UserError
 from espnet_kd.experiments.models import read_config
-from espnet_kd.strict import check_mapping, check_type, describe, nearest, parameters, takes_anything
+from espnet_kd.strict import check_mapping, check_type, describe_type, nearest, parameters, takes_anything
 
 #: What an option's converter makes of a word, as annotations. YAML's numbers serve as words.
 _TYPES: Dict[Any, Any] = {
@@ -26,7 +26,7 @@ _TYPES: Dict[Any, Any] = {
 
 
 def check_configuration(parser: argparse.ArgumentParser, cmd: List[str]) -> argparse.Namespace:
-    """Parse a command line whose ``--config``, and what overrides it, is checked first.
+    """Parse a command line; its ``--config`` and the options that override it are checked first.
 
     Raises:
         UserError: an unknown key or choice, with the nearest, or a value of a wrong type, with the path in the file.
@@ -40,9 +40,9 @@ def check_configuration(parser: argparse.ArgumentParser, cmd: List[str]) -> argp
 
 
 def check_options(parser: argparse.ArgumentParser, content: Mapping[str, Any], where: str, sep: str = ".") -> None:
-    """Refuse options, read from YAML, that ``parser`` does not know or that are of a wrong type (:class:`UserError`).
+    """Refuse options from YAML that ``parser`` does not have, or that have a wrong type (:class:`UserError`).
 
-    ``where`` and ``sep`` stand before a key in messages: where it was read.
+    Messages name a key as ``where`` + ``sep`` + key.
     """
     actions = {a.dest: a for a in parser._actions}
     for key, value in content.items():
@@ -68,7 +68,7 @@ def _check_option(action: argparse.Action, value: Any, where: str) -> None:
         try:
             value = action.type(value)  # type: ignore[operator]  # a string would name a type of the parser; none has
         except (ValueError, TypeError, argparse.ArgumentTypeError) as e:
-            wanted = describe(hint) if hint else "another value"
+            wanted = describe_type(hint) if hint else "another value"
             raise UserError(f"{where}: expected {wanted}, found {value!r}") from e
     elif hint is not None and (value is not None or action.default is not None):
         # ESPnet takes one value for a list of one.
@@ -84,7 +84,7 @@ def check_classes(args: argparse.Namespace, content: Mapping[str, Any]) -> None:
 
     Args:
         args: all options, parsed.
-        content: those of the file ``args.config``: what else there is was given on the command line.
+        content: the options in the file ``args.config``; all others were given on the command line.
     """
 
     def place(option: str, key: str = "") -> str:
@@ -104,7 +104,7 @@ def check_classes(args: argparse.Namespace, content: Mapping[str, Any]) -> None:
 
 
 def _chosen(args: argparse.Namespace) -> Iterable[Tuple[str, type]]:
-    """(option, class) of every ``*_conf`` of which ESPnet makes an object."""
+    """Yield (option, class) for every ``*_conf`` from which ESPnet builds an object."""
     from espnet2.asr.ctc import CTC
     from espnet2.asr_transducer.joint_network import JointNetwork
     from espnet2.tasks.abs_task import optim_classes, scheduler_classes
@@ -120,7 +120,7 @@ def _chosen(args: argparse.Namespace) -> Iterable[Tuple[str, type]]:
 
 
 def _try_optimizer(args: argparse.Namespace, place: Callable[[str], str]) -> None:
-    """Build optimizer and scheduler around one number: ESPnet does it after the model, with a traceback."""
+    """Build optimizer and scheduler for one parameter; ESPnet reports their errors late and with a traceback."""
     from espnet2.tasks.abs_task import optim_classes, scheduler_classes
 
     made: Any = [torch.nn.Parameter(torch.zeros(1))]

@@ -107,7 +107,7 @@ def check_text_lengths(args: argparse.Namespace, frame_shift: float, rate: float
         logging.warning("%s", message)
 
 
-def check_teacher_speaks(args: argparse.Namespace, teacher: Teacher) -> None:
+def check_teacher_recognises(args: argparse.Namespace, teacher: Teacher) -> None:
     """Refuse a teacher that is blank on nearly all frames of training utterances: a student would learn to be.
 
     Args:
