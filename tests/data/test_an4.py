@@ -167,6 +167,7 @@ def test_a_python_that_cannot_unpack_safely(tmp_path: Path, monkeypatch: pytest.
         an4.prepare_an4(tmp_path / "data", downloads=tmp_path / "downloads")
 
 
+@pytest.mark.trains
 @pytest.mark.skipif(not (SHARED / "an4").is_dir(), reason=f"no AN4 in {SHARED} (ESPNET_KD_TEST_CORPORA)")
 def test_the_real_corpus(tmp_path: Path) -> None:
     counts = an4.prepare_an4(tmp_path / "data", SHARED / "an4")

@@ -76,6 +76,7 @@ def write_data_dir(directory: Path, segmented: bool) -> None:
     os.mkfifo(directory / "pipe")
 
 
+@pytest.mark.trains
 @pytest.mark.faults("odd data dirs (fuzz)")
 @pytest.mark.parametrize("segmented", [False, True], ids=["files", "segments"])
 def test_data_dirs(segmented, tmp_path, record_property):

@@ -23,6 +23,7 @@ CORPORA = {
 }
 
 
+@pytest.mark.trains
 @pytest.mark.faults("kill -9 of data preparation")
 @pytest.mark.parametrize("corpus", list(CORPORA))
 def test_stages_one_to_three(corpus: str, tmp_path: Path, record_property: Callable) -> None:

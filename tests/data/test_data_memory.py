@@ -58,6 +58,7 @@ def peaks_of(work: Path, number: int) -> Dict[str, int]:
     return peaks
 
 
+@pytest.mark.trains
 def test_stages_one_to_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No command keeps anything of the utterances added: not even a set of their ids, of 100 bytes each."""
     monkeypatch.setattr(datadir, "RUN", 600)  # each run is an open file, of 9 kB

@@ -33,6 +33,7 @@ def digests(out: Path) -> Dict[str, str]:
     return {str(p.relative_to(out)): hashlib.md5(p.read_bytes()).hexdigest() for p in sorted(out.rglob("*.wav"))}
 
 
+@pytest.mark.trains
 def test_same_bytes_whatever_nj(tmp_path: Path, engine: None) -> None:
     one = mini.prepare_mini(tmp_path / "a", sizes=SIZES, nj=1, seed=3)
     mini.prepare_mini(tmp_path / "b", sizes=SIZES, nj=2, seed=3)

@@ -60,6 +60,7 @@ def test_mistakes_are_told_here(beside):
         beside.begin(posteriors(1, 3, 6) * torch.nan, torch.tensor([3]))
 
 
+@pytest.mark.trains
 def test_a_process_that_died_is_told_of():
     beside = BesideSearch(TOKENS, 1, **OPTIONS)
     beside(posteriors(1, 3, 6), torch.tensor([3]))

@@ -34,6 +34,7 @@ def recipe(tmp_path):
     return tmp_path
 
 
+@pytest.mark.trains
 def test_all_formats_measured_and_described(recipe, tmp_path):
     experiment = recipe / "exp/student"
     command = ["--expdir", str(experiment), "--format", *FORMATS, "--ort_web", str(recipe / "dist")]
@@ -88,6 +89,7 @@ def test_what_a_card_says_runs(recipe, monkeypatch, capsys):
     assert capsys.readouterr().out.split() == Transcriber("export_sherpa")("speech.wav").text.split() != []
 
 
+@pytest.mark.trains
 def test_a_streaming_student(recipe):
     experiment = tiny_students.experiment(recipe / "exp/live", "contextual_block_conformer", "global_mvn", sharpen=20.0)
     command = ["--expdir", str(experiment), "--format", "espnet", "stream", "--card"]

@@ -78,6 +78,7 @@ def encoded(samples, form, **options):
     return content.getvalue()
 
 
+@pytest.mark.trains
 @needs_browser
 def test_in_a_browser(tmp_path, ort_web):
     """Files of several kinds, one that is cut at pauses, one that is no audio; the microphone; no other host."""

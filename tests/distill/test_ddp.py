@@ -13,6 +13,8 @@ import tiny_asr
 
 from espnet_kd.experiments.models import load_state
 
+pytestmark = pytest.mark.trains
+
 # What a rank runs: the real command; the teacher of rank 1 is made to say blank everywhere.
 DRIVER = """
 import hashlib, json, sys

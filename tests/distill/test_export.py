@@ -95,6 +95,7 @@ def moved(tmp_path, monkeypatch):
     return tmp_path, expected
 
 
+@pytest.mark.trains
 def test_folder_and_zip_are_decoded_anywhere(moved, record_property):
     """By the lines of the README, from a directory that has nothing to do with it."""
     place, expected = moved
@@ -215,6 +216,7 @@ def bpe(tmp_path, monkeypatch):
     return recipe
 
 
+@pytest.mark.trains
 def test_a_student_with_bpe_is_decoded_anywhere(bpe, tmp_path, monkeypatch):
     export("exp/student")
     lines = readme_lines(bpe / "exp/student/export")

@@ -63,6 +63,7 @@ def command(corpus, out: Path, teacher_dir: Path, page: Path) -> list:
     return ["espnet_kd.bin.asr_kd_train", *options, "--use_tensorboard", "false"]
 
 
+@pytest.mark.trains
 def test_two_machines_of_slurm(tmp_path, corpus, teacher_dir, restarting, env):
     out, log = tmp_path / "student", tmp_path / "train.log"
     launch = [sys.executable, "-m", "espnet2.bin.launch", "--cmd", "slurm.pl --name student", "--log", str(log)]
@@ -76,6 +77,7 @@ def test_two_machines_of_slurm(tmp_path, corpus, teacher_dir, restarting, env):
     check(out, said)
 
 
+@pytest.mark.trains
 def test_torchrun(tmp_path, corpus, teacher_dir, restarting, env):
     out = tmp_path / "student"
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]

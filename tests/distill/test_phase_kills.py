@@ -3,6 +3,8 @@
 import pytest
 from tiny_phases import MID, RESTART, Killed, assert_same, train, write_page
 
+pytestmark = pytest.mark.trains
+
 #: By step: in each KD stage, at the first step of each, and at the ends of epochs.
 STEPS = [(1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (4, 0), (4, 2)]
 FILES = [

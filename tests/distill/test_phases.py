@@ -17,6 +17,8 @@ from espnet_kd.distill.schedule import Progress
 from espnet_kd.experiments.checkpoints import read_checkpoint
 from espnet_kd.experiments.models import load_state
 
+pytestmark = pytest.mark.trains
+
 PAGES = {"mid": MID, "restart": RESTART, "whole epochs": dict(shares=(0.25, 0.25, 0.5))}
 
 
