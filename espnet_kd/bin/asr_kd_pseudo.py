@@ -5,9 +5,10 @@
     python -m espnet_kd.bin.asr_kd_pseudo --data_dir dump/raw/extra --teacher exp/teacher --out dump/raw/pseudo
 
 --labels is the output of any recogniser: a Kaldi-style text, or JSON, one object a line with utt_id, text and
-optionally confidence. --teacher makes the transcripts here. Each transcript is brought to the token list's characters,
-and left out where it is empty, has other characters, repeats a phrase, is too fast or too slow for its audio, or is far
-from what a CTC teacher gives. OUT becomes a data dir with what is kept, and OUT/pseudo.tsv says of each utterance why.
+optionally confidence. --teacher makes the transcripts here. Each transcript is rewritten by the rules of --rewrite
+(digits to words), brought to the token list's characters (case, apostrophes, punctuation), and left out where it is
+empty, has other characters, repeats a phrase, is too fast or too slow for its audio, or is far from what a CTC teacher
+gives. OUT becomes a data dir with what is kept, and OUT/pseudo.tsv says of each utterance why.
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ def get_parser() -> argparse.ArgumentParser:
     source.add_argument("--teacher", metavar="EXP[/FILE.pth]", help="the experiment that makes the transcripts")
     parser.add_argument("--out", required=True, help="data dir to make")
     parser.add_argument("--token_list", help="tokens.txt of characters, which the transcripts must consist of")
+    parser.add_argument("--rewrite", metavar="FILE", help="first rewrite them by these rules, a regular expression, a "
+                        "tab and what comes in its place in each line, such as for digits")  # fmt: skip
     parser.add_argument("--ctc_teacher", metavar="EXP[/FILE.pth]", help="its greedy output is compared with them")
     limits = parser.add_argument_group("limits; a negative number switches one off")
     limits.add_argument("--min_confidence", type=float, help="of --labels with confidences; no default")
@@ -52,6 +55,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     cli.refuse_empty(args)
     from espnet_kd.data.datadir import Utterance, read_data_dir, refuse_same, write_data_dir
     from espnet_kd.data.pseudo import Label, Limits, count_reasons, judge, missing, read_labels
+    from espnet_kd.data.text_fit import read_rules, rewrite
     from espnet_kd.data.tokenizing import TokenList
     from espnet_kd.decode.recognise import read_utterances
 
@@ -59,11 +63,13 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     tokens = TokenList(args.token_list).tokens if args.token_list else ()
     if tokens and any(len(t) > 1 and not t.startswith("<") for t in tokens):
         raise cli.UserError(f"--token_list: {args.token_list} has tokens of several characters; give one of characters")
+    rules = read_rules(args.rewrite) if args.rewrite else ()
     labels = read_labels(args.labels) if args.labels else {}
     utterances = list(read_data_dir(args.data_dir, read_text=False))
     lengths = {u.utt_id: u.samples / u.rate for u in read_utterances(args.data_dir)}
     if args.teacher:
         labels = {u: Label(text) for u, text in _texts(args.teacher, args).items()}
+    labels = {u: label._replace(text=rewrite(label.text, rules)) for u, label in labels.items()}
     lost = missing(labels, lengths)
     if len(lost) == len(lengths):
         raise cli.UserError(f"--labels: {args.labels} has none of the utterances of {args.data_dir}, such as {lost[0]}")

@@ -106,6 +106,15 @@ def test_the_command_writes_what_is_kept_and_why_not(tmp_path, data, caplog):
     assert [r[:3] for r in rows[1:]] == [["u0", "1", ""], ["u1", "0", "character 5"], ["u2", "0", "repetition"]]
 
 
+def test_transcripts_are_rewritten_by_rules_first(tmp_path, data):
+    (tmp_path / "labels").write_text('{"utt_id": "u0", "text": "A-B5"}\n')
+    (tmp_path / "rules.tsv").write_text("5\tbed\n")
+    files = ["--labels", str(tmp_path / "labels"), "--rewrite", str(tmp_path / "rules.tsv")]
+    asr_kd_pseudo.main(["--data_dir", str(data), *files, "--out", str(tmp_path / "out"),
+                        "--token_list", str(tmp_path / "tokens.txt")])  # fmt: skip
+    assert (tmp_path / "out/text").read_text() == "u0 A B BED\n"
+
+
 def test_a_teacher_makes_and_checks_transcripts(tmp_path, data):
     conf = tiny_asr.config()
     exp = tiny_asr.save(tiny_asr.build(conf), conf, tmp_path / "exp")
