@@ -7,6 +7,9 @@ FILE gets a line 'utt_id rank score tokens…' for each hypothesis (see espnet_k
 beam search without lexicon or language model; FILE.json says how it was made, FILE.log_prior.npy holds the log of the
 tokens' mean posterior (V,), for pages with `frames: {rule: elimination, log_prior: FILE.log_prior.npy}`. Only
 wav.scp is read, no text. A finished file of the same teacher, data and search is kept; --force makes it again.
+
+A student with another token list than the teacher's learns from the text: with --token_list TOKENS.txt --token_type bpe
+(and bpe.model beside it, as stage 3 of run.sh leaves them) each hypothesis is written in the tokens of that list.
 """
 
 from __future__ import annotations
@@ -16,11 +19,15 @@ import datetime
 import json
 import logging
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence
+from typing import TYPE_CHECKING, Dict, List, Mapping, Optional, Sequence
 
 from espnet_kd import cli
 from espnet_kd.bin.asr_kd_inference import BEAM_SIZE_TOKEN_HELP, check_options, describe_inputs
-from espnet_kd.files import check_writable, replacing
+from espnet_kd.data.tokenizing import BPE_MODEL, CLEANER, NLSYMS, UNKNOWN, TokenList
+from espnet_kd.files import check_writable, replacing, sha256_of
+
+if TYPE_CHECKING:
+    from espnet_kd.decode.beam_recognise import NbestRecogniser
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -34,6 +41,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nbest", type=int, default=5, help="hypotheses of an utterance, at most")
     parser.add_argument("--beam_size", type=int, default=20, help="hypotheses kept per frame; 4 × --nbest misses few")
     parser.add_argument("--beam_size_token", type=int, default=20, help=BEAM_SIZE_TOKEN_HELP)
+    parser.add_argument("--token_list", metavar="FILE", help="write them in these tokens, the student's, by their text")
+    parser.add_argument("--token_type", choices=("char", "word", "bpe"), help="how --token_list cuts a text")
     parser.add_argument("--ngpu", type=int, default=0, choices=(0, 1), help="0: CPU, 1: GPU (the search is on the CPU)")
     parser.add_argument("--batch_seconds", type=float, default=60.0, help="audio in a batch, padding included")
     parser.add_argument("--nj", type=int, default=1, help="batches at the same time; on a GPU processes that search")
@@ -53,10 +62,15 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     output = Path(args.output)
     if output.is_dir():
         raise cli.UserError(f"--output {output} is a directory; give a file, e.g. {output / 'nbest'}")
+    if bool(args.token_list) != bool(args.token_type):
+        raise cli.UserError("--token_list and --token_type go together: a token list, and how it cuts a text")
+    tokens = TokenList(args.token_list, args.token_type) if args.token_list else None
     search = {"nbest": args.nbest, "beam_size": args.beam_size, "beam_size_token": args.beam_size_token}
     inputs = {**search, "data": [describe_inputs(Path(args.teacher), Path(d)) for d in args.data_dir]}
+    if tokens is not None:
+        inputs["tokens"] = {"type": args.token_type, "files": hashes_of_list(Path(args.token_list))}
     sidecar, log_prior = Path(f"{output}.json"), Path(f"{output}.log_prior.npy")
-    if not args.force and output.is_file() and log_prior.is_file() and _read_inputs(sidecar) == inputs:
+    if not args.force and output.is_file() and (tokens or log_prior.is_file()) and _read_inputs(sidecar) == inputs:
         logging.info("%s is done already with this teacher, data and search (--force makes it again)", output)
         return
 
@@ -78,9 +92,14 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
     # The sidecar vouches for the file: it goes before that is replaced, and comes back last.
     sidecar.unlink(missing_ok=True)
-    write_nbest(output, found, recogniser.token_list)
-    with replacing(log_prior, "wb") as f:
-        np.save(f, recogniser.log_prior())
+    log_prior.unlink(missing_ok=True)
+    if tokens is None:
+        write_nbest(output, found, recogniser.token_list)
+        with replacing(log_prior, "wb") as f:
+            np.save(f, recogniser.log_prior())
+    else:
+        found = _in_tokens(found, recogniser, tokens, args)
+        write_nbest(output, found, tokens.tokens)
     facts = {
         "teacher": str(model_file),
         "data_dirs": args.data_dir,
@@ -99,6 +118,33 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         "%d hypotheses of %d utterances → %s, in %.0f s for %.0f s of audio",
         facts["hypotheses"], len(found), output, timing.decode_seconds + timing.read_seconds, timing.audio_seconds,
     )  # fmt: skip
+
+
+def hashes_of_list(token_list: Path) -> Dict[str, str]:
+    """The sha256 of a token list and of what lies beside it and decides how a text is cut."""
+    files = (token_list, *(token_list.parent / name for name in (BPE_MODEL, NLSYMS, CLEANER)))
+    return {path.name: sha256_of(path) for path in files if path.is_file()}
+
+
+def _in_tokens(found: Mapping, recogniser: NbestRecogniser, tokens: TokenList, args: argparse.Namespace) -> Dict:
+    """N-best in the student's tokens; the log says what was done."""
+    from espnet_kd.targets.nbest import retokenise
+
+    if recogniser.token_list == tokens.tokens:
+        return dict(found)
+    names = recogniser.token_list
+    done = retokenise(
+        found,
+        lambda ids: recogniser.to_text([names[i] for i in ids if names[i] != UNKNOWN]),
+        tokens.ids,
+        tokens.tokens.index(UNKNOWN),
+    )
+    logging.info(
+        "the teacher has %d tokens, the student %d others (%s, %s): its hypotheses were written in the student's by "
+        "their text; %d had the text of a better one and were added to it, %d have a piece that is no token (%s)",
+        len(names), len(tokens.tokens), args.token_list, args.token_type, done.merged, done.unknown, UNKNOWN,
+    )  # fmt: skip
+    return done.nbest
 
 
 def read_all_utterances(data_dirs: Sequence[str], rate: Optional[int]) -> List:

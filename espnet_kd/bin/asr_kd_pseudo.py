@@ -8,7 +8,8 @@
 optionally confidence. --teacher makes the transcripts here. Each transcript is rewritten by the rules of --rewrite
 (digits to words), brought to the token list's characters (case, apostrophes, punctuation), and left out where it is
 empty, has other characters, repeats a phrase, is too fast or too slow for its audio, or is far from what a CTC teacher
-gives. OUT becomes a data dir with what is kept, and OUT/pseudo.tsv says of each utterance why.
+gives. OUT becomes a data dir with what is kept, OUT/nbest has it in the tokens of --token_list, for sequence-level KD,
+and OUT/pseudo.tsv says of each utterance why.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ def get_parser() -> argparse.ArgumentParser:
     source.add_argument("--labels", metavar="FILE", help="transcripts of a recogniser")
     source.add_argument("--teacher", metavar="EXP[/FILE.pth]", help="the experiment that makes the transcripts")
     parser.add_argument("--out", required=True, help="data dir to make")
-    parser.add_argument("--token_list", help="tokens.txt of characters, which the transcripts must consist of")
+    parser.add_argument("--token_list", help="the student's tokens.txt, of whose characters transcripts must consist")
+    parser.add_argument("--token_type", choices=("char", "bpe"), default="char", help="of --token_list")
     parser.add_argument("--rewrite", metavar="FILE", help="first rewrite them by these rules, a regular expression, a "
                         "tab and what comes in its place in each line, such as for digits")  # fmt: skip
     parser.add_argument("--ctc_teacher", metavar="EXP[/FILE.pth]", help="its greedy output is compared with them")
@@ -58,11 +60,16 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     from espnet_kd.data.text_fit import read_rules, rewrite
     from espnet_kd.data.tokenizing import TokenList
     from espnet_kd.decode.recognise import read_utterances
+    from espnet_kd.targets.nbest import write_nbest
 
     refuse_same([args.data_dir], args.out, "--out")
-    tokens = TokenList(args.token_list).tokens if args.token_list else ()
-    if tokens and any(len(t) > 1 and not t.startswith("<") for t in tokens):
-        raise cli.UserError(f"--token_list: {args.token_list} has tokens of several characters; give one of characters")
+    tokens = TokenList(args.token_list, args.token_type) if args.token_list else None
+    characters = tokens.characters() if tokens else ()
+    if any(len(c) > 1 and not c.startswith("<") for c in characters):
+        raise cli.UserError(
+            f"--token_list: {args.token_list} has tokens of several characters; give one of characters, or "
+            "--token_type bpe"
+        )
     rules = read_rules(args.rewrite) if args.rewrite else ()
     labels = read_labels(args.labels) if args.labels else {}
     utterances = list(read_data_dir(args.data_dir, read_text=False))
@@ -77,7 +84,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     given = ("max_repeats", "min_rate", "max_rate", "max_distance")
     limits = Limits(args.min_confidence, *(v if (v := getattr(args, name)) >= 0 else None for name in given))
     verdicts = {
-        u: judge(labels[u], seconds, limits, tokens, others.get(u)) for u, seconds in lengths.items() if u in labels
+        u: judge(labels[u], seconds, limits, characters, others.get(u)) for u, seconds in lengths.items() if u in labels
     }
     kept = [u for u in utterances if u.utt_id in verdicts and verdicts[u.utt_id].kept]
     if not kept:
@@ -88,6 +95,9 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     write_data_dir(
         out, (Utterance(u.utt_id, u.speaker, u.audio, verdicts[u.utt_id].text, u.num_samples) for u in kept)
     )
+    if tokens:
+        found = {u.utt_id: [(0.0, tokens.ids(verdicts[u.utt_id].text))] for u in kept}
+        write_nbest(out / "nbest", found, tokens.tokens)
     with replacing(out / "pseudo.tsv") as f:
         table = csv.writer(f, delimiter="\t", lineterminator="\n")
         table.writerow(["utt_id", "kept", "reason", "seconds", "confidence", "distance", "text"])
