@@ -100,6 +100,8 @@ def is_exact(encoder: nn.Module) -> bool:
 
 def make_encoder_exact(encoder: nn.Module) -> bool:
     """The part of `make_batch_exact` that changes the encoder; False, nothing changed, where it is not exact."""
+    if getattr(encoder, "no_padding", False):
+        return True  # of another maker: no two lengths share a batch there
     if not is_exact(encoder):
         return False
     here = threading.local()

@@ -110,7 +110,7 @@ def is_imported(output_dir: Path, record: Mapping[str, Any]) -> bool:
     if not output_dir.exists() or not any(output_dir.iterdir()):
         return False
     if not (output_dir / "config.yaml").is_file():
-        if set(p.name for p in output_dir.iterdir()) <= {"model.pth"}:
+        if set(p.name for p in output_dir.iterdir()) <= {"model.pth", "bpe.model"}:
             return False  # an import that was stopped
         raise UserError(f"--output_dir: {output_dir} holds other files; give another directory")
     config = output_dir / "config.yaml"
@@ -130,7 +130,8 @@ def is_imported(output_dir: Path, record: Mapping[str, Any]) -> bool:
             raise UserError(
                 f"{output_dir} was imported with {key}: {old!r}, and now it is {new!r}; give another --output_dir"
             )
-    return (output_dir / "model.pth").is_file()
+    needed = ["model.pth", *(["bpe.model"] if content.get("token_type") == "bpe" else [])]
+    return all((output_dir / name).is_file() for name in needed)
 
 
 def read_json(path: Path) -> Dict[str, Any]:

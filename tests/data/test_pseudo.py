@@ -1,6 +1,11 @@
 """Transcripts of other recognisers: what is kept of them, and why not."""
 
 import json
+import math
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_asr
@@ -11,6 +16,7 @@ from espnet_kd.data.pseudo import Label, Limits, distance, judge, most_repeats, 
 from espnet_kd.data.tokens import make_token_list
 from espnet_kd.targets.nbest import read_nbest
 
+FOUNDATION = Path(__file__).resolve().parents[2] / "egs2/foundation/asr_kd1"
 TOKENS = ["<blank>", "<unk>", "<space>", *"ABCDE'", "<sos/eos>"]
 
 
@@ -153,3 +159,19 @@ def test_mistakes_of_a_user(tmp_path, data):
     with pytest.raises(UserError, match="none of 2 transcripts is kept"):
         asr_kd_pseudo.main([*command, str(tmp_path / "out"), "--token_list", str(tmp_path / "tokens.txt")])
     assert not (tmp_path / "out").exists()
+
+
+def test_whispers_output_in_the_form_that_is_read(tmp_path, data, monkeypatch):
+    """egs2/foundation's script for faster-whisper, with a stand-in for that package."""
+    signs = {"no_speech_prob": 0.2, "compression_ratio": 1.0}
+    segment = SimpleNamespace(text=" A bad", tokens=[1, 2, 3], avg_logprob=-0.1, **signs)
+    other = SimpleNamespace(text=" cab.", tokens=[4], avg_logprob=-0.5, **signs)
+    found = iter([[segment, other], [], [segment], [segment]])
+    model = SimpleNamespace(transcribe=lambda audio, **options: (iter(next(found)), None))
+    stand_in = SimpleNamespace(WhisperModel=lambda *args, **options: model)
+    monkeypatch.setitem(sys.modules, "faster_whisper", stand_in)
+    script = runpy.run_path(str(FOUNDATION / "local/whisper_labels.py"))
+    script["main"](["--model", "tiny", "--data_dir", str(data), "--out", str(tmp_path / "labels")])
+    labels = read_labels(tmp_path / "labels")
+    assert labels["u0"] == Label("A bad cab.", pytest.approx(math.exp(-0.2)))
+    assert labels["u1"] == Label("", 0.0) and len(labels) == 4

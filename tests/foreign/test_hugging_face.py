@@ -157,7 +157,7 @@ FAULTS = {
     "no vocabulary": "vocab.json",
     "pickled weights": "pytorch_model.bin",
     "custom code": "auto_map",
-    "blank out of range": "99",
+    "blank out of range": "config.json: pad_token_id",
     "half a file": "model.safetensors",
     "another family": "model_type: bert",
     "no config": "config.json",

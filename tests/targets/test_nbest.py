@@ -105,7 +105,7 @@ def test_the_same_texts_in_other_tokens():
         return [pieces.get(word, 1) for word in text.split()]
 
     nbest = {
-        "u": [(math.log(0.5), [2, 4]), (math.log(0.2), [2, 3, 4]), (math.log(0.1), [2, 3, 3, 4]), (math.log(0.05), [5])],
+        "u": [(math.log(p), ids) for p, ids in ((0.5, [2, 4]), (0.2, [2, 3, 4]), (0.1, [2, 3, 3, 4]), (0.05, [5]))],
         "v": [(-1.0, [])],
         "w": [(-1.0, [5]), (-2.0, [5, 5])],
     }

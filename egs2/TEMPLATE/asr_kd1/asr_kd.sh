@@ -137,6 +137,7 @@ gpu=$((ngpu > 0 ? 1 : 0)) # decoding takes one, or none
 for pair in "${foreign[@]}"; do
     kd import "${pair%|*}" --output_dir "${pair##*|}" "${import_args_list[@]}"
 done
+[ ${#foreign[@]} -eq 0 ] || same_rate
 # A model of another maker has tokens of one type, whatever a recipe's are.
 [ ${#foreign[@]} -eq 0 ] || ! teachers_tokens || chosen token_type || token_type=$(type_of_teacher)
 # kd_decode LOG VERB OPTION…: a model runs over data: here, where its progress is seen, or where cmd.sh sends it

@@ -325,6 +325,15 @@ type_of_teacher() {
     type=$(sed -n 's/^token_type: *//p' "${teachers[0]}/config.yaml" 2>/dev/null || true)
     echo "${type:-${token_type}}" # in a dry run nothing may be imported
 }
+# same_rate: whether imported teachers take the audio that stage 2 makes
+same_rate() {
+    local pair rate
+    for pair in "${foreign[@]}"; do
+        rate=$(sed -n '/^frontend_conf:/{n;s/^ *fs: *//p}' "${pair##*|}/config.yaml" 2>/dev/null || true)
+        [ "${rate:-${fs}}" = "${fs}" ] ||
+            fail "--teacher ${pair%|*}: it takes audio of ${rate} Hz, and --fs is ${fs}; give --fs ${rate}"
+    done
+}
 # fit_texts TOKENS TYPE: texts in the characters that a token list has
 fit_texts() {
     [ "$2" = word ] || # words and phones have no characters
