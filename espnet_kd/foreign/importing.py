@@ -16,7 +16,7 @@ from espnet_kd.data.tokenizing import BPE_MODEL
 from espnet_kd.files import replacing
 from espnet_kd.foreign import encoders
 from espnet_kd.foreign.pieces import has_pieces, sentencepiece_model
-from espnet_kd.foreign.sources import BESIDE, CONFIG, RECORD, need, read_json
+from espnet_kd.foreign.sources import CONFIG, RECORD, need, read_features, read_json, weights_of
 from espnet_kd.foreign.vocabulary import Vocabulary, make_vocabulary
 from espnet_kd.targets.named_files import UNKNOWN
 
@@ -72,7 +72,7 @@ def read_hugging_face(directory: Path) -> Imported:
     transformers = need("transformers")
     model = encoders.build_hugging_face(config)
     state = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in weights_of(directory):
         try:
             state.update(need("safetensors.torch").load_file(path))
         except Exception as e:  # SafetensorError, OSError
@@ -103,7 +103,7 @@ def read_hugging_face(directory: Path) -> Imported:
     pieces = None
     if has_pieces(tokenizer):
         pieces = sentencepiece_model(tokenizer, vocabulary.tokens, directory / "tokenizer.json")
-    features = read_json(directory / BESIDE[0]) if (directory / BESIDE[0]).is_file() else {}
+    features = read_features(directory)
     family = config["model_type"]
     conf: Dict[str, Any] = {"model": json.loads(json.dumps({**model.config.to_dict(), "model_type": family}))}
     if family in encoders.FEATURES:
