@@ -70,6 +70,8 @@ def read_hugging_face(directory: Path) -> Imported:
     if config.get("auto_map"):
         raise UserError(f"{directory / CONFIG}: the model has code of its own (auto_map), which is not run here")
     transformers = need("transformers")
+    if isinstance(config.get("pad_token_id"), int) and isinstance(config.get("vocab_size"), int):
+        _check_blank(config["pad_token_id"], config["vocab_size"], directory)  # transformers would warn of it first
     model = encoders.build_hugging_face(config)
     state = {}
     for path in weights_of(directory):
@@ -92,11 +94,7 @@ def read_hugging_face(directory: Path) -> Imported:
     weight = head.weight.detach().reshape(head.weight.size(0), -1)
     names = _names(tokenizer.get_vocab(), len(weight), directory)
     blank = config.get("pad_token_id", tokenizer.pad_token_id)
-    if not isinstance(blank, int) or not 0 <= blank < len(names):
-        raise UserError(
-            f"{directory / CONFIG}: pad_token_id, which is the CTC blank, is {blank!r}; the model has the tokens 0 to "
-            f"{len(names) - 1}"
-        )
+    _check_blank(blank, len(names), directory)
     unknown, delimiter = tokenizer.unk_token, getattr(tokenizer, "word_delimiter_token", None)
     left_out = {t for t in tokenizer.all_special_tokens if t not in (unknown, delimiter)}
     vocabulary = _vocabulary(directory, names, blank, delimiter, unknown, left_out)
@@ -225,6 +223,14 @@ def _espnet_defaults() -> Dict[str, Any]:
 
     config = ASRTask.get_default_config()
     return json.loads(json.dumps({k: v for k, v in config.items() if k not in ("config", "token_list")}))
+
+
+def _check_blank(blank: Any, rows: int, directory: Path) -> None:
+    if not isinstance(blank, int) or not 0 <= blank < rows:
+        raise UserError(
+            f"{directory / CONFIG}: pad_token_id, which is the CTC blank, is {blank!r}; the model has the tokens 0 to "
+            f"{rows - 1}"
+        )
 
 
 def _vocabulary(where: Path, *given: Any) -> Vocabulary:

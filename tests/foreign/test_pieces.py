@@ -58,6 +58,16 @@ def test_tokens_posteriors_and_text_are_those_of_transformers(tmp_path, family, 
         assert text == wanted and text
 
 
+def test_characters_that_sentencepiece_replaces_are_replaced(tmp_path):
+    """Full-width letters: the map of characters is in the tokenizer.json, and goes into bpe.model."""
+    tokenizer = tiny_hf.tokenizer_of(tiny_hf.pieces_of("unigram", normalisation="nfkc"), "unigram")
+    directory = tiny_hf.save_with_pieces(tmp_path / "hf", "wav2vec2", "unigram", tokenizer=tokenizer)
+    asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])
+    mine = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "exp/bpe.model"))
+    wide = "".join(chr(ord(c) + 0xFEE0) if c != " " else c for c in "A BAD CAB")
+    assert mine.encode_as_pieces(wide) == tokenizer.tokenize("A BAD CAB")
+
+
 def native(kind):
     """Tokenizers that no SentencePiece model equals."""
     if kind == "bytes":

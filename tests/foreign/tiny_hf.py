@@ -98,14 +98,16 @@ SENTENCES = [
 ] * 20
 
 
-def pieces_of(kind: str, size: int = 40, sentences: Sequence[str] = SENTENCES) -> bytes:
+def pieces_of(
+    kind: str, size: int = 40, sentences: Sequence[str] = SENTENCES, normalisation: str = "identity"
+) -> bytes:
     """A SentencePiece model, ``bpe`` or ``unigram``."""
     import sentencepiece
 
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(sentences), model_writer=model, vocab_size=size, model_type=kind, character_coverage=1.0,
-        bos_id=-1, eos_id=-1, normalization_rule_name="identity", hard_vocab_limit=False,
+        bos_id=-1, eos_id=-1, normalization_rule_name=normalisation, hard_vocab_limit=False,
         num_threads=1, minloglevel=2,
     )  # fmt: skip
     return model.getvalue()
@@ -115,7 +117,8 @@ def tokenizer_of(model: bytes, kind: str, blank_last: bool = True):
     """A tokenizer of transformers that cuts like a SentencePiece model, as checkpoints of Parakeet have it."""
     import sentencepiece
     import transformers
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     scores = {processor.id_to_piece(i): processor.get_score(i) for i in range(processor.get_piece_size())}
@@ -128,6 +131,9 @@ def tokenizer_of(model: bytes, kind: str, blank_last: bool = True):
         merges = [(a, b) for a, b in halves if a in scores and b in scores]
         numbers = {n: i for i, n in enumerate(names)}
         backend = Tokenizer(models.BPE(numbers, merges, unk_token="<unk>", fuse_unk=True))
+    spec = sentencepiece_model_pb2.ModelProto.FromString(model).normalizer_spec
+    if spec.precompiled_charsmap:
+        backend.normalizer = normalizers.Precompiled(spec.precompiled_charsmap)
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
     backend.decoder = decoders.Metaspace()
     backend.add_special_tokens([AddedToken("<unk>", normalized=False), AddedToken("<pad>", normalized=False)])
