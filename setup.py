@@ -45,6 +45,7 @@ setup(
     extras_require={
         "onnx": ["onnxruntime>=1.17,<2", "onnx>=1.15,<2"],  # onnx: for --quantize int8 alone
         "foundation": ["transformers>=4.46,<6", "safetensors", "onnxruntime>=1.17,<2"],  # teachers of other makers
+        "hama": ["hama==1.3.10"],  # a phone recogniser of 2 M parameters, Apache-2.0: a real teacher for the tests
         # Its library is GPL-3: loaded at run time by the mini recipe only, never redistributed here.
         "mini": ["espeakng-loader"],
         "test": [

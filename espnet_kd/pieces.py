@@ -7,6 +7,8 @@ from typing import Any, List
 from espnet_kd.cli import UserError
 
 BLANK, UNKNOWN, SOS_EOS, SPACE = "<blank>", "<unk>", "<sos/eos>", "<space>"
+WORD_START = "\u2581"  #: in a SentencePiece model's pieces, for the blank before a word
+BPE_MODEL = "bpe.model"  #: name of the SentencePiece model beside a token list
 
 
 def load_sentencepiece(model: bytes, name: str = "the BPE model") -> Any:

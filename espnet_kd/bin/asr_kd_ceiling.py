@@ -13,9 +13,12 @@ from __future__ import annotations
 import argparse
 import logging
 from pathlib import Path
-from typing import Optional, Sequence
+from typing import TYPE_CHECKING, Any, Mapping, Optional, Sequence
 
 from espnet_kd import cli
+
+if TYPE_CHECKING:
+    from espnet_kd.data.tokenizing import Tokenizer
 
 WARN = 3.0  #: percent of the tokens
 POOLS = ("least_blank", "mean")
@@ -48,13 +51,13 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     import tempfile
 
     from espnet_kd.data.lengths import espnet_encoder
-    from espnet_kd.data.tokenizing import Tokenizer
     from espnet_kd.frames import nearest_multiple
     from espnet_kd.decode.ceiling import measure_ceiling
     from espnet_kd.experiments.models import find_experiment, read_config
     from espnet_kd.targets.online import OnlineTeacher
 
-    config = read_config(find_experiment(args.teacher)[0])
+    path = find_experiment(args.teacher)[0]
+    config = read_config(path)
     teacher = OnlineTeacher(args.teacher)
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as tokens:
         tokens.write("".join(f"{t}\n" for t in teacher.token_list))
@@ -66,7 +69,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         )
     long, short = 30 * rate, 10 * rate
     shift = nearest_multiple((long - short) / rate / (frames_of(long) - frames_of(short)), 0.0005) * 0.0005
-    tokenizer = Tokenizer("char") if config.get("token_type") == "char" else None
+    tokenizer = _tokenizer(config, path)
     found = measure_ceiling(
         teacher, args.data_dir, frames_of, shift, utterances=args.utterances, pool=args.pool, tokenizer=tokenizer
     )
@@ -83,6 +86,17 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
             "no student with these frames can learn more than that of this teacher: give it a subsampling of less "
             "(encoder_conf: input_layer: conv2d1 or conv2d2; conf/models/conformer_6x96_20ms.yaml has frames of 20 ms)"
         )
+
+
+def _tokenizer(config: Mapping[str, Any], path: Path) -> Optional[Tokenizer]:
+    """What cuts references into the teacher's tokens; None where they have no such tokens."""
+    from espnet_kd.data.tokenizing import Tokenizer
+    from espnet_kd.experiments.named_files import find_token_model
+
+    if config.get("token_type") == "bpe":
+        model = find_token_model(argparse.Namespace(**config), path)
+        return Tokenizer("bpe", model=model.read_bytes(), model_name=str(model))
+    return Tokenizer("char") if config.get("token_type") == "char" else None
 
 
 if __name__ == "__main__":

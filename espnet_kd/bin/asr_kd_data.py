@@ -222,15 +222,19 @@ def _tokens(args: argparse.Namespace) -> None:
 def _add_fit_text(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("data_dirs", nargs="+", metavar="DATA_DIR", help="formatted data dirs, whose text is rewritten")
     sub.add_argument("--token_list", required=True, help="tokens.txt with the characters to use")
+    sub.add_argument("--token_type", choices=("char", "bpe"), default="char", help="bpe: those of its pieces")
+    sub.add_argument("--rewrite", metavar="FILE", help="first by these rules, a regular expression, a tab and what "
+                     "comes in its place in each line, such as for digits")  # fmt: skip
 
 
 def _fit_text(args: argparse.Namespace) -> None:
-    from espnet_kd.data.text_fit import fit_data_dir
+    from espnet_kd.data.text_fit import fit_data_dir, read_rules
     from espnet_kd.data.tokenizing import TokenList
 
-    tokens = TokenList(args.token_list).tokens
+    tokens = TokenList(args.token_list, args.token_type).characters()
+    rules = read_rules(args.rewrite) if args.rewrite else ()
     for data_dir in args.data_dirs:
-        changed, number = fit_data_dir(data_dir, tokens)
+        changed, number = fit_data_dir(data_dir, tokens, rules)
         logging.info("%s: %d of %d texts changed", data_dir, changed, number)
 
 

@@ -7,6 +7,9 @@ FILE has a line 'utt_id rank score tokens…' for each hypothesis (see espnet_kd
 beam search without lexicon or language model. FILE.json describes how it was made; FILE.log_prior.npy has the log of
 the tokens' mean posterior (V,), for pages with `frames: {rule: elimination, log_prior: FILE.log_prior.npy}`. Only
 wav.scp is read, no text. A finished file of the same teacher, data and search is kept; --force makes it again.
+
+A student with another token list than the teacher's learns from the text: with --token_list TOKENS.txt --token_type bpe
+(and bpe.model beside it, as stage 3 of run.sh leaves them) each hypothesis is written in the tokens of that list.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--nbest", type=int, default=5, help="largest number of hypotheses per utterance")
     parser.add_argument("--beam_size", type=int, default=20, help="hypotheses kept per frame; 4 × --nbest loses few")
     parser.add_argument("--beam_size_token", type=int, default=20, help=BEAM_SIZE_TOKEN_HELP)
+    parser.add_argument("--token_list", metavar="FILE", help="the student's token list, if it is not the teacher's")
+    parser.add_argument("--token_type", choices=("char", "word", "bpe"), help="how a text is split for --token_list")
     cli.add_batch_options(
         parser,
         nj="CPU: batches decoded at the same time; GPU: processes for the beam search",

@@ -5,9 +5,11 @@
     python -m espnet_kd.bin.asr_kd_pseudo --data_dir dump/raw/extra --teacher exp/teacher --out dump/raw/pseudo
 
 --labels is the output of any recogniser: a Kaldi-style text, or JSON, one object a line with utt_id, text and
-optionally confidence. --teacher makes the transcripts here. Each transcript is brought to the token list's characters,
-and left out where it is empty, has other characters, repeats a phrase, is too fast or too slow for its audio, or is far
-from what a CTC teacher gives. OUT becomes a data dir with the rest; OUT/pseudo.tsv has the reason for each utterance.
+optionally confidence. --teacher makes the transcripts here. Each transcript is rewritten by the rules of --rewrite
+(digits to words), brought to the token list's characters (case, apostrophes, punctuation), and left out if it is empty,
+has other characters, repeats a phrase, is too fast or too slow for its audio, or is far from what a CTC teacher gives.
+OUT becomes a data dir with the rest; OUT/nbest has its text in the tokens of --token_list, for sequence-level KD, and
+OUT/pseudo.tsv has the reason for each utterance.
 """
 
 from __future__ import annotations
@@ -33,7 +35,10 @@ def get_parser() -> argparse.ArgumentParser:
     source.add_argument("--labels", metavar="FILE", help="transcripts of a recogniser")
     source.add_argument("--teacher", metavar="EXP[/FILE.pth]", help="the experiment that makes the transcripts")
     parser.add_argument("--out", required=True, help="data dir to make")
-    parser.add_argument("--token_list", help="tokens.txt of characters, which the transcripts must consist of")
+    parser.add_argument("--token_list", help="the student's tokens.txt, of whose characters transcripts must consist")
+    parser.add_argument("--token_type", choices=("char", "bpe"), default="char", help="of --token_list")
+    parser.add_argument("--rewrite", metavar="FILE", help="first rewrite them by these rules, a regular expression, a "
+                        "tab and what comes in its place in each line, such as for digits")  # fmt: skip
     parser.add_argument("--ctc_teacher", metavar="EXP[/FILE.pth]", help="its greedy output is compared with them")
     limits = parser.add_argument_group("limits; a negative number switches one off")
     limits.add_argument("--min_confidence", type=float, help="of --labels with confidences; no default")
@@ -58,18 +63,26 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     cli.refuse_empty(args)
     from espnet_kd.data.datadir import Utterance, read_data_dir, refuse_same, write_data_dir
     from espnet_kd.data.pseudo import Label, Limits, count_reasons, judge, missing, read_labels
+    from espnet_kd.data.text_fit import read_rules, rewrite
     from espnet_kd.data.tokenizing import TokenList
     from espnet_kd.inference.recognise import read_utterances
+    from espnet_kd.targets.nbest import Hypotheses, write_nbest
 
     refuse_same([args.data_dir], args.out, "--out")
-    tokens = TokenList(args.token_list).tokens if args.token_list else ()
-    if tokens and any(len(t) > 1 and not t.startswith("<") for t in tokens):
-        raise cli.UserError(f"--token_list: {args.token_list} has tokens of several characters; give one of characters")
+    tokens = TokenList(args.token_list, args.token_type) if args.token_list else None
+    characters = tokens.characters() if tokens else ()
+    if any(len(c) > 1 and not c.startswith("<") for c in characters):
+        raise cli.UserError(
+            f"--token_list: {args.token_list} has tokens of several characters; give one of characters, or "
+            "--token_type bpe"
+        )
+    rules = read_rules(args.rewrite) if args.rewrite else ()
     labels = read_labels(args.labels) if args.labels else {}
     utterances = list(read_data_dir(args.data_dir, read_text=False))
     lengths = {u.utt_id: u.samples / u.rate for u in read_utterances(args.data_dir)}
     if args.teacher:
         labels = {u: Label(text) for u, text in _texts(args.teacher, args).items()}
+    labels = {u: label._replace(text=rewrite(label.text, rules)) for u, label in labels.items()}
     lost = missing(labels, lengths)
     if len(lost) == len(lengths):
         raise cli.UserError(f"--labels: {args.labels} has none of the utterances of {args.data_dir}, such as {lost[0]}")
@@ -77,7 +90,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     given = ("max_repeats", "min_rate", "max_rate", "max_distance")
     limits = Limits(args.min_confidence, *(v if (v := getattr(args, name)) >= 0 else None for name in given))
     verdicts = {
-        u: judge(labels[u], seconds, limits, tokens, others.get(u)) for u, seconds in lengths.items() if u in labels
+        u: judge(labels[u], seconds, limits, characters, others.get(u)) for u, seconds in lengths.items() if u in labels
     }
     kept = [u for u in utterances if u.utt_id in verdicts and verdicts[u.utt_id].kept]
     if not kept:
@@ -88,6 +101,9 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     write_data_dir(
         out, (Utterance(u.utt_id, u.speaker, u.audio, verdicts[u.utt_id].text, u.num_samples) for u in kept)
     )
+    if tokens:
+        found: Dict[str, Hypotheses] = {u.utt_id: [(0.0, tokens.ids(verdicts[u.utt_id].text))] for u in kept}
+        write_nbest(out / "nbest", found, tokens.tokens)
     with replacing(out / "pseudo.tsv") as f:
         table = csv.writer(f, delimiter="\t", lineterminator="\n")
         table.writerow(["utt_id", "kept", "reason", "seconds", "confidence", "distance", "text"])

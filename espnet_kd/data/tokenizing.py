@@ -14,10 +14,10 @@ from typing import Callable, List, Optional, Sequence
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines
 from espnet_kd.files import PathLike
-from espnet_kd.pieces import BLANK, SOS_EOS, SPACE, UNKNOWN, load_sentencepiece, read_pieces
+from espnet_kd.pieces import BLANK, BPE_MODEL, SOS_EOS, SPACE, UNKNOWN, WORD_START, load_sentencepiece, read_pieces
 
 SPECIAL = (UNKNOWN, BLANK, SOS_EOS, SPACE, "<s>", "</s>")
-NLSYMS, CLEANER, BPE_MODEL = "nlsyms.txt", "cleaner", "bpe.model"
+NLSYMS, CLEANER = "nlsyms.txt", "cleaner"
 
 
 class Tokenizer:
@@ -80,7 +80,8 @@ class TokenList(Tokenizer):
     def __init__(self, path: PathLike, token_type: str = "char") -> None:
         path = Path(path)
         self.tokens = [line for _, line in iter_lines(path)]
-        self._known = set(self.tokens)
+        self._number = {token: i for i, token in enumerate(self.tokens)}
+        self._is_bpe = token_type == "bpe"
         model = path.parent / BPE_MODEL
         content = model.read_bytes() if token_type == "bpe" and model.is_file() else None
         super().__init__(token_type, model=content, model_name=str(model),
@@ -88,9 +89,20 @@ class TokenList(Tokenizer):
         if content is not None:
             check_model(self.tokens, content, str(model), str(path))
 
+    def characters(self) -> List[str]:
+        """What texts may consist of, beside blanks: the tokens, or the characters of which a BPE model's are made."""
+        if not self._is_bpe:
+            return self.tokens
+        pieces = (token for token in self.tokens if not (token.startswith("<") and token.endswith(">")))
+        return sorted(set("".join(pieces)) - {WORD_START})
+
+    def ids(self, text: str) -> List[int]:
+        """The numbers of a text's tokens; that of ``<unk>`` for what the list lacks, as in ESPnet."""
+        return [self._number.get(token, self._number[UNKNOWN]) for token in self.split(text)]
+
     def unknown(self, text: str) -> List[str]:
         """Return the tokens of ``text`` that the list lacks, sorted; ESPnet takes ``<unk>`` for each."""
-        return sorted({token for token in self.split(text) if token not in self._known})
+        return sorted({token for token in self.split(text) if token not in self._number})
 
 
 def usable_pieces(model: bytes, name: str = "the BPE model") -> List[str]:

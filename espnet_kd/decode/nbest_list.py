@@ -6,11 +6,17 @@ import argparse
 import datetime
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING, Dict, Mapping
 
 from espnet_kd import cli
+from espnet_kd.data.tokenizing import BPE_MODEL, CLEANER, NLSYMS, UNKNOWN, TokenList
 from espnet_kd.decode.decodings import describe_inputs
 from espnet_kd.experiments.record import Record
-from espnet_kd.files import check_writable, replacing
+from espnet_kd.files import check_writable, replacing, sha256_of
+from espnet_kd.targets.nbest import Hypotheses
+
+if TYPE_CHECKING:
+    from espnet_kd.decode.beam_recognise import NbestRecogniser
 
 
 def make_nbest(args: argparse.Namespace) -> None:
@@ -22,10 +28,15 @@ def make_nbest(args: argparse.Namespace) -> None:
     output = Path(args.output)
     if output.is_dir():
         raise cli.UserError(f"--output {output} is a directory; give a file, e.g. {output / 'nbest'}")
+    if bool(args.token_list) != bool(args.token_type):
+        raise cli.UserError("--token_list and --token_type go together: a token list, and how a text is split for it")
+    tokens = TokenList(args.token_list, args.token_type) if args.token_list else None
     search = {"nbest": args.nbest, "beam_size": args.beam_size, "beam_size_token": args.beam_size_token}
     inputs = {**search, "data": [describe_inputs(Path(args.teacher), Path(d)) for d in args.data_dir]}
+    if tokens is not None:
+        inputs["tokens"] = {"type": args.token_type, "files": hashes_of_list(Path(args.token_list))}
     record, log_prior = Record(Path(f"{output}.json"), key="inputs"), Path(f"{output}.log_prior.npy")
-    if not args.force and output.is_file() and log_prior.is_file() and record.is_of(inputs):
+    if not args.force and output.is_file() and (tokens or log_prior.is_file()) and record.is_of(inputs):
         logging.info("%s is done already with this teacher, data and search (--force makes it again)", output)
         return
 
@@ -46,9 +57,14 @@ def make_nbest(args: argparse.Namespace) -> None:
     found, timing = recognise(recogniser, utterances, args.batch_seconds, args.nj)
 
     record.begin()
-    write_nbest(output, found, recogniser.token_list)
-    with replacing(log_prior, "wb") as f:
-        np.save(f, recogniser.log_prior())
+    log_prior.unlink(missing_ok=True)
+    if tokens is None:
+        write_nbest(output, found, recogniser.token_list)
+        with replacing(log_prior, "wb") as f:
+            np.save(f, recogniser.log_prior())
+    else:
+        found = _in_tokens(found, recogniser, tokens, args)
+        write_nbest(output, found, tokens.tokens)
     facts = {
         "teacher": str(model_file),
         "data_dirs": args.data_dir,
@@ -64,3 +80,32 @@ def make_nbest(args: argparse.Namespace) -> None:
         "%d hypotheses of %d utterances → %s, in %.0f s for %.0f s of audio",
         facts["hypotheses"], len(found), output, timing.decode_seconds + timing.read_seconds, timing.audio_seconds,
     )  # fmt: skip
+
+
+def hashes_of_list(token_list: Path) -> Dict[str, str]:
+    """The sha256 of a token list and of the files beside it that decide how a text is split."""
+    files = (token_list, *(token_list.parent / name for name in (BPE_MODEL, NLSYMS, CLEANER)))
+    return {path.name: sha256_of(path) for path in files if path.is_file()}
+
+
+def _in_tokens(
+    found: Mapping[str, Hypotheses], recogniser: NbestRecogniser, tokens: TokenList, args: argparse.Namespace
+) -> Dict[str, Hypotheses]:
+    """N-best in the student's tokens; the log describes the change."""
+    from espnet_kd.targets.nbest import retokenise
+
+    if recogniser.token_list == tokens.tokens:
+        return dict(found)
+    names = recogniser.token_list
+    done = retokenise(
+        found,
+        lambda ids: recogniser.to_text([names[i] for i in ids if names[i] != UNKNOWN]),
+        tokens.ids,
+        tokens.tokens.index(UNKNOWN),
+    )
+    logging.info(
+        "the teacher has %d tokens, the student %d others (%s, %s): hypotheses were written in the student's tokens "
+        "by their text; %d had the text of a better one and were added to it, %d have a piece that is no token (%s)",
+        len(names), len(tokens.tokens), args.token_list, args.token_type, done.merged, done.unknown, UNKNOWN,
+    )  # fmt: skip
+    return done.nbest

@@ -186,6 +186,7 @@ def load_model(
     args.init = None  # the values come from the file
     check_components(args, config)
     args.token_list = read_token_list(args.token_list, Path(config))
+    frontend_conf = getattr(args, "frontend_conf", None)
     state = student_only(load_state(model_file))
     if PORTABLE in content:
         state = unfold_state(state)
@@ -198,6 +199,7 @@ def load_model(
         raise
     except Exception as e:
         raise UserError(f"cannot build the model of {config}: {type(e).__name__}: {e}") from e
+    args.frontend_conf = frontend_conf  # beside input_size ESPnet empties it, and the sampling rate is lost
     state = fit_state(model, state, model_file)
     try:
         model.load_state_dict(state)

@@ -38,6 +38,8 @@ class ForeignEncoder(AbsEncoder):
 
     #: For :func:`espnet_kd.inference.encode.probe`: long test signals cost it no more memory than long utterances do.
     long_probes = True
+    #: For :func:`espnet_kd.inference.padding.make_encoder_exact`: a batch gives what each utterance gives alone.
+    no_padding = True
 
     def run(self, speech: Tensor) -> Tuple[Tensor, List[Tensor]]:
         """Run on utterances (B, N) of equal length.

@@ -14,9 +14,10 @@ from torch import Tensor
 from espnet_kd.cli import UserError
 from espnet_kd.files import replacing
 from espnet_kd.foreign import encoders
-from espnet_kd.foreign.sources import BESIDE, CONFIG, RECORD, need, read_mapping
+from espnet_kd.foreign.pieces import has_pieces, sentencepiece_model
+from espnet_kd.foreign.sources import CONFIG, RECORD, need, read_features, read_mapping, weights_of
 from espnet_kd.foreign.vocabulary import Vocabulary, make_vocabulary
-from espnet_kd.pieces import UNKNOWN
+from espnet_kd.pieces import BPE_MODEL, UNKNOWN
 
 #: Names of the CTC blank, those first that mean nothing else.
 BLANKS = ("<blank>", "<blk>", "<pad>", "[PAD]")
@@ -35,6 +36,7 @@ class Imported:
     state: Dict[str, Tensor]  #: of the encoder
     sampling_rate: int  #: Hz
     token_type: str = "char"
+    pieces: Optional[bytes] = None  #: SentencePiece model, with the token type bpe
     record: Dict[str, Any] = field(default_factory=dict)
 
 
@@ -67,9 +69,11 @@ def read_hugging_face(directory: Path) -> Imported:
     if config.get("auto_map"):
         raise UserError(f"{directory / CONFIG}: the model has code of its own (auto_map), which is not run here")
     transformers = need("transformers")
+    if isinstance(config.get("pad_token_id"), int) and isinstance(config.get("vocab_size"), int):
+        _check_blank(config["pad_token_id"], config["vocab_size"], directory)  # transformers would warn of it first
     model = encoders.build_hugging_face(config)
     state = {}
-    for path in sorted(directory.glob("*.safetensors")):
+    for path in weights_of(directory):
         try:
             state.update(need("safetensors.torch").load_file(path))
         except Exception as e:  # SafetensorError, OSError
@@ -89,17 +93,14 @@ def read_hugging_face(directory: Path) -> Imported:
     weight = head.weight.detach().reshape(head.weight.size(0), -1)
     names = _names(tokenizer.get_vocab(), len(weight), directory)
     blank = config.get("pad_token_id", tokenizer.pad_token_id)
-    if not isinstance(blank, int):
-        raise UserError(f"{directory / CONFIG}: pad_token_id, which is the CTC blank, is {blank!r}")
+    _check_blank(blank, len(names), directory)
     unknown, delimiter = tokenizer.unk_token, getattr(tokenizer, "word_delimiter_token", None)
-    vocabulary = make_vocabulary(
-        names,
-        blank,
-        delimiter,
-        unknown,
-        {t for t in tokenizer.all_special_tokens if t not in (unknown, delimiter)},
-    )
-    features = read_mapping(directory / BESIDE[0]) if (directory / BESIDE[0]).is_file() else {}
+    left_out = {t for t in tokenizer.all_special_tokens if t not in (unknown, delimiter)}
+    vocabulary = _vocabulary(directory, names, blank, delimiter, unknown, left_out)
+    pieces = None
+    if has_pieces(tokenizer):
+        pieces = sentencepiece_model(tokenizer, vocabulary.tokens, directory / "tokenizer.json")
+    features = read_features(directory)
     family = config["model_type"]
     conf: Dict[str, Any] = {"model": json.loads(json.dumps({**model.config.to_dict(), "model_type": family}))}
     if family in encoders.FEATURES:
@@ -114,7 +115,8 @@ def read_hugging_face(directory: Path) -> Imported:
         (weight, None if head.bias is None else head.bias.detach()),
         {f"model.{k}": v for k, v in base.state_dict().items()},
         int(features.get("sampling_rate", 16000)),
-        _token_type(vocabulary),
+        "bpe" if pieces is not None else _token_type(vocabulary),
+        pieces,
     )
 
 
@@ -138,8 +140,8 @@ def read_onnx(
     """
     rows = _lines(tokens)
     content = path.read_bytes()
-    session = encoders.open_graph(content)
     try:
+        session = encoders.open_graph(content)
         audio, _ = encoders.graph_inputs(session)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
@@ -157,13 +159,15 @@ def read_onnx(
         blank = next((rows.index(t) for t in BLANKS if t in rows), None)
         if blank is None:
             raise UserError(f"{tokens}: which token is the CTC blank cannot be seen; give --blank NUMBER")
+    if not 0 <= blank < len(rows):
+        raise UserError(f"--blank {blank}: {tokens} has the tokens 0 to {len(rows) - 1}")
     if word_delimiter is None:
         word_delimiter = next((t for t in ("|", "▁") if t in rows), None)
     elif word_delimiter not in rows:
         raise UserError(f"--word_delimiter: {tokens} has no token {word_delimiter!r}")
     # What a text cannot hold: marks such as <s>, and white space that does not stand between words.
     marks = {t for t in rows if (t[:1] == "<" and t[-1:] == ">" and t != UNKNOWN) or (t and not t.strip())}
-    vocabulary = make_vocabulary(rows, blank, word_delimiter, UNKNOWN, marks - {word_delimiter})
+    vocabulary = _vocabulary(tokens, rows, blank, word_delimiter, UNKNOWN, marks - {word_delimiter})
     conf = dict(
         graph_bytes=len(content),
         tokens=len(rows),
@@ -182,7 +186,7 @@ def read_onnx(
 
 
 def write_experiment(model: Imported, output_dir: Path) -> None:
-    """Write config.yaml and model.pth; the configuration last, so that a directory with one is whole."""
+    """Write config.yaml, model.pth and bpe.model; the configuration last, so that a directory with one is whole."""
     weight, bias = model.vocabulary.head(*model.head)
     state = {f"encoder.{k}": v.contiguous() for k, v in model.state.items()}
     state.update({"ctc.ctc_lo.weight": weight, "ctc.ctc_lo.bias": bias})
@@ -190,6 +194,7 @@ def write_experiment(model: Imported, output_dir: Path) -> None:
         **_espnet_defaults(),
         "token_list": model.vocabulary.tokens,
         "token_type": model.token_type,
+        **({"bpemodel": BPE_MODEL} if model.pieces is not None else {}),
         "input_size": 1,
         "frontend": None,
         "frontend_conf": {"fs": model.sampling_rate},
@@ -202,6 +207,9 @@ def write_experiment(model: Imported, output_dir: Path) -> None:
         RECORD: model.record,
     }
     output_dir.mkdir(parents=True, exist_ok=True)
+    if model.pieces is not None:
+        with replacing(output_dir / BPE_MODEL, "wb") as f:
+            f.write(model.pieces)
     with replacing(output_dir / "model.pth", "wb") as f:
         torch.save(state, f)
     with replacing(output_dir / "config.yaml") as f:
@@ -214,6 +222,22 @@ def _espnet_defaults() -> Dict[str, Any]:
 
     config = ASRTask.get_default_config()
     return json.loads(json.dumps({k: v for k, v in config.items() if k not in ("config", "token_list")}))
+
+
+def _check_blank(blank: Any, rows: int, directory: Path) -> None:
+    if not isinstance(blank, int) or not 0 <= blank < rows:
+        raise UserError(
+            f"{directory / CONFIG}: pad_token_id, which is the CTC blank, is {blank!r}; the model has the tokens 0 to "
+            f"{rows - 1}"
+        )
+
+
+def _vocabulary(where: Path, *given: Any) -> Vocabulary:
+    """Errors of :func:`make_vocabulary` name the directory or file."""
+    try:
+        return make_vocabulary(*given)
+    except UserError as e:
+        raise UserError(f"{where}: {e}") from e
 
 
 def _names(vocabulary: Mapping[str, int], rows: int, directory: Path) -> List[str]:

@@ -17,7 +17,8 @@ from espnet_kd.safe_yaml import parse_yaml
 
 #: What a directory of Hugging Face's needs, and what else of it decides what the model computes.
 CONFIG, VOCABULARY = "config.json", ("vocab.json", "tokenizer.json")
-BESIDE = ("preprocessor_config.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
+FEATURES, PROCESSOR = "preprocessor_config.json", "processor_config.json"
+BESIDE = (FEATURES, PROCESSOR, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
 WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 PICKLED = ("pytorch_model.bin", "pytorch_model.bin.index.json", "flax_model.msgpack", "tf_model.h5")
 EXTRA = "pip install 'espnet_kd[foundation]'"
@@ -92,13 +93,34 @@ def files_of(directory: Path) -> List[Path]:
         raise UserError(f"{directory} is no model of Hugging Face's: it has no {CONFIG}")
     if not any((directory / name).is_file() for name in VOCABULARY):
         raise UserError(f"{directory} has no {' or '.join(VOCABULARY)}: is it a CTC model that was fine-tuned?")
-    weights = sorted(directory.glob("*.safetensors"))
+    weights = weights_of(directory)
     if not weights:
         pickled = [name for name in PICKLED if (directory / name).is_file()]
         what = f"its weights are in {pickled[0]}, which to read could run code" if pickled else "it has no weights"
         raise UserError(f"{directory}: {what}; needed is {WEIGHTS[0]} (convert it with transformers: save_pretrained)")
     beside = [directory / name for name in (CONFIG, *VOCABULARY, *BESIDE, WEIGHTS[1])]
     return [*(p for p in beside if p.is_file()), *weights]
+
+
+def weights_of(directory: Path) -> List[Path]:
+    """The files that hold a model's weights: one, or those of its index; none where it has neither.
+
+    Other files of this kind, such as MMS's adapters of other languages, would take the place of its own.
+
+    Raises:
+        UserError: the index is damaged, or names a file that is missing.
+    """
+    single, index = (directory / name for name in WEIGHTS)
+    if single.is_file() or not index.is_file():
+        return [single] if single.is_file() else []
+    places = read_mapping(index).get("weight_map")
+    if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
+        raise UserError(f"{index}: weight_map does not say in which file each of the weights is")
+    found = [directory / Path(name).name for name in sorted(set(places.values()))]
+    for path in found:
+        if not path.is_file():
+            raise UserError(f"{index} names {path.name}, which is missing")
+    return found
 
 
 def is_imported(output_dir: Path, record: Mapping[str, Any]) -> bool:
@@ -110,7 +132,7 @@ def is_imported(output_dir: Path, record: Mapping[str, Any]) -> bool:
     if not output_dir.exists() or not any(output_dir.iterdir()):
         return False
     if not (output_dir / "config.yaml").is_file():
-        if set(p.name for p in output_dir.iterdir()) <= {"model.pth"}:
+        if set(p.name for p in output_dir.iterdir()) <= {"model.pth", "bpe.model"}:
             return False  # an import that was stopped
         raise UserError(f"--output_dir: {output_dir} holds other files; give another directory")
     config = output_dir / "config.yaml"
@@ -130,7 +152,8 @@ def is_imported(output_dir: Path, record: Mapping[str, Any]) -> bool:
             raise UserError(
                 f"{output_dir} was imported with {key}: {old!r}, and now it is {new!r}; give another --output_dir"
             )
-    return (output_dir / "model.pth").is_file()
+    needed = ["model.pth", *(["bpe.model"] if content.get("token_type") == "bpe" else [])]
+    return all((output_dir / name).is_file() for name in needed)
 
 
 def read_mapping(path: Path) -> Dict[str, Any]:
@@ -142,6 +165,25 @@ def read_mapping(path: Path) -> Dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path} is not a mapping of options")
     return content
+
+
+def read_features(directory: Path) -> Dict[str, Any]:
+    """The options of a model's feature extractor: its sampling rate, and whether audio is normalised.
+
+    transformers 5 has them in the file of the processor where a processor was saved, and reads them there first.
+
+    Raises:
+        UserError: there are none.
+    """
+    processor = read_mapping(directory / PROCESSOR) if (directory / PROCESSOR).is_file() else {}
+    if isinstance(processor.get("feature_extractor"), dict):
+        return processor["feature_extractor"]
+    if not (directory / FEATURES).is_file():
+        raise UserError(
+            f"{directory} has no {FEATURES}, and no feature_extractor in a {PROCESSOR}: the sampling rate, and whether "
+            "audio is normalised, are not known; take these files from where the model came from"
+        )
+    return read_mapping(directory / FEATURES)
 
 
 def need(package: str) -> Any:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from array import array
 from pathlib import Path
-from typing import Dict, Iterator, List, Mapping, Sequence, Tuple
+from typing import Callable, Dict, Iterator, List, Mapping, NamedTuple, Sequence, Tuple
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines
@@ -35,6 +35,49 @@ def weights(scores: Sequence[float]) -> List[float]:
     odds = [math.exp(s - best) for s in scores]
     total = sum(odds)
     return [o / total for o in odds]
+
+
+class Retokenised(NamedTuple):
+    """N-best in the tokens of another list, and what became of the hypotheses."""
+
+    nbest: Dict[str, Hypotheses]
+    merged: int  #: hypotheses that had the text of a better one, to whose probability theirs was added
+    unknown: int  #: hypotheses in which a piece of the text is no token, so that they have ``<unk>``
+
+
+def retokenise(
+    nbest: Mapping[str, Hypotheses],
+    to_text: Callable[[Sequence[int]], str],
+    to_ids: Callable[[str], Sequence[int]],
+    unknown_id: int,
+) -> Retokenised:
+    """Bring N-best to the tokens of another list, by way of their text.
+
+    Args:
+        nbest: hypotheses in token ids of the model that found them.
+        to_text: the text of these ids.
+        to_ids: the token ids of a text in the other list (:meth:`espnet_kd.data.tokenizing.TokenList.ids`).
+        unknown_id: of ``<unk>`` there.
+    """
+    found: Dict[str, Hypotheses] = {}
+    merged = unknown = 0
+    for utt_id, hypotheses in nbest.items():
+        scores: Dict[str, float] = {}
+        for score, ids in hypotheses:
+            text = " ".join(to_text(ids).split())
+            if text in scores:
+                merged += 1
+                high, low = max(score, scores[text]), min(score, scores[text])
+                score = high + math.log1p(math.exp(low - high))
+            scores[text] = score
+        ranked: List[Tuple[float, Sequence[int]]] = []
+        for text, score in sorted(scores.items(), key=lambda item: -item[1]):
+            ids = array("i", to_ids(text))
+            unknown += unknown_id in ids
+            if all(ids != other for _, other in ranked):  # two unknown words may be alike
+                ranked.append((score, ids))
+        found[utt_id] = ranked
+    return Retokenised(found, merged, unknown)
 
 
 def write_nbest(path: PathLike, nbest: Mapping[str, Hypotheses], token_list: Sequence[str]) -> None:
@@ -93,7 +136,8 @@ def read_nbest(path: PathLike, token_list: Sequence[str], blank_id: int = 0) -> 
         except KeyError as e:
             raise UserError(
                 f"{where}: token '{e.args[0]}' of '{utt_id}' is no text token of the token list; "
-                "make the N-best with a teacher that has the student's token list"
+                "make the N-best with a teacher that has the student's token list, or in the student's tokens: "
+                "asr_kd_nbest --token_list FILE"
             ) from e
         if any(ids == other for _, other in hypotheses):
             raise UserError(f"{where}: this hypothesis of '{utt_id}' stands there already; keep one of the lines")

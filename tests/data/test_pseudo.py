@@ -1,6 +1,11 @@
 """Transcripts of other recognisers: what is kept of them, and why not."""
 
 import json
+import math
+import runpy
+import sys
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny_asr
@@ -8,7 +13,10 @@ import tiny_asr
 from espnet_kd.bin import asr_kd_pseudo
 from espnet_kd.cli import UserError
 from espnet_kd.data.pseudo import Label, Limits, distance, judge, most_repeats, read_labels
+from espnet_kd.data.tokens import make_token_list
+from espnet_kd.targets.nbest import read_nbest
 
+FOUNDATION = Path(__file__).resolve().parents[2] / "egs2/foundation/asr_kd1"
 TOKENS = ["<blank>", "<unk>", "<space>", *"ABCDE'", "<sos/eos>"]
 
 
@@ -98,12 +106,37 @@ def test_the_command_writes_what_is_kept_and_why_not(tmp_path, data, caplog):
                         "--token_list", str(tmp_path / "tokens.txt")])  # fmt: skip
     assert (out / "text").read_text() == "u0 A BAD CAB\n"
     assert (out / "wav.scp").read_text().split()[0] == "u0"
+    [(_, ids)] = read_nbest(out / "nbest", TOKENS)["u0"]
+    assert "".join(TOKENS[i] for i in ids) == "A<space>BAD<space>CAB"
     record = json.loads((out / "pseudo.json").read_text())
     assert record["kept"] == 1 and record["utterances"] == 4
     assert record["left_out"] == {"a character that is no token": 1, "repetition": 1, "no transcript": 1}
     assert "1 of 4 utterances kept" in caplog.text
     rows = [line.split("\t") for line in (out / "pseudo.tsv").read_text().splitlines()]
     assert [r[:3] for r in rows[1:]] == [["u0", "1", ""], ["u1", "0", "character 5"], ["u2", "0", "repetition"]]
+
+
+def test_the_characters_and_tokens_of_a_bpe_student(tmp_path, data):
+    (tmp_path / "text").write_text("".join(f"u{i} {w}\n" for i, w in enumerate(("A BAD CAB", "DAD", "BAD DAD") * 5)))
+    tokens = make_token_list([tmp_path / "text"], tmp_path / "bpe", "bpe", nbpe=9)
+    (tmp_path / "labels").write_text("u0 a bad cab\nu1 a bed\n")
+    command = ["--data_dir", str(data), "--labels", str(tmp_path / "labels"), "--out", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="--token_list.*--token_type bpe"):
+        asr_kd_pseudo.main([*command, "--token_list", str(tokens)])
+    asr_kd_pseudo.main([*command, "--token_list", str(tokens), "--token_type", "bpe"])
+    assert (tmp_path / "out/text").read_text() == "u0 A BAD CAB\n"  # E is in none of its pieces
+    pieces = tokens.read_text(encoding="utf-8").splitlines()
+    [(_, ids)] = read_nbest(tmp_path / "out/nbest", pieces)["u0"]
+    assert "".join(pieces[i] for i in ids).replace("\u2581", " ").strip() == "A BAD CAB"
+
+
+def test_transcripts_are_rewritten_by_rules_first(tmp_path, data):
+    (tmp_path / "labels").write_text('{"utt_id": "u0", "text": "A-B5"}\n')
+    (tmp_path / "rules.tsv").write_text("5\tbed\n")
+    files = ["--labels", str(tmp_path / "labels"), "--rewrite", str(tmp_path / "rules.tsv")]
+    asr_kd_pseudo.main(["--data_dir", str(data), *files, "--out", str(tmp_path / "out"),
+                        "--token_list", str(tmp_path / "tokens.txt")])  # fmt: skip
+    assert (tmp_path / "out/text").read_text() == "u0 A B BED\n"
 
 
 def test_a_teacher_makes_and_checks_transcripts(tmp_path, data):
@@ -126,3 +159,19 @@ def test_mistakes_of_a_user(tmp_path, data):
     with pytest.raises(UserError, match="none of 2 transcripts is kept"):
         asr_kd_pseudo.main([*command, str(tmp_path / "out"), "--token_list", str(tmp_path / "tokens.txt")])
     assert not (tmp_path / "out").exists()
+
+
+def test_whispers_output_in_the_form_that_is_read(tmp_path, data, monkeypatch):
+    """egs2/foundation's script for faster-whisper, with a stand-in for that package."""
+    signs = {"no_speech_prob": 0.2, "compression_ratio": 1.0}
+    segment = SimpleNamespace(text=" A bad", tokens=[1, 2, 3], avg_logprob=-0.1, **signs)
+    other = SimpleNamespace(text=" cab.", tokens=[4], avg_logprob=-0.5, **signs)
+    found = iter([[segment, other], [], [segment], [segment]])
+    model = SimpleNamespace(transcribe=lambda audio, **options: (iter(next(found)), None))
+    stand_in = SimpleNamespace(WhisperModel=lambda *args, **options: model)
+    monkeypatch.setitem(sys.modules, "faster_whisper", stand_in)
+    script = runpy.run_path(str(FOUNDATION / "local/whisper_labels.py"))
+    script["main"](["--model", "tiny", "--data_dir", str(data), "--out", str(tmp_path / "labels")])
+    labels = read_labels(tmp_path / "labels")
+    assert labels["u0"] == Label("A bad cab.", pytest.approx(math.exp(-0.2)))
+    assert labels["u1"] == Label("", 0.0) and len(labels) == 4

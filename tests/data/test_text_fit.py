@@ -1,11 +1,14 @@
 """Transcripts in a teacher's characters."""
 
+from pathlib import Path
+
 import pytest
 
 from espnet_kd.bin import asr_kd_data
 from espnet_kd.cli import UserError
-from espnet_kd.data.text_fit import fit_text
+from espnet_kd.data.text_fit import fit_text, read_rules, rewrite
 
+CONF = Path(__file__).resolve().parents[2] / "egs2/foundation/asr_kd1/conf"
 UPPER = ["<blank>", "<unk>", "<space>", *"ABCDEÉ'", "<sos/eos>"]
 
 
@@ -30,10 +33,11 @@ def test_rule(text, tokens, fitted):
     assert fit_text(fitted, tokens) == fitted
 
 
-def command(tmp_path, text, tokens=UPPER):
+def command(tmp_path, text, tokens=UPPER, rewrite=None):
     (tmp_path / "text").write_text(text, encoding="utf-8")
     (tmp_path / "tokens.txt").write_text("".join(f"{t}\n" for t in tokens), encoding="utf-8")
-    asr_kd_data.main(["fit_text", str(tmp_path), "--token_list", str(tmp_path / "tokens.txt")])
+    more = ["--rewrite", str(rewrite)] if rewrite else []
+    asr_kd_data.main(["fit_text", str(tmp_path), "--token_list", str(tmp_path / "tokens.txt"), *more])
     return (tmp_path / "text").read_text(encoding="utf-8")
 
 
@@ -54,3 +58,48 @@ def test_a_data_dir_without_text_is_left_alone(tmp_path):
     (tmp_path / "tokens.txt").write_text("".join(f"{t}\n" for t in UPPER))
     asr_kd_data.main(["fit_text", str(tmp_path), "--token_list", str(tmp_path / "tokens.txt")])
     assert not (tmp_path / "text").exists()
+
+
+RULES = "# a comment\n\n([A-Z])(?=[A-Z0-9])\t\\1\n\\b3rd\\b\tthird\n5\tfive\nmuh\t\n"
+
+
+def test_rules_rewrite_a_text_in_turn(tmp_path):
+    (tmp_path / "rules.tsv").write_text(RULES)
+    rules = read_rules(tmp_path / "rules.tsv")
+    assert rewrite("A-B5, the 3rd OJT55.", rules) == "A- B five , the third O J T five five ."
+    assert rewrite("a muhb 33rd", rules) == "a b 33rd"  # nothing in its place: nothing is parted
+    assert rewrite("a  b", ()) == "a  b"
+
+
+@pytest.mark.parametrize(
+    "line, named", [("five", "a tab"), ("(\tx", "no rule"), ("a\t\\1", "no rule"), ("\tx", "a tab")]
+)
+def test_a_rule_that_is_none_is_named_by_its_line(tmp_path, line, named):
+    (tmp_path / "rules.tsv").write_text(f"5\tfive\n{line}\n")
+    with pytest.raises(UserError, match=rf"rules\.tsv:2: .*{named}"):
+        read_rules(tmp_path / "rules.tsv")
+
+
+def test_a_file_of_rules_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere.tsv"):
+        read_rules(tmp_path / "nowhere.tsv")
+
+
+def test_a_data_dir_is_rewritten_by_rules(tmp_path):
+    (tmp_path / "rules.tsv").write_text("5\tbed\n")
+    assert command(tmp_path, "u1 a 5\n", rewrite=tmp_path / "rules.tsv") == "u1 A BED\n"
+
+
+def test_the_shipped_rules_for_english_numbers():
+    rules = read_rules(CONF / "english_numbers.tsv")
+    tokens = ["<blank>", "<unk>", "<space>", *"ABCDEFGHIJKLMNOPQRSTUVWXYZ'", "<sos/eos>"]
+    written = {
+        "March 3rd, 1928.": "MARCH THIRD NINETEEN TWENTY EIGHT",
+        "U-M-N-Y-H-6.": "U M N Y H SIX",
+        "Erase OJTKS35": "ERASE O J T K S THREE FIVE",
+        "687-5808": "SIX EIGHT SEVEN FIVE EIGHT ZERO EIGHT",
+        "June 11th, 1970": "JUNE ELEVENTH NINETEEN SEVENTY",
+        "2, 15, 1962": "TWO ONE FIVE NINETEEN SIXTY TWO",
+        "I'm 19": "I'M ONE NINE",
+    }
+    assert {t: fit_text(rewrite(t, rules), tokens) for t in written} == written

@@ -7,11 +7,13 @@ from collections import defaultdict
 
 import numpy as np
 import pytest
+import sentencepiece
 import tiny_asr
 import torch
 
 from espnet_kd.bin import asr_kd_nbest
 from espnet_kd.cli import UserError
+from espnet_kd.data.tokens import make_token_list
 from espnet_kd.decode import nbest_list
 from espnet_kd.decode.beam import BeamSearch
 from espnet_kd.decode.beam_recognise import NbestRecogniser
@@ -205,6 +207,36 @@ def test_finished_file_is_kept_until_something_changes(tmp_path, expdir, dirs):
         output.unlink()
         asr_kd_nbest.main(options(expdir, dirs, output))
         assert output.read_bytes() == whole
+
+
+def test_nbest_in_the_tokens_of_a_student_with_another_list(tmp_path, expdir, dirs, caplog):
+    """By their text: a teacher of characters, a student of pieces."""
+    caplog.set_level("INFO")
+    asr_kd_nbest.main(options(expdir, dirs, tmp_path / "theirs"))
+    theirs = read_nbest(tmp_path / "theirs", tiny_asr.TOKENS)
+    words = ("abc def", "ab gh ij", "ab abc ghij") * 9
+    (tmp_path / "text").write_text("".join(f"u{i} {w}\n" for i, w in enumerate(words)))
+    tokens = make_token_list([tmp_path / "text"], tmp_path / "bpe", "bpe", nbpe=16)
+    more = ["--token_list", str(tokens), "--token_type", "bpe"]
+    asr_kd_nbest.main(options(expdir, dirs, tmp_path / "mine", *more))
+    assert "by their text" in caplog.text and str(tokens) in caplog.text
+    pieces = tokens.read_text(encoding="utf-8").splitlines()
+    assert any(len(p) > 2 for p in pieces[2:-1])
+    mine = read_nbest(tmp_path / "mine", pieces)
+    text = {u: "".join(tiny_asr.TOKENS[i] for i in h[0][1]).replace("<space>", " ") for u, h in theirs.items()}
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "bpe/bpe.model"))
+    assert list(mine) == list(theirs)
+    for utt_id, hypotheses in mine.items():
+        best = " ".join(text[utt_id].replace("<unk>", "").split())
+        assert model.decode_pieces([pieces[i] for i in hypotheses[0][1]]) == best
+    assert not (tmp_path / "mine.log_prior.npy").exists()  # that of other tokens
+    before = (tmp_path / "mine").stat().st_mtime_ns
+    asr_kd_nbest.main(options(expdir, dirs, tmp_path / "mine", *more))
+    assert (tmp_path / "mine").stat().st_mtime_ns == before
+    with pytest.raises(UserError, match="--token_list and --token_type"):
+        asr_kd_nbest.main(options(expdir, dirs, tmp_path / "mine", *more[:2]))
+    with pytest.raises(UserError, match=r"mine:1: token .*asr_kd_nbest --token_list"):
+        read_nbest(tmp_path / "mine", tiny_asr.TOKENS)
 
 
 def test_sidecar_never_vouches_for_another_file(tmp_path, expdir, dirs, monkeypatch):

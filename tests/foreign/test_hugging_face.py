@@ -78,6 +78,51 @@ def test_families_that_take_features(tmp_path, family, shift):
         assert (mine[:, :-1] - logits.softmax(-1)[:, order]).abs().max() <= 1e-6
 
 
+def test_a_model_of_8_khz_says_so(tmp_path):
+    directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
+    conf = json.loads((directory / "preprocessor_config.json").read_text())
+    (directory / "preprocessor_config.json").write_text(json.dumps({**conf, "sampling_rate": 8000}))
+    asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])
+    teacher = OnlineTeacher(tmp_path / "exp")
+    assert teacher.sampling_rate == 8000 and teacher.frame_shift == pytest.approx(0.04)
+
+
+def test_weights_in_parts_and_those_of_other_languages_beside_them(tmp_path):
+    """The files of an index make the model; MMS's adapters, which have names of its weights, do not."""
+    from safetensors.torch import load_file, save_file
+
+    directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
+    state = load_file(directory / "model.safetensors")
+    save_file({k: torch.zeros_like(v) for k, v in state.items()}, directory / "adapter.fra.safetensors")
+    asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "one")])
+    parts = {k: f"model-0000{1 + i % 2}-of-00002.safetensors" for i, k in enumerate(sorted(state))}
+    for name in set(parts.values()):
+        save_file({k: v for k, v in state.items() if parts[k] == name}, directory / name)
+    (directory / "model.safetensors").unlink()
+    (directory / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": parts}))
+    asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "parts")])
+    one, other = (torch.load(tmp_path / n / "model.pth", weights_only=True) for n in ("one", "parts"))
+    assert one.keys() == other.keys() and all(torch.equal(one[k], other[k]) for k in one)
+    assert any(v.abs().sum() > 0 for k, v in one.items() if "lm_head" not in k)
+    (directory / "model-00002-of-00002.safetensors").unlink()
+    with pytest.raises(UserError, match=r"index\.json names model-00002-of-00002\.safetensors"):
+        asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "none")])
+    assert not (tmp_path / "none").exists()
+
+
+def test_features_are_read_where_a_processor_was_saved(tmp_path):
+    """transformers 5 saves a processor's feature extractor in processor_config.json alone, and reads it there first."""
+    directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
+    extractor = transformers.Wav2Vec2FeatureExtractor(sampling_rate=8000, do_normalize=False)
+    (directory / "processor_config.json").write_text(json.dumps({"feature_extractor": extractor.to_dict()}))
+    for name in ("both", "one"):
+        asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / name)])
+        conf = yaml.safe_load((tmp_path / name / "config.yaml").read_text())
+        assert conf["encoder_conf"]["normalize"] is False and conf["frontend_conf"]["fs"] == 8000
+        assert "processor_config.json" in conf["foreign"]["files"]
+        (directory / "preprocessor_config.json").unlink(missing_ok=True)
+
+
 def test_taps_are_the_layers_hidden_states(tmp_path):
     directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
     asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])
@@ -142,6 +187,8 @@ def damage(directory, fault):
         config["pad_token_id"] = 99
     elif fault == "half a file":
         (directory / "model.safetensors").write_bytes((directory / "model.safetensors").read_bytes()[:1000])
+    elif fault == "no features":
+        (directory / "preprocessor_config.json").unlink()
     elif fault == "another family":
         config["model_type"] = "bert"
     elif fault == "no config":
@@ -157,8 +204,9 @@ FAULTS = {
     "no vocabulary": "vocab.json",
     "pickled weights": "pytorch_model.bin",
     "custom code": "auto_map",
-    "blank out of range": "99",
+    "blank out of range": "config.json: pad_token_id",
     "half a file": "model.safetensors",
+    "no features": "preprocessor_config.json",
     "another family": "model_type: bert",
     "no config": "config.json",
     "broken config": "config.json",

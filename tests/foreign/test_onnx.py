@@ -59,8 +59,8 @@ def test_tokens_of_another_number_are_refused(tmp_path, tokens):
 @pytest.mark.parametrize(
     "options, named",
     [
-        (["--blank", "7"], "7"),
-        (["--blank", "-1"], "-1"),
+        (["--blank", "7"], "--blank 7: .*tokens.txt"),
+        (["--blank", "-1"], "--blank -1"),
         (["--word_delimiter", "_"], "--word_delimiter"),
     ],
 )
@@ -77,7 +77,7 @@ def test_files_that_are_no_such_model_are_refused(tmp_path):
         run(tmp_path, features, tokens)
     noise = tmp_path / "noise.onnx"
     noise.write_bytes(b"no protobuf at all")
-    with pytest.raises(UserError, match="onnxruntime cannot run"):
+    with pytest.raises(UserError, match="noise.onnx: onnxruntime cannot run"):
         run(tmp_path, noise, tokens)
     with pytest.raises(UserError, match="--tokens"):
         asr_kd_import.main([f"onnx:{features}", "--output_dir", str(tmp_path / "exp")])

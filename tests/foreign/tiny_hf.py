@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
+from typing import Sequence
 
 import torch
 
@@ -86,6 +88,77 @@ def save_of_features(directory: Path, family: str) -> Path:
     transformers.Wav2Vec2CTCTokenizer(
         str(directory / "vocab.json"), pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
     ).save_pretrained(directory)
+    extractor.save_pretrained(directory)
+    model.save_pretrained(directory)
+    return directory
+
+
+SENTENCES = [
+    *("A BAD CAB FACED A DEAD BEE", "HE HID A JADE BEAD", "I FED A BIG CHAFFED BEE", "DAD'S CAB HAD A BAD BED"),
+] * 20
+
+
+def pieces_of(
+    kind: str, size: int = 40, sentences: Sequence[str] = SENTENCES, normalisation: str = "identity"
+) -> bytes:
+    """A SentencePiece model, ``bpe`` or ``unigram``."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(sentences), model_writer=model, vocab_size=size, model_type=kind, character_coverage=1.0,
+        bos_id=-1, eos_id=-1, normalization_rule_name=normalisation, hard_vocab_limit=False,
+        num_threads=1, minloglevel=2,
+    )  # fmt: skip
+    return model.getvalue()
+
+
+def tokenizer_of(model: bytes, kind: str, blank_last: bool = True):
+    """A tokenizer of transformers that cuts like a SentencePiece model, as checkpoints of Parakeet have it."""
+    import sentencepiece
+    import transformers
+    from sentencepiece import sentencepiece_model_pb2
+    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    scores = {processor.id_to_piece(i): processor.get_score(i) for i in range(processor.get_piece_size())}
+    shift = 0 if blank_last else 1  # where the blank comes first, all others are one later
+    names = [*(["<pad>"] if shift else []), *scores]
+    if kind == "unigram":
+        backend = Tokenizer(models.Unigram([(n, scores.get(n, 0.0)) for n in names], unk_id=shift))
+    else:
+        halves = [(p[:i], p[i:]) for p in sorted(scores, key=lambda p: -scores[p]) for i in range(1, len(p))]
+        merges = [(a, b) for a, b in halves if a in scores and b in scores]
+        numbers = {n: i for i, n in enumerate(names)}
+        backend = Tokenizer(models.BPE(numbers, merges, unk_token="<unk>", fuse_unk=True))
+    spec = sentencepiece_model_pb2.ModelProto.FromString(model).normalizer_spec
+    if spec.precompiled_charsmap:
+        backend.normalizer = normalizers.Precompiled(spec.precompiled_charsmap)
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.decoder = decoders.Metaspace()
+    backend.add_special_tokens([AddedToken("<unk>", normalized=False), AddedToken("<pad>", normalized=False)])
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>", pad_token="<pad>")
+
+
+def save_with_pieces(directory: Path, family: str, kind: str, blank_last: bool = True, tokenizer=None) -> Path:
+    """A model whose vocabulary is SentencePiece's, in a tokenizer.json."""
+    import transformers
+
+    tokenizer = tokenizer or tokenizer_of(pieces_of(kind), kind, blank_last)
+    torch.manual_seed(0)
+    if family == "parakeet_ctc":
+        options = {"encoder_config": dict(LAYERS, num_mel_bins=80, subsampling_conv_channels=16)}
+        extractor = transformers.ParakeetFeatureExtractor(feature_size=80)
+    else:
+        options = {**config(family, len(tokenizer), 0), "bos_token_id": None, "eos_token_id": None}
+        options.pop("model_type")
+        extractor = transformers.Wav2Vec2FeatureExtractor(do_normalize=True)
+    options.update(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id)
+    model = transformers.AutoModelForCTC.from_config(transformers.AutoConfig.for_model(family, **options)).eval()
+    with torch.no_grad():
+        (model.lm_head if hasattr(model, "lm_head") else model.ctc_head).weight.mul_(8)
+    directory.mkdir(parents=True)
+    tokenizer.save_pretrained(directory)
     extractor.save_pretrained(directory)
     model.save_pretrained(directory)
     return directory

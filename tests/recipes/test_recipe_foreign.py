@@ -1,10 +1,12 @@
 """run.sh with teachers of other makers: stages 2 to 13 from hf: and from onnx:, and a changed source refused."""
 
+import json
 import shutil
 
 import pytest
 import soundfile
 import tiny_asr
+import yaml
 from recipe import TINY, Recipe
 
 pytest.importorskip("transformers", reason="needs the extra: pip install 'espnet_kd[foundation]'")
@@ -12,6 +14,8 @@ pytest.importorskip("onnx", reason="makes the file that is tried")
 
 import tiny_hf  # noqa: E402
 import tiny_onnx  # noqa: E402
+
+from espnet_kd.bin import asr_kd_data, asr_kd_pseudo  # noqa: E402
 
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ'"
 SIZES = "--train 12 --valid 4 --test 4"
@@ -51,6 +55,37 @@ def test_hugging_face(mini, tmp_path_factory):
     assert refused.returncode == 1 and "model.safetensors" in refused.stdout.splitlines()[-1]
 
 
+def test_hugging_face_with_pieces(mini, tmp_path_factory):
+    """A vocabulary of SentencePiece's: the recipe takes the token type and bpe.model from the teacher."""
+    texts = [line.partition(" ")[2].upper() for line in (mini.dir / "data/train/text").read_text().splitlines()]
+    tokenizer = tiny_hf.tokenizer_of(tiny_hf.pieces_of("bpe", 60, [*texts, LETTERS]), "bpe")
+    home = tmp_path_factory.mktemp("hf") / "pieces"
+    directory = tiny_hf.save_with_pieces(home, "wav2vec2", "bpe", tokenizer=tokenizer)
+    options = ["--teacher", f"hf:{directory}", "--dumpdir", "dump_pieces", "--expdir", "exp_pieces", "--method", "kl"]
+    done = mini.run("--stage", "2", *options, *SMALL[:2], *SMALL[4:])
+    assert "its token error rate" in done.stdout  # of the ceiling: the references are cut into pieces
+    exp = mini.dir / "exp_pieces"
+    conf = yaml.safe_load((exp / "student_kl/export/config.yaml").read_text())
+    assert conf["token_type"] == "bpe" and (exp / "student_kl/export/bpe.model").is_file()
+    assert conf["token_list"] == yaml.safe_load((exp / "imported_pieces/config.yaml").read_text())["token_list"]
+    text = (mini.dir / "dump_pieces/raw/train/text").read_text()
+    assert not any(c.islower() for line in text.splitlines() for c in line.partition(" ")[2])
+    results = json.loads((exp / "results.json").read_text())
+    assert {r["role"] for r in results} == {"teacher", "plain", "student"} and all(r["wer"] for r in results)
+    refused = mini.run("--stage", "3", *options, *SMALL[:2], "--token_type", "char", check=False)
+    assert refused.returncode == 1 and "give --token_type bpe" in refused.stdout.splitlines()[-1]
+
+
+def test_a_model_of_8_khz_is_refused_before_any_stage(mini, tmp_path_factory):
+    directory = tiny_hf.save(tmp_path_factory.mktemp("hf") / "narrow", "wav2vec2", letters=LETTERS)
+    conf = json.loads((directory / "preprocessor_config.json").read_text())
+    (directory / "preprocessor_config.json").write_text(json.dumps({**conf, "sampling_rate": 8000}))
+    options = ["--teacher", f"hf:{directory}", "--dumpdir", "dump_8k", "--expdir", "exp_8k", "--method", "kl"]
+    refused = mini.run("--stage", "2", *options, check=False)
+    assert refused.returncode == 1 and "--fs 8000" in refused.stdout.splitlines()[-1]
+    assert not (mini.dir / "dump_8k").exists()
+
+
 def test_onnx(mini, tmp_path_factory):
     tokens = [*"abcdefghijklmnopqrstuvwxyz'", "|", "<unk>", "<blank>"]
     model, names = tiny_onnx.save(tmp_path_factory.mktemp("onnx"), tokens)
@@ -73,3 +108,44 @@ def test_audio_without_transcripts(egs2, tmp_path_factory):
     assert "reference: teacher" in results
     assert (recipe.dir / "exp/student_label_free/export/model.pth").is_file()
     assert not (recipe.dir / "dump/raw/test/text").exists()
+
+
+def test_a_student_with_pieces_of_a_teacher_with_characters(mini, tmp_path_factory):
+    """--student_tokens own: the teacher's N-best by their text; a method that goes by frames is refused by name."""
+    directory = tiny_hf.save(tmp_path_factory.mktemp("hf") / "letters", "wav2vec2", letters=LETTERS)
+    options = ["--teacher", f"hf:{directory}", "--student_tokens", "own", "--token_type", "bpe", "--nbpe", "50"]
+    options += ["--dumpdir", "dump_own", "--expdir", "exp_own", *SMALL[:2], *SMALL[4:]]
+    refused = mini.run("--stage", "2", *options, "--method", "kl", check=False)
+    assert refused.returncode == 1 and not (mini.dir / "dump_own").exists()
+    assert "--student_tokens own: kl" in refused.stdout and "sequence_kd" in refused.stdout
+    done = mini.run("--stage", "2", *options, "--method", "sequence_kd")
+    assert "by their text" in done.stdout
+    pieces = (mini.dir / "dump_own/token_list/bpe_unigram50/tokens.txt").read_text().split()
+    assert len(pieces) == 50 and not any(c.islower() for p in pieces[2:-1] for c in p)  # the teacher's characters
+    nbest = (mini.dir / "exp_own/nbest5_imported_letters_train_bpe_unigram50").read_text().splitlines()
+    assert nbest and all(set(line.split()[3:]) <= set(pieces) for line in nbest)
+    assert (mini.dir / "exp_own/student_sequence_kd/export/bpe.model").is_file()
+    assert "sequence_kd" in (mini.dir / "exp_own/RESULTS.md").read_text()
+
+
+def test_a_recognisers_transcripts_beside_transcribed_audio(mini, monkeypatch):
+    """asr_kd_pseudo, then --pseudo: one training set of both."""
+    monkeypatch.chdir(mini.dir)  # from which the paths of its data dirs count
+    text = (mini.dir / "data/train/text").read_text().splitlines()
+    home = mini.dir / "data/extra_audio"
+    home.mkdir()
+    for name in ("wav.scp", "utt2spk"):
+        rows = (mini.dir / "data/train" / name).read_text().splitlines()[:4]
+        (home / name).write_text("".join(f"x{row}\n" for row in rows))
+    asr_kd_data.main(["format", "--src", str(home), "--dst", str(mini.dir / "dump/raw/extra"), "--text", "none"])
+    labels = mini.dir / "labels"
+    labels.write_text("".join(f"x{row}\n" for row in text[:3]))
+    out = mini.dir / "data/pseudo"
+    asr_kd_pseudo.main(["--data_dir", str(mini.dir / "dump/raw/extra"), "--labels", str(labels), "--out", str(out)])
+    options = ["--pseudo", "data/pseudo", "--expdir", "exp_pseudo", *SMALL]
+    mini.run("--stage", "2", "--stop_stage", "6", *options)
+    both = (mini.dir / "dump/raw/train_and_pseudo/text").read_text().splitlines()
+    assert len(both) == len(text) + 3
+    assert (mini.dir / "exp_pseudo/student_plain_pseudo/.done").is_file()
+    missing = mini.run("--stage", "2", "--pseudo", "data/nowhere", check=False)
+    assert missing.returncode == 1 and "--pseudo: data/nowhere" in missing.stdout

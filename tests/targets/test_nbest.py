@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from espnet_kd.cli import UserError
-from espnet_kd.targets.nbest import read_nbest, weights, write_nbest
+from espnet_kd.targets.nbest import read_nbest, retokenise, weights, write_nbest
 
 TOKENS = ["<blank>", "<unk>", "▁a", "b", "中", "\u3000", "<sos/eos>"]
 
@@ -94,3 +94,29 @@ def test_every_token_comes_back(tmp_path, token):
     write_nbest(tmp_path / "nbest", nbest, tokens)
     found = read_nbest(tmp_path / "nbest", tokens)
     assert [list(ids) for _, ids in found["u"]] == [ids for _, ids in nbest["u"]]
+
+
+def test_the_same_texts_in_other_tokens():
+    """A hypothesis with the text of a better one adds its probability; a text's piece that is no token is <unk>."""
+    letters = {2: "a", 3: " ", 4: "b", 5: "c"}
+    pieces = {"<unk>": 1, "ab": 7, "a": 8, "b": 9}
+
+    def to_ids(text):
+        return [pieces.get(word, 1) for word in text.split()]
+
+    nbest = {
+        "u": [(math.log(p), ids) for p, ids in ((0.5, [2, 4]), (0.2, [2, 3, 4]), (0.1, [2, 3, 3, 4]), (0.05, [5]))],
+        "v": [(-1.0, [])],
+        "w": [(-1.0, [5]), (-2.0, [5, 5])],
+    }
+    found, merged, unknown = retokenise(nbest, lambda ids: "".join(letters[i] for i in ids), to_ids, 1)
+    assert [(round(math.exp(s), 6), list(ids)) for s, ids in found["u"]] == [(0.5, [7]), (0.3, [8, 9]), (0.05, [1])]
+    assert [(s, list(ids)) for s, ids in found["v"]] == [(-1.0, [])]
+    assert [(s, list(ids)) for s, ids in found["w"]] == [(-1.0, [1])]  # alike, once unknown
+    assert (merged, unknown) == (1, 3)
+
+
+def test_merging_keeps_the_best_first():
+    nbest = {"u": [(math.log(0.4), [1]), (math.log(0.3), [2]), (math.log(0.3), [2, 2])]}
+    found, *_ = retokenise(nbest, lambda ids: "a" if 1 in ids else "b", lambda text: [ord(text)], 0)
+    assert [list(ids) for _, ids in found["u"]] == [[ord("b")], [ord("a")]]

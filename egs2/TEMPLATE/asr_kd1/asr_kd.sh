@@ -26,11 +26,13 @@ seed=0               # random seed of training
 train_set=train      # name of the data dir for training
 valid_set=valid      # name of the data dir for validation
 test_sets='test'      # names of the data dirs to decode, several in quotes; may include the validation set, e.g. "valid test"
+pseudo=              # data dirs with transcripts of a recogniser (asr_kd_pseudo), several in quotes; added to train_set
 untranscribed=       # more audio for the KD stages: data dirs, several in quotes; a text in them is not read
 local_data_opts=     # further options of local/data.sh
 espnet_data=         # directory of an ESPnet recipe: stage 1 takes train_set, valid_set, test_sets from its dump/raw
 fs=16000             # sampling rate, Hz
-token_type=char      # char | word | bpe
+token_type=char      # char | word | bpe; a model from hf: or onnx: has its own
+student_tokens=teacher # token list of the students if --teacher is given: teacher, or own (of the training text)
 nbpe=500             # length of the token list, for bpe
 nlsyms=              # file of symbols that are not split, one per line, such as [NOISE]; a given teacher has its own
 speed_perturb_factors= # e.g. "0.9 1.0 1.1"
@@ -67,6 +69,10 @@ trap 'stopped 130' INT
 trap 'stopped 143' TERM
 
 raw=${dumpdir}/raw
+paths "${pseudo}"
+train_sources=("data/${train_set}" "${list[@]}")
+prepared_set=${train_set} # what stage 1 makes
+[ -z "${pseudo}" ] || train_set=${train_set}_and_pseudo
 kd_set=${train_set}${untranscribed:+_and_untranscribed} # what the KD stages train on
 
 paths "${teacher}"
@@ -91,14 +97,15 @@ tokens_name=${token_type}
 token_lists=$([ "${dumpdir}" = dump ] && echo data || echo "${dumpdir}")/token_list
 token_dir=${token_lists}/${tokens_name}$([ "${train_set}" = train ] || echo "_${train_set}")
 # Without stage 3 a given teacher may as well have been trained with the recipe's tokens; training compares the lists.
-if [ -n "${teacher}" ] && { running 3 || [ -e "${token_lists}/teacher_${teacher_name}/tokens.txt" ]; }; then
+if teachers_tokens && { running 3 || [ -e "${token_lists}/teacher_${teacher_name}/tokens.txt" ]; }; then
     tokens_name=teacher_${teacher_name}
     token_dir=${token_lists}/${tokens_name}
 fi
 tokens=${token_dir}/tokens.txt
 tag=${tag:-$([ "${seed}" = 0 ] || echo "seed${seed}")}
-plain_exp=${expdir}/student_plain${tag:+_${tag}}
-student_exp=${expdir}/student_$(basename "${method}" .yaml)${kd_stages:+_${kd_stages// /}}${untranscribed:+_untranscribed}${tag:+_${tag}}
+plain_exp=${expdir}/student_plain${pseudo:+_pseudo}${tag:+_${tag}}
+student_exp=${expdir}/student_$(basename "${method}" .yaml)${kd_stages:+_${kd_stages// /}}
+student_exp+=${pseudo:+_pseudo}${untranscribed:+_untranscribed}${tag:+_${tag}}
 cache=${expdir}/targets_${teacher_name}_${kd_set}_$(basename "${method}" .yaml)
 paths "${untranscribed}"
 untranscribed_list=("${list[@]}")
@@ -130,6 +137,9 @@ gpu=$((ngpu > 0 ? 1 : 0)) # decoding takes one, or none
 for pair in "${foreign[@]}"; do
     kd import "${pair%|*}" --output_dir "${pair##*|}" "${import_args_list[@]}"
 done
+[ ${#foreign[@]} -eq 0 ] || same_rate
+# A model of another maker has tokens of one type, whatever a recipe's are.
+[ ${#foreign[@]} -eq 0 ] || ! teachers_tokens || chosen token_type || token_type=$(type_of_teacher)
 # kd_decode LOG VERB OPTION…: a model runs over data: here, where its progress is seen, or where cmd.sh sends it
 kd_decode() {
     if [[ "${decode_cmd:-run_local.sh}" == *run_local.sh* ]]; then
@@ -144,7 +154,7 @@ if running 1; then
     if [ -n "${espnet_data}" ]; then
         log "stage 1: data of ${espnet_data}"
         kd data espnet --espnet_data "${espnet_data}" --nj "${nj}" \
-            --sets "${train_set}" "${valid_set}" "${only_test[@]}"
+            --sets "${prepared_set}" "${valid_set}" "${only_test[@]}"
     else
         log "stage 1: data preparation"
         # shellcheck disable=SC2086
@@ -157,15 +167,18 @@ if running 2; then
     log "stage 2: formatting${speed_perturb_factors:+, speed perturbation ${speed_perturb_factors}}"
     format() { kd data format --nj "${nj}" --fs "${fs}" "$@"; }
     read -r -a factors <<<"${speed_perturb_factors}"
+    train_text=$([ -n "${pseudo}" ] && echo required || echo optional)
     speed=(${speed_perturb_factors:+--speed_factors "${factors[@]}"})
     for dset in "${train_set}" "${valid_set}" "${only_test[@]}"; do
-        needs "data/${dset}/wav.scp" 1
+        sources=("data/${dset}")
+        [ "${dset}" != "${train_set}" ] || sources=("${train_sources[@]}")
+        needs "${sources[0]}/wav.scp" 1
         case "${dset}" in
-        "${train_set}") opts=(--text optional --drop_out_of_range "${limits[@]}" "${speed[@]}") ;;
+        "${train_set}") opts=(--text "${train_text}" --drop_out_of_range "${limits[@]}" "${speed[@]}") ;;
         "${valid_set}") opts=(--text optional --drop_out_of_range "${limits[@]}") ;;
         *) opts=(${teacher:+--text optional}) ;; # every utterance of a test set is decoded, whatever its length
         esac
-        format --src "data/${dset}" --dst "${raw}/${dset}" "${opts[@]}"
+        format --src "${sources[@]}" --dst "${raw}/${dset}" "${opts[@]}"
     done
     if [ ${#only_test[@]} -lt ${#test_list[@]} ]; then
         format --src "data/${valid_set}" --dst "${raw}/whole/${valid_set}"
@@ -179,9 +192,15 @@ if running 2; then
 fi
 
 if running 3; then
-    log "stage 3: token list (${token_type}${teacher:+, of ${teachers[0]}})"
+    log "stage 3: token list (${token_type}, $(teachers_tokens && echo "of ${teachers[0]}" || echo "of the training text"))"
     needs "${raw}/${kd_set}/wav.scp" 2
-    if [ -n "${teacher}" ]; then
+    # A model of another maker has characters of its own, and what a student takes over from it has them too.
+    if [ ${#foreign[@]} -gt 0 ] && ! teachers_tokens; then
+        theirs=${token_lists}/teacher_${teacher_name}
+        kd data tokens --teacher "${teachers[0]}" --out "${theirs}" --token_type "$(type_of_teacher)"
+        fit_texts "${theirs}/tokens.txt" "$(type_of_teacher)"
+    fi
+    if teachers_tokens; then
         source=(--teacher "${teachers[0]}")
     elif has_text "${train_set}"; then
         source=(--text "${raw}/${train_set}/text" ${nlsyms:+--nlsyms "${nlsyms}"})
@@ -189,10 +208,7 @@ if running 3; then
         fail "data/${train_set} has no text to make a token list from; give --teacher, whose tokens the student takes"
     fi
     kd data tokens "${source[@]}" --out "${token_dir}" --token_type "${token_type}" --nbpe "${nbpe}"
-    if [ ${#foreign[@]} -gt 0 ] && [ "${token_type}" = char ]; then
-        # A model of another maker has characters of its own.
-        kd data fit_text --token_list "${tokens}" "${raw}/${kd_set}" "${raw}/${valid_set}" "${test_dirs[@]}"
-    fi
+    [ ${#foreign[@]} -eq 0 ] || ! teachers_tokens || fit_texts "${tokens}" "${token_type}"
     # Before any training: files sorted, unique and complete, audio readable, training text covered by the tokens (in
     # validation an unseen character is <unk>, which is counted, and no fault).
     checks=("${limits[@]}" --fs "${fs}" --nj "${nj}" --no_text --headers_only) # stage 2 has decoded them
@@ -215,7 +231,7 @@ if running 4; then
         collect "${kd_set}" 1
     fi
     check_lengths
-    [ ${#foreign[@]} -eq 0 ] || check_ceiling
+    [ ${#foreign[@]} -eq 0 ] || ! teachers_tokens || check_ceiling
 fi
 
 if running 5; then
@@ -245,8 +261,10 @@ if running 7; then
         log "stage 7: N-best of the teacher, ${nbest}"
         needs_teacher
         needs "${raw}/${kd_set}/wav.scp" 2
+        in_tokens=()
+        [ "${student_tokens}" = teacher ] || in_tokens=(--token_list "${tokens}" --token_type "${token_type}")
         kd_decode "${nbest}.log" nbest --teacher "${teachers[0]}" --output "${nbest}" --nbest "${page[nbest]}" \
-            "${for_students[@]}"
+            "${in_tokens[@]}" "${for_students[@]}"
     fi
     if cached; then
         log "stage 7: targets of the teacher, ${cache}"

@@ -30,6 +30,15 @@ check_inputs() {
         [ -e "${name}" ] || [[ " ${foreign[*]##*|} " == *" ${name} "* ]] ||
             fail "--teacher: there is no experiment ${name}"
     done
+    for name in "${train_sources[@]:1}"; do
+        dry || [ -s "${name}/text" ] || fail "--pseudo: ${name} has no text; asr_kd_pseudo makes one"
+    done
+    if [ "${student_tokens}" = own ] && [ "${stop_stage}" -ge 7 ]; then
+        [ -n "${teacher}" ] || fail "--student_tokens own: there is no --teacher with others; leave this option out"
+        page_of "${method}"
+        [ "${page[teacher]}" = none ] || fail "--student_tokens own: ${method} compares what the teacher gives in each" \
+            "frame, and needs the teacher's tokens; sequence_kd goes by its text, and so does asr_kd_pseudo"
+    fi
     [ -z "${given[method]:-}${kd_stages}" ] || page_of "${method}"
     for name in "${kd_stages_list[@]}"; do
         [[ "${name}" =~ ^[1-9]$ && "${name}" -le "${page[stages]}" ]] ||
@@ -286,7 +295,11 @@ page_of() {
 }
 
 # nbest_of_teacher: the file; pages may ask for N-best of different lengths
-nbest_of_teacher() { echo "${expdir}/nbest${page[nbest]}_${teacher_name}_${kd_set}"; }
+nbest_of_teacher() {
+    local own
+    own=$([ "${student_tokens}" = teacher ] || echo "_${tokens_name}")
+    echo "${expdir}/nbest${page[nbest]}_${teacher_name}_${kd_set}${own}"
+}
 
 # cached: whether the KD stages train from targets on disk
 cached() { [ "${target_cache}" = true ] && [ "${page[teacher]}" = required ]; }
@@ -309,6 +322,29 @@ name_of_import() {
     name=${name%/}
     name=$(basename "${name%.onnx}")
     echo "${expdir}/imported_${name//[^[:alnum:]._-]/_}"
+}
+
+# teachers_tokens: whether the student has the tokens of a given teacher
+teachers_tokens() { [ -n "${teacher}" ] && [ "${student_tokens}" = teacher ]; }
+# type_of_teacher: the token type of the first, an imported one
+type_of_teacher() {
+    local type
+    type=$(sed -n 's/^token_type: *//p' "${teachers[0]}/config.yaml" 2>/dev/null || true)
+    echo "${type:-${token_type}}" # in a dry run nothing may be imported
+}
+# same_rate: whether imported teachers take the audio that stage 2 makes
+same_rate() {
+    local pair rate
+    for pair in "${foreign[@]}"; do
+        rate=$(sed -n '/^frontend_conf:/{n;s/^ *fs: *//p}' "${pair##*|}/config.yaml" 2>/dev/null || true)
+        [ "${rate:-${fs}}" = "${fs}" ] ||
+            fail "--teacher ${pair%|*}: it takes audio of ${rate} Hz, and --fs is ${fs}; give --fs ${rate}"
+    done
+}
+# fit_texts TOKENS TYPE: texts in the characters that a token list has
+fit_texts() {
+    [ "$2" = word ] || # words and phones have no characters
+        kd data fit_text --token_list "$1" --token_type "$2" "${raw}/${kd_set}" "${raw}/${valid_set}" "${test_dirs[@]}"
 }
 
 # given_teacher I: set found to the given teacher number I, seen from where the recipe's results lie: they are not put

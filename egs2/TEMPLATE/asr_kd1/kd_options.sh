@@ -94,6 +94,9 @@ own_options() {
     done
 }
 
+# chosen NAME: whether the user gave this option, and not the recipe's run.sh alone
+chosen() { [[ "$(own_options) " == *" --$1 "* ]]; }
+
 # Refuse values that no stage could work with.
 check_options() {
     local name
@@ -123,6 +126,8 @@ check_options() {
             refuse "--${name%% *} must be a name, not '${name#* }': without '/', and with no '.' or '-' in front"
     done
     [[ "${token_type}" =~ ^(char|word|bpe)$ ]] || refuse "--token_type must be char, word or bpe, not '${token_type}'"
+    [[ "${student_tokens}" =~ ^(teacher|own)$ ]] ||
+        refuse "--student_tokens must be teacher or own, not '${student_tokens}'"
     [[ "${feats_normalize}" =~ ^(global_mvn|utterance_mvn|none)$ ]] ||
         refuse "--feats_normalize must be global_mvn, utterance_mvn or none, not '${feats_normalize}'"
     [ -z "${nlsyms}" ] || [ -f "${nlsyms}" ] || refuse "--nlsyms: there is no file ${nlsyms}"

@@ -68,5 +68,6 @@ def check_pair(student: ESPnetASRModel, teacher: Teacher, rate: float) -> None:
     raise UserError(
         f"the token lists differ: student {len(mine)} tokens, teacher {teacher.name} {len(theirs)}; "
         f"only the student has {only_mine}, only the teacher {only_theirs}, moved {moved[:3]}. "
-        "Train the student with the teacher's token list (and BPE model)"
+        "Train the student with the teacher's token list (and BPE model), or by the teacher's text: sequence_kd with "
+        "asr_kd_nbest --token_list, or asr_kd_pseudo"
     )
