@@ -11,8 +11,9 @@ Example: tests/run.sh
          tests/run.sh tests/losses -k gradcheck
 
 Makes .venv where no environment is active, installs, and runs linters, unit tests and the recipes end to end with one
-or two epochs. --fast leaves out all tests that train, and the linters. --long also trains the embedded recipe in full. Optional public corpora are looked for in
-ESPNET_KD_TEST_CORPORA (default: ../shared); what is left out for want of them is said at the end.
+or two epochs. --fast leaves out the linters and all tests that train or take more than three seconds of CPU. --long also
+trains the embedded recipe in full. Optional public corpora are looked for in ESPNET_KD_TEST_CORPORA (default:
+../shared); what is left out for want of them is said at the end.
 EOF
     exit 0
 fi
