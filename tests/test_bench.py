@@ -39,6 +39,7 @@ def test_both_ways_to_write_factorized_kl_are_equal(nonblank):
     torch.testing.assert_close(ours[1], plain[1], rtol=1e-5, atol=1e-8)
 
 
+@pytest.mark.trains
 def test_loss_part(monkeypatch, capsys):
     monkeypatch.setattr(loss, "SHAPE", SMALL)
     monkeypatch.setattr(loss.measure, "__defaults__", (SMALL,))

@@ -45,6 +45,7 @@ YAML += [
 YAML += ["'", "!!binary 3", "190:20:30", "? ", ": ", "- ", "\n", "\x85", "\ufeff", "|2", "..."]
 
 
+@pytest.mark.trains
 @pytest.mark.faults("odd method pages (fuzz)")
 def test_pages(tmp_path, record_property):
     path, counts = tmp_path / "page.yaml", [0, 0]

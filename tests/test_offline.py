@@ -70,6 +70,7 @@ def found(tmp_path_factory):
     return json.loads(done.stdout.rpartition("found ")[2])
 
 
+@pytest.mark.trains
 def test_what_few_configurations_use_is_not_imported(found):
     """Counted, since times depend on the machine: beside torch and numpy 2,500 modules before, 900 now."""
     loaded = found["loaded"]

@@ -41,6 +41,7 @@ def refusal_of(form, encoder, normalize):
     return f"normalize: {normalize or 'none'}" if form == "sherpa" and normalize != "utterance_mvn" else None
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("form", ["onnx", "sherpa", "stream"])
 @pytest.mark.parametrize("encoder, normalize", TABLE, ids=[f"{e}-{n}" for e, n in TABLE])
 def test_exact_or_refused(tmp_path, form, encoder, normalize):

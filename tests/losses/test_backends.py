@@ -33,6 +33,7 @@ def test_grid_of_cached_targets(name, key, backend):
     grid.check(name, grid.CASES[key], backend, kept=3)
 
 
+@pytest.mark.trains
 def test_grid_of_the_kernels_in_the_interpreter(chosen):
     """In a process of its own: Triton is for the interpreter or for a GPU, from its import on."""
     run = subprocess.run(

@@ -64,6 +64,7 @@ with using("fused"):
 """
 
 
+@pytest.mark.trains
 @pytest.mark.parametrize("key, capability", [("float32", 80), *((key, 90) for key in CASES)])
 def test_kernels_compile(key, capability, chosen, tmp_path):
     """In a process of its own, with a compiler cache of its own."""

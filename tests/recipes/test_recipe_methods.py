@@ -284,12 +284,15 @@ def test_so_many_run_side_by_side_and_end_with_the_script(egs2, stub, jobs):
     assert not sleepers(stub, "987")
 
 
-def test_stopped_while_decoding(egs2, stub):
+@pytest.mark.parametrize("number, code", [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_stopped_while_decoding(egs2, stub, number, code):
     (stub / "seconds_to_decode").write_text("987")
     run = subprocess.Popen(
         [str(egs2.parent / "run_all.sh"), "--recipe", "stub", "--methods", "cr_ctc"],
-        env=Recipe(egs2, "mini").env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        start_new_session=True,
+        env=Recipe(egs2, "mini").env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
+        start_new_session=True, text=True,
+        # Tests that run in the background ignore Ctrl-C, and what is ignored stays so.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.time() + 120
     try:
@@ -297,9 +300,10 @@ def test_stopped_while_decoding(egs2, stub):
             assert time.time() < deadline and run.poll() is None
             time.sleep(0.2)
     finally:
-        os.kill(run.pid, signal.SIGTERM)  # the script alone
-    assert run.wait(timeout=20) == 143
-    assert not sleepers(stub, "987")
+        os.kill(run.pid, number)  # the script alone
+    _, said = run.communicate(timeout=20)
+    assert run.returncode == code and not sleepers(stub, "987")
+    assert said.splitlines()[-1] == "error: stopped; the same command continues where it stopped"
 
 
 @pytest.mark.parametrize(

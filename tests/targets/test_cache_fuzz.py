@@ -44,6 +44,7 @@ def read_cache(cache: Path, ids: List[str]) -> List[np.ndarray]:
     return [np.array(x) for x in said]
 
 
+@pytest.mark.trains
 @pytest.mark.faults("odd target caches (fuzz)")
 @pytest.mark.parametrize("what", ["read", "made again"])
 def test_caches(what, teacher_dir, corpus, tmp_path, record_property):

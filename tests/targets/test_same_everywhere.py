@@ -6,6 +6,7 @@ import shutil
 from typing import Any, Dict
 
 import numpy as np
+import pytest
 import soundfile
 import tiny_asr
 import torch
@@ -97,6 +98,7 @@ def configurations(draw):
     return conf
 
 
+@pytest.mark.trains
 def test_posteriors_are_the_same_online_cached_and_at_inference(tmp_path):
     """Of each utterance alone, of one shorter than any window, and of silence."""
     numbers = np.random.default_rng(0)
