@@ -12,9 +12,8 @@ Example: tests/run.sh
 
 Creates .venv if no environment is active, installs the project, and runs the linters, the unit tests, and the recipes end
 to end with one or two epochs. --fast leaves out the linters, and all tests that train or take more than three seconds of
-CPU time. --long also trains the embedded
-recipe in full. Optional public corpora are searched in ESPNET_KD_TEST_CORPORA (default: ../shared); the end of the output
-lists the tests that are skipped without them.
+CPU time. --long also trains the embedded recipe in full. Optional public corpora are searched in
+ESPNET_KD_TEST_CORPORA (default: ../shared); the end of the output lists the tests that are skipped without them.
 EOF
     exit 0
 fi
