@@ -96,7 +96,8 @@ def inputs_of(files: Iterable[str], values: Sequence[str], fixed: Iterable[str] 
 def is_trained(directory: Path, inputs: Dict[str, Any]) -> bool:
     """Whether a directory holds a finished model of these inputs (:func:`inputs_of`), which else is to be trained.
 
-    What is begun is noted. Of options that differ, the training refuses those that change what is learnt.
+    The inputs of a model that is begun are noted. If options differ, the training command refuses those that change
+    what is learnt.
 
     Raises:
         UserError: a training was begun there with other ``fixed`` files.
@@ -113,8 +114,9 @@ def is_trained(directory: Path, inputs: Dict[str, Any]) -> bool:
             f"{directory} holds a model of other tokens or audio than {' and '.join(inputs['fixed'])} ({what}); choose "
             "another --expdir, or remove it"
         )
-    if found == inputs and (directory / ".done").is_file():
-        return True
+    if record.path.is_file():
+        # With other options the model stays finished until the training command has accepted them.
+        return bool(found == inputs)
     record.begin(inputs)
     return False
 
