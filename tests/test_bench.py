@@ -30,7 +30,7 @@ def gradient(function, step):
 @pytest.mark.parametrize("nonblank", [0.2, 0.5])
 def test_both_ways_to_write_factorized_kl_are_equal(nonblank):
     """To 1e-5 relative in float32."""
-    step = loss.Step("ctc", nonblank, SMALL)
+    step = loss.LossStep("ctc", nonblank, SMALL)
     torch.manual_seed(1)
     ours = gradient(factorized_kl, step)
     torch.manual_seed(1)
@@ -64,7 +64,7 @@ def test_steps_part(capsys):
 def test_what_noise_hides_is_no_ratio(ours, monkeypatch):
     """A negative or an infinite one would pass for a result."""
     monkeypatch.setattr(loss, "interleaved", lambda runs, rounds: {"ctc": [1.0], "ours": [ours], "plain": [1.5]})
-    monkeypatch.setattr(loss, "peak_memory", lambda run: 2**20)
+    monkeypatch.setattr(loss, "peak_memory_of", lambda run: 2**20)
     monkeypatch.setattr(loss, "bandwidth_share", lambda step, rounds: 0.5)
     found = loss.measure(0.2, 1, SMALL)
     assert found["fkl_time"] is None and json.loads(json.dumps(headline([found])))["fkl_time"] is None
