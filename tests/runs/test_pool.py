@@ -49,7 +49,7 @@ def calls(place):
 
 def test_each_starts_when_what_it_needs_has_ended_well(place, capsys):
     steps = [
-        step("a", 1),
+        step("a", 4),
         step("bad", 0.1, 3),
         step("needs, bad", needs=("bad",)),
         step("anyway", 0.1, after=("bad",)),
@@ -87,7 +87,7 @@ def test_the_first_failure_may_end_everything(place):
 
 @pytest.mark.parametrize("limit", [1, 2])
 def test_no_more_than_so_many_side_by_side(place, limit):
-    run(place, [step(name, 0.3) for name in "abcd"], jobs=limit)
+    run(place, [step(name, 1.0) for name in "abcd"], jobs=limit)
     begun, most = 0, 0
     for line in calls(place):
         begun += 1 if line.endswith("begins") else -1
@@ -139,10 +139,13 @@ def test_a_step_that_fails_shows_the_end_of_its_log(place, capsys):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
-def test_a_signal_ends_the_whole_tree(place, number, monkeypatch):
+def test_a_signal_ends_the_whole_tree(place, number, monkeypatch, request):
     """Also a process that ignores SIGTERM, and what a step has started."""
     monkeypatch.setattr("espnet_kd.runs.pool.GRACE", 1.0)
-    tree = "trap '' TERM; sleep 98 & sleep 98 & touch ready; wait"
+    # A shell starts its background jobs with SIGINT ignored, perhaps these tests as well.
+    before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    request.addfinalizer(lambda: signal.signal(number, before))
+    tree = "trap '' TERM; sleep 98 & sleep 98 & : >ready; wait"
     (place / "run.sh").write_text(f"#!/usr/bin/env bash\ncd \"$(dirname \"$0\")\"\n{tree}\n")
     seen = []
 
