@@ -55,6 +55,9 @@ class Record:
 
     def finish(self, inputs: Any, **facts: Any) -> None:
         """Write the record: the result is whole. ``facts`` stand beside the inputs where ``key`` is given."""
+        if self.begun is not None and self.key is None and self.inputs_of_begun() == inputs:
+            os.replace(self.begun, self.path)  # in one step: a kill leaves one of the two, never both
+            return
         self._write(self.path, inputs, facts)
         if self.begun is not None:
             self.begun.unlink(missing_ok=True)
