@@ -26,8 +26,18 @@ exit "$3"
 """
 
 
+OTHERS = set()  #: children of these tests before each of them, such as Python's resource tracker
+
+
+def children():
+    """Processes that the pool has started, and theirs."""
+    return [p for p in psutil.Process().children(recursive=True) if p.pid not in OTHERS]
+
+
 @pytest.fixture
 def place(tmp_path):
+    OTHERS.clear()
+    OTHERS.update(p.pid for p in psutil.Process().children(recursive=True))
     (tmp_path / "logs").mkdir()
     (tmp_path / "run.sh").write_text(RUN)
     (tmp_path / "run.sh").chmod(0o755)
@@ -60,7 +70,7 @@ def test_each_starts_when_what_it_needs_has_ended_well(place, capsys):
     states, pool = run(place, steps)
     ended = {"a": State.DONE, "bad": State.FAILED, "needs, bad": State.LOST, "anyway": State.DONE}
     assert states == {**ended, "both": State.DONE, "further": State.LOST, "even so": State.DONE}
-    assert pool.exit_codes["bad"] == 3 and not psutil.Process().children()
+    assert pool.exit_codes["bad"] == 3 and not children()
     said = calls(place)
     assert set(said[:2]) == {"a begins", "bad begins"} and said[-2:] == ["both begins", "both ends"]
     assert said.index("bad ends") < said.index("anyway begins")
@@ -82,7 +92,7 @@ def test_the_first_failure_may_end_everything(place):
     steps = [step("long", 98), step("bad", 0.1, 3), step("next", needs=("bad",))]
     states, pool = run(place, steps, stop_at_failure=True)
     assert states == {"long": State.RUNNING, "bad": State.FAILED, "next": State.WAITING}
-    assert pool.exit_codes == {"bad": 3} and not psutil.Process().children(recursive=True)
+    assert pool.exit_codes == {"bad": 3} and not children()
 
 
 @pytest.mark.parametrize("limit", [1, 2])
@@ -152,7 +162,7 @@ def test_a_signal_ends_the_whole_tree(place, number, monkeypatch, request):
     class Watching(Console):
         def is_due(self):
             if (place / "ready").exists() and not seen:
-                seen.extend(psutil.Process().children(recursive=True))
+                seen.extend(children())
                 os.kill(os.getpid(), number)
             return False
 
