@@ -92,12 +92,12 @@ def sha256_of(path: PathLike) -> str:
     return digest.hexdigest()
 
 
-def read_settings(path: Path) -> Any:
-    """Read a JSON file of settings; an empty dict, which equals no settings, if it is missing or damaged."""
+def read_json(path: Path) -> Any:
+    """The content of a JSON file; None where the file is missing or damaged."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):
-        return {}
+    except (OSError, ValueError):
+        return None
 
 
 def remove_leftovers(path: PathLike) -> None:

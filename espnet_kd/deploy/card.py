@@ -10,7 +10,7 @@ import yaml
 from espnet_kd.deploy.measure import exports_table, read_rows
 from espnet_kd.distill.export import usage_of_export
 from espnet_kd.environment import environment
-from espnet_kd.files import read_settings, replacing, sha256_of
+from espnet_kd.files import read_json, replacing, sha256_of
 from espnet_kd.report.page import Section, Table, to_markdown
 
 CARD = "README.md"
@@ -53,7 +53,7 @@ def write_cards(expdir: Path, folders: Mapping[str, Path]) -> None:
     for form, folder in folders.items():
         with replacing(folder / CARD) as f:
             f.write(make_card(expdir, form, folder, folders))
-        about = read_settings(folder / "student.json")
+        about = read_json(folder / "student.json") or {}
         if about:
             import json
 
@@ -67,8 +67,8 @@ def make_card(expdir: Path, form: str, folder: Path, folders: Mapping[str, Path]
     from espnet_kd.experiments.models import read_config
 
     config = read_config(expdir / "config.yaml")
-    given, stage = read_settings(expdir / "experiment.json"), read_settings(expdir / "kd_stage.json")
-    about: Dict[str, Any] = next((a for f in folders.values() if (a := read_settings(f / "student.json"))), {})
+    given, stage = (read_json(expdir / name) or {} for name in ("experiment.json", "kd_stage.json"))
+    about: Dict[str, Any] = next((a for f in folders.values() if (a := read_json(f / "student.json"))), {})
     rate = about.get("sampling_rate") or (config.get("frontend_conf") or {}).get("fs", 16000)
     name = expdir.resolve().name
     rows = _results(expdir)
@@ -144,7 +144,7 @@ def _stage(stage: Mapping[str, Any]) -> Sequence[str]:
 
 def _results(expdir: Path) -> List[Dict[str, Any]]:
     """Rows of results.json beside the experiment: of itself, its teacher, and plain students of its size."""
-    rows = read_settings(expdir.parent / "results.json")
+    rows = read_json(expdir.parent / "results.json") or []
     name = expdir.resolve().name
     rows = [row for row in rows if row.get("wer") is not None] if isinstance(rows, list) else []
     size = next((row.get("params") for row in rows if row.get("experiment") == name), None)

@@ -15,7 +15,7 @@ from espnet_kd.distill.page import Page
 from espnet_kd.distill.plan import Plan
 from espnet_kd.experiments.models import read_config
 from espnet_kd.experiments.record import differences
-from espnet_kd.experiments.resume import is_compared
+from espnet_kd.experiments.resume import is_compared, rule_of
 from espnet_kd.files import replacing
 from espnet_kd.targets.cache import read_manifest
 
@@ -128,7 +128,7 @@ def claim_plain(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
     if now.get("input_size") is not None:  # then ESPnet makes no frontend, and notes none
         found = {k: v for k, v in found.items() if not k.startswith("frontend")}
     # A higher max_epoch extends a training.
-    compared = [k for k in now if k in found and (is_compared(k) or k in ("seed", "max_epoch"))]
+    compared = [k for k in now if k in found and rule_of(k) in ("refused", "higher")]
     if (now["max_epoch"] or 0) >= (found.get("max_epoch") or 0):
         compared.remove("max_epoch")
     if differing := list(differences({k: found[k] for k in compared}, {k: now[k] for k in compared})):

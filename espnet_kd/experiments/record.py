@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple
 
 from espnet_kd.cli import UserError
-from espnet_kd.files import remove_leftovers, replacing, sha256_of
+from espnet_kd.files import read_json, remove_leftovers, replacing, sha256_of
 
 
 @dataclass(frozen=True)
@@ -72,14 +72,6 @@ class Record:
         with replacing(path) as f:
             json.dump(inputs if self.key is None else {**facts, self.key: inputs}, f, indent=2)
             f.write("\n")
-
-
-def read_json(path: Path) -> Any:
-    """The content of a JSON file; None where the file is missing or damaged."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
 
 
 def inputs_of(files: Iterable[str], values: Sequence[str], fixed: Iterable[str] = ()) -> Dict[str, Any]:

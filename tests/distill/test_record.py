@@ -10,13 +10,14 @@ from types import SimpleNamespace
 import pytest
 import tiny_kd
 import torch
+import yaml
 from tiny_phases import MID, Killed, assert_same, train, write_page
 
 from espnet_kd.bin import asr_kd_train
 from espnet_kd.cli import UserError
 from espnet_kd.distill.page import load_page
 from espnet_kd.distill.plan import make_plan
-from espnet_kd.distill.record import claim, make_record, write_record
+from espnet_kd.distill.record import claim, claim_plain, make_record, write_record
 from espnet_kd.experiments.checkpoints import read_checkpoint
 from espnet_kd.experiments.models import load_state
 from espnet_kd.experiments.record import differences
@@ -67,6 +68,25 @@ def test_every_option_of_a_distillation_is_accepted_or_refused(recorded, option)
     with pytest.raises(UserError, match=rf"out holds a student with other settings \({option}.*: .* → ") as e:
         claim(out, record, plan)
     assert "choose another --output_dir" in str(e.value)
+
+
+@pytest.mark.parametrize("option", sorted({*OPTIONS} - {"output_dir", "resume", "config"}))
+def test_every_option_of_a_plain_training_is_accepted_or_refused(corpus, tmp_path, option):
+    out = tmp_path / "out"
+    args = PARSER.parse_args(corpus.options(out, "--resume", "true"))
+    out.mkdir()
+    found = {**vars(args), "token_list": Path(args.token_list).read_text().split("\n")[:-1]}
+    (out / "config.yaml").write_text(yaml.safe_dump(json.loads(json.dumps(found, default=str))))
+    (out / "checkpoint.pth").touch()
+    claim_plain(args, PARSER)
+    changed = copy.copy(args)
+    # A token list is compared by its tokens.
+    setattr(changed, option, ["x"] if option == "token_list" else other(getattr(args, option)))
+    if rule_of(option) != "refused":
+        claim_plain(changed, PARSER)  # max_epoch: one more
+        return
+    with pytest.raises(UserError, match=rf"out holds a model of other settings \(.*{option}"):
+        claim_plain(changed, PARSER)
 
 
 def test_an_n_best_of_other_content(recorded, tmp_path):
