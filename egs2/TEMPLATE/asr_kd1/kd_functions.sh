@@ -332,7 +332,7 @@ type_of_teacher() {
     type=$(sed -n 's/^token_type: *//p' "${teachers[0]}/config.yaml" 2>/dev/null || true)
     echo "${type:-${token_type}}" # in a dry run nothing may be imported
 }
-# same_rate: whether imported teachers take the audio that stage 2 makes
+# same_rate: whether imported teachers take the audio that stage 2 makes; in a dry run nothing may be imported
 same_rate() {
     local pair rate
     for pair in "${foreign[@]}"; do
