@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Callable, Collection, NoReturn, Optional, Sequence
 
@@ -96,6 +97,8 @@ def run(main: Callable[[Optional[Sequence[str]]], None]) -> NoReturn:
         stream=sys.stderr,
         format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
     )
+    # ESPnet's own code uses these, with every batch; no user can change that.
+    warnings.filterwarnings("ignore", message=r"`torch\.cuda\.amp\.", category=FutureWarning)
     try:
         main(None)
     except UserError as e:

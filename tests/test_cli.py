@@ -4,6 +4,7 @@ import importlib
 import re
 import runpy
 import sys
+import warnings
 from pathlib import Path
 
 import pytest
@@ -33,6 +34,16 @@ def test_exit_codes(capsys, error, code, said):
     with pytest.raises(SystemExit) as e:
         run(main)
     assert e.value.code == code and capsys.readouterr().err == said
+
+
+def test_a_deprecation_in_espnet_is_not_shown_and_other_warnings_are(recwarn):
+    def main(_):
+        warnings.warn("`torch.cuda.amp.autocast(args...)` is deprecated.", FutureWarning, stacklevel=1)
+        warnings.warn("another one", FutureWarning, stacklevel=1)
+
+    with pytest.raises(SystemExit):
+        run(main)
+    assert [str(w.message) for w in recwarn] == ["another one"]
 
 
 def test_a_mistake_of_the_program_is_not_hidden():
