@@ -1,8 +1,8 @@
 """AISHELL-1 (read Mandarin, 16 kHz): original layout → data dirs ``train``, ``valid`` (its dev), ``test``.
 
-``transcript/aishell_transcript_v0.8.txt`` and ``wav/{train,dev,test}/S????/BAC….wav``, or ``wav/S????.tar.gz`` as the
-archive of openslr.org/33 has them. The transcript's blanks, which part words, are taken out as in ESPnet's recipe: the
-tokens are characters.
+The corpus has ``transcript/aishell_transcript_v0.8.txt`` and ``wav/{train,dev,test}/S????/BAC….wav``, or
+``wav/S????.tar.gz`` as in the archive of openslr.org/33. The blanks between the words of the transcript are removed,
+as in ESPnet's recipe, because tokens are characters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from espnet_kd.data.parallel import map_with_bar
 from espnet_kd.files import PathLike
 
 TRANSCRIPT = "transcript/aishell_transcript_v0.8.txt"
-SETS = {"train": "train", "dev": "valid", "test": "test"}  # the corpus's name, and ours
+SETS = {"train": "train", "dev": "valid", "test": "test"}  # {name in the corpus: name of the data dir}
 SIZES = {"train": (340, 120098), "valid": (40, 14326), "test": (20, 7176)}  # speakers, and utterances with a transcript
 Recording = Tuple[str, str, str, str]  # utterance id, set, speaker, file
 
@@ -87,7 +87,7 @@ def prepare_aishell(
 
 
 def _unpack_speakers(wav: Path, unpacked: Path, nj: int) -> List[Path]:
-    """Unpack the speakers that are there as an archive alone; return the directories of sets that this gave."""
+    """Unpack the speakers that exist only as an archive; return the directory of the unpacked sets, if there is one."""
     if not wav.is_dir():
         raise UserError(f"{wav}: no such directory; unpack data_aishell.tgz of openslr.org/33 again")
     there = {path.name for name in SETS if (wav / name).is_dir() for path in directories(wav / name)}

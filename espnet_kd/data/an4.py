@@ -1,8 +1,8 @@
 """CMU AN4 (census recordings, 16 kHz): original layout → data dirs ``train``, ``valid``, ``test``.
 
-The corpus is taken in any form it is passed around in: ``etc/an4_{train,test}.transcription`` with
+All forms in which the corpus is distributed are accepted: ``etc/an4_{train,test}.transcription`` with
 ``etc/*.fileids`` and the audio under ``wav/`` as NIST SPHERE, WAV, FLAC or Opus, or as headerless 16-bit ``.raw``
-of either byte order. Everything but ``.raw`` is referenced where it lies.
+of either byte order. All audio but ``.raw`` is referenced where it is.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def prepare_an4(
 
     Args:
         an4: the corpus (the directory that holds ``etc``, or one above it); None downloads the original.
-        downloads: where a download goes; found there, it is not fetched again.
+        downloads: the directory for downloads; a corpus that is already there is not fetched again.
         mirror: where the archive is fetched from.
         raw_endian: byte order of ``.raw`` files: "big", "little" or "auto" (measured).
         valid_speakers: training speakers that become ``valid``, chosen by a hash of name and ``seed``.
@@ -100,7 +100,7 @@ def find_an4(path: Path) -> Path:
 
 
 def find_audio(root: Path) -> Dict[str, Path]:
-    """Map each recording's name (``an251-fash-b``) to its file; of several forms the first of SUFFIXES is taken."""
+    """Map each recording's name (``an251-fash-b``) to its file; of several, the first by SUFFIXES is taken."""
     found: Dict[str, Path] = {}
     for path in sorted(_walk(root)):
         suffix = path.suffix.lower()
@@ -115,11 +115,11 @@ def find_audio(root: Path) -> Dict[str, Path]:
 
 
 def _walk(root: Path) -> Iterator[Path]:
-    """Yield every file below ``root``, through links too, of which corpora are often assembled; each directory once."""
+    """Yield every file below ``root``, each directory once; links are followed, because corpora often have them."""
     seen: Set[str] = set()
     for directory, below, names in os.walk(root, followlinks=True):
         real = os.path.realpath(directory)
-        if real in seen:  # links may lead back to where they are
+        if real in seen:  # a link may lead back to a directory above it
             below.clear()
             continue
         seen.add(real)
@@ -141,7 +141,7 @@ def parse_transcription(path: Path) -> Iterator[Tuple[int, str, str]]:
 def _read_split(
     root: Path, split: str, audio: Dict[str, Path], left_out: List[str]
 ) -> Iterator[Tuple[str, str, Path, str]]:
-    """Yield (utterance id, speaker, file, text); name what has no words in ``left_out``."""
+    """Yield (utterance id, speaker, file, text); add recordings without words to ``left_out``."""
     path = root / "etc" / f"an4_{split}.transcription"
     for number, name, text in parse_transcription(path):
         fields = name.split("-")
@@ -152,12 +152,12 @@ def _read_split(
         if not text:
             left_out.append(f"{name} ({path}:{number}: no words)")
             continue
-        # The speaker in front makes utt2spk sorted by both columns, as Kaldi's tools want it.
+        # With the speaker first, utt2spk is sorted by both columns, as Kaldi's tools require.
         yield f"{fields[1]}-{name}", fields[1], audio[name], text
 
 
 def detect_endian(paths: Sequence[Path], limit: int = 20) -> str:
-    """Measure the byte order of raw 16-bit speech: read the wrong way, neighbouring samples jump like noise."""
+    """Measure the byte order of raw 16-bit speech: in the wrong order, neighbouring samples differ as in noise."""
     import numpy as np
 
     votes = {"big": 0.0, "little": 0.0}
@@ -191,6 +191,6 @@ def download_an4(downloads: PathLike, url: str = f"{MIRROR}/{ARCHIVE}") -> Path:
     done = downloads / "an4_sphere"
     if done.is_dir():
         return done
-    # CMU gives no checksum; a cut or changed archive shows when it is unpacked (gzip's own).
+    # CMU publishes no checksum; gzip's own checksum reveals a cut or damaged archive when it is unpacked.
     archive = corpora.download(url, downloads / url.rsplit("/", 1)[-1], option="--an4")
     return corpora.unpack_archive(archive, done)

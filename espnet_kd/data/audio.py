@@ -11,14 +11,14 @@ from typing import IO, Any, Iterator, Optional, Tuple, Union
 from espnet_kd.cli import UserError
 from espnet_kd.files import replacing
 
-# Bytes from which on a size in a header is that of a stream, written before the end was known: SoX leaves 0x7FFFF000
-# there, ffmpeg 0xFFFFFFFF. Such a file is as long as it is.
+# If the size in a header is at least this number of bytes, the file was written as a stream, before its length was
+# known: SoX writes 0x7FFFF000, ffmpeg 0xFFFFFFFF. The length of such a file is not checked.
 STREAM = 0x7FFF0000
-# Floating-point samples are written for a full scale of 1. A little more is the work of a mixer or a codec, and is
-# clipped; this much (18 dB) is another scale, such as that of 16-bit integers.
+# Floating-point samples have a full scale of 1. Mixers and codecs exceed it a little, which is clipped; samples beyond
+# this limit (18 dB) have another scale, such as that of 16-bit integers.
 LOUDEST = 8.0
 ARK = re.compile(r"(.+):(\d+)")
-BLOCK = 1 << 18  # samples per channel that are looked at together
+BLOCK = 1 << 18  # samples per channel that are read at a time
 
 
 def is_in_ark(entry: str) -> bool:
@@ -27,7 +27,7 @@ def is_in_ark(entry: str) -> bool:
 
 
 def is_pipe(entry: str) -> bool:
-    """Whether an entry of a wav.scp is a shell command whose output is the audio, as Kaldi has it."""
+    """Whether an entry of a wav.scp is a shell command whose output is the audio, as in Kaldi."""
     return entry.rstrip().endswith("|")
 
 
@@ -35,13 +35,13 @@ def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
     """Return (samples per channel, sampling rate in Hz, channels) from the file's header.
 
     Args:
-        whole: whether to refuse a FLAC, WAV or SPHERE file that ends before its header says. Nothing is decoded for
-            this but FLAC's last block.
+        whole: whether to refuse a FLAC, WAV or SPHERE file that is shorter than its header states. Only FLAC's last
+            block is decoded for this.
 
     Raises:
         UserError: the entry is a shell pipe, or the file is missing, unreadable or cut.
     """
-    import soundfile  # not needed to read text files
+    import soundfile  # imported here, because the readers of text files do not need it
 
     if is_pipe(path):
         raise UserError(f"'{path}' is a shell pipe, which is not run here: convert the audio to a file (flac, wav)")
@@ -53,7 +53,7 @@ def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
         raise UserError(f"{path} has no header with its sampling rate: convert it to a file with a header (flac, wav)")
     try:
         with soundfile.SoundFile(path) as f:
-            if f.frames > 1 << 62:  # libsndfile's greatest number
+            if f.frames > 1 << 62:  # libsndfile gives its greatest number if the length is unknown
                 raise UserError(f"{path} has no length in its header, as a stream: decode it, and write it to a file")
             if whole and not _is_whole(f, _read_head(path)):
                 raise UserError(f"{path} is cut: it ends before its header says")
@@ -80,11 +80,11 @@ def read_samples(
         source: a file, or its name.
         name: its name in messages.
         start, stop: the part to read, in samples; None reads to the end.
-        channels: "mean", "all", or one of them, counted from 0.
+        channels: "mean", "all", or the number of one channel, counted from 0.
 
     Raises:
-        UserError: the audio is no audio, cut, damaged, does not have this channel, or has samples that are no numbers
-            or of another scale.
+        UserError: the file is not audio, is cut or damaged, lacks this channel, or has samples that are not finite or
+            have another scale.
     """
     import numpy as np
 
@@ -105,7 +105,7 @@ def iterate_samples(source: Union[str, IO[bytes]], name: str) -> Iterator[Tuple[
 
     Args:
         source: a file, or its name.
-        name: what messages call it.
+        name: its name in messages.
 
     Raises:
         UserError: the causes of :func:`read_samples`.
@@ -133,7 +133,7 @@ def check_samples(path: str) -> bool:
 
 
 def to_int16(samples):
-    """Return float samples as 16-bit integers; those that were read from 16-bit audio are as they were, bit by bit."""
+    """Return float samples as 16-bit integers; samples that were read from 16-bit audio are restored exactly."""
     import numpy as np
 
     return np.round(samples * 32768).clip(-32768, 32767).astype(np.int16)
@@ -146,7 +146,7 @@ def write_audio(path: Union[str, Path], samples, rate: int, sync: bool = True) -
     """
     import soundfile
 
-    content = io.BytesIO()  # libsndfile would not say why it cannot write to a full disk
+    content = io.BytesIO()  # not a file, because libsndfile does not report that a disk is full
     soundfile.write(content, samples, rate, format=Path(path).suffix[1:].upper(), subtype="PCM_16")
     with replacing(path, "wb", sync=sync) as f:
         f.write(content.getbuffer())
@@ -167,14 +167,14 @@ def _opened(source: Union[str, IO[bytes]], name: str):
         raise UserError(f"{name} is no audio that can be read here: {getattr(e, 'error_string', e)}") from e
     if f.frames > 1 << 62:
         raise UserError(f"{name} has no length in its header, as a stream: decode it, and write it to a file")
-    # A file is read as it stands; NIST, which is looked at here, is never in an ark.
+    # The header is needed only for NIST files. An open stream is part of an ark, which never holds NIST.
     if not _is_whole(f, _read_head(source) if isinstance(source, str) else ""):
         raise UserError(f"{name} is cut: it ends before its header says")
     return f
 
 
 def _blocks(f, name: str, start: int, stop: int):
-    """Yield the samples from ``start``, where ``f`` stands, to ``stop`` in blocks (N, channels) of float64."""
+    """Yield the samples from ``start``, the position of ``f``, to ``stop`` in blocks (N, channels) of float64."""
     import numpy as np
     import soundfile
 
@@ -187,7 +187,7 @@ def _blocks(f, name: str, start: int, stop: int):
                             f"({getattr(e, 'error_string', e)})") from e
         if not len(x):
             raise UserError(f"{name} is cut: {at - start} of {stop - start} samples")
-        peak = np.abs(x).max()  # of a NaN it is NaN
+        peak = np.abs(x).max()  # NaN if any sample is NaN
         if not peak <= LOUDEST:
             number = at + int(np.argmin(np.abs(x).max(axis=1) <= LOUDEST))
             if np.isfinite(peak):
@@ -200,7 +200,7 @@ def _blocks(f, name: str, start: int, stop: int):
 
 
 def _is_whole(f, head: str) -> bool:
-    """Whether an open soundfile is as long as its header says; libsndfile itself accepts a shorter file."""
+    """Whether an open soundfile is as long as its header states; libsndfile itself accepts a shorter file."""
     import soundfile
 
     if f.format == "FLAC" and f.frames:
@@ -214,6 +214,6 @@ def _is_whole(f, head: str) -> bool:
     if f.format == "NIST":
         fields = dict(re.findall(r"^(\w+) -i (\d+)", head, re.MULTILINE))
         return f.frames >= int(fields.get("sample_count", 0))
-    # Of RIFF, AIFF, AU, W64 and RF64 it says so in its log only.
+    # For RIFF, AIFF, AU, W64 and RF64, only libsndfile's log shows that the file is shorter than its header states.
     sizes = re.findall(r"^ *(?:data|SSND|Data Size|riff|Riff size) *: (\d+) \(should be (\d+)\)", f.extra_info, re.M)
     return not any(int(there) < int(size) < STREAM for size, there in sizes)

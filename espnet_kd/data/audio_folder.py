@@ -1,4 +1,4 @@
-"""A directory of audio files, without transcripts, to the data dirs ``train``, ``valid`` and ``test``."""
+"""From a directory of audio files without transcripts to the data dirs ``train``, ``valid`` and ``test``."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ def prepare_audio_folder(
 ) -> Dict[str, int]:
     """Write ``out/{train,valid,test}`` and return their numbers of utterances.
 
-    An utterance is named after its file and the directories above it below ``audio``. Which files are for validation
-    and testing depends on their names only, so that more audio later moves none from training.
+    An utterance is named after its file and the directories between ``audio`` and the file. Which files are for
+    validation and testing depends on a hash of their names: once these sets have their full sizes, audio that is added
+    later moves no file out of training.
 
     Args:
         audio: directory that is searched for audio files, with all below it.
         valid: files for validation; at most a tenth of all are taken.
         test: likewise, for testing.
-        longest: a longer file becomes several utterances of equal length, in seconds.
+        longest: seconds; a longer file becomes several utterances of equal length.
 
     Raises:
         UserError: no such directory, fewer than 10 files in it, or two files that would have one name.
@@ -57,7 +58,7 @@ def prepare_audio_folder(
     left_out: List[str] = []
     for part in NAMES:
         whole = [(name, *_length(found[name], left_out)) for name in tqdm(parts[part], desc=part, unit="file")]
-        segments = any(seconds > longest for _, _, seconds in whole)  # then all of them are, as data dirs want it
+        segments = any(seconds > longest for _, _, seconds in whole)  # a data dir has segments or whole files, not both
         utterances = [
             u for name, frames, seconds in whole if frames
             for u in _utterances(name, found[name], frames, seconds, longest if segments else None)
@@ -69,9 +70,9 @@ def prepare_audio_folder(
 
 
 def _name(path: Path) -> str:
-    """An utterance id of a file's path."""
+    """Make an utterance id from a file's path."""
     name = re.sub(r"\s+", "_", "-".join(path.with_suffix("").parts))
-    if len(name.encode()) > MAX_ID - 10:  # behind it comes the number of the part
+    if len(name.encode()) > MAX_ID - 10:  # the number of a segment is appended later
         name = hashlib.sha256(name.encode()).hexdigest()
     if fault := id_fault(name):
         raise UserError(f"{path}: {fault}")
@@ -79,7 +80,7 @@ def _name(path: Path) -> str:
 
 
 def _length(path: Path, left_out: List[str]) -> Tuple[int, float]:
-    """Samples and seconds of a file; 0 where it cannot be read or is empty, which is counted."""
+    """Samples and seconds of a file; 0 if it cannot be read or is empty, which is added to ``left_out``."""
     try:
         frames, rate, _ = read_audio_info(str(path))
     except UserError as e:

@@ -1,7 +1,7 @@
-"""What may stand in the lines of a data dir: encodings, ids, and characters of a text.
+"""Checks of the lines of a data dir: encoding, ids, and characters of a text.
 
-ESPnet reads these files as text and cuts lines with ``str.split()``: at a U+3000 or U+00A0 too, and a CR ends a line.
-Here lines are cut at blanks and tabs; whatever the two would see differently is found with these functions.
+ESPnet reads these files as text and splits lines with ``str.split()``, also at U+3000 and U+00A0; a CR ends a line.
+This package splits lines only at blanks and tabs. These functions find every character that makes a difference.
 """
 
 from __future__ import annotations
@@ -10,18 +10,18 @@ import re
 import unicodedata
 from typing import Optional
 
-MAX_ID = 240  # bytes: a file of this name, and a temporary one beside it, may have 255
+MAX_ID = 240  # bytes; a file name may have 255, and temporary files add a prefix and a suffix to the id
 MARK = b"\xef\xbb\xbf"  # the byte order mark, U+FEFF, as UTF-8
 _OTHERS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 _ODD_BLANK = re.compile(r"[^\S ]")
-_NO_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\r\n\ufeff]")  # control characters, and what ends a line
+_NO_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\r\n\ufeff]")  # control characters and line ends
 _NO_ID = re.compile("[\\s/\x00-\x1f\x7f-\x9f\ufeff]")
 
 
 def encoding_fault(head: bytes) -> Optional[str]:
-    """What a file's first bytes say of its encoding, where that is not UTF-8, and how to mend it; None where it is.
+    """Return the fault of a file's encoding and its remedy, judged by the first bytes; None if it may be UTF-8.
 
-    A byte order mark of UTF-8, :data:`MARK`, is none: it can be passed over.
+    The byte order mark of UTF-8, :data:`MARK`, is not a fault, because readers can skip it.
     """
     for mark, what in _OTHERS.items():
         if head.startswith(mark):
@@ -38,18 +38,18 @@ def name_character(char: str) -> str:
 
 
 def odd_blank(text: str) -> Optional[str]:
-    """The first white space in ``text`` that is no plain blank (tab, U+00A0, U+3000 …), or None."""
+    """Return the first white space in ``text`` that is not a plain blank (tab, U+00A0, U+3000 …), or None."""
     match = _ODD_BLANK.search(text)
     return match[0] if match else None
 
 
 def with_plain_blanks(text: str) -> str:
-    """Return ``text`` with a plain blank for each other white space, and none at its ends."""
+    """Return ``text`` with each white space replaced by a plain blank, and without blanks at its ends."""
     return _ODD_BLANK.sub(" ", text).strip()
 
 
 def text_fault(text: str) -> Optional[str]:
-    """Why a text cannot be one: a character that ends its line in ESPnet, or that nobody says; None where it can."""
+    """Return the fault of a text, or None: a character that ends its line in ESPnet, or a control character."""
     match = _NO_TEXT.search(text)
     if match is None:
         return None
@@ -58,7 +58,7 @@ def text_fault(text: str) -> Optional[str]:
 
 
 def id_fault(name: str) -> Optional[str]:
-    """Why a name cannot be that of an utterance or speaker, or None: files are named by it, and lines cut after it."""
+    """Return why a name cannot be an utterance or speaker id, or None: it names files, and white space ends it."""
     if not name:
         return "an id is empty"
     if match := _NO_ID.search(name):

@@ -42,7 +42,7 @@ class LeftOut:
         """Note a fault of the corpus if ``skip_faulty`` is set; otherwise stop.
 
         Raises:
-            UserError: without ``skip_faulty``.
+            UserError: ``skip_faulty`` is not set.
         """
         if not self.skip_faulty:
             raise UserError(f"{where}: {reason}: {name}; {mend}, or leave such ones out with --skip_faulty")
@@ -51,12 +51,12 @@ class LeftOut:
     def expect(
         self, what: str, found: int, expected: Optional[int], names: Collection[str] = (), where: str = ""
     ) -> None:
-        """Note if a corpus has less than its original.
+        """Note that a corpus is incomplete, if it has less than the original.
 
         Args:
-            what: what is counted, such as "speakers of train-clean-100".
-            expected: None where it is not known.
-            names: those that are missing, where ``where`` says which there should be.
+            what: the things that are counted, such as "speakers of train-clean-100".
+            expected: their number in the original; None if it is not known.
+            names: those that the list ``where`` names and the corpus lacks.
         """
         if names or found < (expected or 0):
             number = found + len(names) if expected is None else expected
@@ -65,7 +65,7 @@ class LeftOut:
             self.lacking.append(f"{found} of {number} {what}{which}")
 
     def report(self, what: str, path: PathLike) -> None:
-        """Log what is missing, how many were left out and why; write their names to ``path`` (no file without any)."""
+        """Log what is missing, and how many utterances are left out and why; write their names, if any, to ``path``."""
         if self.lacking:
             logging.warning("%s: the corpus is incomplete: %s; add the rest, unless this is intended",
                             what, "; ".join(self.lacking))  # fmt: skip
@@ -95,8 +95,8 @@ def write_corpus_dir(
     """Probe the audio of ``groups`` with ``nj`` processes, write the data dir and return its number of utterances.
 
     Args:
-        groups: utterances without ``num_samples``, those of one audio file together. They are read once.
-        fs: the corpus's own sampling rate in Hz; another one is logged, and resampled by the formatting (stage 2).
+        groups: utterances without ``num_samples``, a group for each audio file. They are read once.
+        fs: the corpus's own sampling rate in Hz; files of another rate are logged, and stage 2 resamples them.
 
     Raises:
         UserError: audio that is missing, cut, unreadable or empty (unless ``left_out`` skips faults), and the causes
@@ -134,11 +134,11 @@ def write_corpus_dir(
 
 
 def _probe(utts: Sequence[Utterance]) -> Tuple[List[Utterance], int, Optional[Tuple[str, str, str]]]:
-    """Return the utterances of one file with ``num_samples`` or a right ``end``, its rate, and what is wrong."""
+    """Return the utterances of one file with ``num_samples`` or a corrected ``end``, the file's rate, and its fault."""
     audio = utts[0].audio
     name = utts[0].recording or utts[0].utt_id
     if os.path.isfile(audio) and not os.path.getsize(audio):
-        return [], 0, ("audio of zero length", name, audio)  # libsndfile would say that it knows no such format
+        return [], 0, ("audio of zero length", name, audio)  # libsndfile would report an unknown format
     try:
         frames, rate, _ = read_audio_info(audio, whole=True)
     except UserError as e:
@@ -147,17 +147,17 @@ def _probe(utts: Sequence[Utterance]) -> Tuple[List[Utterance], int, Optional[Tu
         return [], 0, ("audio of zero length", name, audio)
     if utts[0].end is None:
         return [replace(u, num_samples=frames) for u in utts], rate, None
-    # Some talks' last segment goes on a little after the recording.
+    # The last segment of some talks ends a little after the recording.
     return [replace(u, end=min(u.end or 0, frames / rate)) for u in utts], rate, None
 
 
 def directories(path: Path) -> List[Path]:
-    """Return the directories (or links to some) below ``path``, sorted by name."""
+    """Return the directories in ``path`` that are not hidden, links to directories included, sorted by name."""
     return sorted(p for p in path.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def files_by_stem(path: Path, suffixes: Sequence[str]) -> Dict[str, str]:
-    """Map the name without suffix to the file, of those in ``path`` that have one of ``suffixes``.
+    """Map each name without its suffix to the file name, for the files in ``path`` with one of ``suffixes``.
 
     Raises:
         UserError: two files differ in their suffix alone.
@@ -191,11 +191,11 @@ def download(url: str, path: PathLike, md5: Optional[str] = None, option: str = 
     """Download ``url`` to ``path`` unless it exists; an interrupted download is resumed.
 
     Args:
-        md5: of the whole file, compared before the file gets its name.
-        option: the option for a corpus that was downloaded elsewhere.
+        md5: checksum of the whole file, compared before the file gets its name.
+        option: the command's option for a corpus that was downloaded elsewhere, for error messages.
 
     Raises:
-        UserError: no network, the connection broke, or the checksum is another.
+        UserError: no network, the connection broke, or the checksum differs.
     """
     from tqdm import tqdm
 
@@ -209,7 +209,7 @@ def download(url: str, path: PathLike, md5: Optional[str] = None, option: str = 
         request = urllib.request.Request(url, headers={"Range": f"bytes={have}-"} if have else {})
         with urllib.request.urlopen(request, timeout=60) as response:
             if getattr(response, "status", None) != http.client.PARTIAL_CONTENT:
-                have = 0  # the server knows no ranges, and sends all of it
+                have = 0  # the server does not support ranges, and sends the whole file
             length = response.headers.get("Content-Length")
             size = have + int(length) if length else None
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -225,7 +225,7 @@ def download(url: str, path: PathLike, md5: Optional[str] = None, option: str = 
     except urllib.error.HTTPError as e:
         if e.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise UserError(_no_download(url, str(e), option)) from e
-        # Everything had come already; the checksum decides.
+        # The partial file already has all bytes; the checksum decides whether it is right.
     except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
         raise UserError(_no_download(url, str(getattr(e, "reason", None) or e), option)) from e
     if md5 is not None and _md5(part) != md5:
@@ -249,10 +249,10 @@ def _md5(path: Path) -> str:
 
 
 def unpack_archive(archive: PathLike, dst: PathLike, inner: str = ".") -> Path:
-    """Unpack a tar file and give the directory ``inner`` of it the name ``dst``; a ``dst`` that exists stays.
+    """Unpack a tar file and rename its directory ``inner`` to ``dst``; an existing ``dst`` is kept.
 
     Raises:
-        UserError: the archive is broken or cut, leads out of its directory, or has no ``inner``.
+        UserError: the archive is broken or cut, has paths that lead out of its directory, or has no ``inner``.
     """
     dst = Path(dst)
     if not dst.exists():
@@ -265,8 +265,8 @@ def unpack_archive(archive: PathLike, dst: PathLike, inner: str = ".") -> Path:
 
 @contextlib.contextmanager
 def unpacked_beside(archive: PathLike, dst: Path) -> Iterator[Path]:
-    """Unpack a tar file to a hidden directory beside ``dst``, which is removed at the end; rename out of it."""
-    if not hasattr(tarfile, "data_filter"):  # it came with 3.10.12 and 3.11.4
+    """Unpack a tar file to a hidden directory beside ``dst``; files that are not moved out of it are removed."""
+    if not hasattr(tarfile, "data_filter"):  # Python has it since 3.10.12 and 3.11.4
         raise UserError(f"{archive}: Python {platform.python_version()} cannot unpack it safely, 3.10.12 or 3.11.4 and "
                         "later can: take one of those, or unpack it by hand and give the directory")  # fmt: skip
     partial = dst.with_name(f".{dst.name}.partial")
@@ -278,7 +278,7 @@ def unpacked_beside(archive: PathLike, dst: Path) -> Iterator[Path]:
                     tar.extractall(partial, filter="data")  # refuses paths and links that lead out of the directory
             except (tarfile.TarError, EOFError, zlib.error, OSError) as e:
                 if isinstance(e, OSError) and e.errno:
-                    raise  # no fault of the archive
+                    raise  # an error of the operating system, not of the archive
                 raise UserError(f"{archive}: cannot be unpacked ({e}); remove it and run again") from e
             yield partial
         finally:
@@ -286,7 +286,7 @@ def unpacked_beside(archive: PathLike, dst: Path) -> Iterator[Path]:
 
 
 def parts_of(option: Optional[Sequence[str]], default: str) -> List[str]:
-    """Return the names in a list option, given as several words or in one word; each once, in order."""
+    """Return the names in a list option, each once, in order; a single word may hold several names."""
     words = default.split() if option is None else " ".join(option).split()
     return list(dict.fromkeys(words))
 

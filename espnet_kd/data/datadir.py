@@ -3,8 +3,8 @@
 A data dir holds ``wav.scp`` (utterance, or recording where ``segments`` exists, → audio file), ``text``, ``utt2spk``,
 ``spk2utt``, and optionally ``segments`` (utterance, recording, start, end in seconds, and a channel, counted from 0,
 where it is one of several) and ``utt2num_samples``. Every file is UTF-8, one entry a line, id first, sorted as
-``LC_ALL=C sort`` does. Relative audio paths count from the working directory (the recipe), as in ESPnet. Untranscribed
-audio has no ``text``; beside transcribed audio, in one data dir, its lines in ``text`` hold the id alone.
+``LC_ALL=C sort`` does. Relative audio paths count from the working directory (the recipe), as in ESPnet. A data dir of
+untranscribed audio has no ``text``. If it holds both, the line of an untranscribed utterance in ``text`` is its id.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from espnet_kd.files import PathLike
 
 Item = TypeVar("Item")
 NumberedLine = Tuple[str, int, str]  # id, line number from 1, rest of the line
-MAX_SHOWN = 10  # faults shown in full
-MAX_OVERSHOOT = 0.5  # seconds that a segment may go on after its recording, as in Kaldi's extract-segments
+MAX_SHOWN = 10  # faults that a message names; more are only counted
+MAX_OVERSHOOT = 0.5  # seconds by which a segment may end after its recording, as in Kaldi's extract-segments
 RUN = 20_000  # items sorted in memory at a time, some 20 MB of utterances
-# What parts the fields of a line. Where ESPnet would see other white space as well, espnet_kd.data.characters finds it.
+# Separator of the fields of a line. ESPnet splits at other white space too, which espnet_kd.data.characters finds.
 _BLANK = re.compile(r"[ \t]+")
 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One utterance; ``start`` and ``end`` (seconds) only where it is a part of the file ``audio``.
+    """One utterance; it has ``start`` and ``end`` (seconds) only if it is a part of the file ``audio``.
 
-    ``channel``, counted from 0, is the one with this speaker alone, where a line of ``segments`` names one.
+    ``channel``, counted from 0, is the channel to read, if the line of ``segments`` names one.
     """
 
     utt_id: str
@@ -62,10 +62,10 @@ def refuse_same(sources: Iterable[PathLike], dst: PathLike, option: str) -> None
 
 
 def iter_lines(path: PathLike, errors: str = "strict") -> Iterator[Tuple[int, str]]:
-    """Yield (line number from 1, line without its end); a byte order mark in front of the first is passed over.
+    """Yield (line number from 1, line without its end); a byte order mark before the first line is skipped.
 
     Args:
-        errors: "strict", or "replace" to go on where bytes are not UTF-8.
+        errors: "strict", or "replace" to continue after bytes that are not UTF-8.
 
     Raises:
         UserError: the file is missing, or a line is not UTF-8.
@@ -92,7 +92,7 @@ def split_line(line: str) -> Tuple[str, str]:
 
 
 def read_pairs(path: PathLike) -> Iterator[Tuple[str, str]]:
-    """Stream (id, rest of the line) from a Kaldi-style file; blank lines are passed over."""
+    """Stream (id, rest of the line) from a Kaldi-style file; blank lines are skipped."""
     for _, line in iter_lines(path):
         key, value = split_line(line)
         if key:
@@ -114,7 +114,7 @@ def read_map(path: PathLike) -> Dict[str, str]:
 def read_sorted(path: PathLike, errors: str = "strict") -> Iterator[NumberedLine]:
     """Stream (id, line number, rest of the line) sorted by id, in memory that does not grow with the file.
 
-    A file that is sorted, as it should be, is read as it stands. Blank lines are passed over.
+    A file that is already sorted, as data dirs require, is read directly. Blank lines are skipped.
     """
 
     def entries() -> Iterator[NumberedLine]:
@@ -132,7 +132,7 @@ def read_sorted(path: PathLike, errors: str = "strict") -> Iterator[NumberedLine
 def join_sorted(streams: Mapping[str, Iterable[Tuple]]) -> Iterator[Tuple[str, Dict[str, List[Any]]]]:
     """Join streams of tuples sorted by their first item: yield (id, {name of a stream: its tuples with this id}).
 
-    The dict has no key for a stream without the id; a list with more than one tuple is a duplicate id.
+    The dict has no key for a stream without the id; a list with more than one tuple means a duplicate id.
     """
 
     def tagged(name: str, items: Iterable[Tuple]) -> Iterator[Tuple[str, str, Tuple]]:
@@ -150,10 +150,10 @@ def join_sorted(streams: Mapping[str, Iterable[Tuple]]) -> Iterator[Tuple[str, D
 def parse_segment(value: str, where: str) -> Tuple[str, float, float, Optional[int]]:
     """Return (recording, start, end, channel) of a line of ``segments`` without its id; times in seconds.
 
-    A channel, counted from 0, may stand at the end of the line, as in Kaldi; without it, it is None.
+    The line may end with a channel, counted from 0, as in Kaldi; otherwise the channel is None.
 
     Raises:
-        UserError: beginning with ``where``: the line is malformed, or the segment is empty.
+        UserError: the line is malformed, or the segment is empty; the message begins with ``where``.
     """
     fields = value.split()
     try:
@@ -171,8 +171,8 @@ def parse_segment(value: str, where: str) -> Tuple[str, float, float, Optional[i
 def read_data_dir(data_dir: PathLike, read_text: bool = True) -> Iterator[Utterance]:
     """Stream the utterances of a data dir, sorted by id; only the recordings of ``segments`` are held in memory.
 
-    ``text`` and ``utt2num_samples`` may be missing; the corresponding fields are then None. The audio is not opened,
-    nor, without ``read_text``, a ``text``.
+    ``text`` and ``utt2num_samples`` may be missing; the corresponding fields are then None. The audio is not opened;
+    ``text`` is opened only with ``read_text``.
 
     Raises:
         UserError: a file is missing or malformed, an id stands twice in it, or an utterance lacks its speaker or
@@ -214,7 +214,7 @@ def sort_externally(items: Iterable[Item], key: Callable[[Item], Any], directory
     """Yield ``items`` sorted by ``key`` in memory that does not grow with their number.
 
     All items are read before the first is yielded; the sort is stable. If there are more than RUN, they are pickled
-    into unnamed files in ``directory``, which a kill leaves no trace of.
+    into unnamed files in ``directory``, which the system removes even if the process is killed.
     """
     rest = iter(items)
     runs: List[Spool] = []
@@ -223,12 +223,12 @@ def sort_externally(items: Iterable[Item], key: Callable[[Item], Any], directory
             yield from chunk
             return
         runs.append(Spool(directory, chunk))
-        del chunk  # or two of them would be held at a time
+        del chunk  # otherwise two chunks would be in memory at a time
     yield from heapq.merge(*runs, key=key)
 
 
 class Spool:
-    """Items kept on disk in a nameless file, to be read again in the same order, any number of times."""
+    """Items kept on disk in an unnamed file, which can be read again in the same order, any number of times."""
 
     def __init__(self, directory: PathLike, items: Iterable[Any] = ()) -> None:
         Path(directory).mkdir(parents=True, exist_ok=True)
@@ -266,29 +266,29 @@ def os_errors_as_user_errors(where: PathLike) -> Iterator[None]:
 def write_data_dir(data_dir: PathLike, utterances: Iterable[Utterance]) -> int:
     """Write a data dir and return its number of utterances; memory does not grow with it.
 
-    ``segments`` is written where the utterances have a ``recording``; ``utt2num_samples`` where every one has its
-    number; ``text`` where every one has a text. ``wav.scp`` is written last: a directory that has it is complete.
-    An error before that leaves the old files, or none.
+    ``segments`` is written if the utterances have a ``recording``, ``utt2num_samples`` if each of them has its number
+    of samples, and ``text`` if each of them has a text. ``wav.scp`` is written last: a directory that has it is
+    complete. An error before that leaves the old files, or no ``wav.scp``.
 
     Raises:
-        UserError: no utterance at all, an id twice, a blank inside an id, a line break inside a text, a recording that
-            is two files, or the system refuses to write.
+        UserError: no utterance at all, an id twice, a blank inside an id, a line break inside a text, a recording with
+            two files, or the system refuses to write.
     """
     data_dir = Path(data_dir)
     kinds: Set[str] = set()
     with os_errors_as_user_errors(data_dir):
         checked = _check_fields(data_dir, utterances, kinds)
         ordered = sort_externally(checked, lambda u: u.utt_id, data_dir.parent)
-        first = next(ordered, None)  # by now every utterance was seen, and ``kinds`` is complete
+        first = next(ordered, None)  # this reads all utterances, and so completes ``kinds``
         if first is None:
             raise UserError(f"{data_dir}: no utterance is left to write; look at the messages above for what was left "
                             "out")  # fmt: skip
         partial = data_dir / ".partial"
-        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+        shutil.rmtree(partial, ignore_errors=True)  # left by a run that was killed
         try:
             partial.mkdir(parents=True)
             number = _write_files(data_dir, partial, itertools.chain([first], ordered), kinds)
-            # Whatever an earlier run left there must not be read together with the new files.
+            # Files of an earlier run must not be read together with the new ones.
             for name in ("wav.scp", "text", "segments", "utt2num_samples"):
                 (data_dir / name).unlink(missing_ok=True)
             for path in sorted(partial.iterdir(), key=lambda path: path.name == "wav.scp"):
@@ -296,19 +296,19 @@ def write_data_dir(data_dir: PathLike, utterances: Iterable[Utterance]) -> int:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             with contextlib.suppress(OSError):
-                data_dir.rmdir()  # only where nothing is in it
+                data_dir.rmdir()  # removes the directory only if it is empty
     return number
 
 
 def _check_fields(data_dir: Path, utterances: Iterable[Utterance], kinds: Set[str]) -> Iterator[Utterance]:
-    """Pass the utterances on; note in ``kinds`` what some of them have or lack."""
+    """Yield the utterances after checking them; add to ``kinds`` what some of them have or lack."""
     for u in utterances:
         for name in (u.utt_id, u.speaker):
             if fault := id_fault(name):
                 raise UserError(f"{data_dir}: utterance '{u.utt_id}', speaker '{u.speaker}': {fault}")
         if fault := text_fault(u.text or ""):
             raise UserError(f"{data_dir}: utterance '{u.utt_id}': {fault}")
-        # ESPnet would take white space off the ends of a name, and end the line at a CR.
+        # ESPnet strips white space from the ends of a file name, and ends the line at a CR.
         if u.audio != u.audio.strip() or re.search(r"[\r\n]", u.audio):
             raise UserError(f"{data_dir}: utterance '{u.utt_id}': the file name {u.audio!r} has white space at an end, "
                             "or a line break in it; rename the file")  # fmt: skip

@@ -14,12 +14,12 @@ from typing import Iterator, List, Tuple
 
 from espnet_kd.cli import UserError
 
-# Numbers of espeak-ng/speak_lib.h.
+# Constants of espeak-ng/speak_lib.h.
 _SYNCHRONOUS = 2
 _RATE, _PITCH, _RANGE = 1, 3, 4
 _CHARS_UTF8 = 1
 _POS_CHARACTER = 1
-_MAX_PATH = 140  # the library keeps its data path in 160 bytes and cuts what is longer
+_MAX_PATH = 140  # bytes; the library has a buffer of 160 bytes for its data path, and cuts a longer one
 _CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), ctypes.c_int, ctypes.c_void_p)
 
 
@@ -43,7 +43,7 @@ def list_variants() -> List[str]:
 
 @contextlib.contextmanager
 def data_path() -> Iterator[bytes]:
-    """Give the engine's data path, through a short link where the real one is too long for it."""
+    """Yield the engine's data path, or a short symbolic link to it if the path is too long for the engine."""
     data = _find()[1]
     if len(str(data).encode()) <= _MAX_PATH:
         yield str(data).encode()
@@ -60,14 +60,14 @@ def synthesise(text: str, voice: str, *, rate: int, pitch: int, pitch_range: int
     Args:
         voice: e.g. ``en-us+f3``: language and variant.
         rate: words per minute. pitch, pitch_range: 0 to 100.
-        data: what :func:`data_path` gave.
+        data: the path from :func:`data_path`.
 
-    The engine keeps state between utterances (filter memories, noise generators) that none of its calls resets: the
-    library is loaded afresh each time (5 ms), and both random generators are started anew. So the result depends on
-    the arguments only, not on the time, on what was spoken before, or on the number of processes.
+    The engine keeps state between utterances (filter memories, noise generators), which none of its functions resets.
+    Therefore each call loads the library again (5 ms), and seeds both random generators. So the result depends on the
+    arguments only, not on the time, on earlier calls, or on the number of processes.
 
     Raises:
-        UserError: the library cannot be loaded, knows no such voice, or says nothing.
+        UserError: the library cannot be loaded, has no such voice, or gives no audio.
     """
     path, _ = _find()
     chunks: List[bytes] = []

@@ -1,9 +1,9 @@
 """An ESPnet recipe's data dirs → ours (stage 1 of run.sh with ``--espnet_data``).
 
 ``asr.sh`` leaves ``dump/raw/<set>``, whose ``wav.scp`` names a file per utterance or an offset in a Kaldi ark, with
-paths that count from *its* recipe directory. Files are referred to where they lie, by absolute paths. What a data dir
-of ours cannot name, arks (``wav.ark``, ``flac.ark``) and commands (``… |``, in ``dump/raw_copy`` or ``data``), is
-written once as 16-bit FLAC to ``<out>/<set>/audio``. A ``segments`` file is kept; formatting cuts by it.
+paths that count from *its* recipe directory. Files are referenced where they are, by absolute paths. Our data dirs
+cannot name arks (``wav.ark``, ``flac.ark``) and commands (``… |``, in ``dump/raw_copy`` or ``data``): their audio is
+written once as 16-bit FLAC to ``<out>/<set>/audio``. A ``segments`` file is kept; formatting cuts the audio by it.
 """
 
 from __future__ import annotations
@@ -44,13 +44,13 @@ def take_espnet_data(espnet_data: PathLike, sets: Sequence[str], out: PathLike, 
         espnet_data: the ESPnet recipe's directory (egs2/…/asr1), or its dump directory.
         sets: names of data dirs in it, such as train_nodev.
         out: directory that gets them.
-        nj: processes, for what has to be converted.
+        nj: processes that convert audio.
 
     Raises:
         UserError: no such set, features instead of audio, audio that is not found or cannot be read, an utterance
-            without line in a ``text``, or the system refuses to write.
+            without a line in ``text``, or the system refuses to write.
     """
-    sources = {name: find_set(Path(espnet_data), name) for name in sets}  # all of them, before the first is taken
+    sources = {name: find_set(Path(espnet_data), name) for name in sets}  # a wrong name is found before any work
     for name, source in sources.items():
         refuse_same([source], Path(out) / name, "--out")
         _check_text(source)
@@ -63,7 +63,7 @@ def find_set(espnet_data: Path, name: str) -> Path:
     """Return the directory of a set: as ``asr.sh`` formatted it, else as the recipe's own data preparation left it.
 
     Raises:
-        UserError: there is none, or it holds no audio that is read here.
+        UserError: there is no such set, or its audio is in a form that is not supported.
     """
     found = [espnet_data / place / name for place in PLACES if (espnet_data / place / name / "wav.scp").is_file()]
     if not found:
@@ -85,7 +85,7 @@ def _read(path: Path) -> str:
 
 
 def _check_text(source: Path) -> None:
-    """Refuse a ``text`` that lacks an utterance (a data dir has all texts or none); say what it has without audio."""
+    """Refuse a ``text`` that lacks an utterance (a data dir has all texts or none); log its lines without audio."""
     if not (source / "text").exists():
         return
     number = 0
@@ -105,13 +105,13 @@ def _take(source: Path, espnet_data: Path, dst: Path, nj: int) -> None:
     wav_scp = source / "wav.scp"
     root = _find_root(wav_scp, espnet_data)
     stamp, audio_dir = dst / "audio/.source", dst / "audio"
-    # Audio of an earlier run is kept if it was made of this very list.
+    # Audio of an earlier run is kept if it was made from the same wav.scp.
     facts = wav_scp.stat()
     inputs = f"{wav_scp.resolve()} {facts.st_size} {facts.st_mtime_ns}"
     if _read(stamp) != inputs:
         shutil.rmtree(audio_dir, ignore_errors=True)
     for path in audio_dir.rglob(".*.flac.*"):
-        path.unlink()  # begun by a run that was killed
+        path.unlink()  # an incomplete file of a run that was killed
     todo = Spool(dst, (entry for entry in _entries(source) if _needs_conversion(entry[1])))
     if len(todo):
         with replacing(stamp) as f:
@@ -133,7 +133,7 @@ def _take(source: Path, espnet_data: Path, dst: Path, nj: int) -> None:
 
 
 def _entries(source: Path) -> Iterator[Tuple[str, str, Optional[int]]]:
-    """Yield (id, audio, its samples where utt2num_samples says) of a wav.scp."""
+    """Yield (id, audio, its number of samples if utt2num_samples has it) for each entry of a wav.scp."""
     if (source / "segments").exists():
         for recording, audio in read_pairs(source / "wav.scp"):
             yield recording, audio, None
@@ -147,7 +147,7 @@ def _needs_conversion(audio: str) -> bool:
 
 
 def _find_root(wav_scp: Path, espnet_data: Path) -> Path:
-    """The directory that the paths of a wav.scp count from: where its first file is found."""
+    """Return the directory to which the paths of a wav.scp are relative: the one from which its first file is found."""
     for _, audio in read_pairs(wav_scp):
         if not is_pipe(audio):
             ark = ARK.fullmatch(audio)
@@ -177,7 +177,7 @@ def _convert(entry: Tuple[str, str, Optional[int]], root: Path, audio_dir: Path)
     if not path.exists():
         content = _run(key, audio, root) if is_pipe(audio) else _open_ark(key, audio, root)
         with content:
-            # soundfile takes any object that can be read and moved in.
+            # soundfile accepts any object that has the methods read and seek.
             samples, rate = read_samples(cast(IO[bytes], content), f"'{key}': {audio}", channels="all")
         if not len(samples):
             raise UserError(f"'{key}': the audio has zero length: {audio}")
@@ -194,9 +194,9 @@ def _open_ark(key: str, audio: str, root: Path) -> Union[io.BytesIO, _Tail]:
     try:
         f = open(root / match[1], "rb")  # noqa: SIM115 (closed by who reads it)
         f.seek(int(match[2]))
-        # Looked at first: an ark may also hold features, or a pickle, which kaldiio would execute.
+        # The first bytes are checked, because an ark may also hold features, or a pickle that kaldiio would execute.
         kind = f.read(5)
-        if kind == b"AUDIO":  # kaldiio's own form: the number of bytes of a number, the number of bytes, and those
+        if kind == b"AUDIO":  # kaldiio's own format: width of the size in bytes, size of the content, content
             size = int.from_bytes(f.read(int.from_bytes(f.read(1), "little")), "little")
             with f:
                 content = f.read(size)
@@ -212,7 +212,7 @@ def _open_ark(key: str, audio: str, root: Path) -> Union[io.BytesIO, _Tail]:
 
 
 class _Tail(io.RawIOBase):
-    """A file from an offset on, where one of the files in an ark begins."""
+    """An ark as a file that begins at an offset, where one of the audio files in the ark begins."""
 
     def __init__(self, file: io.BufferedReader, start: int) -> None:
         self._file, self._start = file, start
@@ -241,7 +241,7 @@ class _Tail(io.RawIOBase):
 
 
 def _run(key: str, audio: str, root: Path) -> IO[bytes]:
-    """Return what a command of wav.scp writes, as a file; it runs in the ESPnet recipe, as there."""
+    """Return the output of a command of wav.scp as a file; as in ESPnet, it runs in the recipe's directory."""
     command = audio.rstrip("| ")
     done = subprocess.run(command, shell=True, cwd=root, stdin=subprocess.DEVNULL, capture_output=True)
     if done.returncode:

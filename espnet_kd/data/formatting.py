@@ -1,7 +1,7 @@
 """Stage 2: a data dir → ``dump/raw/<name>``: one mono file per utterance, one sampling rate, speed-perturbed copies.
 
-Files that are right already (rate, mono, whole, factor 1.0, quick to decode) are referenced where they lie; all others
-are written as 16-bit FLAC to ``<dst>/audio/<speaker>/<utterance>.flac``.
+Files that need no change (right rate, mono, complete, factor 1.0, quick to decode) are referenced where they are; all
+others are written as 16-bit FLAC to ``<dst>/audio/<speaker>/<utterance>.flac``.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from espnet_kd.files import PathLike, remove_leftovers, replacing
 
 # Decoding these anew every epoch took a quarter of a small student's training step.
 SLOW_TO_DECODE = (".opus", ".ogg", ".mp3")
-MAX_FS = 655_350  # Hz, of FLAC
+MAX_FS = 655_350  # Hz; the limit of FLAC
 VERSION = 3  # part of the settings: raise it when the same settings give other files
 
 
@@ -74,12 +74,12 @@ def format_data(
     """Format ``src`` (one data dir, or several into one) into ``dst`` and return the number of utterances written.
 
     Args:
-        text: "required"; "optional": taken where the data dir has one; "none": not opened, ``dst`` gets none.
-        fs: sampling rate of the result in Hz; what has another one is resampled.
+        text: "required"; "optional": used if the data dir has one; "none": not opened, and ``dst`` gets none.
+        fs: sampling rate of the result in Hz; audio of another rate is resampled.
         speed_factors: 1.0 stands for the unchanged utterance; 0.9 is slower and lower, as Kaldi's ``speed``.
         min_seconds, max_seconds: limits of an utterance (each copy by its own duration).
-        drop_out_of_range: leave out what is outside the limits (training and validation); otherwise it stays (a
-            test set is never thinned out), and is only counted.
+        drop_out_of_range: leave out utterances outside the limits (for training and validation data). Otherwise they
+            are kept and only counted, so that a test set stays complete.
         nj: processes.
 
     A finished ``dst`` with the same settings and source is not changed; an interrupted run is resumed. Memory does not
@@ -136,7 +136,7 @@ def combine(transcribed: PathLike, untranscribed: PathLike, dst: PathLike) -> in
     """Write the utterances of two formatted data dirs into ``dst`` and return their number; the audio stays in place.
 
     ``dst/text`` has the transcripts of ``transcribed``, and the id alone for each utterance of ``untranscribed``, whose
-    ``text`` is not opened. Where ``transcribed`` has no text, ``dst`` has none. A ``dst`` that is so already stays.
+    ``text`` is not opened. If ``transcribed`` has no text, ``dst`` has none. A ``dst`` with this content is kept.
 
     Raises:
         UserError: an utterance id is in both, a transcript is empty or missing, or the system refuses to write.
@@ -167,10 +167,10 @@ def combine(transcribed: PathLike, untranscribed: PathLike, dst: PathLike) -> in
 
 
 def _merge(sources: Mapping[Path, bool]) -> Iterator[Tuple[Path, Utterance]]:
-    """Stream (data dir, utterance) of all data dirs, sorted by id; ``sources`` says of each whether to open its text.
+    """Stream (data dir, utterance) of all data dirs, sorted by id; ``sources`` is {data dir: whether to open its text}.
 
     Raises:
-        UserError: an id is in two data dirs; one of the utterances would take the other's place.
+        UserError: an id is in two data dirs, so that one utterance would replace the other.
     """
 
     def tagged(source: Path) -> Iterator[Tuple[Path, Utterance]]:
@@ -194,18 +194,18 @@ def _survey(
 ) -> Tuple[int, str]:
     """Return the number of utterances and a hash of what is to be formatted.
 
-    The hash has the size and time of each audio file as well: a corpus made anew is formatted anew.
+    The hash includes the size and time of each audio file, so that a corpus that was made again is formatted again.
 
     Raises:
-        UserError: an audio file is missing, or lies where those of ``dst`` go, an id is too long for a file's name with
-            what a speed factor puts before it, or the texts are not what ``text`` asks
-            for: every utterance of a data dir has its text, or none has one and none is required.
+        UserError: an audio file is missing, or is in the audio directory of ``dst``; an id with the prefix of a speed
+            factor is too long for a file name; or some utterances lack a text: a data dir must have a text for each
+            utterance, or, if ``text`` is not "required", for none.
     """
     digest = hashlib.sha256()
     total: Counter[Path] = Counter()
     silent: Counter[Path] = Counter()
     shown: Dict[Path, List[str]] = {source: [] for source in sources}
-    odd: Dict[str, List] = {}  # white space: the first utterance that has it, and how many have
+    odd: Dict[str, List] = {}  # {unusual white space: [first utterance with it, number of utterances]}
     previous, own = None, os.path.abspath(dst / "audio") + os.sep
     for source, u in tqdm(_merge(sources), desc=f"reading {names}", unit="utt", mininterval=1.0):
         total[source] += 1
@@ -220,7 +220,7 @@ def _survey(
                 raise UserError(f"{source / 'text'}: {why}")
             silent[source] += 1
             shown[source] += [u.utt_id] if silent[source] <= 5 else []
-        # utt2num_samples is not used here, and an entry more or less in it changes nothing.
+        # The result does not depend on utt2num_samples, so the hash must not depend on it either.
         digest.update(repr(replace(u, num_samples=None)).encode("utf-8"))
         if u.audio != previous:
             digest.update(_stamp(u, source).encode())
@@ -261,16 +261,16 @@ def _stamp(u: Utterance, source: Path) -> str:
 
 
 def _begin(dst: Path, record: Record, settings: Dict) -> None:
-    """Make ``dst`` ready for a run with these settings; keep the audio that an interrupted one has made."""
+    """Prepare ``dst`` for a run with these settings; keep the audio of an interrupted run with the same settings."""
     (dst / "out_of_range").unlink(missing_ok=True)
     remove_leftovers(dst / "out_of_range")
     goes_on = record.inputs_of_begun() == settings
     record.path.unlink(missing_ok=True)
     if goes_on:
         for path in (dst / "audio").rglob(".*.flac.*"):
-            path.unlink()  # begun by a run that was killed
+            path.unlink()  # an incomplete file of a run that was killed
         return
-    (dst / "wav.scp").unlink(missing_ok=True)  # it names the audio that is removed next
+    (dst / "wav.scp").unlink(missing_ok=True)  # it names audio files that are removed next
     shutil.rmtree(dst / "audio", ignore_errors=True)
     record.begin(settings)
 
@@ -292,7 +292,7 @@ def _check(
 def _within_limits(
     utts: Iterable[Utterance], fs: int, min_seconds: float, max_seconds: float, drop: bool, dst: Path
 ) -> Iterator[Utterance]:
-    """Pass the utterances on; name those outside the limits, and leave them out if ``drop``."""
+    """Yield the utterances; log those outside the limits, and leave them out if ``drop``."""
     outside = Spool(dst)
     for u in utts:
         seconds = (u.num_samples or 0) / fs
@@ -318,7 +318,7 @@ class _Made:
     """The result of one utterance."""
 
     copies: List[Utterance]
-    rate: int  # of the source, Hz
+    rate: int  # sampling rate of the source, Hz
     mixed: bool  # several channels became their mean
     clipped: bool  # some samples lie beyond full scale
 
@@ -333,8 +333,8 @@ def _format_one(utt: Utterance, plan: _Plan) -> _Made:
         as_it_is = utt.recording is None and rate == plan.fs and channels == 1 and quick and 1.0 in plan.speed_factors
         if frames == 0:
             raise UserError(f"the audio has zero length: {utt.audio}")
-        # What is only referred to is decoded too: the trainings would stumble over its faults. What cannot be kept
-        # as it is, is written as the other copies are.
+        # A file that is only referenced is decoded too, because a fault in it would stop a training later. If it has
+        # clipped samples, it is written as a new file, like the other copies.
         clipped = as_it_is and check_samples(utt.audio)
         copies: List[Utterance] = []
         signal = None
@@ -369,10 +369,10 @@ def _audio_path(audio_dir: str, utt: Utterance) -> Path:
 
 
 def _samples_of(path: Path) -> Optional[int]:
-    """Return the samples of a file that an interrupted run left whole, or None."""
+    """Return the number of samples of a complete file from an interrupted run, or None."""
     try:
         return read_audio_info(str(path), whole=True)[0] if path.exists() else None
-    except UserError:  # renamed into place, but the machine stopped before all of it was written to the disk
+    except UserError:  # the file was renamed, but the machine stopped before all of it was on the disk
         return None
 
 
@@ -380,7 +380,8 @@ def _read(utt: Utterance, rate: int, frames: int):
     """Read an utterance (or its segment) as float64, (N,): its channel, or the mean of all."""
     start, stop = 0, frames
     if utt.start is not None and utt.end is not None:
-        begin, end = (min(seconds, frames / rate) for seconds in (utt.start, utt.end))  # whatever the file says: 1e308
+        # Times are limited to the file's length first: for a time such as 1e308 the product below would be infinite.
+        begin, end = (min(seconds, frames / rate) for seconds in (utt.start, utt.end))
         start, stop = int(round(begin * rate)), min(int(math.ceil(end * rate)), frames)
     if start >= stop or (utt.end or 0) > frames / rate + MAX_OVERSHOOT:
         what = "no audio" if start >= stop else "not all of its audio"

@@ -1,8 +1,8 @@
-"""Whether utterances are long enough for a model, before it is trained: frames for its encoder, and for their texts.
+"""Checks before a training whether utterances have enough frames for the model's encoder and for their texts.
 
-An encoder that subsamples needs some frames of features, and ESPnet stops in the middle of an epoch where it gets
-fewer. CTC needs a frame for each token and one for the blank between two equal ones; where there are fewer, ESPnet
-takes a loss of 0 in silence, also in validation, which chooses the model.
+An encoder that subsamples needs a minimum of feature frames; with fewer, ESPnet stops in the middle of an epoch. CTC
+needs a frame for each token and one for the blank between two equal tokens; with fewer, ESPnet silently takes a loss
+of 0, also in validation, by which the model is chosen.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from espnet_kd.data.datadir import MAX_SHOWN, join_sorted, read_sorted
 from espnet_kd.data.tokenizing import TokenList
 from espnet_kd.files import PathLike, replacing
 
-LONG = (2.0, 4.0)  # seconds, of the signals that the frame shift is measured on
-MARGIN = 6  # frames by which an estimate from them may be too high
+LONG = (2.0, 4.0)  # seconds; lengths of the two signals from which the frame shift is measured
+MARGIN = 6  # frames by which an estimate from this frame shift may be too high
 
 
 class Need(NamedTuple):
-    """What is known of an utterance before training."""
+    """The length of an utterance, and the length that its text needs."""
 
     utt_id: str
     samples: int
-    frames: int  # that CTC needs for its text; at least 1
+    frames: int  # frames that CTC needs for the text; at least 1
 
 
 def frames_needed(tokens: Sequence[str]) -> int:
@@ -40,11 +40,11 @@ def read_needs(speech_shape: PathLike, text: Optional[PathLike], tokens: TokenLi
     """Yield the utterances of a shape file, sorted by id.
 
     Args:
-        speech_shape: of ESPnet's statistics: an utterance and its number of samples in a line.
-        text: the texts; None, or an utterance that has none, needs one frame.
+        speech_shape: a shape file of ESPnet's statistics: an utterance and its number of samples in each line.
+        text: the texts, or None; an utterance without text needs one frame.
 
     Raises:
-        UserError: a file is missing, or no shape file.
+        UserError: a file is missing, or is not a shape file.
     """
     streams = {"shape": read_sorted(speech_shape)}
     if text is not None and Path(text).exists():
@@ -61,14 +61,14 @@ def read_needs(speech_shape: PathLike, text: Optional[PathLike], tokens: TokenLi
 
 
 class FrameCounter:
-    """Frames that an encoder makes of a number of samples.
+    """Counts the frames that an encoder makes of a number of samples.
 
     Args:
-        encode: the number of frames of a signal of so many samples; it may raise where the signal is too short.
+        encode: gives the number of frames for a number of samples; it may raise an error if the signal is too short.
         rate: sampling rate, Hz.
 
     Raises:
-        UserError: it cannot even take some seconds.
+        UserError: the encoder fails even on some seconds of audio.
     """
 
     def __init__(self, encode: Callable[[int], int], rate: int) -> None:
@@ -78,11 +78,11 @@ class FrameCounter:
         try:
             self._slope = (encode(self._second) - encode(self._first)) / (self._second - self._first)
             self._base = encode(self._first)
-        except Exception as e:  # whatever a model from outside raises
+        except Exception as e:  # a model of other origin may raise any error
             raise UserError(f"the model cannot take {LONG[0]:g} s of audio: {e}") from e
 
     def count(self, samples: int) -> int:
-        """Return the frames of so many samples, 0 where the encoder refuses them."""
+        """Return the number of frames for ``samples``; 0 if the encoder refuses a signal of this length."""
         if samples not in self._known:
             try:
                 self._known[samples] = max(0, self._encode(samples))
@@ -91,7 +91,7 @@ class FrameCounter:
         return self._known[samples]
 
     def are_enough(self, samples: int, frames: int) -> bool:
-        """Whether so many samples make so many frames; measured only where an estimate leaves a doubt."""
+        """Whether ``samples`` make at least ``frames``; the encoder runs only if an estimate does not decide it."""
         estimate = self._base + (samples - self._first) * self._slope - MARGIN
         return estimate >= frames or self.count(samples) >= frames
 
@@ -110,10 +110,10 @@ def check_lengths(
     """Refuse utterances that are too short for a model, and count those that are too short for their texts.
 
     Args:
-        name: what messages call the data.
-        model: what they call the model.
+        name: the name of the data in messages.
+        model: the name of the model in messages.
         rate: sampling rate, Hz.
-        report: a file that gets the ids of the latter.
+        report: a file for the ids of the utterances that are too short for their texts.
 
     Returns:
         the number of utterances, and of those that are too short for their texts.
@@ -159,13 +159,13 @@ def check_lengths(
 
 
 def espnet_encoder(options: Sequence[str], token_list: PathLike) -> Tuple[Callable[[int], int], int]:
-    """Return the function for :class:`FrameCounter` of a model that ESPnet would make, and its sampling rate in Hz.
+    """Return ``encode`` of :class:`FrameCounter` for the model that ESPnet builds, and its sampling rate in Hz.
 
     Args:
-        options: of ``espnet2.bin.asr_train``, such as ``--config conf/train_student.yaml``.
+        options: options of ``espnet2.bin.asr_train``, such as ``--config conf/train_student.yaml``.
 
     Raises:
-        UserError: ESPnet makes no model of them.
+        UserError: ESPnet cannot build a model from them.
     """
     with _quiet():
         return _build(options, token_list)
@@ -173,7 +173,7 @@ def espnet_encoder(options: Sequence[str], token_list: PathLike) -> Tuple[Callab
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep what ESPnet logs of its own models, of which this one is never trained, off the terminal."""
+    """Suppress ESPnet's messages about the model, because this model is never trained."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -189,13 +189,13 @@ def _build(options: Sequence[str], token_list: PathLike) -> Tuple[Callable[[int]
     import torch
     from espnet2.tasks.asr import ASRTask
 
-    # Options of distillation, which ESPnet does not know, change no length.
+    # Options that ESPnet does not have are ignored: they are those of distillation, and do not change lengths.
     args, _ = ASRTask.get_parser().parse_known_args([*options, "--token_list", str(token_list), "--output_dir", "no"])
-    args.normalize, args.normalize_conf, args.specaug = None, {}, None  # which change no length
+    args.normalize, args.normalize_conf, args.specaug = None, {}, None  # these do not change lengths
     args.token_list = [line.rstrip("\n") for line in open(token_list, encoding="utf-8")]  # noqa: SIM115
     try:
         model = ASRTask.build_model(args).eval()
-    except Exception as e:  # whatever a component of ESPnet raises for its own options
+    except Exception as e:  # ESPnet's components raise different errors for wrong options
         raise UserError(f"{' '.join(options)}: ESPnet makes no model of these: {e}") from e
     rate = args.frontend_conf.get("fs", 16000)
     if isinstance(rate, str):

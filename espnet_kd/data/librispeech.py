@@ -1,7 +1,8 @@
 """LibriSpeech (read English, 16 kHz): original layout → data dirs ``train``, ``valid``, and one for each test part.
 
-``<part>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac`` with ``<speaker>-<chapter>.trans.txt`` beside. The
-speaker of the data dirs is the reader, not the chapter as in Kaldi, so that a split by speaker is one by voice.
+The corpus has ``<part>/<speaker>/<chapter>/<speaker>-<chapter>-<number>.flac``, and
+``<speaker>-<chapter>.trans.txt`` beside these files. A speaker of the data dirs is a reader, not a chapter as in
+Kaldi, so that sets which are split by speaker share no voice.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ VALID = "dev-clean dev-other"
 TEST = "test-clean test-other"
 MIRROR = "https://www.openslr.org/resources"
 URL = "{mirror}/{set}/{part}.tar.gz"
-# OpenSLR's set, and the md5 from that set's md5sum.txt.
+# {part: (number of OpenSLR's set, md5 from that set's md5sum.txt)}.
 ARCHIVES = {
     "dev-clean": (12, "42e2234ba48799c1f50f24a7926300a1"),
     "dev-other": (12, "c8d0bcc9cca99d4f8b62fcc847357931"),
@@ -45,7 +46,7 @@ ARCHIVES = {
     "train-clean-5": (31, "5df7d4e78065366204ca6845bb08f490"),
     "dev-clean-2": (31, "6d7ab67ac6a1d2c993d050e16d61080d"),
 }
-# Speakers and utterances of each part, of the corpus's own list and files; None where that is not known.
+# {part: (speakers, utterances)}, counted in the corpus's own list and files; None if the number is not known.
 SIZES = {
     "dev-clean": (40, 2703),
     "dev-other": (33, 2864),
@@ -57,7 +58,7 @@ SIZES = {
     "train-clean-5": (28, 1519),
     "dev-clean-2": (None, 1089),
 }
-Source = Tuple[Path, Optional[Set[str]]]  # a part, and those of its speakers that are meant (None: all)
+Source = Tuple[Path, Optional[Set[str]]]  # directory of a part, and its speakers to use (None: all)
 
 
 def prepare_librispeech(
@@ -80,12 +81,12 @@ def prepare_librispeech(
     """Write ``out/train``, ``out/valid`` and ``out/test_clean`` … and return their numbers of utterances.
 
     Args:
-        librispeech: the directory with the parts (or one above it); None downloads those that are needed.
-        train_parts, valid_parts, test_parts: None: the 960 h, dev-*, test-*; or nothing with ``split_by_speaker``.
+        librispeech: the directory with the parts (or the one above it); None downloads the parts that are needed.
+        train_parts, valid_parts, test_parts: None: the 960 h, dev-* and test-*, but no part with ``split_by_speaker``.
         split_by_speaker: parts whose speakers are divided among ``train``, ``valid`` and ``test``.
-        speakers_valid, speakers_test: how many of those go to ``valid`` and ``test``, chosen by a hash of their names
-            and ``seed``.
-        mirror: where openslr.org/resources is fetched from; the archives' md5 is that of the original.
+        speakers_valid, speakers_test: how many of these speakers go to ``valid`` and ``test``, chosen by a hash of
+            their names and ``seed``.
+        mirror: an address to use instead of openslr.org/resources; its archives must have the md5 of the originals.
         remove_archives: remove a downloaded archive when it is unpacked.
         skip_faulty: leave faulty utterances out, counted and named, instead of stopping.
         nj: processes that read the audio files.
@@ -111,7 +112,7 @@ def prepare_librispeech(
         sources["valid"] += [(where[part], None) for part in valid]
         for part in test:
             sources[part.replace("-", "_")] = [(where[part], None)]
-        # Everything is listed before any audio is read: a fault of the last part comes out in minutes, not hours.
+        # All parts are listed before any audio is read, so that faults of the last part show in minutes, not hours.
         listed: Dict[str, Tuple[Spool, LeftOut]] = {}
         found: Counter[str] = Counter()
         for name, these in sources.items():
@@ -120,7 +121,7 @@ def prepare_librispeech(
                 listed[name] = Spool(out, _list(these, left_out, found)), left_out
         for name, (_, left_out) in listed.items():
             for directory in dict.fromkeys(directory for directory, _ in sources[name]):
-                if directory.name not in divided or name == "train":  # of a part that is divided it is logged once
+                if directory.name not in divided or name == "train":  # a divided part is logged only once
                     _expect(directory, found[directory.name], left_out)
         return {name: write_corpus_dir(out / name, spool, gone, nj=nj) for name, (spool, gone) in listed.items()}
 
@@ -171,7 +172,7 @@ def _divide(parts: Sequence[Path], valid: int, test: int, seed: int, sources: Di
 
 
 def _expect(part: Path, utterances: int, left_out: LeftOut) -> None:
-    """Note speakers of SPEAKERS.TXT, or of the original's number, and utterances that a part lacks."""
+    """Note the speakers (by SPEAKERS.TXT, or else by number) and the number of utterances that a part lacks."""
     there = {path.name for path in directories(part)}
     listed = part.parent / "SPEAKERS.TXT"
     meant: Set[str] = set()
@@ -186,8 +187,7 @@ def _expect(part: Path, utterances: int, left_out: LeftOut) -> None:
 
 
 def _list(sources: Sequence[Source], left_out: LeftOut, found: Counter[str]) -> Iterator[List[Utterance]]:
-    """Yield the utterances of some parts, a list of one each, in the order of their directories; count them in found.
-    """
+    """Yield each utterance of some parts as a list, in the order of the directories; count them in ``found``."""
     for part, speakers in sources:
         empty = True
         for speaker in directories(part):

@@ -28,8 +28,8 @@ from espnet_kd.files import PathLike
 FS = 16000
 VERSION = 3  # part of the settings: raise it when the same settings give other bytes
 DEFAULT_SIZES = {"train": 2400, "valid": 100, "test": 250}
-# Variants of the engine, fixed by name so that another version of it cannot move a voice between the splits. Left
-# out: whispers and robots, which people would not understand either.
+# Variants of the engine, fixed by name so that another version of it cannot move a voice between the splits. Whispers
+# and robotic voices are left out, because people hardly understand them either.
 VARIANTS = {
     "train": words(
         "Alex Alicia Andrea Andy Annie AnxiousAndy Denis Diogo Gene Gene2 Henrique Hugo Jacky Lee Marco Mario "
@@ -95,7 +95,7 @@ def _rng(settings: Settings, split: str, index: int, purpose: int) -> np.random.
 
 
 def voices_of(split: str, language: str = "en") -> List[str]:
-    """Return the engine's voice names (accent+variant) of a split; each variant has one accent for good."""
+    """Return the engine's voice names (accent+variant) of a split; a variant has the same accent in every call."""
     accents = ACCENTS[language]
     return [f"{accents[i % len(accents)]}+{v.replace('_', ' ')}" for i, v in enumerate(VARIANTS[split])]
 
@@ -123,7 +123,7 @@ def plan(settings: Settings, sizes: Mapping[str, int], out: Path) -> List[Uttera
 
 
 def _speak(text: str, voice: str, rng: np.random.Generator, data: bytes) -> np.ndarray:
-    """Speak with random rate and pitch; float64 samples at FS, silence at the ends cut, RMS 1."""
+    """Speak ``text`` at random rate and pitch; return float64 samples at FS, RMS 1, without silence at the ends."""
     import soxr
 
     raw, fs = espeak.synthesise(
@@ -172,7 +172,8 @@ def _noise(n: int, job: UtteranceJob, settings: Settings, rng: np.random.Generat
         for _ in range(3):
             other, _ = make_sentence(rng, settings.language)
             y = _speak(other, voices[int(rng.integers(len(voices)))], rng, data)
-            # Repeated to the length and turned by a random amount, so that the talkers do not start together.
+            # The sentence is repeated to n samples and rotated by a random amount, so that the talkers do not start
+            # together.
             x += np.roll(np.resize(y, n), int(rng.integers(n)))
     return x / np.sqrt(np.mean(x**2))
 
@@ -235,7 +236,7 @@ def prepare_mini(
     record.begin()
     jobs = plan(settings, sizes, out)
     for split in sizes:
-        (out / split / "wav.scp").unlink(missing_ok=True)  # it names the audio that is removed next
+        (out / split / "wav.scp").unlink(missing_ok=True)  # it names audio files that are removed next
         # Files of other settings would otherwise stay beside the new ones.
         shutil.rmtree(out / "wav" / split, ignore_errors=True)
         (out / "wav" / split).mkdir(parents=True)

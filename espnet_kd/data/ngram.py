@@ -17,17 +17,17 @@ from espnet_kd.data.tokenizing import BLANK, SOS_EOS, UNKNOWN, TokenList
 from espnet_kd.files import PathLike, replacing
 
 START, END = "<s>", "</s>"
-NEVER = -99.0  # log10 of what no sentence has
+NEVER = -99.0  # log10 probability of a token that is never predicted
 
 
 @dataclass
 class _Order:
     """The different n-grams of one length, in the order of their keys."""
 
-    prefix: np.ndarray  # (N,) number of the n-gram without its last token, among those shorter by one
+    prefix: np.ndarray  # (N,) index of the n-gram without its last token, in the list of the next shorter n-grams
     last: np.ndarray  # (N,) the last token
-    suffix: np.ndarray  # (N,) number of the n-gram without its first token
-    count: np.ndarray  # (N,)
+    suffix: np.ndarray  # (N,) index of the n-gram without its first token, in the same list
+    count: np.ndarray  # (N,) occurrences
     starts: np.ndarray  # (N,) bool: whether the first token is <s>
 
 
@@ -38,7 +38,7 @@ def make_ngram(
 
     Args:
         texts: Kaldi-style ``text`` files.
-        token_list: of the model that is decoded.
+        token_list: the token list of the model that is decoded.
         order: the longest n-gram.
         lm_texts: further texts without ids, a sentence in a line.
 
@@ -47,7 +47,7 @@ def make_ngram(
     """
     if not 2 <= order <= 6:
         raise UserError(f"--order is {order}; KenLM, which reads it, takes 2 to 6")
-    # What a hypothesis is made of; blank and <sos/eos> are never in one.
+    # The tokens of hypotheses, which never contain blank or <sos/eos>.
     words = [START, END, UNKNOWN, *(t for t in token_list.tokens if t not in (BLANK, SOS_EOS, UNKNOWN, START, END))]
     number = {word: i for i, word in enumerate(words)}
     sentences = [np.fromiter((number.get(t, 2) for t in token_list.split(text)), np.int32)
@@ -82,11 +82,11 @@ def _read(texts: Sequence[PathLike], lm_texts: Sequence[PathLike]) -> Iterator[s
 def _count(sentences: List[np.ndarray], order: int, words: int) -> List[_Order]:
     """Number and count the n-grams of each length up to ``order`` in ``<s> sentence </s>``."""
     x = np.concatenate([part for s in sentences for part in ([0], s, [1])]).astype(np.int64)
-    place = np.concatenate([np.arange(len(s) + 2) for s in sentences])  # in its sentence
+    place = np.concatenate([np.arange(len(s) + 2) for s in sentences])  # position of each token in its sentence
     everything = np.arange(words)
     count = np.bincount(x, minlength=words)
     orders = [_Order(np.zeros(words, np.int64), everything, np.zeros(words, np.int64), count, everything == 0)]
-    ending = x  # at each place, the number of the n-gram that ends there
+    ending = x  # for each position, the index of the n-gram that ends there
     for k in range(2, order + 1):
         at = np.flatnonzero(place >= k - 1)
         keys, first, inverse, count = np.unique(
@@ -106,23 +106,24 @@ def _estimate(orders: List[_Order], words: int) -> List[tuple]:
     lower: Optional[np.ndarray] = None
     for k, o in enumerate(orders):
         count = o.count.astype(np.float64)
-        if k + 1 < len(orders):  # below the longest: after how many different tokens it stands
+        # Kneser-Ney counts a shorter n-gram by the number of different tokens before it; before <s> there is none.
+        if k + 1 < len(orders):
             after = np.bincount(orders[k + 1].suffix, minlength=len(count))
             count = np.where(o.starts, count, after).astype(np.float64)
         if k == 0:
-            count[0] = 0  # nothing predicts <s>
+            count[0] = 0  # <s> is never predicted
         once, twice = (count == 1).sum(), (count == 2).sum()
         discount = once / (once + 2 * twice) if once and twice else 0.5
         heads = len(orders[k - 1].last) if k else 1
         total = np.bincount(o.prefix, count, heads)
         kinds = np.bincount(o.prefix, count > 0, heads)
         total[total == 0] = 1
-        left = discount * kinds / total  # for what the shorter n-gram says
+        left = discount * kinds / total  # the probability mass that goes to the shorter n-gram
         shorter = np.full(len(count), 1 / (words - 1)) if lower is None else lower[o.suffix]
         p = np.maximum(count - discount, 0) / total[o.prefix] + left[o.prefix] * shorter
         if k:
             with np.errstate(divide="ignore"):
-                # Of a history after which nothing stands: all that the shorter one says.
+                # If no token follows a history, the shorter n-gram gets all the mass: the log10 of its weight is 0.
                 out[-1][1][:] = np.where(kinds > 0, np.log10(left), 0.0)
         log = np.log10(p)
         if k == 0:

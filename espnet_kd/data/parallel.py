@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
-CHUNK = 16  # items a process gets at a time
+CHUNK = 16  # items that a process gets at a time
 
 
 def start_worker() -> None:

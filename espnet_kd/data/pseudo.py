@@ -15,9 +15,9 @@ from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines, split_line
 from espnet_kd.data.text_fit import fit_text
 
-#: Names that other recognisers give to the three fields.
+#: Names of the three fields in the files of different recognisers.
 IDS, TEXTS, CONFIDENCES = ("utt_id", "id", "key"), ("text", "pred_text", "transcript"), ("confidence", "score")
-LONGEST_PHRASE = 8  #: words of a phrase whose repetition is looked for
+LONGEST_PHRASE = 8  #: words; repetitions of longer phrases are not searched for
 
 
 class Label(NamedTuple):
@@ -32,7 +32,7 @@ class Limits:
     """Limits for a transcript; None: no limit."""
 
     min_confidence: Optional[float] = None
-    max_repeats: Optional[int] = 3  #: times that a phrase may follow itself
+    max_repeats: Optional[int] = 3  #: times that a phrase may occur in a row
     min_rate: Optional[float] = 1.0  #: characters a second
     max_rate: Optional[float] = 35.0
     max_distance: Optional[float] = None  #: character edits to the CTC teacher's text, as a share of the longer one
@@ -48,7 +48,7 @@ class Verdict:
 
     @property
     def kept(self) -> bool:
-        """Whether it is."""
+        """Whether the transcript is kept."""
         return not self.reason
 
 
@@ -57,11 +57,11 @@ def read_labels(path: Union[str, Path]) -> Dict[str, Label]:
 
     Args:
         path: a Kaldi-style text file, an utterance id and its text in a line; or JSON, an object in a line (``utt_id``,
-            ``text`` and optionally ``confidence``, or what NeMo and others call them).
+            ``text`` and optionally ``confidence``, or the names that NeMo and others use).
 
     Raises:
-        UserError: naming the line: no JSON object, no id or no text in it, a confidence that is no number, an utterance
-            that is there twice; or there is no such file, or nothing in it.
+        UserError: a line, which the message names, is not a JSON object, lacks the id or the text, has a confidence
+            that is not a number, or repeats an utterance; or there is no such file, or nothing in it.
     """
     path = Path(path)
     if not path.is_file():
@@ -93,7 +93,7 @@ def _json_label(line: str, where: str) -> Tuple[str, Label]:
     found = [next((content[n] for n in names if n in content), None) for names in (IDS, TEXTS, CONFIDENCES)]
     utt_id, text, confidence = found
     if utt_id is None and isinstance(content.get("audio_filepath"), str):
-        utt_id = Path(content["audio_filepath"]).stem  # NeMo's manifests name the file
+        utt_id = Path(content["audio_filepath"]).stem  # NeMo's manifests have the audio file instead of an id
     if not isinstance(utt_id, str) or not isinstance(text, str):
         raise UserError(f"{where}: needed are {' or '.join(IDS)}, and {' or '.join(TEXTS)}, both texts")
     if confidence is not None and (isinstance(confidence, bool) or not isinstance(confidence, (int, float))):
@@ -109,10 +109,10 @@ def judge(
     """Decide on one transcript.
 
     Args:
-        seconds: of the audio.
-        tokens: characters that the text must consist of; it is brought to them first (:func:`fit_text`). None given:
-            the text stays as it is.
-        other: what a CTC teacher gives for this audio, with which the text is compared.
+        seconds: length of the audio.
+        tokens: characters that the text must consist of; it is rewritten to them first (:func:`fit_text`). If none
+            are given, the text is not changed.
+        other: the CTC teacher's text for this audio, with which the text is compared.
     """
     text = fit_text(label.text, tokens) if tokens else label.text
     verdict = Verdict(text)
@@ -139,13 +139,13 @@ def judge(
 
 
 def most_repeats(words: List[str]) -> int:
-    """How many times in a row a phrase of up to ``LONGEST_PHRASE`` words is there, at most.
+    """Return the greatest number of times in a row that a phrase of up to ``LONGEST_PHRASE`` words occurs.
 
-    Recognisers with an attention decoder repeat phrases where they lose the audio.
+    Recognisers with an attention decoder repeat phrases when attention loses its position in the audio.
     """
     most = 1 if words else 0
     for size in range(1, min(LONGEST_PHRASE, len(words)) + 1):
-        run = 0  # words that are as those ``size`` earlier
+        run = 0  # number of words in a row that equal the word ``size`` places before
         for i in range(size, len(words)):
             run = run + 1 if words[i] == words[i - size] else 0
             most = max(most, 1 + run // size)
@@ -161,7 +161,7 @@ def distance(text: str, other: str) -> float:
 
 
 def count_reasons(verdicts: Mapping[str, Verdict]) -> Dict[str, int]:
-    """How many transcripts were not kept, by reason; the characters that are no token are one reason."""
+    """Count the transcripts that are not kept, by reason; all characters that are not tokens are one reason."""
     counts: Dict[str, int] = {}
     for verdict in verdicts.values():
         if not verdict.kept:

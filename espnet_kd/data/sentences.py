@@ -1,6 +1,6 @@
 """Sentences for the mini corpus: a small seeded grammar of spoken commands, English and Mandarin.
 
-The vocabulary is small, so that a small recogniser learns it in minutes; what fills a slot cannot be guessed from the
+The vocabulary is small, so that a small recogniser learns it in minutes; the word in a slot cannot be guessed from the
 rest of the sentence.
 """
 
@@ -12,7 +12,7 @@ import numpy as np
 
 
 def words(text: str) -> List[str]:
-    """Cut a list of words, as it is easiest read in the source."""
+    """Split a string into words; a list of words is easier to read in the source as one string."""
     return text.split()
 
 

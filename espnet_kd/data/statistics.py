@@ -10,9 +10,9 @@ from espnet_kd.cli import UserError
 
 
 def check_statistics(path: Union[str, Path]) -> None:
-    """Refuse a ``feats_stats.npz`` of ESPnet that normalises nothing, or makes every feature NaN.
+    """Refuse a ``feats_stats.npz`` of ESPnet with which normalisation is impossible, or makes every feature NaN.
 
-    It holds ``count`` (frames), ``sum`` and ``sum_square`` of each feature, or, as Kaldi has them, one matrix of these.
+    It holds ``count`` (frames), ``sum`` and ``sum_square`` of each feature, or one matrix of these, as in Kaldi.
 
     Raises:
         UserError: the file is missing or of another kind, or has a NaN, an infinite number or a negative variance.

@@ -1,8 +1,8 @@
 """TED-LIUM release 2 (talks, 16 kHz): original layout → data dirs ``train``, ``valid`` (its dev), ``test``.
 
-``{train,dev,test}/sph/<talk>.sph`` and ``stm/<talk>.stm``. The data dirs have ``segments``; stage 2 cuts. The text is
-what ESPnet's tedlium2 recipe makes of it (:func:`clean`), and so are the ids ``<talk>-<start>-<end>`` in 1/100 s. A
-talk is a speaker.
+The corpus has ``{train,dev,test}/sph/<talk>.sph``, and ``stm/<talk>.stm`` beside ``sph``. The data dirs have
+``segments``; stage 2 cuts the audio. Texts (:func:`clean`) and ids (``<talk>-<start>-<end>`` in 1/100 s) are the same
+as in ESPnet's tedlium2 recipe. Each talk counts as a speaker.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from espnet_kd.data.corpora import LeftOut, files_by_stem, find_root, write_corp
 from espnet_kd.data.datadir import Spool, Utterance, iter_lines, os_errors_as_user_errors
 from espnet_kd.files import PathLike
 
-SETS = {"train": "train", "dev": "valid", "test": "test"}  # the corpus's name, and ours
+SETS = {"train": "train", "dev": "valid", "test": "test"}  # {name in the corpus: name of the data dir}
 TALKS = {"train": 1495, "dev": 8, "test": 11}
 IGNORED = "ignore_time_segment_in_scoring"
-# The labels <o,f0,male> or, in older files, <F0_M>; not <unk>, <sil> or <s>, with which a text may begin.
+# Matches the labels <o,f0,male> or, in older files, <F0_M>, but not <unk>, <sil> or <s>, which may begin a text.
 _LABELS = re.compile(r"<[^<>]*,[^<>]*>|<[A-Z]\d_[A-Z]>")
 _NAME_AT_END = re.compile(r"\([^ ]*\)$")
 _VARIANT = re.compile(r"\([0-9]\)")
@@ -44,8 +44,8 @@ def prepare_tedlium2(
 
     Args:
         tedlium2: the directory that holds train/, dev/, test/, or the one above it.
-        drop_fillers: take ``[NOISE]`` and ``<unk>`` out of the text as well, which ESPnet leaves there.
-        padding: seconds that training segments get before and after, as far as their neighbours leave room; ESPnet's
+        drop_fillers: also remove ``[NOISE]`` and ``<unk>`` from the text, where ESPnet keeps them.
+        padding: seconds added before and after each training segment, as far as its neighbours leave room; ESPnet's
             recipe has 0.15 and 0.1.
         skip_faulty: leave faulty segments or talks out, counted and named, instead of stopping.
         nj: processes that read the audio files' headers.
@@ -54,7 +54,7 @@ def prepare_tedlium2(
         UserError: a set is missing, or a talk or line has a fault.
     """
     out = Path(out)
-    if len(padding) != 2 or not all(seconds >= 0 for seconds in padding):  # of no number as well
+    if len(padding) != 2 or not all(seconds >= 0 for seconds in padding):  # NaN is refused too
         raise UserError(f"--padding {' '.join(map(str, padding))}: give the seconds before and after, 0 or more")
     root = find_root(tedlium2, "--tedlium2", "TEDLIUM_release2", SETS, "openslr.org/19")
     with os_errors_as_user_errors(out):
@@ -71,8 +71,8 @@ def prepare_tedlium2(
 def clean(text: str, drop_fillers: bool = False) -> str:
     """Return the words of a STM line as ESPnet's tedlium2 recipe has them.
 
-    ``<sil>``, ``<s>``, ``</s>``, pronunciation variants ``(2)`` and a name in brackets at the end go; fillers become
-    ``[BREATH]`` for ``{BREATH}``; ``it 's`` becomes ``it's``; ``<unk>`` stays.
+    ``<sil>``, ``<s>``, ``</s>``, pronunciation variants ``(2)`` and a name in brackets at the end are removed;
+    ``{BREATH}`` and other fillers become ``[BREATH]``; ``it 's`` becomes ``it's``; ``<unk>`` is kept.
     """
     text = _NAME_AT_END.sub("", text.strip())
     text = _MARKER.sub(" ", _VARIANT.sub("", text)).translate(str.maketrans("{}", "[]"))
@@ -92,7 +92,7 @@ def clean(text: str, drop_fillers: bool = False) -> str:
 
 
 def pad_segments(talk: List[Utterance], before: float, after: float) -> List[Utterance]:
-    """Widen the segments of one talk (sorted by time), by half of the gap to a neighbour at most; seconds."""
+    """Widen the segments of one talk, sorted by time, by these seconds, but at most by half the gap to a neighbour."""
     if not before and not after:
         return talk
     out = []
@@ -105,7 +105,7 @@ def pad_segments(talk: List[Utterance], before: float, after: float) -> List[Utt
 
 
 def parse_stm(path: Path, left_out: LeftOut, drop_fillers: bool = False) -> Iterator[Tuple[float, float, str]]:
-    """Yield (start, end, words) of each line that counts; times in seconds.
+    """Yield (start, end, words) of each line with an utterance; times in seconds.
 
     Raises:
         UserError: a line is no STM line, of another talk, not UTF-8, or ends before it starts.
@@ -141,7 +141,7 @@ def parse_stm(path: Path, left_out: LeftOut, drop_fillers: bool = False) -> Iter
 
 
 def utterance_id(talk: str, start: float, end: float) -> str:
-    """Return ``talk-start-end`` with times in 1/100 s, seven digits each: sorted by name is sorted by time."""
+    """Return ``talk-start-end`` with times in 1/100 s, of seven digits each, so that sorting ids sorts by time."""
     return f"{talk}-{round(start * 100):07d}-{round(end * 100):07d}"
 
 

@@ -1,4 +1,4 @@
-"""Transcripts in the characters that a teacher's token list has: case, apostrophes and punctuation."""
+"""Rewriting of transcripts to the characters of a teacher's token list: case, apostrophes and punctuation."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ APOSTROPHES = "\u2019\u2018\u02bc\u0060\u00b4"
 
 
 def fit_text(text: str, tokens: Collection[str]) -> str:
-    """``text`` in the characters of ``tokens``.
+    """Return ``text`` rewritten to the characters of ``tokens``.
 
-    In this order: letters get the case that the tokens have, where they have one only; other signs for an apostrophe
-    become ``'``; punctuation that is no token is taken out. All else stays as it is.
+    In this order: letters get the case of the tokens, if these have only one case; other apostrophe characters become
+    ``'``; punctuation that is not a token is removed. All other characters are kept.
     """
     letters = {t for t in tokens if len(t) == 1 and t.isalpha()}
     if letters and not any(t.islower() for t in letters):
@@ -34,23 +34,24 @@ def fit_text(text: str, tokens: Collection[str]) -> str:
             char = "'"
         if char in tokens or not unicodedata.category(char).startswith(("P", "S")):
             kept.append(char)
-        elif char in "-\u2013\u2014/":  # these part words
+        elif char in "-\u2013\u2014/":  # these separate words
             kept.append(" ")
     return " ".join("".join(kept).split())
 
 
-#: What is looked for, and what comes in its place.
+#: Pairs of a pattern and its replacement.
 Rules = Sequence[Tuple[Pattern[str], str]]
 
 
 def read_rules(path: Union[str, Path]) -> List[Tuple[Pattern[str], str]]:
     """Read a file of rules by which texts are rewritten, such as digits to words.
 
-    A line has a regular expression of Python's, a tab, and what comes in its place, in which ``\\1`` is the first
-    group; lines that are empty or begin with ``#`` do not count.
+    A line has a Python regular expression, a tab and the replacement, in which ``\\1`` is the first group; lines that
+    are empty or begin with ``#`` are skipped.
 
     Raises:
-        UserError: there is no such file; or naming the line: no tab, no regular expression, or a group that it lacks.
+        UserError: there is no such file; or a line, which the message names, has no tab, no valid regular expression,
+            or a group that the expression lacks.
     """
     path = Path(path)
     if not path.is_file():
@@ -64,7 +65,7 @@ def read_rules(path: Union[str, Path]) -> List[Tuple[Pattern[str], str]]:
             raise UserError(f"{path}:{number}: a rule is a regular expression, a tab, and what comes in its place")
         try:
             pattern = re.compile(expression)
-            pattern.sub(replacement, "")  # whether it has the groups that the replacement names
+            pattern.sub(replacement, "")  # an error if it lacks a group that the replacement names
         except (re.error, IndexError) as e:
             raise UserError(f"{path}:{number}: {expression!r} → {replacement!r} is no rule: {e}") from e
         rules.append((pattern, replacement))
@@ -72,7 +73,7 @@ def read_rules(path: Union[str, Path]) -> List[Tuple[Pattern[str], str]]:
 
 
 def rewrite(text: str, rules: Rules) -> str:
-    """``text`` after each of the rules in turn; what comes in by a rule is parted by blanks from what stands beside."""
+    """Return ``text`` after applying the rules in turn; blanks separate a replacement from the text around it."""
     for pattern, replacement in rules:
         text = pattern.sub(f" {replacement} " if replacement else "", text)
     return " ".join(text.split()) if rules else text
@@ -85,7 +86,7 @@ def fit_data_dir(data_dir: Union[str, Path], tokens: Collection[str], rules: Rul
         utterances that were changed, utterances with a text
 
     Raises:
-        UserError: a character, such as a digit, that is no token afterwards; nothing is changed then.
+        UserError: a text still has a character, such as a digit, that is not a token; then nothing is changed.
     """
     path = Path(data_dir) / "text"
     if not path.is_file():

@@ -1,8 +1,8 @@
 """Tokenization as in ESPnet, with a token list and the files beside it, without importing ESPnet.
 
-A directory of a token list holds ``tokens.txt``, and where there are such ``bpe.model``, ``nlsyms.txt`` (symbols that
-stay whole in a text of characters, one a line; ESPnet's ``non_linguistic_symbols``) and ``cleaner`` (the name of
-ESPnet's text cleaner).
+The directory of a token list holds ``tokens.txt`` and, if they are needed, ``bpe.model``, ``nlsyms.txt`` (symbols that
+are not split into characters, one a line; ESPnet's ``non_linguistic_symbols``) and ``cleaner`` (the name of ESPnet's
+text cleaner).
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Tokenizer:
     Args:
         token_type: "char", "bpe" or "word".
         model: bytes of the SentencePiece model, for "bpe".
-        symbols: what stays whole, for "char".
-        cleaner: name of an ESPnet text cleaner, which a text goes through first.
+        symbols: symbols that are not split into characters, for "char".
+        cleaner: name of an ESPnet text cleaner, which is applied to each text first.
 
     Raises:
         UserError: no such token type, model or cleaner.
@@ -54,16 +54,16 @@ class Tokenizer:
             self._split = self._split_characters
 
     def split(self, text: str) -> List[str]:
-        """Return the tokens of ``text``, whether or not a list has them."""
+        """Return the tokens of ``text``, whether or not a token list has them."""
         return self._split(self._clean(text) if self._clean else text)
 
     def _split_characters(self, text: str) -> List[str]:
         return [SPACE if part == " " else part for part in self._parts.findall(text)]
 
     def special_fault(self, text: str) -> Optional[str]:
-        """The reason why ``text`` may not contain the names of special tokens, or None.
+        """Return the fault of a text with the name of a special token in it, or None.
 
-        ``<unk>`` may stay where it becomes that one token, which an unknown word is.
+        A name other than ``<blank>`` and ``<sos/eos>`` is allowed if it becomes one token, as ``<unk>`` may.
         """
         for name in SPECIAL if "<" in text else ():
             if name in text:
@@ -90,23 +90,23 @@ class TokenList(Tokenizer):
             check_model(self.tokens, content, str(model), str(path))
 
     def characters(self) -> List[str]:
-        """What texts may consist of, beside blanks: the tokens, or the characters of which a BPE model's are made."""
+        """Return what texts may consist of, besides blanks: the tokens, or for BPE the characters of the pieces."""
         if not self._is_bpe:
             return self.tokens
         pieces = (token for token in self.tokens if not (token.startswith("<") and token.endswith(">")))
         return sorted(set("".join(pieces)) - {WORD_START})
 
     def ids(self, text: str) -> List[int]:
-        """The numbers of a text's tokens; that of ``<unk>`` for what the list lacks, as in ESPnet."""
+        """Return the ids of a text's tokens; as in ESPnet, a token that the list lacks has the id of ``<unk>``."""
         return [self._number.get(token, self._number[UNKNOWN]) for token in self.split(text)]
 
     def unknown(self, text: str) -> List[str]:
-        """Return the tokens of ``text`` that the list lacks, sorted; ESPnet takes ``<unk>`` for each."""
+        """Return the tokens of ``text`` that the list lacks, sorted; ESPnet replaces each by ``<unk>``."""
         return sorted({token for token in self.split(text) if token not in self._number})
 
 
 def usable_pieces(model: bytes, name: str = "the BPE model") -> List[str]:
-    """Return those pieces of a SentencePiece model that a text can become, in order; errors of :func:`read_pieces`."""
+    """Return the pieces of a SentencePiece model that a text can have, in order; errors as in :func:`read_pieces`."""
     processor = load_sentencepiece(model, name)
     idle = (processor.is_unknown, processor.is_control, processor.is_unused, processor.is_byte)
     numbers = range(processor.get_piece_size())
@@ -117,10 +117,10 @@ def check_model(tokens: Sequence[str], model: bytes, name: str, owner: str) -> N
     """Refuse a BPE model that does not belong to a token list: a piece that one has and the other lacks.
 
     Args:
-        name, owner: what messages call the model and the token list.
+        name, owner: names of the model and the token list in messages.
 
     Raises:
-        UserError: they do not belong together, or the model is none.
+        UserError: they do not belong together, or the model is not a SentencePiece model.
     """
     pieces = set(read_pieces(model, name))
     absent = [token for token in tokens if token not in pieces and token not in (BLANK, UNKNOWN, SOS_EOS)]
@@ -138,7 +138,7 @@ def read_symbols(path: Path) -> List[str]:
     """Return the symbols of a ``non_linguistic_symbols`` file, one a line; none where there is no file.
 
     Raises:
-        UserError: one of them is a part of another, or has white space in it.
+        UserError: one of them is the beginning of another, or has white space in it.
     """
     if not path.is_file():
         return []
@@ -166,6 +166,6 @@ def _load_cleaner(name: str) -> Callable[[str], str]:
 
         cleaner = TextCleaner(name)
         cleaner("a")
-    except Exception as e:  # an import that is missing, or whatever a cleaner raises that is none
+    except Exception as e:  # a missing package, an unknown cleaner, or any error of the cleaner
         raise UserError(f"the teacher's text cleaner '{name}' cannot be used here: {e}; install what it needs") from e
     return cleaner

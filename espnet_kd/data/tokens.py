@@ -1,4 +1,4 @@
-"""Stage 3: token lists in ESPnet's form, for ``--token_type`` char, word and bpe; made of texts, or a teacher's.
+"""Stage 3: token lists in ESPnet's form, for ``--token_type`` char, word and bpe; made from texts, or a teacher's.
 
 ``tokens.txt`` has one token a line, the line number (from 0) being its id: ``<blank>``, ``<unk>``, the tokens, and
 ``<sos/eos>`` last.
@@ -38,7 +38,8 @@ from espnet_kd.files import PathLike, remove_leftovers, replacing
 
 VERSION = 1
 TOKEN_TYPES = ("char", "word", "bpe")
-# SentencePiece keeps its text in memory, about 25 bytes per character. Speed-perturbed copies have the same text.
+# SentencePiece keeps its text in memory, about 25 bytes per character, so that longer texts are sampled. A sample has
+# each sentence once: speed-perturbed copies repeat them.
 MAX_CHARACTERS = 20_000_000
 
 
@@ -53,17 +54,17 @@ def make_token_list(
 
     Args:
         texts: ``text`` files of training data; validation or test texts do not belong here.
-        token_type: "char" (blanks become ``<space>``), "word", or "bpe" (a SentencePiece unigram model; of texts
-            longer than MAX_CHARACTERS a sample, so that memory does not grow with them).
+        token_type: "char" (blanks become ``<space>``), "word", or "bpe" (a SentencePiece unigram model; texts longer
+            than MAX_CHARACTERS are sampled, so that memory does not grow with them).
         nbpe: length of the whole list for "bpe".
-        nlsyms: a file of symbols that stay whole, one a line, such as ``[NOISE]``. ``<unk>`` in a text, as TED-LIUM has
-            it for a word that nobody understood, is one without asking: it becomes that token.
+        nlsyms: a file of symbols that are not split, one a line, such as ``[NOISE]``. ``<unk>`` in a text, which
+            stands for an unintelligible word in TED-LIUM, is always such a symbol: it becomes the token ``<unk>``.
 
-    The same texts and settings again change nothing.
+    A second call with the same texts and settings changes nothing.
 
     Raises:
-        UserError: a text is missing or empty, has the name of another special token in it or white space that is no
-            blank, ``nbpe`` does not suit it, or it has no blanks between the words that are to be tokens.
+        UserError: a text is missing or empty, has the name of another special token in it or white space that is not a
+            blank, ``nbpe`` does not suit the texts, or words are to be tokens and no text has a blank.
     """
     out_dir = Path(out_dir)
     if token_type not in TOKEN_TYPES:
@@ -72,7 +73,7 @@ def make_token_list(
         raise UserError(f"--nlsyms {nlsyms}: no such file")
     symbols = read_symbols(Path(nlsyms)) if nlsyms is not None else []
     splitter = Tokenizer("word" if token_type == "word" else "char", symbols=[*symbols, UNKNOWN])
-    read = functools.partial(_read_texts, texts, token_type, splitter)  # read anew each time: sentences are not held
+    read = functools.partial(_read_texts, texts, token_type, splitter)  # reads the files at each call, to save memory
     counts = Counter(dict.fromkeys(symbols, 0))
     digest = hashlib.sha256()
     number = 0
@@ -115,12 +116,12 @@ def take_token_list(config: Path, content: Mapping[str, Any], out_dir: PathLike,
     The teacher's ``bpe.model``, ``nlsyms.txt`` and ``cleaner``, if it has them, are written there too.
 
     Args:
-        config: its config.yaml. Files that it names are looked for beside it, then where the name leads from each
-            directory above it (the recipe it was trained in), then from here.
+        config: the teacher's config.yaml. A file that it names is searched beside it, then relative to each directory
+            above it (one of them is the recipe of its training), then relative to the working directory.
         content: the contents of that file.
-        token_type: "char", "word" or "bpe": what the student is to have.
+        token_type: the student's: "char", "word" or "bpe".
 
-    The same teacher again changes nothing.
+    A second call with the same teacher changes nothing.
 
     Raises:
         UserError: the teacher has another token type, or its tokens or BPE model are not found or do not belong
@@ -154,7 +155,7 @@ def _texts_of(config: Path, content: Mapping[str, Any], token_type: str) -> Dict
     """Return the other files for the tokenization of a teacher's texts: {name: content}."""
     files = {}
     named = content.get("non_linguistic_symbols")
-    if named and token_type == "char":  # ESPnet has no use for them beside a BPE model
+    if named and token_type == "char":  # ESPnet does not use them with other token types
         symbols = read_symbols(_beside(config, str(named), "non_linguistic_symbols"))
         if symbols:
             files[NLSYMS] = "".join(f"{symbol}\n" for symbol in symbols)
@@ -162,7 +163,7 @@ def _texts_of(config: Path, content: Mapping[str, Any], token_type: str) -> Dict
     if cleaner:
         if not isinstance(cleaner, str):
             raise UserError(f"{config}: cleaner is {cleaner!r}; expected the name of one of ESPnet's text cleaners")
-        Tokenizer("char", cleaner=cleaner)  # whether it can be used here
+        Tokenizer("char", cleaner=cleaner)  # raises an error if the cleaner cannot be used here
         files[CLEANER] = f"{cleaner}\n"
     return files
 
@@ -177,7 +178,7 @@ def _beside(config: Path, name: str, key: str) -> Path:
 
 
 def _is_made(out_dir: Path, settings: Dict[str, Any]) -> bool:
-    """Whether ``out_dir`` holds a list made with these settings, whole."""
+    """Whether ``out_dir`` holds a complete token list that was made with these settings."""
     needed = ["tokens.txt", "tokens.json"] + ([BPE_MODEL] if settings["token_type"] == "bpe" else [])
     needed += [name for name in (NLSYMS, CLEANER) if name in settings]
     needed += [NLSYMS] if "nlsyms" in settings and settings["token_type"] == "char" else []
@@ -189,7 +190,7 @@ def _is_made(out_dir: Path, settings: Dict[str, Any]) -> bool:
 def _write(
     out_dir: Path, tokens: Sequence[str], model: Optional[bytes], settings: Dict[str, Any], beside: Mapping[str, str]
 ) -> Path:
-    """Write ``tokens.txt``, ``bpe.model`` and the files ``beside``, and last the settings they were made with."""
+    """Write ``tokens.txt``, ``bpe.model`` and the files ``beside``, and last the record with the settings."""
     with os_errors_as_user_errors(out_dir):
         for name in ("tokens.json", BPE_MODEL, NLSYMS, CLEANER, "tokens.txt"):
             remove_leftovers(out_dir / name)
@@ -213,7 +214,7 @@ def _read_texts(texts: Sequence[PathLike], token_type: str, splitter: Tokenizer)
             key, text = split_line(line)
             if not key:
                 continue
-            blank = odd_blank(text) if token_type == "char" else None  # a BPE model takes any white space for a blank
+            blank = odd_blank(text) if token_type == "char" else None  # BPE treats any white space as a blank
             fault = text_fault(text) or splitter.special_fault(text)
             if not text.strip():
                 fault = "the text is empty"
@@ -232,14 +233,14 @@ def _hash(sentences: Iterable[str]) -> str:
 
 
 def _by_frequency(counts: Mapping[str, int]) -> List[str]:
-    """Return the tokens by falling frequency (ties by code point, in which ``<space>`` is the blank)."""
+    """Return the tokens by falling frequency (ties by code point, where ``<space>`` counts as a blank)."""
     return sorted(counts, key=lambda token: (-counts[token], " " if token == SPACE else token))
 
 
 def _sample(sentences: Iterable[str]) -> List[str]:
-    """Return different sentences of at most MAX_CHARACTERS: those whose hashes come first, whatever their order."""
+    """Return different sentences, in all at most MAX_CHARACTERS: those with the lowest hashes, in any input order."""
     kept: Dict[int, str] = {}
-    hashes: List[int] = []  # a heap of negative ones, so that its first is the next to go
+    hashes: List[int] = []  # a heap of negated hashes: the first item is the highest hash, which is removed next
     characters, limit = 0, 1 << 64
     for sentence in sentences:
         value = int.from_bytes(hashlib.blake2b(sentence.encode(), digest_size=8).digest(), "big")
@@ -262,8 +263,8 @@ def _train_bpe(sentences: Iterable[str], nbpe: int, number: int, symbols: Sequen
     model, extra = io.BytesIO(), int(UNKNOWN in symbols)
     options: Dict[str, Any] = {"user_defined_symbols": list(symbols)} if symbols else {}
     if extra:
-        # SentencePiece spells the name of its own piece for what is unknown; under another name, the one of the token
-        # is free. It is in the list in any case, so that there is a piece more.
+        # SentencePiece splits the name of its own unknown piece into characters. That piece gets another name, so that
+        # <unk> can be a symbol. It needs a piece more, because the token list has <unk> in any case.
         options["unk_piece"] = "<unknown>"
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -274,7 +275,7 @@ def _train_bpe(sentences: Iterable[str], nbpe: int, number: int, symbols: Sequen
             model_type="unigram",
             character_coverage=1.0,
             input_sentence_size=100_000_000,
-            # More threads add floats in another order: the list would not be the same on every machine.
+            # More threads would add floats in another order, and the list would differ between machines.
             num_threads=1,
             minloglevel=1,
         )
@@ -284,7 +285,7 @@ def _train_bpe(sentences: Iterable[str], nbpe: int, number: int, symbols: Sequen
 
 
 def _what_fits(message: str, extra: int) -> str:
-    """SentencePiece's message on a vocabulary size, reduced by ``extra``, without its options and source lines."""
+    """Return advice on --nbpe from SentencePiece's message on a wrong size; ``extra`` is subtracted from its limit."""
     high = re.search(r"too high .*<= (\d+)", message)
     low = re.search(r"smaller than required_chars\. \d+ vs (\d+)", message)
     if high:

@@ -73,19 +73,19 @@ def validate(
 
     Args:
         need_text: whether ``text`` has to exist; where it exists it is checked in any case.
-        allow_empty: whether an id alone in ``text`` is no fault: untranscribed audio beside transcribed.
+        allow_empty: whether a line of ``text`` may hold only an id, for untranscribed audio beside transcribed audio.
         token_list: a ``tokens.txt``, with its BPE model, symbols and text cleaner beside it; every token of the texts
             must be in it.
         allow_unknown: only count the utterances with other tokens, as in validation data.
         min_seconds, max_seconds: limits of an utterance's duration.
         check_audio: whether to open the audio files.
-        decode: whether to decode those in which that can show a fault (see
-            :func:`~espnet_kd.data.audio.check_samples`), as formatting does, or to read their headers alone.
+        decode: whether to decode the files in which this can reveal a fault (see
+            :func:`~espnet_kd.data.audio.check_samples`), as formatting does; otherwise only headers are read.
         fs: sampling rate in Hz that every file must have; None to accept any.
-        nj: processes that read them.
+        nj: processes that read the audio files.
 
     Raises:
-        UserError: with the first faults, each with file, line and utterance, and their count.
+        UserError: there are faults; the message has their number, and the first ones with file, line and utterance.
     """
     data_dir = Path(data_dir)
     if not data_dir.is_dir():
@@ -134,7 +134,7 @@ def _head(path: Path) -> bytes:
 
 
 def _check_lines(path: Path, faults: Faults, what: str) -> int:
-    """Note bad UTF-8, empty lines, order and double ids; return the number of ids."""
+    """Note bad UTF-8, empty lines, wrong order and duplicate ids; return the number of ids."""
     if not path.exists():
         faults.add(f"{path}: no such file")
         return 0
@@ -163,7 +163,7 @@ def _check_lines(path: Path, faults: Faults, what: str) -> int:
 
 
 class _Texts:
-    """What may be wrong with a text; ``allow_unknown`` counts what the token list lacks, and is no fault."""
+    """Checks texts for faults; with ``allow_unknown``, tokens that the token list lacks are only counted."""
 
     def __init__(
         self, token_list: Optional[PathLike], token_type: str, allow_empty: bool, allow_unknown: bool
@@ -175,7 +175,7 @@ class _Texts:
         self._number = 0
 
     def faults(self, text: str) -> Iterator[str]:
-        """Yield what is wrong with one text."""
+        """Yield the faults of one text."""
         if not text.strip():
             if not self._allow_empty:
                 yield "the text is empty"
@@ -193,7 +193,7 @@ class _Texts:
                 yield f"not in {self._path}: {listed}"
 
     def report(self, path: Path) -> None:
-        """Log what the token list lacks, where that is no fault."""
+        """Log the tokens that the token list lacks, if these are allowed."""
         if self._allow_unknown and self._number:
             listed = " ".join(f"{token} ({number})" for token, number in self._unknown.most_common(5))
             more = f" and {len(self._unknown) - 5} more" if len(self._unknown) > 5 else ""
@@ -202,7 +202,7 @@ class _Texts:
 
 
 def _check_entries(data_dir: Path, names: Sequence[str], texts: _Texts, faults: Faults) -> None:
-    """Note ids that one file has and another lacks, speakers that differ, and what is wrong with a text."""
+    """Note ids that one file has and another lacks, speakers that differ, and faults of texts."""
     names = [name for name in names if (data_dir / name).exists()]
     streams = {name: read_sorted(data_dir / name, "replace") for name in names}
     has_spk2utt = (data_dir / "spk2utt").exists()
@@ -267,7 +267,7 @@ def _check_audio(
 def _read_info(
     entry: NumberedLine, check: bool, decode: bool
 ) -> Tuple[NumberedLine, Optional[Tuple[int, int, int]], str]:
-    """Return a line of wav.scp with what the file's header says, and what is wrong with it."""
+    """Return the entry of wav.scp, the (frames, rate, channels) of its file's header, and its fault or ""."""
     audio = entry[2]
     if not audio:
         return entry, None, " names no audio file"
@@ -285,7 +285,7 @@ def _read_info(
 def _check_segments(
     data_dir: Path, recordings: Mapping[str, Tuple[Optional[float], Optional[int]]], faults: Faults
 ) -> Iterator[Span]:
-    """Note segments that do not fit their recording; of the others yield the same as :func:`_check_audio`."""
+    """Note segments that do not fit their recording; for the others, yield the same as :func:`_check_audio`."""
     path = data_dir / "segments"
     for utt_id, number, value in read_sorted(path, "replace"):
         where = f"{path}:{number}: utterance '{utt_id}'"
