@@ -21,9 +21,9 @@ from espnet_kd.foreign.sources import need
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-#: Families of Hugging Face's that take samples, which these encoders normalise themselves.
+#: Model families of Hugging Face's that take samples; these encoders normalise the samples themselves.
 SAMPLES = ("wav2vec2", "hubert", "wavlm", "wav2vec2-conformer", "data2vec-audio", "unispeech", "unispeech-sat", "sew")
-#: Families that take features, each with the class of transformers that computes them.
+#: Model families that take features, each with the class of transformers that computes the features.
 FEATURES = {"wav2vec2-bert": "SeamlessM4TFeatureExtractor", "parakeet_ctc": "ParakeetFeatureExtractor"}
 #: Added to the variance when audio is normalised, as in transformers' Wav2Vec2FeatureExtractor.
 EPS = 1e-7
@@ -36,16 +36,16 @@ class ForeignEncoder(AbsEncoder):
     would change their output.
     """
 
-    #: For :func:`espnet_kd.inference.encode.probe`: long test signals cost it no more memory than long utterances do.
+    #: For :func:`espnet_kd.inference.encode.probe`: long test signals need no more memory than long utterances.
     long_probes = True
-    #: For :func:`espnet_kd.inference.padding.make_encoder_exact`: a batch gives what each utterance gives alone.
+    #: For :func:`espnet_kd.inference.padding.make_encoder_exact`: the output for an utterance is the same in any batch.
     no_padding = True
 
     def run(self, speech: Tensor) -> Tuple[Tensor, List[Tensor]]:
         """Run on utterances (B, N) of equal length.
 
         Returns:
-            (B, T, D) and each layer's hidden states, (B, T, D); an empty list where these are not wanted
+            (B, T, D) and each layer's hidden states, (B, T, D); an empty list if no hook records these
         """
         raise NotImplementedError(f"{type(self).__name__} needs a run method")
 
@@ -72,7 +72,7 @@ class Tap(torch.nn.Module):
     """A module in a foreign encoder through which the hidden states of a layer pass, so that a hook can record them."""
 
     def forward(self, hidden: Tensor) -> Tuple[Tensor]:
-        """Return what was given, in the form in which ESPnet's layers return it."""
+        """Return ``hidden`` in the form in which ESPnet's layers return it."""
         return (hidden,)
 
 
@@ -89,7 +89,7 @@ class HuggingFaceCTCEncoder(ForeignEncoder):
         UserError: transformers is not installed, or the family is not known.
     """
 
-    normalize_before = False  # the hidden states are taken as they are
+    normalize_before = False  # the recorded hidden states need no further layer norm
 
     def __init__(
         self,
@@ -151,7 +151,7 @@ class OnnxCTCEncoder(ForeignEncoder):
         return self.tokens
 
     def __getstate__(self) -> Dict[str, Any]:
-        """Without the session, which cannot be copied; it is made again."""
+        """The state without the session, which cannot be copied, and is made again when it is needed."""
         return {**self.__dict__, "_session": None}
 
     def run(self, speech: Tensor) -> Tuple[Tensor, List[Tensor]]:
@@ -165,7 +165,7 @@ class OnnxCTCEncoder(ForeignEncoder):
         return (out.clamp(min=torch.finfo(out.dtype).tiny).log() if self.probabilities else out), []
 
 
-#: By the name that config.yaml gives to ``encoder``.
+#: {value of ``encoder`` in config.yaml: class}.
 ENCODERS = {"hugging_face_ctc": HuggingFaceCTCEncoder, "onnx_ctc": OnnxCTCEncoder}
 
 
@@ -201,7 +201,7 @@ def build_hugging_face(config: Mapping[str, Any]) -> PreTrainedModel:
         return transformers.AutoModelForCTC.from_config(
             transformers.AutoConfig.for_model(family, **options), trust_remote_code=False
         )
-    except Exception as e:  # of transformers, of huggingface_hub, of torch: what they make of a strange value
+    except Exception as e:  # transformers, huggingface_hub and torch raise different errors for wrong values
         reason = " ".join(str(e).split()) or type(e).__name__
         raise UserError(f"transformers cannot build the model_type {family} of this configuration: {reason}") from e
 
@@ -234,12 +234,12 @@ def open_graph(content: bytes) -> Any:
     onnxruntime = need("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = torch.get_num_threads()
-    options.log_severity_level = 4  # what fails is raised
+    options.log_severity_level = 4  # fatal errors only, because errors are raised as well
     wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
     providers = [p for p in wanted if p in onnxruntime.get_available_providers()]
     try:
         return onnxruntime.InferenceSession(content, options, providers=providers)
-    except Exception as e:  # onnxruntime has a class of its own for each reason
+    except Exception as e:  # onnxruntime raises a different class for each kind of error
         raise UserError(f"onnxruntime cannot run the ONNX file: {next(iter(str(e).splitlines()), e)}") from e
 
 
@@ -274,10 +274,10 @@ def run_graph(session: Any, speech: np.ndarray) -> np.ndarray:
         given[lengths.name] = np.full(len(speech), speech.shape[1], kind)
     try:
         outputs = session.run(None, given)
-    except Exception as e:  # onnxruntime has a class of its own for each reason
+    except Exception as e:  # onnxruntime raises a different class for each kind of error
         raise RuntimeError(f"onnxruntime: {next(iter(str(e).splitlines()), e)}") from e
     scores = next((x for x in outputs if x.ndim == 3), outputs[0]).astype(np.float32)
-    # All have as many samples, so that all have as many frames.
+    # All utterances have the same number of samples, and so the same number of frames.
     frames = next((int(x[0]) for x in outputs if x.ndim == 1 and np.issubdtype(x.dtype, np.integer)), None)
     return scores if frames is None else scores[:, :frames]
 

@@ -19,9 +19,9 @@ from espnet_kd.foreign.sources import CONFIG, RECORD, need, read_features, read_
 from espnet_kd.foreign.vocabulary import Vocabulary, make_vocabulary
 from espnet_kd.pieces import BPE_MODEL, UNKNOWN
 
-#: Names of the CTC blank, those first that mean nothing else.
+#: Names of the CTC blank; names that can have no other meaning come first.
 BLANKS = ("<blank>", "<blk>", "<pad>", "[PAD]")
-#: Skipped among the options of a feature extractor.
+#: Options of a feature extractor that only name classes; they are left out.
 NAMES_OF_CLASSES = ("feature_extractor_type", "processor_class")
 
 
@@ -33,7 +33,7 @@ class Imported:
     encoder_conf: Dict[str, Any]
     vocabulary: Vocabulary
     head: Tuple[Tensor, Optional[Tensor]]  #: weight (V', D), bias (V',) or None
-    state: Dict[str, Tensor]  #: of the encoder
+    state: Dict[str, Tensor]  #: parameters of the encoder
     sampling_rate: int  #: Hz
     token_type: str = "char"
     pieces: Optional[bytes] = None  #: SentencePiece model, with the token type bpe
@@ -46,10 +46,10 @@ def import_model(
     """Write the model of ``files`` (:func:`espnet_kd.foreign.sources.find_source`) to ``output_dir``.
 
     Args:
-        options: of :func:`read_onnx`, where it is one.
+        options: options of :func:`read_onnx`, for an ONNX file.
 
     Raises:
-        UserError: it is damaged, or could run code.
+        UserError: the model is damaged, or could run code.
     """
     if source.startswith("hf:"):
         model = read_hugging_face(files[0].parent)
@@ -70,7 +70,7 @@ def read_hugging_face(directory: Path) -> Imported:
         raise UserError(f"{directory / CONFIG}: the model has code of its own (auto_map), which is not run here")
     transformers = need("transformers")
     if isinstance(config.get("pad_token_id"), int) and isinstance(config.get("vocab_size"), int):
-        _check_blank(config["pad_token_id"], config["vocab_size"], directory)  # transformers would warn of it first
+        _check_blank(config["pad_token_id"], config["vocab_size"], directory)  # before transformers warns of it
     model = encoders.build_hugging_face(config)
     state = {}
     for path in weights_of(directory):
@@ -86,7 +86,7 @@ def read_hugging_face(directory: Path) -> Imported:
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             directory, local_files_only=True, trust_remote_code=False, use_fast=None
         )
-    except Exception as e:  # transformers raises what its parts raise
+    except Exception as e:  # transformers raises many kinds of errors
         reason = next(iter(str(e).splitlines()), type(e).__name__)
         raise UserError(f"{directory}: transformers cannot read its tokenizer: {reason}") from e
     head = encoders.ctc_head(model)
@@ -130,13 +130,13 @@ def read_onnx(
     """Read an ONNX file that maps audio (B, N) to CTC scores (B, T, V').
 
     Args:
-        tokens: a file with V' tokens, one a line; a number behind a token is left out (sherpa-onnx's tokens.txt).
-        blank: number of the CTC blank; default: of the first there is of ``BLANKS``.
-        word_delimiter: the token between words; default: ``|`` or ``▁``, if there is one of them.
+        tokens: a file with V' tokens, one a line; numbers after the tokens (sherpa-onnx's tokens.txt) are left out.
+        blank: number of the CTC blank; default: the first of ``BLANKS`` that is among the tokens.
+        word_delimiter: the token between words; default: ``|`` or ``▁``, if it is among the tokens.
         fs: sampling rate in Hz; default 16000.
 
     Raises:
-        UserError: naming the file, or the option.
+        UserError: a file or an option, which the message names, is wrong.
     """
     rows = _lines(tokens)
     content = path.read_bytes()
@@ -165,7 +165,7 @@ def read_onnx(
         word_delimiter = next((t for t in ("|", "▁") if t in rows), None)
     elif word_delimiter not in rows:
         raise UserError(f"--word_delimiter: {tokens} has no token {word_delimiter!r}")
-    # What a text cannot hold: marks such as <s>, and white space that does not stand between words.
+    # Tokens that a text cannot contain: marks such as <s>, and white space that is not the word delimiter.
     marks = {t for t in rows if (t[:1] == "<" and t[-1:] == ">" and t != UNKNOWN) or (t and not t.strip())}
     vocabulary = _vocabulary(tokens, rows, blank, word_delimiter, UNKNOWN, marks - {word_delimiter})
     conf = dict(
@@ -186,7 +186,7 @@ def read_onnx(
 
 
 def write_experiment(model: Imported, output_dir: Path) -> None:
-    """Write config.yaml, model.pth and bpe.model; the configuration last, so that a directory with one is whole."""
+    """Write bpe.model, model.pth and last config.yaml, so that a directory that has config.yaml is complete."""
     weight, bias = model.vocabulary.head(*model.head)
     state = {f"encoder.{k}": v.contiguous() for k, v in model.state.items()}
     state.update({"ctc.ctc_lo.weight": weight, "ctc.ctc_lo.bias": bias})
@@ -217,7 +217,7 @@ def write_experiment(model: Imported, output_dir: Path) -> None:
 
 
 def _espnet_defaults() -> Dict[str, Any]:
-    """ESPnet's options as a plain training has them."""
+    """ESPnet's default options for a training."""
     from espnet_kd.offline import ASRTask
 
     config = ASRTask.get_default_config()
@@ -233,7 +233,7 @@ def _check_blank(blank: Any, rows: int, directory: Path) -> None:
 
 
 def _vocabulary(where: Path, *given: Any) -> Vocabulary:
-    """Errors of :func:`make_vocabulary` name the directory or file."""
+    """Call :func:`make_vocabulary`, and add the directory or file ``where`` to its errors."""
     try:
         return make_vocabulary(*given)
     except UserError as e:
@@ -241,7 +241,7 @@ def _vocabulary(where: Path, *given: Any) -> Vocabulary:
 
 
 def _names(vocabulary: Mapping[str, int], rows: int, directory: Path) -> List[str]:
-    """The token of each row of the head; rows that no token has get a name of their own."""
+    """The token of each row of the head; a row without a token gets a name such as ``<unused5>``."""
     if any(not 0 <= row < rows for row in vocabulary.values()):
         longest = max(vocabulary.values()) + 1
         if longest > rows + 2:  # Wav2Vec2CTCTokenizer adds <s> and </s> to a vocabulary without them
@@ -254,13 +254,13 @@ def _names(vocabulary: Mapping[str, int], rows: int, directory: Path) -> List[st
 
 
 def _token_type(vocabulary: Vocabulary) -> str:
-    """Whether texts are cut into characters; longer tokens (phones) are parted by blanks, as words are."""
+    """``char`` if all tokens are single characters, else ``word``: longer tokens (phones) are separated by blanks."""
     named = [t for t in vocabulary.tokens if not (t.startswith("<") and t.endswith(">"))]
     return "char" if all(len(t) == 1 for t in named) else "word"
 
 
 def _renamed_weight_norm(state: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> Dict[str, Tensor]:
-    """torch renamed the two parts of a weight under weight normalisation; files of before have the old names."""
+    """Rename the parts of weights under weight normalisation, which older versions of torch saved by other names."""
     new = {"weight_g": "parametrizations.weight.original0", "weight_v": "parametrizations.weight.original1"}
     renamed = {}
     for key, value in state.items():
@@ -271,7 +271,7 @@ def _renamed_weight_norm(state: Mapping[str, Tensor], wanted: Mapping[str, Tenso
 
 
 def _lines(path: Path) -> List[str]:
-    """One token a line; sherpa-onnx's files have the number behind it."""
+    """The tokens of a file, one a line, without the numbers that follow them in sherpa-onnx's files."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as e:

@@ -1,8 +1,8 @@
-"""The tokenizer of a model of Hugging Face's that cuts texts into pieces, as a SentencePiece model.
+"""Conversion of a Hugging Face tokenizer that cuts texts into pieces to a SentencePiece model.
 
 ESPnet's ``token_type: hugging_face`` takes token numbers from the tokenizer itself, in which the CTC blank is not 0;
 with a SentencePiece model (``token_type: bpe``) the numbers are those of the token list, and a student needs no
-package of Hugging Face's. What it cuts is compared with the tokenizer before it is taken.
+package of Hugging Face's. Before the SentencePiece model is used, both must cut many texts alike.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from typing import Any, Dict, Iterator, List, Mapping, Optional, Sequence, Set, 
 from espnet_kd.cli import UserError
 from espnet_kd.pieces import BLANK, SOS_EOS, UNKNOWN, WORD_START, load_sentencepiece
 
-#: What a user can do with a tokenizer that has no equal.
+#: Advice to a user whose tokenizer has no equivalent SentencePiece model.
 INSTEAD = "train on its transcripts instead: asr_kd_pseudo makes them a training set for any student"
-TEXTS = 2000  #: that the two must cut alike
+TEXTS = 2000  #: number of random texts that both must cut alike
 BYTE = re.compile("<0x[0-9A-F]{2}>")
 
 
 def has_pieces(tokenizer: Any) -> bool:
     """Whether a tokenizer of transformers cuts texts by a tokenizer.json into pieces of words."""
     if getattr(tokenizer, "backend_tokenizer", None) is None:
-        return False  # vocab.json, with characters or phones
+        return False  # it reads a vocab.json, with characters or phones
     special = set(tokenizer.all_special_tokens)
     named = [t for t in tokenizer.get_vocab() if t not in special and not BYTE.fullmatch(t)]
     return _content(tokenizer)["model"].get("type") != "WordLevel" and any(len(t) > 1 or t == WORD_START for t in named)
@@ -36,9 +36,9 @@ def sentencepiece_model(tokenizer: Any, tokens: Sequence[str], path: Path) -> by
     """The SentencePiece model that cuts texts as a tokenizer does, its pieces being ``tokens``.
 
     Args:
-        tokenizer: of transformers, with a tokenizer.json.
-        tokens: ESPnet's token list of the model, ``<blank>`` and ``<sos/eos>`` in it.
-        path: of the tokenizer, for messages.
+        tokenizer: a tokenizer of transformers, with a tokenizer.json.
+        tokens: ESPnet's token list of the model, with ``<blank>`` and ``<sos/eos>``.
+        path: the tokenizer's file, for messages.
 
     Raises:
         UserError: SentencePiece cannot cut texts in that way.
@@ -72,7 +72,7 @@ def sentencepiece_model(tokenizer: Any, tokens: Sequence[str], path: Path) -> by
             model.pieces.add(piece=token, score=0.0, type=types.USER_DEFINED)
         elif token in scores:
             model.pieces.add(piece=token, score=scores[token], type=types.NORMAL)
-        else:  # rows of the head that no text leads to
+        else:  # a row of the head that no text uses
             model.pieces.add(piece=token, score=0.0, type=types.UNUSED)
     made = model.SerializeToString()
     _compare(tokenizer, made, tokens, path)
@@ -80,7 +80,7 @@ def sentencepiece_model(tokenizer: Any, tokens: Sequence[str], path: Path) -> by
 
 
 def _content(tokenizer: Any) -> Dict[str, Any]:
-    """What tokenizer.json says, as transformers has read it."""
+    """The content of tokenizer.json, as transformers has read it."""
     return json.loads(tokenizer.backend_tokenizer.to_str())
 
 
@@ -91,8 +91,8 @@ def _unigram_scores(model: Mapping[str, Any]) -> Dict[str, float]:
 def _bpe_scores(model: Mapping[str, Any], path: Path) -> Dict[str, float]:
     """Scores by which SentencePiece joins pieces in the order of a list of merges.
 
-    SentencePiece joins any two pieces whose union is a piece, the union of the highest score first. That is a list of
-    merges which has all pairs with one union at one place.
+    SentencePiece joins any two pieces whose union is a piece, the union of the highest score first. This equals a list
+    of merges in which all pairs with the same union stand together.
     """
     merges = (m.split(" ", 1) if isinstance(m, str) else m for m in model["merges"])
     pairs: List[Tuple[str, str]] = [(left, right) for left, right in merges]
@@ -114,7 +114,7 @@ def _bpe_scores(model: Mapping[str, Any], path: Path) -> Dict[str, float]:
 
 
 def _charsmap(normalizer: Optional[Mapping[str, Any]]) -> bytes:
-    """The characters that SentencePiece replaces, where the tokenizer came from such a model."""
+    """SentencePiece's table of replaced characters, if the tokenizer was made from a SentencePiece model."""
     if not normalizer:
         return b""
     if normalizer.get("type") == "Precompiled":
@@ -123,13 +123,13 @@ def _charsmap(normalizer: Optional[Mapping[str, Any]]) -> bytes:
 
 
 def _starts_words(tokenizer: Any, tokens: Sequence[str]) -> bool:
-    """Whether the first word of a text begins as those behind it do."""
+    """Whether the first word of a text begins with the mark of a word's beginning, as all later words do."""
     letter = next((t for t in tokens if len(t) == 1 and t.isalnum()), "a")
     return "".join(tokenizer.tokenize(letter)).startswith(WORD_START)
 
 
 def _compare(tokenizer: Any, model: bytes, tokens: Sequence[str], path: Path) -> None:
-    """Cut texts with both (:class:`UserError`: they differ)."""
+    """Cut texts with the tokenizer and the SentencePiece model; if they differ, raise :class:`UserError`."""
     processor = load_sentencepiece(model)
     known, unknown = set(tokens), tokenizer.unk_token
     for text in _texts(tokens):

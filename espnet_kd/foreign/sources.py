@@ -15,7 +15,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.files import sha256_of
 from espnet_kd.safe_yaml import parse_yaml
 
-#: What a directory of Hugging Face's needs, and what else of it decides what the model computes.
+#: Files that a directory of Hugging Face's must have, and other files in it that change what the model computes.
 CONFIG, VOCABULARY = "config.json", ("vocab.json", "tokenizer.json")
 FEATURES, PROCESSOR = "preprocessor_config.json", "processor_config.json"
 BESIDE = (FEATURES, PROCESSOR, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json")
@@ -28,16 +28,16 @@ RECORD = "foreign"  #: the key of config.yaml with the source of an imported exp
 
 
 def find_source(source: str, tokens: str | None = None) -> Tuple[List[Path], Dict[str, Any]]:
-    """The files of ``hf:DIR``, ``hf:OWNER/NAME[@REVISION]`` or ``onnx:FILE``, the one that decides most first.
+    """The files of ``hf:DIR``, ``hf:OWNER/NAME[@REVISION]`` or ``onnx:FILE``, the main one first.
 
     Args:
         tokens: for an ONNX file, the file with its tokens.
 
     Returns:
-        files; what is recorded of the source: its name, revision, and each file's sha256
+        files; the record of the source: its name, revision, and each file's sha256
 
     Raises:
-        UserError: it is missing, incomplete, or of another kind.
+        UserError: the source is missing, incomplete, or of another kind.
     """
     kind, _, where = source.partition(":")
     record: Dict[str, Any] = {"source": source}
@@ -103,9 +103,9 @@ def files_of(directory: Path) -> List[Path]:
 
 
 def weights_of(directory: Path) -> List[Path]:
-    """The files that hold a model's weights: one, or those of its index; none where it has neither.
+    """The files that hold a model's weights: the single file, or those in its index; none if it has neither.
 
-    Other files of this kind, such as MMS's adapters of other languages, would take the place of its own.
+    Other safetensors files are not read: MMS's adapters of other languages, for example, would replace its weights.
 
     Raises:
         UserError: the index is damaged, or names a file that is missing.
@@ -133,7 +133,7 @@ def is_imported(output_dir: Path, record: Mapping[str, Any]) -> bool:
         return False
     if not (output_dir / "config.yaml").is_file():
         if set(p.name for p in output_dir.iterdir()) <= {"model.pth", "bpe.model"}:
-            return False  # an import that was stopped
+            return False  # left by an import that was stopped
         raise UserError(f"--output_dir: {output_dir} holds other files; give another directory")
     config = output_dir / "config.yaml"
     content = parse_yaml(config.read_text(encoding="utf-8"), f"cannot read {config}")
@@ -170,10 +170,10 @@ def read_mapping(path: Path) -> Dict[str, Any]:
 def read_features(directory: Path) -> Dict[str, Any]:
     """The options of a model's feature extractor: its sampling rate, and whether audio is normalised.
 
-    transformers 5 has them in the file of the processor where a processor was saved, and reads them there first.
+    If a processor was saved, transformers 5 has them in the processor's file, and reads that file first.
 
     Raises:
-        UserError: there are none.
+        UserError: neither file has such options.
     """
     processor = read_mapping(directory / PROCESSOR) if (directory / PROCESSOR).is_file() else {}
     if isinstance(processor.get("feature_extractor"), dict):

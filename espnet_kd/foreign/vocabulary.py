@@ -20,7 +20,7 @@ class Vocabulary:
     """ESPnet's token list for a foreign CTC head, and where each token's row is in that head."""
 
     tokens: List[str]  #: V tokens: ``<blank>`` first, ``<sos/eos>`` last, which no CTC model predicts
-    rows: List[Optional[int]]  #: V rows of the foreign head; None where it has none
+    rows: List[Optional[int]]  #: V row numbers in the foreign head; None for a token without a row
 
     def head(self, weight: Tensor, bias: Optional[Tensor]) -> tuple[Tensor, Tensor]:
         """The foreign head with its rows in ESPnet's order.
