@@ -1,1 +1,1 @@
-"""The main job: many calls of a recipe's run.sh, each when what it needs is there, so many of them side by side."""
+"""The main job: many calls of a recipe's run.sh; each starts when its inputs exist, and several may run at a time."""

@@ -23,7 +23,7 @@ from espnet_kd.runs.steps import State, Step
 
 
 def get_parser() -> argparse.ArgumentParser:
-    """What run_all.sh gives beside its command line."""
+    """The options that run_all.sh passes besides its own command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--root", type=Path, required=True, help="the project's directory")
     parser.add_argument("--activate", default="", help="the command that a new shell needs before others")
@@ -37,7 +37,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
     Raises:
         UserError: a mistake in a method page; a step has failed.
-        SystemExit: 2 wrong options; that of a step which has ended the job; 130 and 143 after a signal.
+        SystemExit: with 2 for wrong options; with the exit code of a step that has ended the job; with 128 + its number
+            after a signal.
     """
     args = get_parser().parse_args(argv)
     try:
@@ -62,7 +63,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
 
 def print_commands(job: Job) -> None:
-    """A dry run: what each step would run."""
+    """A dry run: print the commands that each step would run."""
     load_given_method(job)
     for first, last in ((1, 4), (5, 5), (6, 6), (7, 13)):
         code = subprocess.run([job.command[0], *plan.stages(first, last), *job.options]).returncode
@@ -71,11 +72,11 @@ def print_commands(job: Job) -> None:
 
 
 def check_job_gpus(job: Job) -> None:
-    """Refuse more GPUs than there are, before data are prepared for hours. A cluster has others than this machine."""
+    """Refuse more GPUs than this machine has, before hours of data preparation; GPUs of a cluster are not checked."""
     cmd = job.recipe / "cmd.sh"
     here = cmd.is_file() and re.search(r"^[^#\n]*cuda_cmd=.*run_local", cmd.read_text(encoding="utf-8"), re.MULTILINE)
     if here and job.settings["ngpu"] != "0":
-        # In a process of its own, for it imports torch.
+        # The check runs in its own process, because it imports torch.
         check = f"from espnet_kd import cli; cli.run(lambda _: cli.check_gpus({int(job.settings['ngpu'])}))"
         code = subprocess.run([sys.executable, "-c", check]).returncode
         if code:
@@ -83,7 +84,7 @@ def check_job_gpus(job: Job) -> None:
 
 
 def page_module() -> ModuleType:
-    """The module that reads method pages. What objectives compute with is not imported to look at their options."""
+    """The module that reads method pages. Reading the options of objectives does not need torch and numpy."""
     with importing_lazily(("espnet_kd",), dict.fromkeys(("torch", "numpy"), ())):
         from espnet_kd.distill import page
     return page
@@ -112,7 +113,7 @@ def load_given_method(job: Job) -> None:
 
 
 def run_one(job: Job) -> None:
-    """One method: data, teacher and plain student, distilled student, results. The first failure ends the job."""
+    """Run one method: data, teacher and plain student, distilled student, results. The first failure ends the job."""
     load_given_method(job)
     steps, console = plan.one_method(job), Console()
     with open_pool(job, console) as pool:
@@ -121,7 +122,7 @@ def run_one(job: Job) -> None:
 
 
 def run_comparison(job: Job) -> None:
-    """Several methods and seeds. What fails is named at the end; the others go on.
+    """Run several methods and seeds. If a step fails, the other steps run on, and the last line names it.
 
     Raises:
         UserError: a step has failed.
@@ -155,7 +156,7 @@ def open_pool(job: Job, console: Console) -> Pool:
 
 
 def run_or_exit(job: Job, pool: Pool, steps: Sequence[Step]) -> None:
-    """Run steps of which each has to end well: at the first failure leave with that step's exit code."""
+    """Run steps that must all succeed; at the first failure, exit with that step's exit code."""
     for name, state in pool.run(steps, stop_at_failure=True).items():
         if state is State.FAILED:
             log = job.logs / next(step.log_name for step in steps if step.name == name)
@@ -164,16 +165,16 @@ def run_or_exit(job: Job, pool: Pool, steps: Sequence[Step]) -> None:
 
 
 def failures(steps: Sequence[Step], states: Mapping[str, State]) -> List[str]:
-    """What has failed, for the last line: names of steps, the teacher with all that it takes along as one."""
+    """Names of failed steps for the last line; if the teacher has failed, one entry stands for all that need it."""
     without_teacher = states["teacher"] is State.FAILED
-    # A lost step would train from what an earlier run left.
+    # A lost step is a failure too: it was not started, because it would use outdated files of an earlier run.
     bad = (State.FAILED,) if without_teacher else (State.FAILED, State.LOST)
     names = [step.name for step in steps if states[step.name] in bad]
     return [*names, "all methods that need the teacher"] if without_teacher else names
 
 
 def decodable(job: Job, steps: Sequence[Step], states: Mapping[str, State]) -> List[str]:
-    """The experiments that the steps have left to be decoded."""
+    """The experiments of successful steps, which can be decoded."""
     done = [step.experiment for step in steps if step.experiment and states[step.name] is State.DONE]
     return [experiment for experiment in done if (job.recipe / experiment / "config.yaml").exists()]
 

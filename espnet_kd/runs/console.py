@@ -1,4 +1,4 @@
-"""What a job shows while it runs: a line for each step that ends, and one line of progress for the whole job."""
+"""The output of a running job: a line for each step that ends, and one line of progress for the whole job."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from espnet_kd.runs.steps import State, Step
 
 
 class Console:
-    """Standard error. On a terminal the line of progress is written over; elsewhere a line is added each minute."""
+    """Writes to standard error. A terminal has one line of progress, which is overwritten; a file has one a minute."""
 
     def __init__(self) -> None:
         self.terminal = sys.stderr.isatty()
@@ -30,12 +30,12 @@ class Console:
         print(f"{time.strftime('%H:%M:%S')} {text}", file=sys.stderr, flush=True)
 
     def log_end_of(self, file: Path) -> None:
-        """Write the last lines of a file. A progress bar writes many lines into one."""
+        """Write the last lines of a file; each update of a progress bar counts as a line."""
         last = file.read_text(encoding="utf-8", errors="replace").splitlines()[-5:]
         print("\n".join(last), file=sys.stderr, flush=True)
 
     def is_due(self) -> bool:
-        """Whether progress is to be shown again; if so, the next time is counted from now."""
+        """Whether progress is to be shown again; if so, the interval until the next time begins now."""
         due = time.monotonic() - self._shown >= self._interval
         if due:
             self._shown = time.monotonic()
@@ -50,7 +50,7 @@ class Console:
         except OSError:
             columns = 0
         if columns < 2:
-            columns = 80  # a terminal that does not know its width
+            columns = 80  # the terminal does not report its width
         print(f"\r\033[K{progress[: columns - 1]}", end="", file=sys.stderr, flush=True)
 
 
@@ -68,7 +68,7 @@ class Pace:
         return self._states[step.name] is State.LOST
 
     def left(self) -> str:
-        """The time that the trainings will yet take, in words; empty as long as it is not known."""
+        """The remaining time of the trainings in words; empty while it is not known."""
         total, finished = sum(s.epochs for s in self._steps if not self._is_lost(s)), self._finished()
         if not self._before < finished < total:
             return ""
@@ -80,7 +80,7 @@ def progress(steps: Sequence[Step], states: Mapping[str, State], began: Mapping[
     """The line of progress: how many steps are over, the time left, and what runs.
 
     Args:
-        began: of each step that has started, by :func:`time.monotonic`.
+        began: the start of each step that has started, by :func:`time.monotonic`.
     """
     running = []
     for step in steps:

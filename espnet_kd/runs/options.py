@@ -14,41 +14,41 @@ from typing import DefaultDict, Iterator, Sequence, Tuple
 from espnet_kd.cli import UserError
 
 OWN = ("methods", "seeds", "jobs", "recipe")
-#: Of run.sh. What run_all.sh gives itself; what would differ between the runs of a comparison; what may stand alone.
+#: Options of run.sh: those that only run_all.sh sets, those that --methods excludes, and those that need no value.
 OF_RUN_SH = ("--stage", "--stop_stage", "--show_options", "--experiments")
 SAME_FOR_ALL = ("--method", "--kd_stages", "--seed", "--tag", "--untranscribed")
 FLAGS = ("--dry_run", "--show_options")
 
 
 class WrongOption(UserError):
-    """A mistake in the command line: exit code 2, where others have 1."""
+    """A mistake in the command line: exit code 2, while other errors have 1."""
 
 
 @dataclass(frozen=True)
 class Job:
-    """What is to be done, as the command line has it."""
+    """A job, as the command line describes it."""
 
-    root: Path  #: of the project
+    root: Path  #: directory of the project
     recipe: Path  #: directory of run.sh
-    options: Tuple[str, ...]  #: of every call of run.sh
-    settings: DefaultDict[str, str]  #: what run.sh takes for each of its options
-    methods: str  #: as given; empty: one method, that of run.sh
+    options: Tuple[str, ...]  #: options for every call of run.sh
+    settings: DefaultDict[str, str]  #: {option of run.sh: the value that run.sh uses}
+    methods: str  #: value of --methods; empty: only the method of run.sh
     seeds: Tuple[str, ...]
-    jobs: int  #: steps side by side
+    jobs: int  #: number of steps that may run at the same time
 
     @property
     def command(self) -> Tuple[str, ...]:
-        """What every call of run.sh begins with."""
+        """The beginning of every call of run.sh."""
         return (str(self.recipe / "run.sh"), *self.options)
 
     @property
     def exp(self) -> Path:
-        """Where the experiments are, as an absolute path."""
+        """The absolute path of the directory of experiments."""
         return (self.recipe / self.settings["expdir"]).resolve()
 
     @property
     def logs(self) -> Path:
-        """Where each step has a log."""
+        """The directory with a log of each step."""
         return self.exp / "run_all"
 
     @property
@@ -61,8 +61,8 @@ def parse(root: Path, words: Sequence[str]) -> Job:
     """Read the command line.
 
     Raises:
-        WrongOption: naming the option.
-        SystemExit: run.sh refuses an option; it has written why.
+        WrongOption: an option, which the message names, is wrong.
+        SystemExit: run.sh refuses an option, and has written why.
     """
     own = dict.fromkeys(OWN, "")
     options: Tuple[str, ...] = ()
@@ -84,7 +84,7 @@ def parse(root: Path, words: Sequence[str]) -> Job:
         if name in OF_RUN_SH:
             raise WrongOption(f"{name} is for run.sh of a recipe")
     settings = read_run_settings(recipe / "run.sh", options)
-    # Two trainings side by side need two cores; a GPU is for one.
+    # By default two trainings run at the same time if there are two cores, but only one on a GPU.
     jobs = own["jobs"] or ("2" if (os.cpu_count() or 1) >= 2 and settings["ngpu"] == "0" else "1")
     job = Job(root, recipe, options, settings, own["methods"], tuple(own["seeds"].split() or ["0"]), as_jobs(jobs))
     if job.methods:
@@ -93,7 +93,7 @@ def parse(root: Path, words: Sequence[str]) -> Job:
 
 
 def pairs(words: Sequence[str]) -> Iterator[Tuple[str, ...]]:
-    """Options with their values; what is no option stands where one should, and run.sh refuses it."""
+    """Yield options with their values; a word that is not an option is yielded like one, and run.sh refuses it."""
     i = 0
     while i < len(words):
         alone = words[i] in FLAGS and (i + 1 == len(words) or words[i + 1].startswith("--"))
@@ -109,10 +109,10 @@ def as_jobs(text: str) -> int:
 
 
 def check_comparison(job: Job, names: Sequence[str]) -> None:
-    """Refuse what does not go with --methods (:class:`WrongOption`).
+    """Refuse options that cannot be given with --methods (:class:`WrongOption`).
 
     Args:
-        names: of the options of run.sh that are given.
+        names: names of the given options of run.sh.
     """
     if job.is_dry_run:
         raise WrongOption("--dry_run is for one method: give it without --methods, or to run.sh")
@@ -127,7 +127,7 @@ def check_comparison(job: Job, names: Sequence[str]) -> None:
 
 
 def read_run_settings(run: Path, options: Sequence[str]) -> DefaultDict[str, str]:
-    """What a recipe's run.sh takes for each of its options: {name: value}, empty where a name is not printed.
+    """The values that a recipe's run.sh uses: {option: value}; the value is empty if run.sh does not print the option.
 
     Raises:
         SystemExit: with the exit code of run.sh, which has written what is wrong.

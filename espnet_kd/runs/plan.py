@@ -11,8 +11,8 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from espnet_kd.runs.options import Job, WrongOption
 from espnet_kd.runs.steps import Step
 
-#: A student that the method's export makes smaller is compared with the plain student of another method's
-#: configuration.
+#: {method: other method}. The export of the method makes its student smaller, so that the student is compared with a
+#: plain student of the other method's configuration.
 EXPORTED_LIKE = {"self_kd": "layer_pruning"}
 WITHOUT_TEXT = "statistics without text"
 
@@ -27,21 +27,21 @@ DATA = Step("data", stages(1, 4))
 
 @dataclass(frozen=True)
 class Method:
-    """A method of a comparison, and what its page asks for."""
+    """A method of a comparison, and the requirements in its page."""
 
     page: str  #: a name in conf/methods, or an absolute path
     has_teacher: bool
     needs_text: bool
-    nbest: int  #: hypotheses per utterance that it reads of the teacher's N-best
+    nbest: int  #: hypotheses per utterance that it needs from the teacher's N-best list
 
     @property
     def name(self) -> str:
-        """In the names of students."""
+        """The method's part of the names of its students."""
         return name_of(self.page)
 
 
 def name_of(page: str) -> str:
-    """Of the students of a method page."""
+    """The part of students' names that stands for a method page."""
     return re.sub(r"\.yaml$", "", Path(page).name)
 
 
@@ -51,15 +51,15 @@ def tagged(name: str, tag: str) -> str:
 
 
 def tag_of(seed: str) -> str:
-    """As run.sh has it."""
+    """The tag for a seed, as in run.sh; seed 0 has none."""
     return "" if seed == "0" else f"seed{seed}"
 
 
 def epochs_in(config: Path, options: str) -> int:
-    """The epochs that a training has, 0 where that is not known.
+    """The number of epochs of a training, 0 if it is not known.
 
     Args:
-        options: of the training, which go before the file.
+        options: options of the training, which override the file.
     """
     given = re.findall(r"(?:^|\s)--max_epoch[ =]+(\d+)", options)
     if not given and config.is_file():
@@ -68,7 +68,7 @@ def epochs_in(config: Path, options: str) -> int:
 
 
 def teacher_step(job: Job, needs: Sequence[str] = ()) -> Step:
-    """The teacher's training. Where a teacher is given, it has no epochs."""
+    """The teacher's training. If a finished teacher is given, the step has no epochs."""
     get = job.settings
     epochs = 0 if get["teacher"] else epochs_in(job.recipe / get["teacher_config"], get["teacher_args"])
     return Step("teacher", stages(5, 5), tuple(needs), directory=job.exp / "teacher", epochs=epochs)
@@ -80,12 +80,12 @@ def student_epochs(job: Job, config: str = "") -> int:
 
 
 def one_method(job: Job) -> List[Step]:
-    """The steps with the method, the seed and the tag that run.sh is given."""
+    """The steps of one method, with the method, seed and tag among the options of run.sh."""
     get, epochs = job.settings, student_epochs(job)
     method, tag = name_of(get["method"]), get["tag"] or tag_of(get["seed"] or "0")
     student = tagged(f"student_{method}", get["kd_stages"].replace(" ", ""))
     student = tagged(student, "untranscribed" if get["untranscribed"] else "")
-    # Teacher and plain student need nothing of each other.
+    # Teacher and plain student do not need each other, and can be trained at the same time.
     plain_dir, kd_dir = (job.exp / tagged(name, tag) for name in ("student_plain", student))
     plain = Step("plain student", stages(6, 6), ("data",), directory=plain_dir, epochs=epochs)
     name = f"{method} student, decoding, results"
@@ -94,10 +94,10 @@ def one_method(job: Job) -> List[Step]:
 
 
 def comparison(job: Job, methods: Sequence[Method]) -> List[Step]:
-    """The steps between data and decoding, of all methods and seeds.
+    """The steps between data and decoding, for all methods and seeds.
 
-    First the teacher and what students share; then by seed, so that a distilled student starts as soon as its teacher
-    is there. Until then plain students do.
+    The teacher and the steps that students share come first, then the students by seed. A distilled student can start
+    as soon as its teacher is finished; plain students are trained until then.
     """
     steps = [teacher_step(job)]
     needs: Dict[str, Tuple[str, ...]] = {}
@@ -111,8 +111,8 @@ def comparison(job: Job, methods: Sequence[Method]) -> List[Step]:
         if method.has_teacher or method.nbest:
             needs[method.name] += ("teacher",)
         if method.nbest or (method.has_teacher and job.settings["target_cache"] == "true"):
-            # Once, before the seeds that share it run side by side; two methods may share an N-best, so one after the
-            # other.
+            # Stage 7 runs before the seeds, which share its result and may run at the same time. The stages 7 of all
+            # methods run one after the other, because two methods may share an N-best list.
             shared = Step(
                 f"stage 7 for {method.name}",
                 stages(7, 7, "--method", method.page, *data_options(job, method)),
@@ -133,18 +133,18 @@ def comparison(job: Job, methods: Sequence[Method]) -> List[Step]:
 
 
 def data_options(job: Job, method: Method) -> Tuple[str, ...]:
-    """The training data of a method, where they are not those of all."""
+    """Options for the training data of a method, if it needs data without text."""
     return () if method.needs_text else ("--train_set", f"{job.settings['train_set']}_without_text")
 
 
 def own_config(job: Job, method: str) -> str:
-    """The configuration of a method whose student is another one, as seen from the recipe; empty: there is none."""
+    """The student configuration of a method, relative to the recipe; empty if the method has none of its own."""
     config = f"conf/train_student_{method}.yaml"
     return config if (job.recipe / config).exists() else ""
 
 
 def plain_student(job: Job, seed: str, like: str = "") -> Step:
-    """A plain student of the configuration of all students, or ``like`` that of a method."""
+    """A plain student with the configuration of all students, or with that of the method ``like``."""
     name, tag, config = f"plain, seed {seed}", tag_of(seed), own_config(job, like) if like else ""
     own: Tuple[str, ...] = ()
     if like:
@@ -161,7 +161,7 @@ def plain_student(job: Job, seed: str, like: str = "") -> Step:
 
 
 def distilled_student(job: Job, method: Method, seed: str, needs: Tuple[str, ...]) -> Step:
-    """A student of a method, of its own configuration where it has one."""
+    """A student of a method, with the method's own configuration if there is one."""
     config = own_config(job, method.name)
     own = ("--student_config", config) if config else ()
     directory = tagged(f"student_{method.name}", tag_of(seed))
@@ -176,16 +176,16 @@ def distilled_student(job: Job, method: Method, seed: str, needs: Tuple[str, ...
 
 
 def decoding(experiments: Sequence[str]) -> Optional[Step]:
-    """Decoding and results of these experiments, beside the teacher; None where there are none."""
+    """The step that decodes and scores these experiments and the teacher; None if there are no experiments."""
     if not experiments:
         return None
     return Step("decoding, scoring and results", ("--stage", "12", "--experiments", " ".join(experiments)))
 
 
 def copy_without_text(job: Job) -> None:
-    """Make the training data of methods without labels: to show that none is used, they have none.
+    """Make the training data of methods without labels. They have no text, which proves that no label is used.
 
-    Everything but text is copied, files only: the audio stays where wav.scp says.
+    All files except ``text`` are copied; the audio stays in place, because wav.scp has its paths.
     """
     source = job.recipe / job.settings["dumpdir"] / "raw" / job.settings["train_set"]
     destination = source.with_name(f"{source.name}_without_text")
@@ -199,17 +199,17 @@ def choose_methods(job: Job, names: Sequence[str]) -> Tuple[List[str], List[str]
     """The pages that --methods asks for, and those of ``all`` that the recipe cannot run.
 
     Args:
-        names: of the pages of the package.
+        names: names of the package's pages.
 
     Raises:
         WrongOption: a method is named twice.
     """
     if job.methods == "all":
-        # Elsewhere it has a student of its own, so that this recipe's plain one will not do.
+        # If another recipe has a student configuration for a method, the method needs one in this recipe too.
         own = {p.name for p in job.root.glob("egs2/*/asr_kd1/conf/train_student_*.yaml")}
         left_out = [n for n in names if f"train_student_{n}.yaml" in own and not own_config(job, n)]
         return [name for name in names if name not in left_out], left_out
-    # run.sh works in the recipe's directory.
+    # Paths are made absolute, because run.sh works in the recipe's directory.
     chosen = [str(Path(w).resolve()) if w.endswith((".yaml", ".yml")) else w for w in job.methods.split()]
     short = [name_of(page) for page in chosen]
     for name in short:

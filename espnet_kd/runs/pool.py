@@ -1,4 +1,4 @@
-"""Runs the steps of a job: each as soon as those that it needs have ended and there is room, in a process group."""
+"""Runs the steps of a job, each in a process group, as soon as the steps that it needs have ended and there is room."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from typing import Dict, Iterable, Iterator, List, Sequence
 from espnet_kd.runs.console import Console, Pace, over, progress, time_in_words
 from espnet_kd.runs.steps import State, Step
 
-#: Seconds between two looks at what runs; a step is prepared for minutes and trains for hours.
+#: Seconds between two checks of the running steps; negligible beside the minutes or hours of a step.
 INTERVAL = 0.1
 #: Seconds that a process has to end after SIGTERM.
 GRACE = 15.0
@@ -29,12 +29,12 @@ class Stopped(Exception):
 
 
 class Pool:
-    """Runs steps, and ends all that it has started when it is left: use it in a ``with`` statement.
+    """Runs steps inside a ``with`` statement, at whose end all processes that it has started are ended.
 
     Args:
-        command: what every step begins with: run.sh and the options of the whole job.
+        command: the beginning of every step's command: run.sh and the options of the whole job.
         logs: a directory; each step's output goes into a file of its own.
-        jobs: how many steps run side by side.
+        jobs: how many steps may run at the same time.
     """
 
     def __init__(self, command: Sequence[str], logs: Path, jobs: int, console: Console):
@@ -42,11 +42,11 @@ class Pool:
         self._running: Dict[str, subprocess.Popen] = {}
         self._began: Dict[str, float] = {}
         self._signal = 0
-        self.exit_codes: Dict[str, int] = {}  #: of the steps that have ended, as a shell gives them
+        self.exit_codes: Dict[str, int] = {}  #: {step that has ended: exit code, as a shell gives it}
 
     def __enter__(self) -> Pool:
-        # What is ignored stays so: SIGHUP under nohup, SIGINT in the background of a script. The handler only makes a
-        # note, so that no process is started without being known here.
+        # Ignored signals stay ignored: SIGHUP under nohup, SIGINT for a background job of a script. The handler only
+        # stores the signal: an exception from it could come between the start of a process and its entry in _running.
         numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         self._handlers = {n: signal.getsignal(n) for n in numbers if signal.getsignal(n) is not signal.SIG_IGN}
         for number in self._handlers:
@@ -64,16 +64,16 @@ class Pool:
         self._signal = number
 
     def run(self, steps: Sequence[Step], stop_at_failure: bool = False) -> Dict[str, State]:
-        """Run all steps, those first that come first if they can.
+        """Run all steps; of several that can start, the first in ``steps`` starts first.
 
         Args:
-            stop_at_failure: return as soon as a step has failed; what runs beside it goes on until the pool is left.
+            stop_at_failure: return as soon as a step has failed; other steps run on until the pool is left.
 
         Returns:
-            {name: state in which it was left}
+            {name of a step: its last state}
 
         Raises:
-            Stopped: by a signal.
+            Stopped: a signal has arrived.
         """
         states = {step.name: State.WAITING for step in steps}
         graph = graphlib.TopologicalSorter({step.name: (*step.needs, *step.after) for step in steps})
@@ -109,7 +109,7 @@ class Pool:
             self._running[step.name] = subprocess.Popen(
                 [*self._command, *step.options],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT,
-                start_new_session=True,  # a process group, which is ended as a whole
+                start_new_session=True,  # makes a process group, which can be ended as a whole
             )  # fmt: skip
         self._began[step.name] = time.monotonic()
 
@@ -119,7 +119,7 @@ class Pool:
                 yield step
 
     def _end(self, step: Step, number: int, total: int) -> State:
-        """Take note of a step that has ended, the one of this number of a total."""
+        """Record and log a step that has ended, as the ``number``-th of ``total``."""
         counted = f"{number} of {total}: " if total > 1 else ""
         code = self._running.pop(step.name).returncode
         self.exit_codes[step.name] = code if code >= 0 else 128 - code
@@ -146,6 +146,6 @@ def end_groups(leaders: Iterable[subprocess.Popen]) -> None:
 
 
 def kill_group(leader: subprocess.Popen, number: int) -> None:
-    """Send a signal to a process group, if there is still somebody in it."""
+    """Send a signal to a process group, if it still has a process."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(leader.pid, number)

@@ -10,7 +10,7 @@ from typing import Optional, Tuple
 
 
 class State(enum.Enum):
-    """Of a step."""
+    """The state of a step."""
 
     WAITING = "waiting"
     RUNNING = "running"
@@ -23,13 +23,13 @@ class State(enum.Enum):
 class Step:
     """One call of run.sh."""
 
-    name: str  #: on the console; also of its log
-    options: Tuple[str, ...]  #: beside those of the whole job
-    needs: Tuple[str, ...] = ()  #: names of the steps that have to end well before it starts
-    after: Tuple[str, ...] = ()  #: names of the steps that have to be over before it starts, whatever their end
-    directory: Optional[Path] = None  #: of its training, with the logs in which epochs are counted
-    epochs: int = 0  #: of its training; 0: it trains nothing, or their number is not known
-    experiment: str = ""  #: what it leaves to be decoded, as seen from the recipe; empty: nothing
+    name: str  #: shown on the console; the name of its log is made from it
+    options: Tuple[str, ...]  #: options of run.sh besides those of the whole job
+    needs: Tuple[str, ...] = ()  #: names of the steps that must succeed before it starts
+    after: Tuple[str, ...] = ()  #: names of the steps that must end before it starts, successful or not
+    directory: Optional[Path] = None  #: directory of its training; epochs are counted in the logs there
+    epochs: int = 0  #: epochs of its training; 0 if it trains nothing, or if their number is not known
+    experiment: str = ""  #: the experiment that it leaves to be decoded, relative to the recipe; empty: none
 
     @property
     def log_name(self) -> str:
