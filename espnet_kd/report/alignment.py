@@ -57,8 +57,8 @@ class Agreement:
     """A student compared with its teacher. Counts are of frames or of tokens; a ratio without a basis is None."""
 
     step: float  #: seconds per frame of an offset: the longer of both frame shifts
-    tokens: int = 0  #: of the teacher
-    offsets: Counter = field(default_factory=Counter)  #: {frames later than the teacher: tokens of both}
+    tokens: int = 0  #: number of the teacher's tokens
+    offsets: Counter = field(default_factory=Counter)  #: {frames later than the teacher: tokens that both have}
     frames: Counter = field(default_factory=Counter)  #: see `compare_frames`
 
     @staticmethod
@@ -130,7 +130,7 @@ def compare_frames(teacher: FramePosteriors, student: FramePosteriors) -> Agreem
 
 def _offset(teacher_frame: int, student_frame: int, ratio: float) -> int:
     """The delay in frames of the slower rate; ``ratio`` is the student's frame shift divided by the teacher's."""
-    # Rounding must not put the first of a slower frame's frames into the one before.
+    # 1e-9 is added, because rounding must not move the first fast frame within a slow frame to the slow frame before.
     if ratio >= 1:
         return student_frame - int(teacher_frame / ratio + 1e-9)
     return int(student_frame * ratio + 1e-9) - teacher_frame
@@ -189,13 +189,13 @@ def run_models(
     return result
 
 
-Place = Tuple[Path, str]  # a recipe's directory, and a path as named from there
+Place = Tuple[Path, str]  # a recipe's directory, and a path relative to it
 
 
 def _find_models(
     gathered: Gathered, rows: Sequence[Row], notes: List[str]
 ) -> Tuple[Dict[str, Place], Dict[str, Place]]:
-    """The model that decoded each experiment, and each student's teacher: its own, or else that of the table."""
+    """The model that decoded each experiment, and each student's teacher: its own, or else the one in the table."""
     models: Dict[str, Place] = {}
     for row in rows:
         decoding = gathered.decoding(row)

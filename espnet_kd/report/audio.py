@@ -28,7 +28,7 @@ class Audio:
 
         Args:
             recipe: the directory that relative paths of wav.scp count from.
-            data_dir: as named from there.
+            data_dir: path of the data dir, relative to ``recipe``.
             utt_id: an utterance of the data dir.
         """
         place = recipe / data_dir
@@ -50,7 +50,7 @@ class Audio:
 
 
 def _read_recordings(place: Path) -> Dict[str, str]:
-    """{utterance: file}; {} where utterances are parts of recordings, or nothing can be read."""
+    """{utterance: file}; {} if utterances are parts of recordings, or wav.scp cannot be read."""
     if (place / "segments").exists():
         return {}
     try:

@@ -34,8 +34,8 @@ class Difference:
     rates: Dict[str, Rate]
     plain: Dict[str, float]  #: the plain students' error rates over these seeds, in percent
     utterances: int
-    unit: str = "wer"  #: the one of `UNITS` that counts: CER where no reference has a second word
-    other_epochs: bool = False  #: whether one of them was trained for more epochs than its plain student, or fewer
+    unit: str = "wer"  #: the main one of `UNITS`: CER if no reference has a second word
+    other_epochs: bool = False  #: whether a student and its plain student were trained for different numbers of epochs
 
 
 @dataclass
@@ -45,9 +45,9 @@ class Kind:
     label: str
     rows: List[Row]
     rates: Dict[str, Rate]
-    against: Union[Difference, str, None] = None  #: None: nothing to be compared with (a teacher, a plain student)
+    against: Union[Difference, str, None] = None  #: None for a teacher or a plain student, which are not compared
     cost: Optional[float] = None  #: training time as a multiple of the plain students', if nothing else ran
-    #: Deleted, inserted, substituted words in percent of the reference, where they were counted
+    #: Deleted, inserted and substituted words in percent of the reference, if they were counted
     split: Optional[Dict[str, float]] = None
     alone: bool = True  #: whether nothing else was trained at the same time as any of these, as far as it is known
     rtf: Optional[float] = None  #: real-time factor, a mean over all models of this size on the test set
@@ -61,7 +61,8 @@ class Kind:
 def find_plain(row: Row, rows: Sequence[Row]) -> Union[Row, str]:
     """The plain student that a student is compared with, or the reason why there is none.
 
-    It has the same test set, seed and number of parameters; of several the one with as many epochs, then by name.
+    It has the same test set, seed and number of parameters. Of several, one with the same number of epochs is taken,
+    then the first by name.
     """
     plain = [r for r in rows if r["role"] == "plain" and r["testset"] == row["testset"] and r["wer"] is not None]
     equal = [r for r in plain if r["params"] == row["params"] is not None]
@@ -74,7 +75,7 @@ def find_plain(row: Row, rows: Sequence[Row]) -> Union[Row, str]:
 
 
 def compare(gathered: Gathered) -> List[Kind]:
-    """One entry for each kind of scored experiment, by test set: teachers, plain students, then what helped most.
+    """One entry for each kind of scored experiment, by test set: teachers, plain, then distilled students, best first.
 
     The intervals are bootstraps over seeds and utterances (`bootstrap_seeds`). With a single seed they are over
     utterances only, and do not cover other seeds.
@@ -86,7 +87,7 @@ def compare(gathered: Gathered) -> List[Kind]:
             groups.setdefault((row["testset"], label(row), row["params"]), []).append(row)
     kinds = []
     for (_, name, _), members in groups.items():
-        if len({r["seed"] for r in members}) < len(members):  # only their tags distinguish them
+        if len({r["seed"] for r in members}) < len(members):  # some have the same seed, so that only their tags differ
             parts = [(f"{name} ({r['experiment']})", [r]) for r in members]
         else:
             parts = [(name, members)]
@@ -112,7 +113,7 @@ def _order(kind: Kind) -> Tuple:
 
 
 def _mean(rows: Sequence[Row], gathered: Gathered, unit: str) -> Rate:
-    """Mean over the seeds; its interval needs the counts of the same utterances from each."""
+    """Mean over the seeds; its interval needs the counts of the same utterances for each seed."""
     mean = sum(r[unit] for r in rows) / len(rows)
     if len(rows) == 1:
         return Rate(mean, rows[0][f"{unit}_low"], rows[0][f"{unit}_high"])
@@ -134,7 +135,7 @@ def _split(rows: Sequence[Row], gathered: Gathered) -> Optional[Dict[str, float]
 
 
 def _speed(row: Row, rows: Sequence[Row]) -> Optional[float]:
-    """Mean real-time factor of the models of one architecture, which do the same work; differences are noise."""
+    """Mean real-time factor of the models of one size: they do the same work, so that their differences are noise."""
     like = [r for r in rows if r["testset"] == row["testset"] and r["params"] == row["params"]]
     if row["params"] is None:
         like = [row]
@@ -162,7 +163,7 @@ def _against(pairs: Sequence[Tuple[Row, Row]], gathered: Gathered) -> Union[Diff
         if not lengths.sum():
             return "the references are empty"
         rates[unit] = Rate(*bootstrap_seeds(np.stack([a.errors - b.errors for a, b in zip(ours, theirs)]), lengths))
-        main = "cer" if unit == "wer" and lengths.max() < 2 else "wer"  # as in languages that do not part words
+        main = "cer" if unit == "wer" and lengths.max() < 2 else "wer"  # as in languages without blanks between words
         plain[unit] = 100.0 * sum(int(b.errors.sum()) for b in theirs) / (len(theirs) * int(lengths.sum()))
     other_epochs = any(row["epochs"] != other["epochs"] for row, other in pairs)
     return Difference([row["seed"] for row, _ in pairs], rates, plain, len(ids), main, other_epochs)

@@ -15,7 +15,7 @@ from espnet_kd.report.plotting import add_legend, look, picture, scale_log
 class Curve:
     """Training of one experiment: ``label`` groups (seeds share colour and legend entry), ``stages`` in order.
 
-    ``changes``: after, or within, which epochs of the first of them another KD stage begins.
+    ``changes``: where on the axis of epochs another KD stage begins: n within epoch n, n + 0.5 after it.
     """
 
     label: str
@@ -35,7 +35,7 @@ def draw_curves(curves: Sequence[Curve], labels: Sequence[str], path: Path) -> L
     """
     every = [stats for c in curves for history in c.stages for phases in history.values() for stats in phases.values()]
     names = sorted({name for stats in every for name in stats if name == "loss" or name.startswith("loss_")})
-    names = [n for n in names if n != "loss_scale"]  # of mixed precision: no loss
+    names = [n for n in names if n != "loss_scale"]  # this is the factor of mixed precision, not a loss
     names = [n for n in names if any(_drawable(c, phase, n) for c in curves for phase in ("train", "valid"))]
     if not names:
         return []
@@ -62,9 +62,9 @@ def draw_curves(curves: Sequence[Curve], labels: Sequence[str], path: Path) -> L
 
 
 def _points(curve: Curve, phase: str, name: str) -> Tuple[List[float], List[float]]:
-    """Epochs, counted over all KD stages, and values of one statistic; a NaN between stages breaks the line.
+    """Epochs, counted over all KD stages, and values of one statistic; both are empty if no value is finite.
 
-    (A statistic such as ``loss`` means something else in each stage.)  Both are empty if no value is finite.
+    A NaN between KD stages breaks the line, because a statistic such as ``loss`` has another meaning in each stage.
     """
     epochs: List[float] = []
     values: List[float] = []
@@ -80,7 +80,7 @@ def _points(curve: Curve, phase: str, name: str) -> Tuple[List[float], List[floa
 
 
 def _drawable(curve: Curve, phase: str, name: str) -> bool:
-    """Whether there are two points, which make a line."""
+    """Whether a statistic has at least two finite points, which a line needs."""
     return sum(map(math.isfinite, _points(curve, phase, name)[1])) > 1
 
 

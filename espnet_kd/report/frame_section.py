@@ -22,7 +22,7 @@ HOW = (
 
 
 def show_frames(parts: Sequence[ReportPart], pictures: Pictures, num_utts: int, num_examples: int) -> Section:
-    """Run the models, draw, count; ``frames`` of the rows is filled in on the way."""
+    """Run the models, count and draw; the counts are also written to ``frames`` of the rows."""
     section = Section("Alignment", HOW.format(f"up to {num_utts}"))
     for part in parts:
         for testset in part.test_sets:
@@ -80,7 +80,7 @@ def _show(
 
 
 def _tracks(chosen: Chosen, frames: Any, utt_id: str) -> List[Track]:
-    """Teacher, plain and distilled student, as far as their outputs are there."""
+    """The tracks of teacher, plain and distilled student, without models that have no output for this utterance."""
     name = chosen.student["experiment"]
     models = {"teacher": frames.teachers.get(name)}
     if chosen.plain is not None:

@@ -13,7 +13,7 @@ from espnet_kd.report.curves import Curve
 from espnet_kd.report.plotting import add_legend, look, picture, scale_log
 from espnet_kd.report.results import Gathered
 
-#: Validation statistic → its title, and its factor.
+#: {validation statistic: (title, factor to the unit in the title)}.
 MEASURES = {"loss_ctc": ("CTC loss", 1.0), "cer_ctc": ("CER, %", 100.0)}
 SHARES = (0.25, 0.5, 0.75, 1.0)
 
@@ -26,13 +26,13 @@ class Learning:
     role: str
     params: Optional[int]
     seeds: int
-    epochs: np.ndarray  #: (E,) numbers, counted on over KD stages
-    seconds: np.ndarray  #: (E,) of training until the end of each epoch, mean over seeds
+    epochs: np.ndarray  #: (E,) epoch numbers, which continue over KD stages
+    seconds: np.ndarray  #: (E,) seconds of training until the end of each epoch, mean over seeds
     values: Dict[str, np.ndarray]  #: {one of `MEASURES`: (seeds, E)}; NaN where an epoch lacks it
     alone: bool  #: whether nothing else was trained at the same time as any of them
 
     def mean(self, name: str) -> np.ndarray:
-        """(E,) of one of `MEASURES`."""
+        """(E,) mean over seeds of one of `MEASURES`."""
         return self.values[name].mean(axis=0)
 
 
@@ -131,7 +131,7 @@ def _place(label: str, labels: Sequence[str]) -> int:
 
 
 def _draw(axis, x: np.ndarray, values: np.ndarray, colour: str, marker: str, alpha: float = 0.95) -> List[float]:
-    """One kind in one panel; the finite values drawn."""
+    """Draw one kind in one panel; return the finite values of its mean."""
     mean = values.mean(axis=0)
     every = max(1, len(x) // 8)
     axis.plot(x, mean, color=colour, alpha=alpha, lw=1.4, marker=marker, ms=4, markevery=every)
@@ -155,7 +155,7 @@ def rank_by_epoch(learned: Sequence[Learning]) -> Tuple[List[str], List[List[str
 
 
 def rank_by_time(learned: Sequence[Learning]) -> Tuple[List[str], List[List[str]]]:
-    """The same at the times at which the plain student of that size had done `SHARES` of its training.
+    """The same table at the times at which the plain student of that size had done `SHARES` of its training.
 
     ([], []) if there is no plain student, or if cores were shared. Between two epochs the CER is interpolated.
     """

@@ -6,7 +6,7 @@ from typing import Iterator, List, Sequence, Tuple
 
 import jiwer
 
-#: A piece of text that both have (``equal``), that is missing (``del``) or inserted (``ins``).
+#: (kind, text): ``equal`` for text in both, ``del`` for missing text, ``ins`` for inserted text.
 Piece = Tuple[str, str]
 
 
@@ -15,7 +15,7 @@ def match(reference: Sequence[str], hypothesis: Sequence[str]) -> Iterator[Tuple
 
     Units are not empty and hold no blank.
     """
-    if not reference or not hypothesis:  # jiwer versions differ on these
+    if not reference or not hypothesis:  # versions of jiwer treat empty sequences differently
         if reference or hypothesis:
             yield "delete" if reference else "insert", slice(0, len(reference)), slice(0, len(hypothesis))
         return

@@ -15,7 +15,7 @@ from espnet_kd.report.worst import Example
 
 @dataclass
 class Table:
-    """Cells are text; the first row of ``body`` follows the head. A folded one is shown on demand."""
+    """A table of texts: the head, and the rows of ``body`` below it. A folded table is shown on demand."""
 
     head: Sequence[str]
     body: Sequence[Sequence[str]]
@@ -45,7 +45,7 @@ class Items:
 
 @dataclass
 class Examples:
-    """Utterances with what was recognised, differences marked."""
+    """Utterances with their recognised texts, in which differences are marked."""
 
     examples: Sequence[Example]
     title: str = ""
@@ -57,7 +57,7 @@ Block = Union[Table, Picture, Items, Examples]
 
 @dataclass
 class Section:
-    """A heading, an explanation, and the blocks."""
+    """A heading, an explanation ``how`` to read the section, and the blocks."""
 
     title: str
     how: str
@@ -84,7 +84,7 @@ def to_html(sections: Sequence[Section], title: str = "Results") -> str:
         loader=jinja2.PackageLoader("espnet_kd.report", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
-    # Lines break before an interval, never in it nor before a unit.
+    # With non-breaking spaces, a line can break before an interval, but not inside it or before a unit.
     env.filters["unbroken"] = lambda text: re.sub(r"(?<=[\d,]) (?=[-+]?\d|%|×|min|h |s$)", "\u00a0", text)
     env.filters["count_lines"] = count_lines
     env.filters["data"] = lambda path: base64.b64encode(Path(path).read_bytes()).decode("ascii")

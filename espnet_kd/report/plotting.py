@@ -12,10 +12,10 @@ from espnet_kd.files import replacing
 
 #: Okabe and Ito's palette, which colour-blind readers can tell apart; its yellow is too light for paper.
 COLOURS = ("#000000", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7F7F7F")
-MARKERS = "os^Dv<>P"  # so that black-and-white paper tells lines apart too
+MARKERS = "os^Dv<>P"  # they distinguish lines also in black and white
 WIDTH = 6.7  #: inches: the text width of A4, so that type is printed at its size
 DPI = 180  # 1206 pixels wide
-#: For tokens that matplotlib's own font lacks, where one of these is installed.
+#: Fonts for tokens that matplotlib's own font lacks; those that are installed are used.
 MORE_FONTS = (
     *("Noto Sans CJK SC", "Noto Sans CJK JP", "Source Han Sans CN", "WenQuanYi Zen Hei", "WenQuanYi Micro Hei"),
     *("Droid Sans Fallback", "Microsoft YaHei", "PingFang SC", "Noto Sans"),
@@ -30,7 +30,7 @@ def picture(path: Path, height: float, rows: int = 1, columns: int = 1, **option
     """
     import matplotlib
     from matplotlib import font_manager
-    from matplotlib.figure import Figure  # not pyplot: it keeps figures, and looks for a screen
+    from matplotlib.figure import Figure  # not pyplot, which keeps figures in memory and looks for a display
 
     installed = set(font_manager.get_font_names())
     style: Dict[Any, Any] = {
@@ -44,7 +44,7 @@ def picture(path: Path, height: float, rows: int = 1, columns: int = 1, **option
         figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
         yield figure, figure.subplots(rows, columns, squeeze=False, **options)
         with replacing(path, "wb") as f, warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph")  # a box is drawn for what no font has
+            warnings.filterwarnings("ignore", message="Glyph")  # a box is drawn for a character without glyph
             figure.savefig(f, format="png")
 
 

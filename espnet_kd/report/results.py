@@ -16,8 +16,8 @@ from espnet_kd.report.curves import Curve
 from espnet_kd.report.labels import Row, describe_kind, label_rows
 
 ROLES = ("teacher", "plain", "student")
-#: Keys of every row, in this order; None where a fact is not known. ``expdir`` is as given; ``frames`` is what
-#: `espnet_kd.report.alignment` found.
+#: Keys of every row, in this order; a value is None if the fact is not known. ``expdir`` is the path as it was given;
+#: ``frames`` is the result of `espnet_kd.report.alignment`.
 KEYS = (
     "role", "method", "kd_stages", "params", "epochs", "seed", "testset", "cer", "wer", "wer_low", "wer_high", "rtf",
     "train_seconds", "cer_low", "cer_high", "experiment", "expdir", "model_bytes", "frames",
@@ -34,7 +34,7 @@ class Gathered:
     notes: List[str] = field(default_factory=list)
     paths: Dict[str, Path] = field(default_factory=dict)  #: directory of each experiment
     spans: Dict[str, Tuple[float, float]] = field(default_factory=dict)  #: when each was trained, seconds since 1970
-    decodings: Dict[Tuple[str, str], Path] = field(default_factory=dict)  #: of (experiment, test set)
+    decodings: Dict[Tuple[str, str], Path] = field(default_factory=dict)  #: {(experiment, test set): directory}
 
     def ran_alone(self, row: Row) -> bool:
         """Whether no other experiment was trained at the same time, judged by the times of the files."""
@@ -111,7 +111,7 @@ def read_json_object(path: Path, notes: List[str]) -> Optional[Dict[str, Any]]:
 def find_recipe(near: Path, given: Any) -> Optional[Path]:
     """The directory to which the path ``given`` is relative; None if it is not found.
 
-    Looked for above ``near`` (an experiment), then here.
+    The directories above ``near`` (an experiment) are tried first, then the working directory.
     """
     if not isinstance(given, str) or not given:
         return None
@@ -122,7 +122,7 @@ def find_recipe(near: Path, given: Any) -> Optional[Path]:
 def find_data(decoding: Path) -> Optional[Tuple[Path, str]]:
     """(recipe's directory, data dir relative to it) of a decoding; None if it does not exist any more.
 
-    It is the one in decode.json, or else the one where the recipes put it.
+    It is the one that decode.json names, or else the one in the recipes' usual place.
     """
     given = (read_json_object(decoding / "decode.json", []) or {}).get("data_dir")
     for name in (given, f"dump/raw/{decoding.name[len('decode_') :]}"):
@@ -178,7 +178,7 @@ def _add(result: Gathered, path: Path, forced: Dict[str, Any]) -> None:
     result.rows += rows
     parts = read_parts(path)
     changes = [part.last + 0.5 * (following.first > part.last) for part, following in zip(parts, parts[1:])]
-    result.curves.append(Curve(name, stages, name, changes))  # `gather` makes the label
+    result.curves.append(Curve(name, stages, name, changes))  # `gather` replaces the label
 
 
 def _score(score: Dict[str, Any], score_file: Path, result: Gathered) -> Dict[str, Any]:
@@ -218,7 +218,7 @@ def _short(path: Path) -> str:
 def _seed(path: Path) -> Optional[int]:
     if not (path / "config.yaml").is_file():
         return None
-    from espnet_kd.experiments.models import read_config  # only here: it takes torch
+    from espnet_kd.experiments.models import read_config  # imported here, because it imports torch
 
     try:
         return read_config(path / "config.yaml").get("seed")

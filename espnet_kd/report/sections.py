@@ -25,7 +25,7 @@ from espnet_kd.report.worst import choose_student, collect_worst
 
 @dataclass
 class ReportPart:
-    """One EXPDIR: what was gathered, compared, and ``where`` to tell it from others ("" for a single one)."""
+    """The results and comparisons of one EXPDIR; ``where`` names it if there are several, and is "" otherwise."""
 
     gathered: Gathered
     kinds: List[Kind]
@@ -33,12 +33,12 @@ class ReportPart:
 
     @property
     def test_sets(self) -> List[str]:
-        """Those that anything is scored on, sorted."""
+        """The test sets for which any experiment is scored, sorted."""
         return sorted({testset for _, testset in self.gathered.decodings})
 
     @property
     def labels(self) -> List[str]:
-        """The labels in its pictures, in the same order in all of them."""
+        """The labels in this part's pictures, which have the same order in all of them."""
         label = label_rows(self.gathered.rows)
         return list(dict.fromkeys([*map(label, self.gathered.rows), *(kind.label for kind in self.kinds)]))
 
@@ -218,7 +218,7 @@ def tell_environment() -> Section:
 
 
 def list_missing(parts: Sequence[ReportPart]) -> Optional[Section]:
-    """What could not be shown, or None."""
+    """The section on what the report lacks; None if it lacks nothing."""
     notes = [note for part in parts for note in dict.fromkeys(part.gathered.notes)]
     return Section("Missing", "What this report lacks, and why.", [Items(notes)]) if notes else None
 
@@ -257,9 +257,9 @@ def _stages(experiment: str, stages: Sequence[History], gathered: Gathered) -> L
     """Lines for each KD stage of an experiment that has several: one, or one for each test set it is scored on."""
     rows = [row for row in gathered.rows if row["experiment"] == experiment]
     parts = [(part.number, part.epochs, part.history) for part in read_parts(gathered.paths[experiment])]
-    if not parts:  # each KD stage a training of its own
+    if not parts:  # each KD stage was a training of its own
         numbers = rows[0]["kd_stages"]
-        if numbers is None or len(numbers) != len(stages):  # one has left no statistics
+        if numbers is None or len(numbers) != len(stages):  # one of them has left no statistics
             numbers = list(range(1, len(stages) + 1))
         parts = [(number, str(len(history)), history) for number, history in zip(numbers, stages)]
     lines = []

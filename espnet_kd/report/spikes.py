@@ -11,10 +11,10 @@ import numpy as np
 
 from espnet_kd.report.plotting import add_legend, look, picture
 
-SECONDS = 4.0  #: of an utterance in a picture; the tokens of more would not be legible on paper
-FARTHEST = 4  #: frames; offsets beyond are counted with it
+SECONDS = 4.0  #: length of the part of an utterance in a picture; tokens of a longer part would not be legible on paper
+FARTHEST = 4  #: frames; larger offsets are counted as this one
 DYNAMICS = 80  #: dB that the spectrogram shows
-_LANES = 3  # of token labels above each other
+_LANES = 3  # lines of token labels above each other
 
 
 @dataclass
@@ -65,7 +65,7 @@ def draw_spikes(tracks: Sequence[Track], samples: np.ndarray, rate: int, path: P
         window = min(512, len(samples) // 2 + 1)
         spectrum, _, _, image = bottom.specgram(
             samples + 1e-6, NFFT=window, Fs=rate, noverlap=window // 2, cmap="Greys"
-        )  # the decibels of true silence would be −∞
+        )  # 1e-6 is added, because digital silence would be −∞ dB
         loudest = 10 * np.log10(spectrum.max())
         image.set_clim(loudest - DYNAMICS, loudest)
         bottom.set_ylabel("Hz")
@@ -83,14 +83,14 @@ def _draw_track(axis, track: Track, colour: str, begin: float, end: float) -> in
     axis.set_ylabel("1 − p(∅)")
     # The name stands outside the plot, where no token can cover it.
     axis.set_title(track.label, loc="left", pad=2, fontsize=9, color=colour, fontweight="bold")
-    free = [begin] * _LANES  # where each lane has room again
+    free = [begin] * _LANES  # the time from which each lane has room
     visible = [(t, token) for t, token in track.spikes if begin <= t < end]
     for seconds, token in visible:
         token = token.replace("▁", "_")  # SentencePiece's mark is wider than any letter
-        width = (0.09 * len(token) + 0.05) * (end - begin) / 6.0  # inches of 9-point type on a plot of 6 inches
+        width = (0.09 * len(token) + 0.05) * (end - begin) / 6.0  # seconds; 9-point type on a plot of 6 inches
         lane = min(range(_LANES), key=lambda k: (free[k] > seconds, free[k] if free[k] > seconds else k))
         if free[lane] > seconds or seconds + width > end:
-            continue  # no room: the spike is drawn, its token is not named
+            continue  # there is no room for the label; the spike itself is drawn
         free[lane] = seconds + width
         axis.text(seconds, 1.1 + 0.5 * lane, token, fontsize=9, ha="left", va="bottom", clip_on=True)
     return len(visible)

@@ -8,7 +8,7 @@ from typing import Dict, List, Optional, Sequence
 from espnet_kd.report.compare import UNITS, Kind
 from espnet_kd.report.plotting import add_legend, look, picture, scale_log
 
-#: Number of a row → what the axis says of it.
+#: {key of a row: label of its axis}.
 AXES = {"params": "parameters", "rtf": "real-time factor (smaller is faster)"}
 
 
@@ -16,7 +16,7 @@ def draw_tradeoff(kinds: Sequence[Kind], key: str, labels: Sequence[str], path: 
     """Draw CER and WER, with their intervals, over one of `AXES` (logarithmic); a row of panels for each test set.
 
     The place of a kind's label in ``labels`` gives its colour. Points of equal x are moved apart a little. A test set
-    whose models are all of one size, or speed, has nothing to show, and is left out.
+    is left out if all its models have the same size or speed.
 
     Returns:
         {test set: labels drawn}; {} where there is nothing to draw, and then no file is written.

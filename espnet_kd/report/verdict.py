@@ -6,7 +6,7 @@ from typing import Dict, List, Sequence
 
 from espnet_kd.report.compare import Difference, Kind
 
-#: Unit of errors → what its errors are called.
+#: {unit of errors: name of its errors}.
 ERRORS = {"wer": "word errors", "cer": "character errors"}
 
 

@@ -23,17 +23,17 @@ SILENT = 2.0
 
 @dataclass
 class Status:
-    """One run: a teacher, a plain student or a distilled one (once each of its KD stages was a run)."""
+    """One run: a teacher, a plain student or a distilled one (in earlier versions, one of its KD stages)."""
 
     name: str
     what: str
-    epoch: int  #: the last finished one
+    epoch: int  #: the last finished epoch
     epochs: Optional[int]
-    loss: Optional[float]  #: of validation, in the last finished epoch
-    left: Optional[float]  #: seconds; None while the first epoch runs
+    loss: Optional[float]  #: validation loss of the last finished epoch
+    left: Optional[float]  #: remaining seconds; None while the first epoch runs
     silent: float  #: seconds since anything was written
     finished: bool
-    pace: float  #: seconds of an epoch; 0 while the first one runs
+    pace: float  #: seconds per epoch; 0 while the first one runs
 
     def __str__(self) -> str:
         known = self.epoch or not self.finished  # unknown for a finished run without checkpoint and log
@@ -60,7 +60,7 @@ def watch(expdirs: Sequence[Path], once: bool = False) -> None:
             raise UserError(f"{expdir} is not a directory; give one that holds experiments")
     root = logging.getLogger()
     before = root.level
-    root.setLevel(logging.ERROR)  # a checkpoint that is being written cannot be read now
+    root.setLevel(logging.ERROR)  # hides warnings about checkpoints that are being written
     try:
         while True:
             lines = [str(read_status(*run)) for expdir in expdirs for run in find_runs(expdir)]
@@ -73,20 +73,20 @@ def watch(expdirs: Sequence[Path], once: bool = False) -> None:
                 return
             time.sleep(REFRESH)
     except KeyboardInterrupt:
-        return  # its usual end
+        return  # Ctrl-C is the usual way to end it
     finally:
         root.setLevel(before)
 
 
 def find_runs(expdir: Path) -> Iterator[Tuple[Path, str]]:
-    """(directory, name) of every run: an experiment, and before it its KD stages where each was a run of its own."""
+    """(directory, name) of every run: each experiment, and before it its KD stages if each of them was a run."""
     experiments = [expdir] if (expdir / "config.yaml").is_file() else sorted(p for p in expdir.iterdir() if p.is_dir())
     for experiment in experiments:
         stages = [p for p in experiment.glob("kd_stage*/") if re.fullmatch(r"kd_stage\d+", p.name)]
-        # One training of all KD stages leaves no more in these directories than the student that each ended with.
+        # If all KD stages were one training, these directories hold only the student at the end of each KD stage.
         stages = [p for p in stages if (p / "kd_stage.json").is_file() or (p / "checkpoint.pth").is_file()]
         for run in (*sorted(stages, key=lambda p: int(p.name[len("kd_stage") :])), experiment):
-            # Training writes config.yaml first; statistics have one, too, further down.
+            # A training writes config.yaml first. Directories of statistics have theirs only in subdirectories.
             if (run / "config.yaml").is_file():
                 yield run, experiment.resolve().name
 
@@ -114,15 +114,15 @@ def read_status(run: Path, name: str) -> Status:
 
 
 def _has_result(run: Path) -> bool:
-    """Whether the training is finished, which an average of its epochs or an exported model shows."""
+    """Whether the run has an average of its epochs or an exported model, which only a finished training has."""
     return any(next(run.glob(pattern), None) for pattern in ("*.ave.pth", "*.ave_*best.pth", "model.pth"))
 
 
 def _kd_stage(record: Dict[str, Any], epoch: int) -> Any:
-    """The KD stage that training is in after ``epoch`` epochs: the one that the next epoch begins in."""
+    """The KD stage of the training after ``epoch`` epochs: the one in which the next epoch begins."""
     stages = record.get("stages")
     if not isinstance(stages, list):
-        return record.get("kd_stage")  # each was a training of its own
+        return record.get("kd_stage")  # in earlier versions, each KD stage was a training of its own
     try:
         return next((s["kd_stage"] for s in stages if s["epochs"][1] > epoch), stages[-1]["kd_stage"])
     except (KeyError, TypeError, IndexError):
@@ -130,7 +130,7 @@ def _kd_stage(record: Dict[str, Any], epoch: int) -> Any:
 
 
 def _written(run: Path) -> List[float]:
-    """When its checkpoint and logs were last written; the logs of KD stages lie in the experiment."""
+    """Times of a run's checkpoint, config.yaml and logs; the logs of KD stages are in the experiment's directory."""
     logs = [*run.glob("train*.log"), *(run.parent.glob(f"train.{run.name}.log"))]
     return [p.stat().st_mtime for p in (*logs, run / "checkpoint.pth", run / "config.yaml") if p.exists()]
 

@@ -14,19 +14,19 @@ from espnet_kd.report.labels import Row
 from espnet_kd.report.matching import Piece, mark
 from espnet_kd.report.results import Gathered, find_data
 
-SHOWN = 5  #: of each sort
+SHOWN = 5  #: utterances in each group
 
 
 @dataclass
 class Chosen:
-    """The student that a test set's examples are of: the first of the table, with its plain student and teacher."""
+    """The student that a test set's examples show, the first in the table, with its plain student and teacher."""
 
     student: Row
     label: str
     plain: Optional[Row]
     teacher: Optional[Row]
-    errors: Dict[str, int] = field(default_factory=dict)  #: words (or characters) wrong in each utterance
-    change: Dict[str, int] = field(default_factory=dict)  #: errors less those of the plain student
+    errors: Dict[str, int] = field(default_factory=dict)  #: {utterance: word errors}
+    change: Dict[str, int] = field(default_factory=dict)  #: {utterance: errors minus those of the plain student}
 
 
 @dataclass
@@ -57,30 +57,29 @@ def choose_student(gathered: Gathered, kinds: Sequence[Kind], testset: str) -> O
 
 
 def _errors(gathered: Gathered, row: Row) -> Dict[str, int]:
-    """{utterance: words wrong}; {} where they cannot be read."""
+    """{utterance: word errors}; {} if they cannot be read."""
     counts = read_counts(gathered, row, "wer")
     return dict(zip(counts.utt_ids, map(int, counts.errors))) if counts else {}
 
 
 def choose_examples(chosen: Chosen, num: int) -> List[Tuple[str, str]]:
-    """(utterance, why) of up to ``num`` utterances: what distillation changed most, to the better and the worse, and
-    typical ones."""
+    """Up to ``num`` (utterance, why): those that distillation improved most and worsened most, and typical ones."""
     picked: Dict[str, str] = {}
     if chosen.change:
         ranked = sorted(chosen.change, key=lambda u: (chosen.change[u], u))
         for what, u in (("most improved", ranked[0]), ("most worsened", ranked[-1])):
             picked.setdefault(u, f"{what}, errors against the plain student {chosen.change[u]:+d}")
     ranked = sorted(chosen.errors, key=lambda u: (chosen.errors[u], u))
-    for i in sorted(range(len(ranked)), key=lambda i: abs(i - len(ranked) // 2))[: num + 2]:  # the median, and around
+    for i in sorted(range(len(ranked)), key=lambda i: abs(i - len(ranked) // 2))[: num + 2]:  # nearest to the median
         u = ranked[i]
         picked.setdefault(u, f"typical, errors: {chosen.errors[u]}")
     return list(picked.items())[:num]
 
 
 def collect_worst(gathered: Gathered, chosen: Chosen, notes: List[str], audio: Audio) -> Dict[str, List[Example]]:
-    """{what they have in common: examples with their texts}; files that cannot be read are listed in ``notes``.
+    """{property of a group: its examples with their texts}; files that cannot be read are listed in ``notes``.
 
-    ``audio`` embeds that of the first ones.
+    ``audio`` embeds the audio of the first examples, up to its limit.
     """
     errors, change = chosen.errors, chosen.change
     worst = sorted((u for u in errors if errors[u]), key=lambda u: (-errors[u], u))
