@@ -1,1 +1,1 @@
-"""Experiment directories: what they hold, how it is found, loaded safely and kept whole."""
+"""Experiment directories: finding their files, loading them safely and keeping them complete."""

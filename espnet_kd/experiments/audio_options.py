@@ -34,7 +34,7 @@ def sampling_rate(args: argparse.Namespace) -> float:
     import humanfriendly
 
     fs: Any = None
-    for option in ("frontend_conf", "preencoder_conf"):  # sliding windows leave it to the sinc layer
+    for option in ("frontend_conf", "preencoder_conf"):  # with sliding windows, the sinc layer has it
         conf = getattr(args, option, None)
         fs = conf.get("fs") if fs is None and isinstance(conf, Mapping) else fs
     if fs is None:
@@ -55,7 +55,7 @@ def takes_audio(args: argparse.Namespace) -> bool:
 
 def volume(args: argparse.Namespace) -> Optional[float]:
     """The peak to which an ESPnet configuration normalises utterances; None if it does not normalise them."""
-    # As ESPnet reads it: a configuration of before rir_scp has no such option.
+    # As in ESPnet, the option counts only beside rir_scp, which configurations of older versions do not have.
     return getattr(args, "speech_volume_normalize", None) if hasattr(args, "rir_scp") else None
 
 
@@ -70,10 +70,11 @@ def check_teacher_audio(student: argparse.Namespace, teacher: argparse.Namespace
 
     Args:
         student: options of training.
-        teacher: contents of the teacher's config.yaml; ``name`` is what it is called in messages.
+        teacher: contents of the teacher's config.yaml.
+        name: the teacher's name in messages.
 
     Raises:
-        UserError: naming the option.
+        UserError: only the student normalises the volume; the message names the option.
     """
     mine, theirs = volume(student), volume(teacher)
     if mine is not None and theirs is None:
@@ -85,10 +86,10 @@ def check_teacher_audio(student: argparse.Namespace, teacher: argparse.Namespace
 
 
 def check_channels(channels: int, student: argparse.Namespace, where: str) -> None:
-    """Refuse audio of several channels for distillation: the student would get any, the teacher the first.
+    """Refuse audio of several channels for distillation: the student would get a random one, the teacher the first.
 
     Raises:
-        UserError: ``where`` is the utterance.
+        UserError: the audio of the utterance ``where`` has several channels.
     """
     conf = getattr(student, "preprocessor_conf", None) or {}
     if channels > 1 and not conf.get("force_single_channel"):
@@ -99,6 +100,6 @@ def check_channels(channels: int, student: argparse.Namespace, where: str) -> No
 
 
 def check_iterator(args: argparse.Namespace, caches: Sequence[Optional[str]]) -> None:
-    """Refuse parts of utterances with targets of whole ones (:class:`UserError`)."""
+    """Refuse training on parts of utterances with cached targets of whole utterances (:class:`UserError`)."""
     if getattr(args, "iterator_type", None) == "chunk" and any(caches):
         raise UserError("iterator_type: chunk trains on parts of utterances, and a target cache has whole ones")

@@ -31,11 +31,11 @@ def keep_previous(output_dir: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> Dict[str, Any]:
-    """Load what ESPnet's trainer wrote: tensors, and of other objects only the numbers and times of its reporter.
+    """Load a checkpoint of ESPnet's trainer: tensors, and of other objects only the numbers and times of its reporter.
 
     Raises:
-        UserError: a whole file that holds anything else (:func:`espnet_kd.experiments.models.load_safely`).
-        Whatever torch raises for an absent or damaged one.
+        UserError: the file is complete, but holds other objects (:func:`espnet_kd.experiments.models.load_safely`).
+        Any error of torch for an absent or damaged file.
     """
     scalars = [type(np.dtype(t)) for t in ("float32", "float64", "int64")]
     allowed = [datetime.timedelta, np.dtype, np.float64(0).__reduce__()[0], *scalars]
@@ -56,8 +56,9 @@ def read_checkpoint(path: Path) -> Optional[Dict[str, Any]]:
         return states
     except (MemoryError, UserError):
         raise
-    except Exception as e:  # whatever a damaged archive raises, the answer is the same: not this one
-        # EINVAL is of places that a cut file lacks. After any other the file may be well: the disk did not answer.
+    except Exception as e:  # a damaged file may raise any error
+        # EINVAL comes from a place beyond the end of a cut file. Other errors of the system, such as a disk that does
+        # not respond, do not mean that the file is damaged.
         if isinstance(e, OSError) and e.errno != errno.EINVAL:
             raise
         logging.warning("%s is damaged (%s)", path, str(e).splitlines()[0] if str(e) else type(e).__name__)
@@ -68,10 +69,10 @@ def check_ended(output_dir: Path, max_epoch: int, early: bool) -> None:
     """Refuse the output of a training that has not ended.
 
     Args:
-        early: whether it may end before ``max_epoch`` (ESPnet's ``patience``).
+        early: whether the training may end before ``max_epoch`` (ESPnet's ``patience``).
 
     Raises:
-        UserError: no readable checkpoint, or that of an epoch before the last.
+        UserError: there is no readable checkpoint, or it is that of an epoch before the last.
     """
     states = read_checkpoint(output_dir / CHECKPOINT)
     if states is None:
@@ -126,5 +127,5 @@ def _same(path: Path, state: Dict[str, torch.Tensor]) -> bool:
     try:
         found = load_safely(path)
         return found.keys() == state.keys() and all(torch.equal(found[k], v) for k, v in state.items())
-    except Exception:  # absent or damaged
+    except Exception:  # the file is absent or damaged
         return False

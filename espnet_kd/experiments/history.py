@@ -19,7 +19,7 @@ History = Dict[int, Dict[str, Dict[str, float]]]
 class StageHistory:
     """A KD stage of a training: its number in the page, its first and last epoch, and their statistics.
 
-    A KD stage may begin within an epoch, which then is the last one of the KD stage before, too.
+    A KD stage may begin within an epoch; this epoch is then also the last one of the previous KD stage.
     """
 
     number: int
@@ -35,9 +35,9 @@ class StageHistory:
 
 
 def read_parts(expdir: Path) -> List[StageHistory]:
-    """The KD stages of an experiment that is one training, as far as it is trained.
+    """The KD stages of an experiment that is one training, up to its last finished epoch.
 
-    [] where there is no such record, and where each KD stage was a training of its own (:func:`read_stages`).
+    [] if there is no such record, or if each KD stage was a training of its own (:func:`read_stages`).
     """
     try:
         record = json.loads((expdir / "kd_stage.json").read_text(encoding="utf-8"))
@@ -67,10 +67,10 @@ def read_progress(run_dir: Path) -> Optional[History]:
 
 
 def read_stages(expdir: Path) -> List[History]:
-    """Histories of an experiment's trainings: that of all KD stages together, in the directory itself.
+    """Histories of an experiment's trainings: one for all KD stages together, from the directory itself.
 
-    Where each KD stage was a training of its own, in order: kd_stage1, kd_stage2, …, then the directory itself. A run
-    without statistics is left out, so that an experiment which was never trained here gives [].
+    If each KD stage was a training of its own, their order is kd_stage1, kd_stage2, …, then the directory itself. A
+    run without statistics is left out, so that an experiment that was never trained here gives [].
     """
     earlier = [p for p in expdir.glob("kd_stage*") if re.fullmatch(r"kd_stage\d+", p.name) and p.is_dir()]
     runs = sorted(earlier, key=lambda p: int(p.name[len("kd_stage") :])) + [expdir]
@@ -78,17 +78,17 @@ def read_stages(expdir: Path) -> List[History]:
 
 
 def seconds(history: History) -> float:
-    """Wall time of a run's epochs in seconds: training, validation and what else ESPnet's reporter timed."""
+    """Wall time of a run's epochs in seconds: training, validation and all else that ESPnet's reporter timed."""
     return sum(stats.get("time", 0.0) for phases in history.values() for stats in phases.values())
 
 
 def _from_checkpoint(path: Path) -> Optional[History]:
-    from espnet_kd.experiments.checkpoints import load_checkpoint  # only here: it takes torch
+    from espnet_kd.experiments.checkpoints import load_checkpoint  # imported here, because it imports torch
 
     try:
         stats = load_checkpoint(path)["reporter"]["stats"]
         return {int(epoch): {k: _numbers(v) for k, v in phases.items()} for epoch, phases in stats.items()}
-    except Exception as e:  # torch raises many kinds here; the log is tried next, so this is no error
+    except Exception as e:  # torch raises many kinds of errors; none is fatal, because the log is tried next
         logging.warning("no statistics from %s (%s); trying the log", path, str(e).split("\n")[0][:100])
         return None
 
@@ -108,7 +108,7 @@ def _numbers(stats: Dict) -> Dict[str, float]:
 def _from_logs(run_dir: Path) -> History:
     """Parse the lines ``<n>epoch results: [train] a=1.0, …, [valid] …`` of its logs, older files first.
 
-    An epoch that was trained again after a kill has several, of which the last one counts.
+    An epoch that was trained again after a kill has several such lines, of which the last one counts.
     """
     history: History = {}
     for log in sorted(_logs(run_dir), key=lambda p: p.stat().st_mtime):
@@ -121,7 +121,7 @@ def _from_logs(run_dir: Path) -> History:
 
 
 def _logs(run_dir: Path) -> List[Path]:
-    """Its logs. If each KD stage was a training of its own, all their logs are in the last one's directory."""
+    """The logs of a run. If each KD stage was a training of its own, all logs may be in the last one's directory."""
     try:
         stage = json.loads((run_dir / "kd_stage.json").read_text(encoding="utf-8"))["kd_stage"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -153,5 +153,5 @@ def _parse_duration(text: str) -> float:
     parts = re.findall(r"[\d.]+ [a-z]+", text)
     try:
         return sum(map(humanfriendly.parse_timespan, parts)) if parts else math.nan
-    except humanfriendly.InvalidTimespan:  # a line that is being written
+    except humanfriendly.InvalidTimespan:  # the line is still being written
         return math.nan

@@ -34,13 +34,13 @@ KD_PREFIX = "kd_heads."
 def find_experiment(path: Union[str, Path]) -> Tuple[Path, Path]:
     """Return (config.yaml, model file) of an experiment ``EXP``, ``EXP/FILE.pth`` or a model packed by ESPnet.
 
-    Without a file: the averaged model of the first ``best_model_criterion`` of validation, else its best epoch; then
-    those of training; else ``latest.pth``. In an exported directory ``model.pth``, in that of a KD stage
-    ``student.pth``.
+    If ``path`` is a directory, the model is ``model.pth`` of an export; else the averaged model of the first
+    ``best_model_criterion`` of validation, or its best epoch; then those of training; then ``latest.pth``; then
+    ``student.pth`` of a KD stage.
 
     Raises:
-        UserError: nothing there, no config.yaml, or no model in it; or an archive that
-            :func:`espnet_kd.experiments.packed.unpack_model` refuses.
+        UserError: there is no such path, no config.yaml, or no model in it; or
+            :func:`espnet_kd.experiments.packed.unpack_model` refuses the archive.
     """
     path = Path(path)
     if is_packed(path):
@@ -70,14 +70,15 @@ def find_experiment(path: Union[str, Path]) -> Tuple[Path, Path]:
 
 
 def _criteria(content: Dict, config: Path) -> List[Tuple[str, str]]:
-    """(phase, key) of ``best_model_criterion``, those of validation first. The best model on the training data may be
-    overfitted, and ESPnet's default begins with the training loss.
+    """(phase, key) of each ``best_model_criterion``, those of validation first.
+
+    The best model on the training data may be overfitted, and ESPnet's default begins with the training loss.
     """
     criteria = content.get("best_model_criterion") or []
     if not isinstance(criteria, list) or not all(isinstance(c, list) and len(c) > 1 for c in criteria):
         raise UserError(f"{config}: best_model_criterion: expected a list of [phase, key, mode], found {criteria!r}")
     found = [(str(phase), str(key)) for phase, key, *_ in criteria]
-    # They become names of files.
+    # The parts become parts of file names, so that only plain names are safe.
     found = [pair for pair in found if all(re.fullmatch(r"[\w.-]+", part) for part in pair)]
     return sorted(found, key=lambda pair: pair[0] != "valid")
 
@@ -134,7 +135,7 @@ def _has_pickled_objects(path: Union[str, Path]) -> bool:
         with open(path, "rb") as f:
             for opcode, _, _ in pickletools.genops(f):
                 imports = imports or opcode.name in ("GLOBAL", "STACK_GLOBAL", "INST", "REDUCE")
-    except Exception:  # no pickle, or half of one
+    except Exception:  # the file is not a pickle, or an incomplete one
         return False
     return imports
 
@@ -199,7 +200,7 @@ def load_model(
         raise
     except Exception as e:
         raise UserError(f"cannot build the model of {config}: {type(e).__name__}: {e}") from e
-    args.frontend_conf = frontend_conf  # beside input_size ESPnet empties it, and the sampling rate is lost
+    args.frontend_conf = frontend_conf  # restored, because ESPnet empties it if there is input_size
     state = fit_state(model, state, model_file)
     try:
         model.load_state_dict(state)

@@ -11,9 +11,9 @@ from espnet_kd.pieces import BLANK, SOS_EOS, UNKNOWN, read_pieces
 
 
 def places(given: Union[str, Path], config: Path) -> Iterator[Path]:
-    """Candidates for a file named in ``config``: beside it, its absolute path, the recipe around it, and here.
+    """Candidates for a file named in ``config``: beside it, an absolute path, in a directory above it, and here.
 
-    Paths of ESPnet's are relative to the recipe's directory, which is one of those that hold the experiment's.
+    ESPnet's paths are relative to the recipe's directory, which is one of the directories above the experiment.
     """
     given, home = Path(given), Path(config).resolve().parent
     yield home / given.name
@@ -25,7 +25,7 @@ def places(given: Union[str, Path], config: Path) -> Iterator[Path]:
 
 
 def read_token_list(value: Any, config: Path) -> List[str]:
-    """The tokens of a saved configuration: a list, as ESPnet saves it, or a file of one a line.
+    """The tokens of a saved configuration: a list, as ESPnet saves it, or a file with one token a line.
 
     Raises:
         UserError: no such list, or the file is no token list of ESPnet's.

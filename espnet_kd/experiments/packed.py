@@ -68,12 +68,12 @@ def unpack_model(archive: Path) -> Path:
             try:
                 for name, target in names.items():
                     with packed.open(name) as source, (part / target).open("wb") as f:
-                        shutil.copyfileobj(source, f)  # compares checksums
+                        shutil.copyfileobj(source, f)  # this also compares the checksum
                 with contextlib.suppress(FileExistsError):
                     part.rename(place)
             finally:
                 shutil.rmtree(part, ignore_errors=True)
-    # NotImplementedError: zipfile's, of a compression that it has not; RuntimeError: of an archive with a password.
+    # zipfile raises NotImplementedError for an unknown compression, and RuntimeError for an archive with a password.
     except (zipfile.BadZipFile, EOFError, NotImplementedError, RuntimeError) as e:
         raise UserError(f"{archive} is damaged, or no zip file: {e}") from e
     except OSError as e:

@@ -1,6 +1,6 @@
 """An export's normalisation as a diagonal linear layer before the encoder, which ESPnet builds without a file.
 
-ESPnet's GlobalMVN opens its file of statistics, relative to the working directory, although they are in the model too.
+ESPnet's GlobalMVN opens a file of statistics, relative to the working directory, although the model has them too.
 An export computes the same with ``preencoder: linear``, whose values are parameters. The statistics stay in the model
 file under their own names, which ESPnet ignores, and the entry ``PORTABLE`` of config.yaml describes the replacement,
 so that this package loads an export as the original student, equal in every bit.
@@ -23,7 +23,7 @@ StateDict = Dict[str, torch.Tensor]
 def can_fold(config: Dict[str, Any], state: StateDict) -> bool:
     """Whether a model's normalisation can become a layer.
 
-    ESPnet's streaming search has no pre-encoder between features and a contextual-block encoder.
+    With a contextual-block encoder it cannot, because ESPnet's streaming search does not run a pre-encoder.
     """
     mean = state.get("normalize.mean")
     return (

@@ -1,8 +1,8 @@
-"""Whether a result is there, whole, and made from the inputs at hand: asked and answered here for every result.
+"""The check for every result whether it exists, is complete, and was made from the present inputs.
 
 The record of a result is a JSON file that is written last, with the inputs: settings, and hashes of files. A result
-without its record is not finished. Where work that was stopped can go on, a second file holds the inputs from the
-beginning, and becomes the record at the end.
+without its record is not finished. If stopped work can be resumed, a second file holds the inputs from the beginning,
+and becomes the record at the end.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ class Record:
 
     Attributes:
         path: the record, written last.
-        begun: the same inputs from the beginning, where work can go on.
-        key: where the inputs stand in the file beside other facts; None where the file holds the inputs alone.
+        begun: a file with the same inputs from the beginning of the work, if this can be resumed.
+        key: the key of the inputs in a file that holds other facts too; None if the file holds only the inputs.
     """
 
     path: Path
@@ -33,19 +33,19 @@ class Record:
     key: Optional[str] = None
 
     def inputs(self) -> Any:
-        """The inputs of a finished result; None where there is none, or its record is damaged."""
+        """The inputs of a finished result; None if there is no such result, or if its record is damaged."""
         return self._inputs(self.path)
 
     def inputs_of_begun(self) -> Any:
-        """The inputs of a result that is not finished; None where none was begun, or the file is damaged."""
+        """The inputs of a result that is not finished; None if none was begun, or if the file is damaged."""
         return self._inputs(self.begun) if self.begun else None
 
     def is_of(self, inputs: Any) -> bool:
-        """Whether there is a finished result that was made from just these inputs."""
+        """Whether there is a finished result that was made from exactly these inputs."""
         return inputs is not None and self.inputs() == inputs
 
     def begin(self, inputs: Any = None) -> None:
-        """Remove the record, before anything of the result is replaced, and note the inputs of what is begun."""
+        """Remove the record before any part of the result is replaced, and write the inputs to ``begun``."""
         self.path.unlink(missing_ok=True)
         for path in (self.path, self.begun):
             if path is not None:
@@ -54,7 +54,7 @@ class Record:
             self._write(self.begun, inputs, {})
 
     def finish(self, inputs: Any, **facts: Any) -> None:
-        """Write the record: the result is whole. ``facts`` stand beside the inputs where ``key`` is given."""
+        """Write the record, because the result is complete; with ``key``, ``facts`` are written beside the inputs."""
         if self.begun is not None and self.key is None and self.inputs_of_begun() == inputs:
             os.replace(self.begun, self.path)  # in one step: a kill leaves one of the two, never both
             return
@@ -78,7 +78,7 @@ def inputs_of(files: Iterable[str], values: Sequence[str], fixed: Iterable[str] 
     """The inputs of a result of run.sh.
 
     Args:
-        files: hashed by content, so that a copy with another date is the same input.
+        files: files that are hashed by content, so that a copy with another date is the same input.
         values: options and settings.
         fixed: files that cannot change once a training has begun.
 
@@ -89,10 +89,10 @@ def inputs_of(files: Iterable[str], values: Sequence[str], fixed: Iterable[str] 
 
 
 def is_trained(directory: Path, inputs: Dict[str, Any]) -> bool:
-    """Whether a directory holds a finished model of these inputs (:func:`inputs_of`), which else is to be trained.
+    """Whether a directory holds a finished model of these inputs (:func:`inputs_of`); if not, it is to be trained.
 
-    The inputs of a model that is begun are noted. If options differ, the training command refuses those that change
-    what is learnt.
+    The inputs of a new training are recorded. If options differ, the training command refuses those that change what
+    is learnt.
 
     Raises:
         UserError: a training was begun there with other ``fixed`` files.
@@ -110,7 +110,7 @@ def is_trained(directory: Path, inputs: Dict[str, Any]) -> bool:
             "another --expdir, or remove it"
         )
     if record.path.is_file():
-        # With other options the model stays finished until the training command has accepted them.
+        # If options differ, the record stays until the training command has accepted them, because it may refuse them.
         return bool(found == inputs)
     record.begin(inputs)
     return False
@@ -120,7 +120,7 @@ def inputs_of_earlier(directory: Path, inputs: Dict[str, Any]) -> Optional[Dict[
     """The inputs that ``.settings`` records, as earlier versions of run.sh wrote it: POSIX checksums of the contents.
 
     Returns:
-        ``inputs``, or as much of it as the checksums agree with; None without such a file.
+        ``inputs``, without the parts that the checksums do not confirm; None if there is no such file.
     """
     try:
         found = (directory / ".settings").read_text(encoding="utf-8").strip()
@@ -131,7 +131,8 @@ def inputs_of_earlier(directory: Path, inputs: Dict[str, Any]) -> Optional[Dict[
     whole = f"{data} {_checksum(b''.join(Path(p).read_bytes() for p in inputs['files']) + options)}"
     if found == whole:
         return inputs
-    # Two numbers alone are of a version before that, for data and options together: the training compares the options.
+    # A still earlier version wrote only two numbers, for data and options together. The data count as the same, and
+    # the training command compares the options.
     same_data = found.startswith(f"{data} ") or len(found.split()) == 2
     return {**inputs, "values": None} if same_data else {"fixed": None}
 
@@ -149,7 +150,7 @@ def differences(old: Any, new: Any, where: str = "") -> Iterator[Tuple[str, Any,
 
 
 def newer_than(path: Path, files: Iterable[str]) -> bool:
-    """Whether ``path`` exists and no file is newer: how earlier versions knew that a result was of these files."""
+    """Whether ``path`` exists and no file is newer, by which earlier versions decided that a result is up to date."""
     try:
         return all(os.stat(f).st_mtime_ns <= path.stat().st_mtime_ns for f in files)
     except OSError:

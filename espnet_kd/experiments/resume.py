@@ -1,4 +1,4 @@
-"""What a changed option of the training command means when a training goes on: the one place where it is decided.
+"""The rules for changed options of the training command when a training is resumed; no other module decides this.
 
 docs/resume.md is the user's page on it.
 """
@@ -27,11 +27,11 @@ ACCEPTED = frozenset(
         *("kd_stage", "teacher_memory", "max_nonfinite", "blank_teacher"),
     )
 )
-#: Options that the record of a training has under a key of their own.
+#: Options that have a key of their own in the record of a training.
 OWN: Dict[str, Rule] = {
     "config": "content",  # option by option, each by its own rule
     "kd_config": "content",  # the method: its KD stages, objectives and their options
-    "target_cache": "content",  # of which teacher, and what it keeps
+    "target_cache": "content",  # its teacher, and the kinds of targets in it
     "nbest": "content",
     "seed": "refused",
     "teacher": "refused",
@@ -41,10 +41,10 @@ OWN: Dict[str, Rule] = {
 
 
 def rule_of(option: str) -> Rule:
-    """What is done where ``option`` has another value than the training that goes on was begun with."""
+    """The rule if ``option`` has another value than at the beginning of the training that is resumed."""
     return "accepted" if option in ACCEPTED else OWN.get(option, "refused")
 
 
 def is_compared(option: str) -> bool:
-    """Whether the value of ``option`` stands among the options of a record, and is compared as it is."""
+    """Whether the value of ``option`` is stored among the options of a record, and compared directly."""
     return option not in ACCEPTED and option not in OWN

@@ -13,19 +13,19 @@ from espnet_kd.cli import UserError
 if TYPE_CHECKING:
     from espnet2.asr.espnet_model import ESPnetASRModel
 
-#: Components that ESPnet leaves out where the loss does not use them, but whose parameters older files still have.
+#: Components that ESPnet does not build if the loss does not use them; older files still have their parameters.
 UNUSED = ("decoder", "joint_network", "ctc")
-#: ESPnet's s3prl frontend before and after its commit 0a625088.
+#: Parameter names of ESPnet's s3prl frontend before and after its commit 0a625088.
 OLD_S3PRL, S3PRL = "frontend.upstream.model", "frontend.upstream.upstream.model"
 
 
 def fit_state(
     model: ESPnetASRModel, state: Dict[str, torch.Tensor], model_file: Union[str, Path]
 ) -> Dict[str, torch.Tensor]:
-    """``state`` with the names of ``model``, without the parameters of components that ``model`` does not have.
+    """Return ``state`` with the names of ``model``, without parameters of components that ``model`` does not have.
 
     Raises:
-        UserError: a file of an adapter alone.
+        UserError: the file holds an adapter without its model.
     """
     names = model.state_dict().keys()
     if any(k.startswith(S3PRL) for k in names) and not any(k.startswith(S3PRL) for k in state):

@@ -23,7 +23,7 @@ from espnet_kd.strict import nearest
 #: Encoders of this package for models of other toolkits, which read only the experiment's own files.
 FOREIGN = ("hugging_face_ctc", "onnx_ctc")
 #: Components of ``espnet2.tasks.asr`` (202511) that open no file, reach for no network and import nothing by name.
-#: global_mvn opens its statistics, which is not left to it (:mod:`espnet_kd.experiments.models`).
+#: global_mvn opens its statistics, but :mod:`espnet_kd.experiments.models` replaces the file that config.yaml names.
 LOADS_NOTHING: Dict[str, Tuple[str, ...]] = {
     "frontend": ("default", "sliding_window", "fused", "wav2vec_cnn"),
     "specaug": ("specaug",),
@@ -43,7 +43,7 @@ LOADS_NOTHING: Dict[str, Tuple[str, ...]] = {
     "adapter": ("lora",),
     "token_type": ("bpe", "char", "word", "phn"),
 }
-#: Parts of ``frontend: fused``.
+#: Parts of ``frontend: fused`` that load nothing.
 FUSED = ("default",)
 TRUST = "ESPNET_KD_TRUST_PICKLE=1"
 NETWORK = "ESPNET_KD_ALLOW_NETWORK"
@@ -58,10 +58,10 @@ def check_components(args: argparse.Namespace, where: Union[str, Path]) -> None:
     """Refuse a configuration whose model could run code of its author, or that is of another ESPnet task.
 
     Args:
-        args: contents of config.yaml, which is ``where``.
+        args: contents of the config.yaml ``where``.
 
     Raises:
-        UserError: naming option and component.
+        UserError: a component is unknown or could run code; the message names it and its option.
     """
     _refuse_other_tasks(args, where)
     known = _choices()
