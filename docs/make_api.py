@@ -3,7 +3,7 @@
 Example:
     python docs/make_api.py
 
-tests/test_api_page.py compares the page with what this script would write.
+tests/test_docs.py compares the page with what this script would write.
 """
 
 from __future__ import annotations

@@ -152,7 +152,7 @@ def _cost(pairs: Sequence[Tuple[Row, Row]]) -> Optional[float]:
 def _against(pairs: Sequence[Tuple[Row, Row]], gathered: Gathered) -> Union[Difference, str]:
     rates: Dict[str, Rate] = {}
     plain: Dict[str, float] = {}
-    for unit in UNITS:
+    for unit in UNITS:  # words last: they decide which unit is the main one
         ours, theirs = (_all_counts(gathered, [pair[i] for pair in pairs], unit) for i in (0, 1))
         if not ours or not theirs:
             return "no per_utt.tsv: score again"
@@ -163,10 +163,18 @@ def _against(pairs: Sequence[Tuple[Row, Row]], gathered: Gathered) -> Union[Diff
         if not lengths.sum():
             return "the references are empty"
         rates[unit] = Rate(*bootstrap_seeds(np.stack([a.errors - b.errors for a, b in zip(ours, theirs)]), lengths))
-        main = "cer" if unit == "wer" and lengths.max() < 2 else "wer"  # as in languages without blanks between words
         plain[unit] = 100.0 * sum(int(b.errors.sum()) for b in theirs) / (len(theirs) * int(lengths.sum()))
     other_epochs = any(row["epochs"] != other["epochs"] for row, other in pairs)
-    return Difference([row["seed"] for row, _ in pairs], rates, plain, len(ids), main, other_epochs)
+    return Difference([row["seed"] for row, _ in pairs], rates, plain, len(ids), main_unit(lengths), other_epochs)
+
+
+def main_unit(words: np.ndarray) -> str:
+    """The main one of `UNITS`: CER if no reference has a second word, as in languages without blanks between words.
+
+    Args:
+        words: (U,) number of words of each reference.
+    """
+    return "wer" if words.max(initial=0) > 1 else "cer"
 
 
 def _all_counts(gathered: Gathered, rows: Sequence[Row], unit: str) -> List[Counts]:

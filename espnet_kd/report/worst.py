@@ -9,7 +9,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import read_map
 from espnet_kd.report.audio import Audio
-from espnet_kd.report.compare import Kind, find_plain, read_counts
+from espnet_kd.report.compare import Kind, find_plain, main_unit, read_counts
 from espnet_kd.report.labels import Row
 from espnet_kd.report.matching import Piece, mark
 from espnet_kd.report.results import Gathered, find_data
@@ -25,7 +25,7 @@ class Chosen:
     label: str
     plain: Optional[Row]
     teacher: Optional[Row]
-    errors: Dict[str, int] = field(default_factory=dict)  #: {utterance: word errors}
+    errors: Dict[str, int] = field(default_factory=dict)  #: {utterance: errors}
     change: Dict[str, int] = field(default_factory=dict)  #: {utterance: errors minus those of the plain student}
 
 
@@ -57,8 +57,10 @@ def choose_student(gathered: Gathered, kinds: Sequence[Kind], testset: str) -> O
 
 
 def _errors(gathered: Gathered, row: Row) -> Dict[str, int]:
-    """{utterance: word errors}; {} if they cannot be read."""
+    """{utterance: errors in the main unit, words or characters}; {} if they cannot be read."""
     counts = read_counts(gathered, row, "wer")
+    if counts and main_unit(counts.lengths) == "cer":
+        counts = read_counts(gathered, row, "cer")
     return dict(zip(counts.utt_ids, map(int, counts.errors))) if counts else {}
 
 
