@@ -14,7 +14,7 @@ def ctc_collapse(token_ids: torch.Tensor, blank_id: int = 0) -> List[int]:
 
     Args:
         token_ids: (T,) integer label of every frame; T may be 0.
-        blank_id: the label that stands for "nothing".
+        blank_id: blank label.
 
     Raises:
         ValueError: ``token_ids`` is not one-dimensional.
