@@ -38,7 +38,7 @@ def peak_memory() -> int:
     peak = _in_proc("self/status", r"^VmHWM:\s*(\d+) kB")
     if peak:
         return 1024 * int(peak)
-    # Not used on Linux, where exec keeps this value, so that it may be the parent's.
+    # Only if /proc has no value: on Linux exec keeps this one, so that it may be the parent's.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

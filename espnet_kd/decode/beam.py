@@ -55,7 +55,7 @@ class BeamSearch:
             beam_size: hypotheses kept after each frame; a sequence with and without a final blank counts twice.
             beam_size_token: likeliest labels of a frame that are tried, blank included; None: all (slow if V is large).
             blank_id: blank label.
-            drop: labels never hypothesised (ESPnet's <sos/eos>, which is no text). Their probability is lost.
+            drop: labels never hypothesised (ESPnet's <sos/eos>, which is not text). Their probability is lost.
             ngram_file: ARPA or KenLM's binary format, over ``tokens``.
             ngram_weight: factor of its log10 probabilities.
 

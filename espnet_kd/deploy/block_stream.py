@@ -37,7 +37,7 @@ class Geometry:
         return self.receptive + (self.block - 1) * self.stride
 
     def frames(self, samples: int) -> int:
-        """Number of frames in so many samples, reflections included."""
+        """Number of frames in ``samples`` samples, reflections included."""
         return max((samples - self.receptive) // self.stride + 1, 0)
 
 

@@ -32,7 +32,7 @@ class LiveTranscriber:
         self.student = _load(Path(model), threads)
         #: Called with the whole text so far whenever it has grown.
         self.on_text: Optional[Callable[[str], None]] = None
-        self.latencies: Optional[Latencies] = None  #: of the last file
+        self.latencies: Optional[Latencies] = None  #: latencies in the last file
 
     def __call__(self, file: str) -> Transcript:
         """Recognise a file, or standard input (``-``) as it arrives.

@@ -293,7 +293,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         stats: Statistics,
         batch: Dict[str, Any],
     ) -> Tensor:
-        """Weighted CTC and InterCTC; with weight 0 CTC is computed for the statistics alone."""
+        """Weighted CTC and InterCTC; with weight 0, CTC is computed for the statistics only."""
         weight = now(now.phase.stage.ctc_weight)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
             loss = self._ctc(now, log_probs, lengths, text, text_lengths, None, label_counts)

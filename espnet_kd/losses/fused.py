@@ -253,7 +253,7 @@ def _blocks(vocabulary: int) -> Dict[str, Any]:
 
 
 def _aligned(*logits: Tensor) -> int:
-    """Largest power of 2, up to 8, that divides all sizes and strides: one instruction can load so many numbers.
+    """Largest power of 2, up to 8, that divides all sizes and strides: one instruction can load this many numbers.
 
     The kernels take sizes and strides in this unit, so that the compiler can rely on it.
     """

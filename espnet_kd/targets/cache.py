@@ -41,7 +41,7 @@ FORMAT = 3
 MEND = "make it again with the same asr_kd_cache command"
 MANIFEST, TOKENS, INDEX = "manifest.json", "tokens.txt", "utterances"
 COUNTS = ("utterances", "frames", "rows", "bytes")
-ROWS = ("rows", "tokens", "log_probs")  #: arks with a row for each frame with tokens, and no entry without such frames
+ROWS = ("rows", "tokens", "log_probs")  #: arks with a row per frame with tokens; no entry if there are none
 #: Upper bound of the counts and rates in a manifest.
 _LARGE = 10**7
 
@@ -184,7 +184,7 @@ def read_index(shard: Path, manifest: Manifest) -> Iterator[IndexEntry]:
     """Yield the utterances of a shard. Sizes and offsets are checked; the contents of the arks are not.
 
     Raises:
-        UserError: a file is missing, cut or damaged, or of another cache; the message says how to repair it.
+        UserError: a file is missing, cut or damaged, or belongs to another cache; the message has the remedy.
     """
     names = ark_names(manifest.policy)
     missing = [name for name in (INDEX, *(f"{n}.scp" for n in names)) if not (shard / name).is_file()]
