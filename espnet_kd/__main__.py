@@ -9,8 +9,8 @@ Example, in a recipe of an ESPnet checkout:
 interpreter unchanged. Options of the KD training: python -m espnet_kd.bin.asr_kd_train --help
 """
 
-# ESPnet's scripts start this before every command, and read the standard output of some: nothing is imported here that
-# Python itself has not loaded, and nothing is printed there.
+# ESPnet's scripts start this module before every command, and read the standard output of some commands. It therefore
+# prints nothing there, and imports only modules that Python itself has loaded.
 from __future__ import annotations
 
 import os
@@ -18,12 +18,12 @@ import sys
 
 TRAINING = "espnet2.bin.asr_train"
 KD_TRAINING = "espnet_kd.bin.asr_kd_train"
-DECISIVE = ("--teacher", "--kd_config")  #: with one of these among its arguments, the training distils
-WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")  #: options of the interpreter that take the next word
+DECISIVE = ("--teacher", "--kd_config")  #: options that make a training a KD training
+WITH_VALUE = ("-W", "-X", "--check-hash-based-pycs")  #: the interpreter's options whose value is the next argument
 
 
 def translate(args: list[str]) -> list[str]:
-    """Return the interpreter's arguments, with the KD training for ESPnet's where it is to distil."""
+    """Return the interpreter's arguments, with the KD training in place of ESPnet's if an option requires it."""
     at = find_module(args)
     if at is None or args[at] != TRAINING or not any(a.split("=")[0] in DECISIVE for a in args[at + 1 :]):
         return args
@@ -47,7 +47,7 @@ def own_options() -> list[str]:
 
 
 def main() -> None:
-    """Become the interpreter of ``sys.argv``: same process, hence its signals and its exit code."""
+    """Replace this process by the interpreter for ``sys.argv``, so that signals and exit code are its own."""
     args = sys.argv[1:]
     if not args or args[0] in ("-h", "--help"):
         usage = "usage: python3 -m espnet_kd [option of python] … -m MODULE | -c COMMAND | SCRIPT [argument] …"

@@ -34,7 +34,7 @@ def backend_of(*tensors: Tensor) -> str:
         name = "fused"
     else:
         name = "masked"
-    # The kernels compute in float32, and nothing that is trained has float64.
+    # The kernels compute in float32 only; no training uses float64.
     return "masked" if name == "fused" and any(x.dtype == torch.float64 for x in tensors) else name
 
 
@@ -94,7 +94,7 @@ def _kernels_work(device: torch.device) -> bool:
     try:
         _try_kernels[0](device)
     # Triton, its compiler, a C compiler, the driver or the device may each be missing or too old, with errors of
-    # their own; whatever it is, the masked path computes the same.
+    # their own; in each case, the masked backend computes the same.
     except Exception as e:  # noqa: BLE001
         first = (str(e).strip() or type(e).__name__).splitlines()[0]
         logging.warning("losses on %s: in plain torch, slower, because Triton cannot be used: %s", device, first)

@@ -18,7 +18,7 @@ from typing import Callable, Collection, NoReturn, Optional, Sequence
 
 
 class UserError(Exception):
-    """An error that the user can correct. The message says what is wrong, where, and what to do."""
+    """An error that the user can correct. The message has the fault, its place, and the remedy."""
 
 
 def refuse_empty(args: argparse.Namespace, may_be: Collection[str] = ()) -> None:
@@ -28,7 +28,7 @@ def refuse_empty(args: argparse.Namespace, may_be: Collection[str] = ()) -> None
         may_be: names of options that may be empty.
 
     Raises:
-        UserError: naming the option.
+        UserError: an option is empty; the message names it.
     """
     for name, value in vars(args).items():
         values = value if isinstance(value, (list, tuple)) else [value]
@@ -53,7 +53,7 @@ def check_positive(args: argparse.Namespace, *names: str) -> None:
     """Refuse options ``names`` below 1, and a ``--batch_seconds`` that is not a number above 0.
 
     Raises:
-        UserError: naming the option.
+        UserError: a value is out of range; the message names the option.
     """
     for name in names:
         if getattr(args, name) < 1:
@@ -84,7 +84,7 @@ def refusal(error: BaseException) -> Optional[str]:
     """One line on what the operating system refused (permission, space); None if ``error`` is something else."""
     if isinstance(error, OSError):
         return f"{error.filename or 'cannot read or write'}: {error.strerror or error}"
-    # torch.save, and those of its errors that name no cause
+    # errors of torch.save that have no cause in their message
     if "inline_container" in str(error) or "iostream error" in str(error):
         return "a checkpoint cannot be written: the disk is full, or fails"
     return None
@@ -97,12 +97,12 @@ def run(main: Callable[[Optional[Sequence[str]]], None]) -> NoReturn:
         stream=sys.stderr,
         format="%(asctime)s (%(module)s:%(lineno)d) %(levelname)s: %(message)s",
     )
-    # ESPnet's own code uses these, with every batch; no user can change that.
+    # ESPnet's own code causes these warnings with every batch, which no user can change.
     warnings.filterwarnings("ignore", message=r"`torch\.cuda\.amp\.", category=FutureWarning)
     try:
         main(None)
     except UserError as e:
-        # "error:" in the log is also what ESPnet's own scripts look for when a job dies.
+        # ESPnet's own scripts, too, search the log for "error:" when a job dies.
         print(f"error: {e}", file=sys.stderr)
         sys.exit(1)
     except (OSError, RuntimeError) as e:

@@ -1,4 +1,4 @@
-"""With what and where results were made, and the memory that it took."""
+"""Versions and hardware with which results are made, and the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -28,22 +28,22 @@ def environment() -> Dict[str, str]:
 
 
 def processor() -> str:
-    """Name of the processor, which Python alone does not know on Linux."""
+    """Name of the processor, which Python's ``platform`` does not have on Linux."""
     found = _in_proc("cpuinfo", r"^model name\s*:\s*(.*\S)")
     return found or platform.processor() or platform.machine()
 
 
 def peak_memory() -> int:
-    """Most bytes that this process has had in memory."""
+    """Peak memory of this process, in bytes."""
     peak = _in_proc("self/status", r"^VmHWM:\s*(\d+) kB")
     if peak:
         return 1024 * int(peak)
-    # On Linux this would be the parent's, were that larger: it survives exec.
+    # Only if /proc has no value: on Linux exec keeps this one, so that it may be the parent's.
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _in_proc(name: str, pattern: str) -> str:
-    """What the first group of a pattern finds in a file of /proc; empty where there is no such file or line."""
+    """Text of a pattern's first group in a file of /proc; empty if there is no such file or line."""
     try:
         found = re.search(pattern, (Path("/proc") / name).read_text(encoding="utf-8"), re.MULTILINE)
     except OSError:

@@ -40,7 +40,7 @@ class Distiller:
         """Take the student's ESPnet configuration (a YAML file or its content), and all paths.
 
         Args:
-            train_config: without the data, without ESPnet's defaults: what a ``train_student.yaml`` holds.
+            train_config: the options of a ``train_student.yaml``, without the data and without ESPnet's defaults.
             output_dir: directory of the student; a run that was stopped is resumed there.
             stats_dir: directory of the statistics.
             method: page by name (of conf/methods) or path.
@@ -59,8 +59,8 @@ class Distiller:
                 self._own += [f"--{part}_data_path_and_name_and_type", f"{Path(directory) / file},{name},{kind}"]
 
     def collect_stats(self) -> None:
-        """Write shapes and feature statistics to ``stats_dir``: ``train/feats_stats.npz`` is what global_mvn reads."""
-        # Without the normalisation, which would read the statistics that are made here.
+        """Write shapes and feature statistics to ``stats_dir``: global_mvn reads ``train/feats_stats.npz``."""
+        # Normalisation is switched off, because it would read the statistics that are made here.
         _train([*self._options(self.stats_dir), "--collect_stats", "true", "--normalize", "none"])
 
     def train(self) -> Path:

@@ -21,7 +21,7 @@ PathLike = Union[str, Path]
 
 @contextlib.contextmanager
 def replacing(path: PathLike, mode: str = "w", sync: bool = True) -> Iterator[IO]:
-    """Open a temporary file beside ``path`` and rename it to ``path`` when the block ends well.
+    """Open a temporary file beside ``path`` and rename it to ``path`` when the block ends without an exception.
 
     Text is UTF-8. A kill or an exception leaves the old file, or none, but never half of the new one. The same
     holds for a power cut unless ``sync`` is off, which saves milliseconds per file.
@@ -48,7 +48,7 @@ def replacing(path: PathLike, mode: str = "w", sync: bool = True) -> Iterator[IO
 
 @contextlib.contextmanager
 def replacing_directory(out: PathLike, files: Collection[str], what: str = "an export") -> Iterator[Path]:
-    """Yield an empty directory beside ``out``, and rename it to ``out`` when the block ends well.
+    """Yield an empty directory beside ``out``, and rename it to ``out`` when the block ends without an exception.
 
     Args:
         files: names of the files in a directory of this kind; a directory with other files is not replaced.
@@ -64,7 +64,7 @@ def replacing_directory(out: PathLike, files: Collection[str], what: str = "an e
     if others:
         raise UserError(f"{out} holds {others[0]}, which is no part of {what}; give another --output_dir")
     out.parent.mkdir(parents=True, exist_ok=True)
-    for leftover in out.parent.glob(f".{glob.escape(out.name)}.*"):  # of one that was killed
+    for leftover in out.parent.glob(f".{glob.escape(out.name)}.*"):  # of a killed run
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
@@ -121,7 +121,7 @@ def locked(
     """Lock ``directory``, which is created if it is missing, so that no two runs write into it at the same time.
 
     Args:
-        option: its option, for the message.
+        option: the command line option of the directory, for the message.
         part: lock only the part of this name.
         shared: a shared lock, which several runs may have at the same time.
 
@@ -133,9 +133,9 @@ def locked(
         try:
             directory.mkdir(parents=True, exist_ok=True)
             f = stack.enter_context(open(directory / (f".lock.{part}" if part else ".lock"), "a+"))
-            # A data loader's worker outlives a killed run by some seconds; without this it would hold the lock as long.
+            # A data loader's worker outlives a killed run by some seconds, and would hold the lock until it ends.
             os.register_at_fork(after_in_child=f.close)
-            # The lock goes with the process, also after a kill; the file stays.
+            # The lock ends with the process, also if it is killed; the file remains.
             fcntl.flock(f, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except BlockingIOError as e:
             what = f"part {part} of {directory}" if part else str(directory)

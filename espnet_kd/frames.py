@@ -47,7 +47,7 @@ def nonblank(teacher_logits: Posterior, frames: Tensor, blank_id: int = 0) -> Te
     """The non-blank frames (NB): those of ``frames`` on which the teacher's argmax at temperature 1 is not blank.
 
     Args:
-        teacher_logits: (B, T, V), log-probabilities just as well.
+        teacher_logits: (B, T, V) logits or log-probabilities.
         frames: (B, T) bool, usually ``valid(...)``.
     """
     return frames & (best(teacher_logits) != blank_id)
@@ -57,7 +57,7 @@ def check_rule(rule: str, options: Mapping[str, Any]) -> None:
     """Check a rule of :func:`select` and its options, without any tensor of a batch.
 
     Raises:
-        ValueError: unknown rule; unknown, missing or bad option; the message names the rule and the option.
+        ValueError: the rule is unknown, or an option is unknown, missing or bad; the message names rule and option.
     """
     if not isinstance(rule, str) or rule not in SELECTIONS:
         raise ValueError(f"unknown frame selection {rule!r}; there are {', '.join(SELECTIONS)}")
@@ -85,7 +85,7 @@ def _is_finite(x: Tensor) -> bool:
     return bool(x.isfinite().all())
 
 
-#: Option of ``select`` → whether a value will do, and what it must be.
+#: Option of ``select`` → function that checks a value, and description of the accepted values.
 _OPTIONS = {
     "n": (
         lambda v: isinstance(v, Integral) and _is_number(v) and int(v) >= 0,
@@ -94,7 +94,7 @@ _OPTIONS = {
     "theta": (lambda v: _is_number(v) and 0 <= v <= 1, "a number from 0 to 1"),
     "ratio": (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0"),
     "prior_scale": (lambda v: _is_number(v) and 0 <= v < math.inf, "a finite number, at least 0"),
-    # A token with prior 0 would win every frame. On a GPU the check would make the host wait, so it is done beforehand.
+    # A token with prior 0 would win every frame. A prior on a GPU is not checked, because the host would wait.
     "log_prior": (
         lambda v: v is None or (isinstance(v, Tensor) and v.dim() == 1 and (not may_look(v) or _is_finite(v))),
         "a tensor (V,) of finite log-probabilities, or None",
@@ -108,8 +108,8 @@ def select(teacher_logits: Posterior, lengths: Tensor, rule: str, *, blank_id: i
     """Choose the frames on which a student is distilled, by the teacher's blanks.
 
     Args:
-        teacher_logits: (B, T, V), log-probabilities or a :class:`espnet_kd.topk.TopK` just as well; all rules look
-            at temperature 1.
+        teacher_logits: (B, T, V) logits or log-probabilities, or a :class:`espnet_kd.topk.TopK`; all rules use
+            temperature 1.
         lengths: (B,) frames.
         rule: one of
 
@@ -129,7 +129,7 @@ def select(teacher_logits: Posterior, lengths: Tensor, rule: str, *, blank_id: i
         ``symmetric``, ``trim`` and ``random``.
 
     Raises:
-        ValueError: as :func:`check_rule`; or ``log_prior`` has not V entries.
+        ValueError: as :func:`check_rule`; or ``log_prior`` does not have V entries.
 
     Source: Hilmes, Rossenbach, Schlüter, Interspeech 2025, arXiv 2506.01503 (the paper).
     """
@@ -150,7 +150,7 @@ def select(teacher_logits: Posterior, lengths: Tensor, rule: str, *, blank_id: i
 
 
 def _full(logits: Tensor) -> Tensor:
-    """float32 or better."""
+    """Convert to float32 or better."""
     return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
 
@@ -171,7 +171,7 @@ def _less_prior(logits: Posterior, log_prior: Optional[Tensor] = None, prior_sca
         )
     log_prior = prior_scale * _full(log_prior.to(logits.device, non_blocking=True))
     if isinstance(logits, TopK):
-        # Of the tokens kept: one further down wins only where the prior of all these is far higher.
+        # Only kept tokens are compared: another token would win only if the priors of all kept tokens were far higher.
         tokens = logits.log_probs - log_prior[logits.tokens]
         best, place = tokens.max(-1)
         tokens_best = logits.tokens.gather(-1, place[..., None])
@@ -202,7 +202,7 @@ def _draw(
     return candidates & (rank < quota[:, None])
 
 
-#: Seconds by which the lengths of two models may differ: what convolutions lose at both ends of an utterance.
+#: Seconds by which the lengths of two models may differ, because convolutions lose frames at an utterance's ends.
 ENDS = 0.08
 #: The pending length checks of all calls of :func:`align`.
 _CHECK_LENGTHS = LateCheck()
@@ -247,12 +247,12 @@ def align(
         logits (B, T, V), hidden {name: (B, T, D)}, lengths (B,): the frames that both have.
 
     Raises:
-        ValueError: lengths differ by more than two frames of the slower rate and 80 ms, which is what models lose at
-            the ends of an utterance; the message names both. On a GPU a later call raises it, so
-            that the host does not wait.
+        ValueError: lengths differ by more than two frames of the slower rate and by more than 80 ms, which models may
+            lose at the ends of an utterance; the message has both lengths. On a GPU a later call raises it, so that the
+            host does not wait.
     """
     ratio = nearest_multiple(student_shift, frame_shift)
-    # In units of teacher frames, so that equal rates stay whole numbers.
+    # In units of teacher frames, so that the numbers are whole if the rates are equal.
     difference = (student_lengths * ratio - lengths).abs().max()
     _CHECK_LENGTHS(
         difference > max(2 * max(ratio, 1.0), ENDS / frame_shift) + 1e-6,
@@ -276,7 +276,7 @@ def align(
         covered = first[:, None] + torch.arange(math.ceil(ratio), device=logits.device)  # (T, K)
         inside = covered < last[:, None]
     inside = inside & (covered < lengths[:, None, None])  # (B, T, K)
-    # A student frame counts only where it covers a teacher frame: with r = 1.5 the last may begin after the last one.
+    # A student frame counts only if it covers a teacher frame; with r = 1.5 the last may begin after the teacher's end.
     both = torch.minimum(student_lengths, inside.any(-1).sum(-1).to(student_lengths.dtype))
     covered = covered.clamp(max=logits.size(1) - 1)
     batch = torch.arange(logits.size(0), device=logits.device)[:, None]

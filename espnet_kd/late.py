@@ -12,7 +12,7 @@ from espnet_kd.backend import has_values, may_look
 
 
 class Copied(Protocol):
-    """An event that tells whether a copy from the GPU is finished."""
+    """An event that marks the end of a copy from the GPU."""
 
     def query(self) -> bool:
         """Whether the copy is finished."""
@@ -28,12 +28,12 @@ class _Pending:
         self._pending: Deque[Tuple[Copied, Tensor, Callable[[], None]]] = deque()
 
     def add(self, flag: Tensor, act: Callable[[], None]) -> None:
-        """Check all earlier flags that have been copied, and ``flag``, a scalar, or begin to copy it.
+        """Check the earlier flags that have been copied; then check ``flag``, a scalar, or begin to copy it.
 
-        What ``act`` raises is raised here; for an earlier flag it is the ``act`` of the earlier call.
+        An exception of ``act`` is raised here; it may come from the ``act`` of an earlier call.
         """
         self.look()
-        if not has_values(flag):  # shapes alone, while something is traced
+        if not has_values(flag):  # only shapes, during tracing
             return
         if may_look(flag):
             if flag:
@@ -71,7 +71,7 @@ class LateCheck(_Pending):
         self.add(wrong, lambda: self._refuse(message))
 
     def _refuse(self, message: Callable[[], str]) -> NoReturn:
-        self._pending.clear()  # the other flags are most likely of the same fault
+        self._pending.clear()  # the other flags most likely have the same cause
         raise ValueError(message())
 
 

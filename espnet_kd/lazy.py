@@ -24,7 +24,7 @@ class Deferred:
         self._window, self._module, self._path = window, module, path
 
     def _resolve(self) -> Any:
-        """The real object (ImportError or AttributeError: as the import statement would have raised)."""
+        """The real object (raises ImportError or AttributeError, as the import statement would)."""
         real = self._window.load(self._module)
         for part in self._path:
             real = getattr(real, part)
@@ -32,9 +32,9 @@ class Deferred:
 
     def __getattr__(self, name: str) -> Any:
         if not self._window.is_open:
-            with self._window.inside(self._module):  # a package may import its submodules when they are asked for
+            with self._window.inside(self._module):  # a package may import submodules on attribute access
                 return getattr(self._resolve(), name)
-        if name.startswith("__"):  # what Python itself asks of annotations and of class attributes
+        if name.startswith("__"):  # Python itself reads such names of annotations and of class attributes
             raise AttributeError(name)
         return Deferred(self._window, self._module, (*self._path, name))
 
@@ -77,7 +77,7 @@ class _Window:
 
     def load(self, module: str) -> types.ModuleType:
         """Import ``module`` and those of its submodules that an import statement has named."""
-        # Should it be needed before the block is left: what it imports of itself is the real thing.
+        # If it is needed before the block is left, its imports of its own modules must not be deferred.
         self._covered -= {name for name in self._covered if is_inside(name, module) or is_inside(module, name)}
         for name in sorted(name for name in self._asked if is_inside(name, module)):
             importlib.import_module(name)
@@ -93,7 +93,7 @@ class _Window:
             covered = any(is_inside(name, c) for c in self._covered)
             if covered and name not in sys.modules and "*" not in (fromlist or ()) and exists(name):
                 self._asked.add(name)
-                # ``import a.b`` binds a, ``from a.b import c`` takes c of a.b.
+                # ``import a.b`` binds a, but ``from a.b import c`` reads c from a.b.
                 return Deferred(self, name if fromlist else name.partition(".")[0])
         return self._import(name, globals, locals, fromlist, level)
 
@@ -104,7 +104,7 @@ def is_inside(name: str, package: str) -> bool:
 
 
 def exists(name: str) -> bool:
-    """Whether a module of this dotted name can be found; nothing is imported for that."""
+    """Whether a module of this dotted name can be found; nothing is imported."""
     root, *parts = name.split(".")
     if root in sys.modules:
         found = getattr(sys.modules[root], "__spec__", None)

@@ -18,14 +18,14 @@ from espnet_kd.lazy import importing_lazily
 DEFERRED = {
     **dict.fromkeys(("g2p_en", "tacotron_cleaner", "whisper", "transformers", "s3prl", "loralib", "wandb"), ()),
     **dict.fromkeys(("scipy.signal", "music21", "miditoolkit"), ()),
-    "librosa": ("scipy.signal", "scipy.ndimage"),  # every frontend takes its mel filters, which need neither
+    "librosa": ("scipy.signal", "scipy.ndimage"),  # every frontend uses librosa's mel filters, which need neither
     **dict.fromkeys(("espnet2.tasks.ssl", "espnet2.gan_tts", "espnet2.asr.state_spaces"), ()),
     "espnet2.layers.create_adapter_fn": (),
 }
 
 
 def _unchecked(target: Any = None, **options: Any) -> Any:
-    """``typeguard.typechecked``, which leaves the function as it is."""
+    """A substitute for ``typeguard.typechecked`` that does not change the function."""
     return target if target is not None else _unchecked
 
 

@@ -7,12 +7,12 @@ from typing import Any, List
 from espnet_kd.cli import UserError
 
 BLANK, UNKNOWN, SOS_EOS, SPACE = "<blank>", "<unk>", "<sos/eos>", "<space>"
-WORD_START = "\u2581"  #: in a SentencePiece model's pieces, for the blank before a word
+WORD_START = "\u2581"  #: stands for the space before a word in a SentencePiece model's pieces
 BPE_MODEL = "bpe.model"  #: name of the SentencePiece model beside a token list
 
 
 def load_sentencepiece(model: bytes, name: str = "the BPE model") -> Any:
-    """Return the SentencePiece processor of a model (:class:`UserError` naming ``name``: it is not one)."""
+    """Return the SentencePiece processor of a model (:class:`UserError` with ``name`` if it is not a model)."""
     import sentencepiece
 
     try:
@@ -22,6 +22,6 @@ def load_sentencepiece(model: bytes, name: str = "the BPE model") -> Any:
 
 
 def read_pieces(model: bytes, name: str = "the BPE model") -> List[str]:
-    """Return all pieces of a SentencePiece model, in order (:class:`UserError` naming ``name`` where it is none)."""
+    """Return all pieces of a SentencePiece model, in order (:class:`UserError` with ``name`` if it is not a model)."""
     processor = load_sentencepiece(model, name)
     return [processor.id_to_piece(i) for i in range(processor.get_piece_size())]

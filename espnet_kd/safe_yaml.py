@@ -1,7 +1,7 @@
 """Reading untrusted YAML within bounds: a few hundred bytes can expand to more than the memory of a machine.
 
-Aliases (``*name``) repeat what an anchor names, repetitions of repetitions grow without bound, and deep nesting
-exhausts the stack. Both are counted on the parser's events, before anything is built.
+Aliases (``*name``) repeat the value of an anchor, nested repetitions grow without bound, and deep nesting exhausts the
+stack. Values and depth are counted on the parser's events, before anything is built.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ _LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 
 def parse_yaml(text: str, where: str, max_nodes: int = MAX_NODES) -> Any:
-    """The content of a YAML document of plain values (``where`` stands before messages).
+    """The content of a YAML document of plain values (``where`` begins the messages).
 
     Raises:
-        UserError: not YAML, a value that cannot be constructed (such as month 13), or a document beyond the bounds.
+        UserError: it is not YAML, has a value that cannot be constructed (such as month 13), or exceeds the bounds.
     """
     try:
         _measure(text, where, max_nodes)
@@ -31,14 +31,14 @@ def parse_yaml(text: str, where: str, max_nodes: int = MAX_NODES) -> Any:
     except UserError:
         raise
     except (yaml.YAMLError, ValueError, RecursionError, OverflowError, TypeError, LookupError, AttributeError) as e:
-        reason = " ".join(str(e).split()) or type(e).__name__  # also what PyYAML trips over: !!bool maybe
+        reason = " ".join(str(e).split()) or type(e).__name__  # PyYAML itself fails for some, e.g. !!bool maybe
         raise UserError(f"{where}: this is no YAML that can be read: {reason}") from e
 
 
 def _measure(text: str, where: str, max_nodes: int) -> None:
-    """Refuse a document beyond ``MAX_DEPTH`` or ``max_nodes``, or with an alias inside what it names."""
+    """Refuse a document beyond ``MAX_DEPTH`` or ``max_nodes``, or with an alias inside the value of its own anchor."""
     sizes: Dict[str, int] = {}
-    open_: List[Tuple[str, int]] = []  # anchor and size of each collection around
+    open_: List[Tuple[str, int]] = []  # anchor and size of each open collection
     total = 0
 
     def add(count: int) -> None:
@@ -59,7 +59,7 @@ def _measure(text: str, where: str, max_nodes: int) -> None:
         elif isinstance(event, yaml.CollectionEndEvent):
             anchor, size = open_.pop()
             sizes[anchor] = size
-            # Its members were counted into the total already; the collection around has yet to have them.
+            # Its members are in the total already, but not yet in the size of the enclosing collection.
             if open_:
                 open_[-1] = (open_[-1][0], open_[-1][1] + size)
         elif isinstance(event, yaml.AliasEvent):

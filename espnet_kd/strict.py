@@ -58,7 +58,7 @@ def check_type(value: Any, hint: Any, where: str) -> None:
         raise UserError(f"{where}: unknown value {value!r}{nearest(value, typing.get_args(hint))}")
     trap = ""
     if isinstance(value, str) and fits(0.5, hint):
-        with contextlib.suppress(ValueError):  # 1e-3 is no number to YAML, 1.0e-3 is one
+        with contextlib.suppress(ValueError):  # YAML reads 1e-3 as text, and 1.0e-3 as a number
             trap = f" (YAML takes that for text: write {to_yaml(float(value))})"
     raise UserError(f"{where}: expected {describe_type(hint)}, found {value!r}{trap}")
 
@@ -81,13 +81,13 @@ def fits(value: Any, hint: Any) -> bool:
         return isinstance(value, origin)
     if origin in _LISTS:
         each = [h for h in inner if h is not Ellipsis]
-        same = len(each) == 1 or Ellipsis in inner  # else a tuple of so many, each of its own kind
+        same = len(each) == 1 or Ellipsis in inner  # otherwise a tuple with a type for each element
         listed = isinstance(value, (list, tuple))
         return listed and (not same or all(fits(v, each[0]) for v in value))
     if origin in _MAPPINGS:
         return isinstance(value, Mapping)
-    # YAML gives none of the classes that are left (tensors, modules): they are no reason to refuse, nor to accept where
-    # a union has something else.
+    # The classes that are left (tensors, modules) do not occur in YAML. Values of YAML's own types do not fit them, so
+    # that the other types of a union decide; other values are not checked.
     return origin in (Any, object) or not isinstance(origin, type) or not isinstance(value, tuple(_NAMES))
 
 
@@ -111,7 +111,7 @@ def parameters(function: Callable[..., Any]) -> Dict[str, Any]:
     A parameter without annotation gets the type of its default, or ``Any``. With the default None, None is accepted.
     """
     hints: Dict[str, Any] = {}
-    # The fields of a dataclass are resolved in the module of the class that defines each, its __init__ in one module.
+    # A dataclass's fields are resolved in the module of the class that defines each field, its __init__ in one module.
     for annotated in (function, inspect.getattr_static(function, "__init__", None)):
         with contextlib.suppress(NameError, TypeError, AttributeError):  # names that only a type checker imports
             hints.update(typing.get_type_hints(annotated))

@@ -1,7 +1,7 @@
 """Compressed teacher posteriors, as the target cache stores them. Torch only.
 
 For each frame they have the blank, up to k of the likeliest other tokens, and the remaining mass of all other tokens.
-Frame selections and losses take them in place of logits (B, T, V), without expanding them.
+Frame selections and losses accept them in place of logits (B, T, V), without expanding them.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from espnet_kd.backend import may_look
 
-#: A remainder below this share of the non-blank mass is rounding.
+#: A remainder below this share of the non-blank mass is a rounding error.
 _ROUNDING = 1e-6
 
 
@@ -31,7 +31,7 @@ class TopK:
 
     log_blank: Tensor  #: (B, T)
     tokens: Tensor  #: (B, T, k) int64; the first is the likeliest, the others are in any order
-    log_probs: Tensor  #: (B, T, k); −∞ where none was kept, and there token 0
+    log_probs: Tensor  #: (B, T, k); −∞, with token 0, where none was kept
     num_tokens: int  #: V
     #: Temperature τ other than 1 → (B, T) log Σ_k p(k)^(1/τ), which makes the posterior at τ exact.
     norms: Dict[float, Tensor] = field(default_factory=dict)
@@ -106,7 +106,7 @@ class TopK:
         finite = log_nonblank.masked_fill(log_nonblank == -torch.inf, 0.0)
         share = 1 - (self.log_tokens_at(temperature) - finite[..., None]).double().exp().sum(-1)
         share = share.masked_fill(share < _ROUNDING, 0.0)
-        if self.tokens.size(-1) >= self.num_tokens - 1:  # none is missing where the last is there
+        if self.tokens.size(-1) >= self.num_tokens - 1:  # all tokens are kept if the last place is used
             share = share.masked_fill(self.log_probs[..., -1] > -torch.inf, 0.0)
         return log_nonblank.exp() * share.to(log_nonblank.dtype)
 
@@ -116,7 +116,7 @@ Posterior = Union[Tensor, TopK]
 
 
 def kept_probabilities(teacher: TopK, temperature: float) -> Tuple[Tensor, Tensor]:
-    """Of N frames: probabilities of blank and the kept tokens (N, 1 + k), and which tokens these are (N, 1 + k).
+    """Probabilities of blank and the kept tokens of N frames (N, 1 + k), and the ids of these tokens (N, 1 + k).
 
     Raises:
         NotKept: temperature or tokens were not kept.
@@ -128,11 +128,11 @@ def kept_probabilities(teacher: TopK, temperature: float) -> Tuple[Tensor, Tenso
 
 
 def in_buckets(student: Tensor, teacher: TopK, temperature: float) -> Tuple[Tensor, Tensor]:
-    """Posteriors of N frames over the buckets blank, each kept token, remainder: the divergences' inputs.
+    """Posteriors of N frames over the buckets blank, each kept token, and remainder, for the divergences.
 
     Args:
         student: (N, V) logits in float32 or better.
-        teacher: of N frames.
+        teacher: targets of N frames.
 
     Returns:
         log p and log q, (N, k + 2) each; gradient flows to ``student``.
@@ -161,10 +161,10 @@ def compress(logits: Tensor, k: int, temperatures: Sequence[float] = ()) -> TopK
     """The :class:`TopK` of logits (…, V) in float32 or better, with tokens kept on every frame."""
     log_probs = logits.log_softmax(-1)
     tokens = logits[..., 1:]
-    # From the others' mass: log_softmax has no digits left where p(blank) rounds to 1.
+    # Computed from the other tokens' mass, because log_softmax loses all digits where p(blank) rounds to 1.
     log_blank = -torch.nn.functional.softplus(tokens.logsumexp(-1) - logits[..., 0])
     best = log_probs[..., 1:].topk(min(k, tokens.size(-1)), -1)
-    # In double and from the exact blank: log p(blank) at τ is a difference from this, often of two tiny numbers.
+    # In float64 and with the exact blank, because log p(blank) at τ is often a difference of two tiny numbers.
     exact = torch.cat([log_blank[..., None], log_probs[..., 1:]], -1).double() if temperatures else log_probs
     norms = {tau: (exact / tau).logsumexp(-1).to(log_probs.dtype) for tau in temperatures if tau != 1}
     return TopK(log_blank, best.indices + 1, best.values, logits.size(-1), norms)

@@ -14,13 +14,13 @@ import numpy as np
 from espnet_kd.bench.timing import interleaved, median
 from espnet_kd.cli import UserError
 
-#: What is compared: (ours, the stock decoder's).
+#: The decoders that are compared: (ours, the stock one).
 PAIRS = {
     "greedy": ("greedy", "stock_greedy"),
     "beam": ("beam", "stock_beam"),
     "beam_for_greedy": ("beam", "stock_greedy"),
 }
-_NATS = 0.01  # a smaller difference between two texts' log-probabilities is none
+_NATS = 0.01  # smaller differences between two texts' log-probabilities are ignored
 
 
 def measure(
@@ -43,24 +43,24 @@ def measure(
     Args:
         experiment: a finished ESPnet experiment with CTC, or an export.
         data_dir: formatted, with text.
-        rounds: chunks.
-        beam_size: of both beam searches; stock greedy is its beam search of width 1.
-        beam_size_token: of our beam search (see `espnet_kd.decode.beam`); the stock one tries every token.
-        batch_seconds: of our batches.
-        most: of the data dir's utterances, in its order; 0: all.
-        join_seconds: neighbours in the data dir's order are decoded as one utterance of at most so long; 0: each alone.
+        rounds: number of chunks.
+        beam_size: width of both beam searches; stock greedy is its beam search of width 1.
+        beam_size_token: option of our beam search (see `espnet_kd.decode.beam`); the stock one tries every token.
+        batch_seconds: audio in each of our batches.
+        most: number of utterances to decode, in the data dir's order; 0: all.
+        join_seconds: neighbours in the data dir's order are joined to utterances of at most this length; 0: not joined.
 
     Returns:
         ``greedy``, ``beam``, ``beam_for_greedy`` (our beam against the stock search of width 1, which sums alignments
-        up as well): seconds of the stock loop / ours, median over the chunks; ``…_total``: of all chunks;
+        up as well): seconds of the stock loop / ours, median over the chunks; ``…_total``: over all chunks;
         ``wer_greedy``, ``wer_stock_greedy`` and so on in percent; for each of the three, ``wer_…_difference``:
         (ours − stock, low, high) in percentage points with the paired bootstrap's 95 % interval over utterances;
-        ``likelier_…``: utterances for which ours, and for which the stock search has found the text of higher
-        log P(text | audio), all alignments summed: where a search goes wrong;
+        ``likelier_…``: numbers of utterances for which our search, and for which the stock search found the text of
+        higher log P(text | audio), summed over all alignments, which shows errors of a search;
         seconds of each, and of loading (all four) and reading, which both loops would have to do.
 
     Raises:
-        UserError: no text for an utterance.
+        UserError: an utterance has no text.
     """
     import torch
 
@@ -74,7 +74,7 @@ def measure(
 
     torch.set_num_threads(1)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    search_jobs = len(os.sched_getaffinity(0)) if device == "cuda" else 0  # all cores beside a GPU
+    search_jobs = len(os.sched_getaffinity(0)) if device == "cuda" else 0  # with a GPU, all cores search
     config, model_file = find_experiment(experiment)
     start = time.perf_counter()
     stock = functools.partial(StockRecogniser, config, model_file, device, ctc_weight=1.0, nbest=1)
@@ -109,7 +109,7 @@ def measure(
             best[name].update((u.utt_id, h[0]) for u, h in zip(batch, found))
 
     for recogniser in recognisers.values():
-        recogniser([audio[u.utt_id] for u in batches[0]])  # one-time costs, memory's first touch among them
+        recogniser([audio[u.utt_id] for u in batches[0]])  # warm-up: one-time costs, such as first use of memory
     parts = min(rounds, len(batches))
     bounds = [len(batches) * i // parts for i in range(parts + 1)]
     chunks = [batches[a:b] for a, b in zip(bounds, bounds[1:])]
@@ -136,7 +136,7 @@ def measure(
 
 
 def join(utterances: Sequence, audio: Dict[str, np.ndarray], references: Dict[str, str], seconds: float) -> List:
-    """Neighbours as one utterance of at most so many seconds (a longer one stays alone), under the first one's id.
+    """Join neighbours to utterances of at most ``seconds`` (a longer one stays alone), under the first one's id.
 
     ``audio`` and ``references`` are changed to those of the joined utterances.
     """
@@ -158,7 +158,7 @@ def likelihoods(recogniser: Any, batches: Sequence[Sequence], audio: Mapping, be
     """Log P(text | audio) of each utterance's hypothesis in nats, in the order of ``batches``.
 
     Args:
-        recogniser: of the model.
+        recogniser: a recogniser of the model.
         batches: utterances.
         audio: {utt_id: samples}.
         best: {utt_id: Hypothesis}.
@@ -171,7 +171,7 @@ def likelihoods(recogniser: Any, batches: Sequence[Sequence], audio: Mapping, be
         texts = [best[u.utt_id].token_ids for u in batch]
         logits = torch.nn.functional.pad(
             logits, (0, 0, 0, 1)
-        )  # one frame more: ctc_loss wants one, and counts `frames`
+        )  # one frame more, because ctc_loss needs one; it counts only `frames`
         losses = torch.nn.functional.ctc_loss(
             logits.float().log_softmax(-1).transpose(0, 1).cpu(),
             torch.tensor([i for text in texts for i in text], dtype=torch.long),

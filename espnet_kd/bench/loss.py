@@ -22,9 +22,9 @@ SHAPE = (16, 400, 5000, 60)
 
 
 def plain_factorized_kl(student_logits: Tensor, teacher_logits: Tensor, lengths: Tensor) -> Tensor:
-    """:func:`espnet_kd.losses.factorized_kl` with its default weights, as one would write it down.
+    """:func:`espnet_kd.losses.factorized_kl` with its default weights, written in the most obvious way.
 
-    Two full log-softmaxes and the renormalised KL of every frame, of which a mask keeps the non-blank ones.
+    It computes two full log-softmaxes and the renormalised KL of every frame; a mask selects the non-blank frames.
     """
     log_q, log_p = student_logits.log_softmax(-1), teacher_logits.log_softmax(-1)
     valid = torch.arange(log_q.size(1), device=log_q.device) < lengths[:, None]
@@ -58,7 +58,7 @@ class LossStep:
         self.label_lengths = torch.full((utts,), labels, device=device)
 
     def __call__(self) -> float:
-        """One step; the loss."""
+        """Run one step, and return the loss."""
         self.logits.grad = None
         log_probs = self.logits.log_softmax(-1)
         loss = F.ctc_loss(log_probs.transpose(0, 1), self.labels, self.lengths, self.label_lengths)
@@ -74,9 +74,9 @@ class LossStep:
 def bandwidth_share(step: LossStep, rounds: int) -> float:
     """Share of the memory's bandwidth that our loss alone uses, forward and backward.
 
-    Bytes that must move at least (student and teacher read, the student's gradient written) / time, as a share of what
-    copying the logits moves in a second, read and written; median over ``rounds`` in which the two take turns. On a GPU
-    a turn is many in a row, as in training, where the next is launched while one runs.
+    The bytes that must move at least (student and teacher read, the student's gradient written) per second, divided by
+    the bytes per second that a copy of the logits reads and writes; median over ``rounds`` in which the two take turns.
+    On a GPU a turn has many runs in a row, because in training, too, the next is launched while one runs.
     """
     student = step.logits.detach().log_softmax(-1).requires_grad_()
     copy = torch.empty_like(step.teacher)
@@ -100,12 +100,13 @@ def _one_step(kind: str, nonblank: float, shape: Any) -> None:
 
 
 def measure(nonblank: float, rounds: int, shape: Any = SHAPE) -> Dict[str, Union[str, Optional[float]]]:
-    """How many times less ours adds to CTC than the plain one: ``fkl_time``, ``fkl_memory``; and what they add.
+    """Measure time and memory that each implementation adds to CTC, and the ratios plain / ours.
 
-    ``fkl_bandwidth``: see `bandwidth_share`. ``backend``: how ours is computed.
+    The ratios are ``fkl_time`` and ``fkl_memory``. ``fkl_bandwidth``: see `bandwidth_share`. ``backend``: how ours is
+    computed.
 
-    Seconds are medians over ``rounds``; where noise hides what one of them adds, ``fkl_time`` is None. Bytes are peaks
-    above a process with CTC and the same inputs alone, 1 MiB at least.
+    Seconds are medians over ``rounds``; if noise hides the time that one of them adds, ``fkl_time`` is None. Bytes are
+    peaks above the peak of a process with CTC only and the same inputs, at least 1 MiB.
     """
     alone = LossStep("ours", nonblank, shape)
     backend = backend_of(alone.logits, alone.teacher)
@@ -113,7 +114,7 @@ def measure(nonblank: float, rounds: int, shape: Any = SHAPE) -> Dict[str, Union
     seconds = interleaved({kind: LossStep(kind, nonblank, shape) for kind in ("ctc", *others)}, rounds)
     extra = {kind: median([a - b for a, b in zip(seconds[kind], seconds["ctc"])]) for kind in others}
     peaks = {kind: peak_memory_of(partial(_one_step, kind, nonblank, shape)) for kind in ("ctc", *others)}
-    # Below a megabyte, or 0 where the peak lies elsewhere in the step, there is nothing to divide by.
+    # At least 1 MiB, because the difference is near 0 if the peak lies elsewhere in the step, and is a divisor below.
     more = {kind: max(peaks[kind] - peaks["ctc"], 2**20) for kind in others}
     return {
         "backend": backend,

@@ -51,7 +51,7 @@ def random_model(conf: Dict[str, Any]) -> ESPnetASRModel:
 
 
 def batch(utts: int, seconds: float, vocabulary: int) -> Dict[str, Any]:
-    """What the trainer hands to ``forward``: noise, as random as its transcripts."""
+    """A batch as the trainer gives it to ``forward``: noise, with random transcripts."""
     samples, labels = int(seconds * RATE), int(seconds * TOKENS_PER_SECOND)
     return dict(
         utt_id=[f"utt{i}" for i in range(utts)],
@@ -63,7 +63,7 @@ def batch(utts: int, seconds: float, vocabulary: int) -> Dict[str, Any]:
 
 
 def copied(data: Dict[str, Any], device: str = "cpu") -> Dict[str, Any]:
-    """A batch of its own for a step, as ESPnet changes what it is given."""
+    """A copy of a batch for one step, because ESPnet changes the tensors that it is given."""
     return tree_map(lambda v: v.clone().to(device) if isinstance(v, torch.Tensor) else v, data)
 
 

@@ -26,8 +26,8 @@ def measure(
 ) -> Dict[str, float]:
     """Ratios of steps (forward, backward, optimizer) of one student in the last KD stage of a method.
 
-    Cached targets are read in the step, where it is CPU time that is measured; on a GPU they come with the batch, as
-    the data loader's workers bring them, and the step copies them.
+    On a CPU, cached targets are read inside the step, because CPU time is measured. On a GPU they come with the batch,
+    as from the data loader's workers, and the step copies them.
 
     Args:
         rounds: counted rounds of the interleaved runs; the medians of the rounds' ratios are given.

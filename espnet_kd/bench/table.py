@@ -24,7 +24,7 @@ TABLE = (
 
 
 def measure(parts: Sequence[str], args: argparse.Namespace) -> List[Dict[str, Any]]:
-    """What each part measures, with the options that it was measured with."""
+    """Measure each part; the results contain the options that were used."""
     import torch
 
     torch.set_num_threads(1)
@@ -57,12 +57,12 @@ def measure(parts: Sequence[str], args: argparse.Namespace) -> List[Dict[str, An
 
 
 def headline(measured: Sequence[Dict[str, Any]]) -> Dict[str, Optional[float]]:
-    """The ratios by their names; of several vocabularies or shares the first. None: lost in noise."""
+    """The ratios by their names, for the first of several vocabularies or shares. None: hidden by noise."""
     return {key: next(m[key] for m in measured if key in m) for key, _ in TABLE if any(key in m for m in measured)}
 
 
 def table(measured: Sequence[Dict[str, Any]]) -> str:
-    """The ratios as a Markdown table, and what they were measured with."""
+    """The ratios as a Markdown table, with the options that were used and the machine."""
     from espnet_kd.bench.decoding import PAIRS  # imports torch
 
     rows: List[Tuple[str, str, str]] = []
@@ -86,7 +86,7 @@ def table(measured: Sequence[Dict[str, Any]]) -> str:
 
 
 def shown(value: Optional[float]) -> str:
-    """A figure of the table."""
+    """Format a number of the table."""
     if value is None:
         return "too noisy: give more --rounds"
     return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
@@ -101,7 +101,7 @@ def machine() -> Dict[str, str]:
 
     try:
         espnet = version("espnet")
-    except PackageNotFoundError:  # which the loss alone does not need
+    except PackageNotFoundError:  # measuring only the loss does not need it
         espnet = "not installed"
 
     return {

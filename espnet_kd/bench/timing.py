@@ -14,17 +14,17 @@ from espnet_kd.cli import UserError
 
 try:
     from tqdm import tqdm
-except ImportError:  # on a machine that has torch alone the loss can be measured all the same, without a bar
+except ImportError:  # with torch only, the loss can still be measured, without a progress bar
     def tqdm(items: Any, **_: Any) -> Any:
-        """The items as they are."""
+        """Return the items unchanged."""
         return items
 
 
 def interleaved(runs: Mapping[str, Callable[[], Any]], rounds: int, warm_up: int = 1) -> Dict[str, List[float]]:
-    """Seconds of each function in each round; the functions take turns, so that a noisy moment hits all alike.
+    """Seconds of each function in each round; the functions take turns, so that a noisy moment affects all alike.
 
-    On a CPU it is CPU time, of which other programs on the machine take less than of the clock's. ``warm_up`` rounds
-    are not counted.
+    On a CPU this is CPU time, on which other programs have less influence than on wall time. ``warm_up`` rounds are not
+    counted.
     """
     clock = _gpu_clock if torch.cuda.is_available() else time.process_time
     seconds: Dict[str, List[float]] = {name: [] for name in runs}
@@ -43,12 +43,12 @@ def _gpu_clock() -> float:
 
 
 def median(values: List[float]) -> float:
-    """The median, which one slow round does not move."""
+    """The median, which one slow round does not change."""
     return statistics.median(values)
 
 
 def peak_memory_of(run: Callable[..., Any], *args: Any) -> int:
-    """Most memory in bytes that ``run(*args)`` held, in a fresh process of its own; on a GPU, what it allocated there.
+    """Peak memory of ``run(*args)`` in bytes, measured in a new process; on a GPU, the memory allocated there.
 
     Raises:
         UserError: the process died, most likely out of memory.
@@ -63,7 +63,7 @@ def peak_memory_of(run: Callable[..., Any], *args: Any) -> int:
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_measure, args=(sender, run, args))
     process.start()
-    sender.close()  # the process has the only other one: if it dies, the pipe ends
+    sender.close()  # the process has the only sender left, so that the pipe ends if it dies
     try:
         return receiver.recv()
     except EOFError as e:

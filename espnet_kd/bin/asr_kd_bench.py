@@ -1,4 +1,4 @@
-r"""Measure what distillation costs on this machine, as ratios of times of alternating runs.
+r"""Measure the costs of distillation on this machine, as ratios of the times of alternating runs.
 
     python -m espnet_kd.bin.asr_kd_bench
     python -m espnet_kd.bin.asr_kd_bench --only decoding --expdir exp/teacher --data_dir dump/raw/test --json
@@ -52,7 +52,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command.
 
     Raises:
-        UserError: anything that the user can mend.
+        UserError: anything that the user can correct.
     """
     args = get_parser().parse_args(argv)
     cli.refuse_empty(args)
@@ -69,7 +69,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
             )
         parts.remove("decoding")
 
-    with contextlib.redirect_stdout(sys.stderr):  # ESPnet prints as it is imported; the output is to be JSON
+    with contextlib.redirect_stdout(sys.stderr):  # ESPnet prints when it is imported; the output must be JSON
         from espnet_kd.bench.table import headline, machine, measure, table  # imports torch
 
         measured = measure(parts, args)

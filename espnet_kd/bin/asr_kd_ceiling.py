@@ -89,7 +89,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
 
 
 def _tokenizer(config: Mapping[str, Any], path: Path) -> Optional[Tokenizer]:
-    """What cuts references into the teacher's tokens; None where they have no such tokens."""
+    """A tokenizer that cuts references into the teacher's tokens; None for other types of tokens."""
     from espnet_kd.data.tokenizing import Tokenizer
     from espnet_kd.experiments.named_files import find_token_model
 

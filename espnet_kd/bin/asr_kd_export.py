@@ -7,19 +7,19 @@ Examples:
 Formats, and the files of each:
 
   espnet  EXP/export with config.yaml (no KD keys), model.pth (student keys only), feats_stats.npz, bpe.model if any,
-          decode.yaml (the options that a CTC model is decoded with) and README.md (how to use it), and EXP/export.zip,
-          which is that of espnet2.bin.pack. ESPnet loads them from any directory. Paths in config.yaml are relative to
-          the directory the command runs in, as ESPnet writes them.
+          decode.yaml (options for decoding a CTC model) and README.md (how to use it), and EXP/export.zip, in the
+          format of espnet2.bin.pack. ESPnet loads them from any directory. Paths in config.yaml are relative to the
+          directory in which the command runs, as ESPnet writes them.
   onnx    EXP/export_onnx with model.onnx, a graph from samples to log-probabilities with dynamic batch and time, and
           tokens.txt
   sherpa  EXP/export_sherpa with model.onnx and tokens.txt, for sherpa_onnx.OfflineRecognizer.from_omnilingual_asr_ctc
   web     EXP/export_web, a folder for any web server: a page that recognises files and the microphone in the browser
   stream  EXP/export_stream with model.onnx, one block of a streaming student with its state as inputs and outputs, for
-          asr_kd_transcribe --streaming; of contextual-block encoders, which the other formats do not support
+          asr_kd_transcribe --streaming; for contextual-block encoders, which the other formats do not support
 
 The last four have student.json (sampling rate, frame shift, tokens, versions, SHA-256 of every file) and README.md.
-Before one of them is written, its graph is run at several lengths, alone and in batches; one whose log-probabilities
-differ from ESPnet's by more than 1e-4 is refused.
+Before one of them is written, its graph is run at several lengths, alone and in batches. A graph is refused if its
+log-probabilities differ from ESPnet's by more than 1e-4.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     output_dir = args.output_dir and Path(args.output_dir)
     if output_dir and len(formats) > 1:
         raise UserError("--output_dir goes with one --format; leave it out for several")
-    # --help and mistakes in the command line are answered at once
+    # Imported here, so that --help and mistakes in the command line do not wait for the import.
     from espnet_kd.distill.export import export
     from espnet_kd.experiments.models import find_experiment
 
@@ -102,7 +102,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
 def _write_graphs(
     args: argparse.Namespace, formats: Sequence[str], output_dir: Optional[Path], home: Path
 ) -> Dict[str, Path]:
-    """Write the forms that have a graph; the folder of each."""
+    """Write the forms that have a graph, and return the folder of each."""
     from espnet_kd.deploy.student import load_student
     from espnet_kd.deploy.write import Options, write_form
 

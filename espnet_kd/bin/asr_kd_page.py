@@ -38,7 +38,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """
     args = get_parser().parse_args(argv)
     cli.refuse_empty(args)
-    # What an objective computes with is not imported to look at its options.
+    # Checking an objective's options does not need the libraries with which it computes.
     with importing_lazily(("espnet_kd",), dict.fromkeys(("torch", "numpy"), ())):
         from espnet_kd.distill.page import Unread, load_page
 

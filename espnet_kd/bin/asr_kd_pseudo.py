@@ -7,7 +7,7 @@
 --labels is the output of any recogniser: a Kaldi-style text, or JSON, one object a line with utt_id, text and
 optionally confidence. --teacher makes the transcripts here. Each transcript is rewritten by the rules of --rewrite
 (digits to words), brought to the token list's characters (case, apostrophes, punctuation), and left out if it is empty,
-has other characters, repeats a phrase, is too fast or too slow for its audio, or is far from what a CTC teacher gives.
+has other characters, repeats a phrase, is too long or too short for its audio, or is far from a CTC teacher's output.
 OUT becomes a data dir with the rest; OUT/nbest has its text in the tokens of --token_list, for sequence-level KD, and
 OUT/pseudo.tsv has the reason for each utterance.
 """

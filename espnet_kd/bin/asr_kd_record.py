@@ -1,12 +1,12 @@
-"""Whether a result of run.sh is there, whole, and made from the inputs at hand; or note that it is.
+"""Check whether a result of run.sh is complete and made from the current inputs, or record that it is.
 
     python -m espnet_kd.bin.asr_kd_record check --record exp/stats/.done --file data/tokens.txt --value=fs=16000
     python -m espnet_kd.bin.asr_kd_record finish --record exp/stats/.done --file data/tokens.txt --value=fs=16000
     python -m espnet_kd.bin.asr_kd_record check --model exp/teacher --fixed data/tokens.txt --file conf/teacher.yaml
 
-check ends with exit code 0 where the result is finished and made from these files and values, and with 3 where it is to
-be made. A record of an earlier version, which is an empty file, counts where no input file is newer. A model that was
-begun with other files of --fixed is refused.
+check ends with exit code 0 if the result is finished and made from these files and values, and with 3 if it must be
+made. A record of an earlier version, which is an empty file, is valid if no input file is newer. A model that was begun
+with other files of --fixed is refused.
 """
 
 from __future__ import annotations

@@ -60,7 +60,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
 
         watch(expdirs, once=args.once)
         return
-    # Imported here: --help and mistakes in the command line are answered at once.
+    # Imported here, so that --help and mistakes in the command line do not wait for the import.
     from espnet_kd.deploy.section import show_exports
     from espnet_kd.files import replacing
     from espnet_kd.report import sections as show

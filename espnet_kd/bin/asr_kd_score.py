@@ -64,8 +64,8 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if args.reference_exp:
         reference = list_decodings([args.reference_exp], args.data_dir)
         references = {data_dir: decoded for _, data_dir, decoded in reference if not (data_dir / "text").is_file()}
-        places = [p for p in places if p[2] not in references.values()]  # it would be compared with itself
-    for expdir, data_dir, decoded in places:  # all of them, before the first is scored
+        places = [p for p in places if p[2] not in references.values()]  # the reference is not compared with itself
+    for expdir, data_dir, decoded in places:  # check all before the first is scored
         if not (decoded / "1best_recog" / "text").is_file():
             raise cli.UserError(
                 f"{decoded}/1best_recog/text is missing; decode first: asr_kd_inference --expdir {expdir}"
@@ -84,9 +84,9 @@ def score(hyp: Path, ref: Path, output_dir: Path, testset: str, resamples: int, 
     """Score one text against its reference and write the three files.
 
     Raises:
-        UserError: the texts cannot be read, or do not hold the same utterances.
+        UserError: the texts cannot be read, or do not have the same utterances.
     """
-    # Imported here: --help and mistakes in the command line are answered at once.
+    # Imported here, so that --help and mistakes in the command line do not wait for the import.
     from espnet_kd.decode.score import COUNTS, count_errors, format_table, pair_texts, summarise
 
     pairs = pair_texts(hyp, ref)

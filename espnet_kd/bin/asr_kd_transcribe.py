@@ -59,7 +59,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         from espnet_kd.deploy.live import LiveTranscriber
     else:
         from espnet_kd.transcribe import Transcriber
-    with contextlib.redirect_stdout(sys.stderr):  # ESPnet prints there when it is imported, and the text is there
+    with contextlib.redirect_stdout(sys.stderr):  # ESPnet prints to stdout when it is imported
         chosen: Any = LiveTranscriber if args.streaming else Transcriber
         transcriber = chosen(args.model, threads=args.threads, longest=args.longest_seconds)
     shown = [""]
@@ -87,15 +87,15 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
             several = len(args.files) > 1 and args.output_format == "text"
             sys.stdout.write(f"{file}\t{content}" if several else content)
             sys.stdout.flush()
-        if args.streaming:  # after the text, whose line has ended now
+        if args.streaming:  # logged when the line of the text is complete
             logging.info("%s: %s", file, transcriber.latencies)
     if failed:
         raise UserError(f"{len(failed)} of {len(args.files)} files could not be transcribed, see above")
 
 
 def _show_more(text: str, shown: List[str]) -> None:
-    """Write what is new of the text of a stream; ``shown`` holds what was written."""
-    text = text.rstrip()  # a blank at the end is written with what follows it
+    """Write the new part of a stream's text; ``shown`` has the text that was written before."""
+    text = text.rstrip()  # a space at the end is written together with the next word
     if text.startswith(shown[0]):
         sys.stdout.write(text[len(shown[0]) :] if shown[0] else text.lstrip())
         sys.stdout.flush()
@@ -103,10 +103,10 @@ def _show_more(text: str, shown: List[str]) -> None:
 
 
 def list_outputs(files: Sequence[str], output_dir: Optional[Path], suffix: str) -> Dict[str, Path]:
-    """Where the transcript of each file goes; empty without a directory.
+    """The output path of each file's transcript; empty without a directory.
 
     Raises:
-        UserError: two would go to one place.
+        UserError: two transcripts would have the same path.
     """
     if output_dir is None:
         return {}

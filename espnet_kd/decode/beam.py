@@ -16,17 +16,17 @@ from espnet_kd.cli import UserError
 from espnet_kd.inference.greedy import ctc_collapse
 from espnet_kd.targets.nbest import Hypotheses
 
-#: No hypothesis is pruned by its distance to the best (nats), only by the beam. Finite, so that -inf never passes.
+#: Distance to the best hypothesis (nats) above which others are pruned: only the beam prunes; -inf is still excluded.
 _NO_THRESHOLD = 1e30
 SPACE = "<space>"
 #: Tokens that never occur in a text.
 NO_TEXT = ("<blank>", "<unk>", "<sos/eos>", "<mask>", "")
-#: Share of the tokens that an n-gram model must know.
+#: Smallest share of the tokens that an n-gram model must contain.
 LEAST_KNOWN = 0.5
 
 
 class BeamSearch:
-    """Finds the likeliest token sequences of each utterance, summed over all alignments of a sequence.
+    """Finds the likeliest token sequences of each utterance; a sequence has the sum over all its alignments.
 
     The search is exact if the beam holds every sequence and ``beam_size_token`` every token; otherwise scores are lower
     bounds.
@@ -50,28 +50,28 @@ class BeamSearch:
         """Build the search once for many utterances.
 
         Args:
-            tokens: names of the V labels; they matter to the n-gram model only.
+            tokens: names of the V labels; only the n-gram model uses them.
             nbest: hypotheses wanted, at most ``beam_size``; fewer if the beam ends with fewer sequences.
-            beam_size: hypotheses kept after each frame; one that ends in a blank and one that doesn't are two.
+            beam_size: hypotheses kept after each frame; a sequence with and without a final blank counts twice.
             beam_size_token: likeliest labels of a frame that are tried, blank included; None: all (slow if V is large).
             blank_id: blank label.
-            drop: labels never hypothesised (ESPnet's <sos/eos>, which is no text). Their probability is lost.
+            drop: labels never hypothesised (ESPnet's <sos/eos>, which is not text). Their probability is lost.
             ngram_file: ARPA or KenLM's binary format, over ``tokens``.
             ngram_weight: factor of its log10 probabilities.
 
         Raises:
             ValueError: numbers out of range.
-            UserError: the n-gram model cannot be read, or knows none of the tokens.
+            UserError: the n-gram model cannot be read, or lacks most of the tokens.
         """
         if not 1 <= nbest <= beam_size:
             raise ValueError(f"want 1 <= nbest <= beam_size, not {nbest} and {beam_size}")
         if beam_size_token is not None and beam_size_token < 1:
             raise ValueError(f"beam_size_token is {beam_size_token}; it must be 1 or more")
-        # Dropped labels leave the matrix: a low score instead could still fill a beam that has room.
+        # Dropped labels are removed from the matrix: with a low score they could still fill free places of a beam.
         self._kept = [v for v in range(len(tokens)) if v == blank_id or v not in set(drop)]
         self._blank = self._kept.index(blank_id)
         self.vocabulary, self._nbest = len(tokens), nbest
-        # The decoder doesn't keep the model alive.
+        # Keep a reference here, because the decoder has none of its own.
         self._lm = load_ngram(ngram_file, [tokens[v] for v in self._kept], self._blank) if ngram_file else ZeroLM()
         options = LexiconFreeDecoderOptions(
             beam_size=beam_size,
@@ -82,7 +82,7 @@ class BeamSearch:
             log_add=True,
             criterion_type=CriterionType.CTC,
         )
-        # The decoder starts and ends on "silence": any token but blank would be swallowed at the start of a text.
+        # Blank is passed as "silence", on which the decoder starts and ends: another token would be lost at the start.
         self._decoder = LexiconFreeDecoder(options, self._lm, self._blank, self._blank, [])
         self._lock = threading.Lock()
 
@@ -118,10 +118,10 @@ class BeamSearch:
 
 
 def load_ngram(ngram_file: Union[str, Path], tokens: Sequence[str], unknown: int):
-    """Load a KenLM model whose words are ``tokens``; ``unknown`` is the index of one that it cannot know (blank).
+    """Load a KenLM model whose words are ``tokens``; ``unknown`` is the index of one that it cannot have (blank).
 
     Raises:
-        UserError: no KenLM, an unreadable file, or a model of something else.
+        UserError: KenLM is missing, the file cannot be read, or the model has other words.
     """
     from flashlight.lib.text.dictionary import Dictionary
 
@@ -139,8 +139,8 @@ def load_ngram(ngram_file: Union[str, Path], tokens: Sequence[str], unknown: int
     scores = [lm.score(lm.start(False), i)[1] for i in range(len(tokens))]
     strange = [t for t, score in zip(tokens, scores) if score == scores[unknown] and t not in NO_TEXT]
     known = sum(t not in NO_TEXT for t in tokens) - len(strange)
-    # A model of words has "a" and "i", too, or some characters that are words: what counts is most of them, and the
-    # blank between words, which no word is.
+    # A model of words also has a few of the tokens, such as "a" and "i". It is detected because it lacks most tokens,
+    # or the space token, which is never a word.
     if known < LEAST_KNOWN * (known + len(strange)) or SPACE in strange:
         raise UserError(
             f"the n-gram model {ngram_file} knows {known} of the model's {known + len(strange)} tokens (not "

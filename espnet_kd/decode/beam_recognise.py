@@ -34,7 +34,7 @@ class BeamRecogniser(Recogniser):
         search_jobs: int = 0,
         **options: Any,
     ):
-        """Take what `Recogniser` takes, and the options of `espnet_kd.decode.beam.BeamSearch` from ``nbest`` on.
+        """Take the arguments of `Recogniser`, and the options of `espnet_kd.decode.beam.BeamSearch` from ``nbest`` on.
 
         ``search_jobs``: number of processes that search while the model runs on the next batch, for a model on a GPU;
         0: the search runs in this process, after the model.
@@ -56,7 +56,7 @@ class BeamRecogniser(Recogniser):
         """Start to search log-probabilities (B, T, V); the result is the N-best of each utterance.
 
         Raises:
-            UserError: now or when the result is asked for: the model gives NaN.
+            UserError: the model gives NaN; raised here or by the returned function.
         """
         with self._no_nan():
             finish = self._begin_search(log_probs, frames)
@@ -78,10 +78,10 @@ class BeamRecogniser(Recogniser):
         """Run the model on utterances, each (N_i,) float samples at ``rate`` Hz, as one batch, and begin to search.
 
         Returns:
-            When called: for each utterance its :class:`Hypothesis` objects, best first.
+            A function that returns for each utterance its :class:`Hypothesis` objects, best first.
 
         Raises:
-            UserError: now or when the result is asked for: the model gives NaN.
+            UserError: the model gives NaN; raised here or by the returned function.
         """
         logits, frames = self.logits(speech)
         finish = self.begin_search(logits.float().log_softmax(dim=-1), frames)
@@ -99,7 +99,8 @@ class NbestRecogniser(BeamRecogniser):
         self, model: ESPnetASRModel, args: argparse.Namespace, config_dir: Union[str, Path] = ".", **options: Any
     ):
         super().__init__(model, args, config_dir, **options)
-        self._mass: List[Tuple[torch.Tensor, int]] = []  # of each batch; appending is safe in threads
+        # Sum of the posteriors, and number of frames, of each batch; appending to a list is thread-safe.
+        self._mass: List[Tuple[torch.Tensor, int]] = []
 
     def log_prior(self) -> np.ndarray:
         """Log of the tokens' mean posterior (V,) over all frames searched so far; finite."""
@@ -110,16 +111,16 @@ class NbestRecogniser(BeamRecogniser):
         """Run the model on utterances, each (N_i,) float samples at ``rate`` Hz, as one batch, and begin to search.
 
         Returns:
-            When called: for each utterance (log-probability in nats, token ids) of up to ``nbest`` hypotheses, best
-            first.
+            A function that returns for each utterance (log-probability in nats, token ids) of up to ``nbest``
+            hypotheses, best first.
 
         Raises:
-            UserError: now or when the result is asked for: the model gives NaN.
+            UserError: the model gives NaN; raised here or by the returned function.
         """
         logits, frames = self.logits(speech)
         log_probs = logits.float().log_softmax(dim=-1)
         counted = valid(frames, log_probs.size(1)).to(log_probs.device)
         self._mass.append((log_probs[counted].double().exp().sum(0).cpu(), int(frames.sum())))
         finish = self.begin_search(log_probs, frames)
-        # Arrays, since the hypotheses of the whole corpus are held at once.
+        # Arrays save memory, because the hypotheses of the whole corpus are held at once.
         return lambda: [[(score, array("i", ids)) for score, ids in hypotheses] for hypotheses in finish()]

@@ -19,7 +19,7 @@ from espnet_kd.data.parallel import start_worker
 from espnet_kd.decode.beam import BeamSearch, check_batch
 from espnet_kd.targets.nbest import Hypotheses
 
-_search: BeamSearch  #: of a worker process
+_search: BeamSearch  #: the search of a worker process
 
 
 class BesideSearch:
@@ -36,21 +36,21 @@ class BesideSearch:
         drop: Sequence[int] = (),
         **options: Any,
     ):
-        """Take the number of processes, 1 or more, and what `BeamSearch` takes.
+        """Take the number of processes, 1 or more, and the arguments of `BeamSearch`.
 
         Raises:
             ValueError, UserError: see `BeamSearch`.
         """
         options = {**options, "beam_size_token": beam_size_token, "drop": tuple(drop)}
-        BeamSearch(tokens, **options)  # raises errors here, because those of a process would be lost
+        BeamSearch(tokens, **options)  # raises errors here, because errors at a worker's start would be lost
         self._jobs, self._tokens, self._drop = jobs, list(tokens), list(drop)
         self._tried = min(beam_size_token or len(self._tokens), len(self._tokens))
-        # spawn: a fork would inherit the GPU's driver, whose threads it lacks.
+        # Not fork: the child would inherit the state of the GPU's driver, but not the driver's threads.
         context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(self._tokens, options))
 
     def begin(self, log_probs: torch.Tensor, lengths: torch.Tensor) -> Callable[[], List[Hypotheses]]:
-        """Start to search a batch, (B, T, V) and (B,) as in `BeamSearch`; what is returned waits for the result.
+        """Start to search a batch, (B, T, V) and (B,) as in `BeamSearch`; the returned function waits for the result.
 
         Raises:
             ValueError, FloatingPointError: see `BeamSearch`.
@@ -61,7 +61,7 @@ class BesideSearch:
         values, labels = (x.cpu().numpy() for x in likely.topk(self._tried, dim=2))
         labels = labels.astype(np.int32)
         utterances = [(values[i, :n], labels[i, :n]) for i, n in enumerate(lengths.tolist())]
-        # Utterances lie by length in a batch: each process gets long and short ones.
+        # Utterances are sorted by length in a batch; with this stride each process gets long and short ones.
         shares = [slice(job, None, self._jobs) for job in range(min(self._jobs, len(utterances)))]
         futures = [self._pool.submit(_search_all, utterances[share]) for share in shares]
 
@@ -82,7 +82,7 @@ class BesideSearch:
 
 
 def _start(tokens: Sequence[str], options: Dict[str, Any]) -> None:
-    """Begin a worker process."""
+    """Initialise a worker process."""
     global _search
     start_worker()
     torch.set_num_threads(1)
@@ -90,7 +90,7 @@ def _start(tokens: Sequence[str], options: Dict[str, Any]) -> None:
 
 
 def _search_all(utterances: Sequence[tuple]) -> List[Hypotheses]:
-    """Search utterances in a worker: of each the values (T, K) and labels (T, K) of the likeliest labels."""
+    """Search utterances in a worker process, each given by its likeliest labels' values (T, K) and ids (T, K)."""
     found = []
     for values, labels in utterances:
         log_probs = torch.full((1, len(values), _search.vocabulary), -torch.inf)

@@ -1,8 +1,7 @@
-"""How sure an error rate is: bootstrap intervals over utterances, and over seeds and utterances together.
+"""Uncertainty of error rates: bootstrap intervals over utterances, and over seeds and utterances together.
 
-``scipy.stats.bootstrap`` draws along one axis. Here seeds and utterances are crossed, of S seeds S − 1 are drawn, and
-draws without any reference are left out, none of which it can do; for a single seed it gives the same intervals, which
-a test holds.
+``scipy.stats.bootstrap`` draws along one axis only. Here seeds and utterances are crossed, S − 1 of S seeds are drawn,
+and draws without any reference are left out. For a single seed both give the same intervals, which a test checks.
 """
 
 from __future__ import annotations
@@ -20,9 +19,9 @@ def bootstrap_seeds(
     """Error rate in percent, its interval and p, when seeds and utterances are drawn again with replacement.
 
     Seeds and utterances are crossed: every seed decodes the same utterances, so that a draw takes the same utterances
-    of each seed drawn (McCarthy 1969; Owen 2007). Of S seeds S − 1 are drawn (Rao and Wu 1988): S of them would make
-    the variance of a mean of S seeds too small, with two seeds by half. A single seed is taken as it is; then this is
-    the usual bootstrap over utterances.
+    of each seed drawn (McCarthy 1969; Owen 2007). S − 1 of S seeds are drawn (Rao and Wu 1988): drawing S would make
+    the variance of a mean of S seeds too small, by half with two seeds. With a single seed this is the usual bootstrap
+    over utterances.
 
     Args:
         errors: (S, U) errors of each seed in every utterance, or differences of errors, paired by seed and utterance.
@@ -30,7 +29,7 @@ def bootstrap_seeds(
 
     Returns:
         (100 · errors / units over all seeds, its interval low, high, two-sided p against 0). p is
-        2 · min(P(≤ 0), P(≥ 0)) over the draws, never below 2 / (resamples + 1). NaN where the references hold nothing.
+        2 · min(P(≤ 0), P(≥ 0)) over the draws, never below 2 / (resamples + 1). NaN if all references are empty.
 
     Raises:
         ValueError: arrays of other shapes.
@@ -45,7 +44,7 @@ def bootstrap_seeds(
     rng = np.random.default_rng([seed, num_seeds])
     drawn = max(1, num_seeds - 1)
     times = rng.multinomial(drawn, np.full(num_seeds, 1.0 / num_seeds), size=len(sums))  # (R, S)
-    known = sums[:, -1] > 0  # else nothing but empty references was drawn
+    known = sums[:, -1] > 0  # False for draws with empty references only
     draws = 100.0 * (times * sums[:, :-1]).sum(axis=1)[known] / (drawn * sums[known, -1])
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     tail = min((draws <= 0).sum(), (draws >= 0).sum())
@@ -56,7 +55,7 @@ def bootstrap_seeds(
 def bootstrap_interval(
     errors: np.ndarray, lengths: np.ndarray, *, resamples: int = RESAMPLES, seed: int = 0
 ) -> Tuple[float, float]:
-    """95 % interval (low, high), in percent, of an error rate over utterances; NaN where the references hold nothing.
+    """95 % interval (low, high), in percent, of an error rate over utterances; NaN if all references are empty.
 
     Args:
         errors, lengths: (U,) errors of every utterance, and units of its reference.
@@ -76,7 +75,7 @@ def paired_bootstrap(
 
     Returns:
         (difference of the error rates a − b in percentage points, negative where a is better; its 95 % interval low,
-        high; two-sided p), as of :func:`bootstrap_seeds`.
+        high; two-sided p), as from :func:`bootstrap_seeds`.
 
     Raises:
         ValueError: arrays of different shapes, or no reference word.

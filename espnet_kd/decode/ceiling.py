@@ -24,12 +24,12 @@ class Ceiling:
     """Token error rates of a teacher, greedy, in percent."""
 
     utterances: int
-    tokens: int  #: that the teacher gives at its own rate
+    tokens: int  #: tokens in the teacher's output at its own frame rate
     teacher_shift: float  #: seconds
     student_shift: float  #: seconds
-    lost: float  #: of the teacher's output on the student's frames, against its output at its own rate
-    own: Optional[float] = None  #: of the teacher against the transcripts; None without transcripts
-    aligned: Optional[float] = None  #: of the teacher on the student's frames against the transcripts
+    lost: float  #: error rate of the teacher on the student's frames, against its output at its own rate
+    own: Optional[float] = None  #: error rate of the teacher against the transcripts; None without transcripts
+    aligned: Optional[float] = None  #: error rate of the teacher on the student's frames against the transcripts
 
 
 def measure_ceiling(
@@ -46,11 +46,11 @@ def measure_ceiling(
 
     Args:
         frames_of: the student's frames for a number of samples.
-        student_shift: seconds a student frame.
+        student_shift: seconds per student frame.
         tokenizer: cuts the transcripts into the teacher's tokens; without one they are not read.
 
     Raises:
-        UserError: no audio, or audio of another rate.
+        UserError: there is no audio, or it has another sampling rate.
     """
     found = read_utterances(data_dir, int(teacher.sampling_rate))[:utterances]
     text = Path(data_dir) / "text"
@@ -69,7 +69,7 @@ def measure_ceiling(
             )
         except ValueError as e:
             raise UserError(f"{data_dir}, utterance {utterance.utt_id}: {e}") from e
-        # This teacher runs, and gives no compressed posteriors.
+        # The outputs of a running teacher are tensors, not compressed posteriors.
         assert isinstance(out.logits, torch.Tensor) and isinstance(logits, torch.Tensor)
         first, second = (
             " ".join(teacher.token_list[k] for k in ctc_greedy(x, n, drop=[last])[0][0])

@@ -19,9 +19,9 @@ from espnet_kd.files import check_writable, replacing, sha256_of
 
 #: The models that `espnet_kd.experiments.models.find_experiment` chooses from.
 MODELS = ("model.pth", "*.ave.pth", "*.ave_*best.pth", "*.best.pth", "latest.pth", "student.pth")
-#: Endings of a file that stands for an experiment: a model beside its config.yaml, or one that ESPnet packed.
+#: Suffixes of files that are accepted as an experiment: a model beside its config.yaml, or a zip that ESPnet packed.
 FILES = (".pth", ".zip")
-#: The numbers that a search is made with.
+#: The numeric options of a search.
 SEARCH = ("beam_size", "nbest", "beam_size_token", "ngram_weight", "ctc_weight")
 BEAM_SIZE_TOKEN_HELP = "likeliest tokens of a frame that a beam search tries"
 
@@ -39,11 +39,11 @@ def decode_experiments(args: argparse.Namespace) -> None:
     if args.ngram_file and args.beam_size == 1:
         raise cli.UserError("--ngram_file has no effect on greedy decoding; give --beam_size, e.g. 10")
     if args.ctc_weight < 1:
-        args.nj = 1  # ESPnet's search is for one thread; recipes pass --nj anyway
+        args.nj = 1  # ESPnet's search uses one thread only, but recipes pass --nj in any case
     places = list_decodings(args.expdir, args.data_dir, args.output_dir)
     search = {name: getattr(args, name) for name in SEARCH}
     ngram = {"ngram_sha256": _hash_ngram(args.ngram_file) if args.ngram_file else None}
-    # {experiment: [(data dir, output dir, inputs)]} of what is left to do
+    # the decodings that are left to do: {experiment: [(data dir, output dir, inputs)]}
     todo: Dict[str, List[Tuple[Path, Path, Dict]]] = {}
     for expdir, data_dir, output_dir in places:
         inputs = {**describe_inputs(Path(expdir), data_dir), "search": {**search, **ngram}}
@@ -58,12 +58,12 @@ def decode_experiments(args: argparse.Namespace) -> None:
             check_writable(output_dir)
 
     start = time.perf_counter()
-    # Imported here: --help, mistakes in the command line and finished decodings are answered at once.
+    # Imported here, so that --help, mistakes in the command line and finished decodings do not wait for the import.
     from espnet_kd.experiments.models import find_experiment
     from espnet_kd.inference.recognise import choose_device, read_utterances
 
     device = choose_device(args)
-    found = {expdir: find_experiment(expdir) for expdir in todo}  # all of them, before the first is decoded
+    found = {expdir: find_experiment(expdir) for expdir in todo}  # find all before the first is decoded
     for number, (expdir, decodings) in enumerate(todo.items(), 1):
         config, model_file = found[expdir]
         if len(todo) > 1:
@@ -130,7 +130,7 @@ def decode_dir(expdir: Union[str, Path], data_dir: Union[str, Path]) -> Path:
 
 
 def _load(config: Path, model_file: Path, args: argparse.Namespace, device: str):
-    """Load an experiment, and return a recogniser for the given options: batches of samples to the N-best of each."""
+    """Load an experiment, and return a recogniser that maps a batch of samples to the N-best of each utterance."""
     from espnet_kd.experiments.models import load_model
     from espnet_kd.inference.recognise import Recogniser
 
@@ -142,14 +142,14 @@ def _load(config: Path, model_file: Path, args: argparse.Namespace, device: str)
     model, train_args = load_model(config, model_file, device)
     if args.beam_size == 1:
         return Recogniser(model, train_args, config.parent)
-    from espnet_kd.decode.beam_recognise import BeamRecogniser  # greedy decoding does without its libraries
+    from espnet_kd.decode.beam_recognise import BeamRecogniser  # greedy decoding does not need its libraries
 
     options["beam_size_token"] = args.beam_size_token
     return BeamRecogniser(model, train_args, config.parent, search_jobs=args.search_jobs, **options)
 
 
 def _decode(recogniser, utterances: List, output_dir: Path, facts: Dict, args: argparse.Namespace) -> None:
-    """Decode one data dir; ``facts`` go to decode.json with what is measured here."""
+    """Decode one data dir; ``facts`` and the measurements go to decode.json."""
     import torch
 
     from espnet_kd.inference.recognise import recognise
@@ -198,7 +198,7 @@ def describe_inputs(experiment: Path, data_dir: Path) -> Dict:
     models = {}
     for file in (directory / "config.yaml", *files):
         if file.is_file():
-            target = file.resolve()  # ESPnet's names are mostly links to the same few files
+            target = file.resolve()  # most names in an ESPnet experiment are links to a few files
             if target not in hashes:
                 hashes[target] = sha256_of(target)
             models[file.name] = hashes[target]
@@ -213,7 +213,7 @@ def _hash_ngram(path: str) -> str:
 
 
 def record_of(output_dir: Path) -> Record:
-    """The record of a decoding: its inputs, and what was measured."""
+    """The record of a decoding: its inputs and measurements."""
     return Record(output_dir / "decode.json", key="inputs")
 
 
@@ -237,7 +237,7 @@ def write_recog_dirs(output_dir: Path, hypotheses: Dict[str, List], nbest: int) 
     while (left := output_dir / f"{n}best_recog").is_dir():
         for name in columns:
             (left / name).unlink(missing_ok=True)
-        with contextlib.suppress(OSError):  # the directory holds other files
+        with contextlib.suppress(OSError):  # a directory with other files is kept
             left.rmdir()
         n += 1
 

@@ -41,7 +41,7 @@ def make_nbest(args: argparse.Namespace) -> None:
         return
 
     check_writable(output.parent)
-    # Imported here: --help, mistakes in the command line and finished files are answered at once.
+    # Imported here, so that --help, mistakes in the command line and finished files do not wait for the import.
     import numpy as np
 
     from espnet_kd.decode.beam_recognise import NbestRecogniser
@@ -91,7 +91,7 @@ def hashes_of_list(token_list: Path) -> Dict[str, str]:
 def _in_tokens(
     found: Mapping[str, Hypotheses], recogniser: NbestRecogniser, tokens: TokenList, args: argparse.Namespace
 ) -> Dict[str, Hypotheses]:
-    """N-best in the student's tokens; the log describes the change."""
+    """Convert N-best to the student's tokens, and log how many hypotheses changed."""
     from espnet_kd.targets.nbest import retokenise
 
     if recogniser.token_list == tokens.tokens:

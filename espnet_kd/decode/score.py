@@ -62,7 +62,7 @@ def count_errors(pairs: Dict[str, Tuple[str, str]], unit: str) -> Counts:
     process: Callable[[str, str], Any] = {"word": jiwer.process_words, "char": jiwer.process_characters}[unit]
     table = np.zeros((len(pairs), len(COUNTS)), dtype=np.int64)
     for row, (hyp, ref) in zip(table, pairs.values()):
-        if not ref:  # jiwer versions differ on these
+        if not ref:  # jiwer's versions differ for empty references
             row[3] = len(hyp.split() if unit == "word" else hyp)
             continue
         out = process(ref, hyp)
@@ -75,7 +75,7 @@ def summarise(counts: Counts, *, resamples: int = RESAMPLES, seed: int = 0) -> D
 
     Returns:
         {err, corr, sub, del, ins, n, low, high, s_err}: ``n`` units in the references, ``s_err`` the percentage of
-        utterances with any error. Rates are None where the references hold nothing.
+        utterances with any error. Rates are None if all references are empty.
     """
     total, n = counts.table.sum(axis=0), int(counts.lengths.sum())
     low, high = bootstrap_interval(counts.errors, counts.lengths, resamples=resamples, seed=seed)
@@ -91,7 +91,7 @@ def summarise(counts: Counts, *, resamples: int = RESAMPLES, seed: int = 0) -> D
 
 
 def format_table(dataset: str, utterances: int, rows: Sequence[Tuple[str, Dict]]) -> str:
-    """Readable table in ESPnet's layout, one for each (title, summary) of ``rows``."""
+    """Readable tables in ESPnet's layout, one for each (title, summary) of ``rows``."""
     lines = []
     for title, s in rows:
         rates = [s["corr"], s["sub"], s["del"], s["ins"], s["err"], s["s_err"]]

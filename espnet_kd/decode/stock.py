@@ -39,7 +39,7 @@ class StockRecogniser:
         """Load an experiment.
 
         Args:
-            config: config.yaml; the files that it names are looked for as for any other decoding.
+            config: config.yaml; the files that it names are found as in any other decoding.
             model_file: the model.
             device: where the model runs.
             ctc_weight: weight of CTC; the attention decoder has the rest.
@@ -50,7 +50,7 @@ class StockRecogniser:
         """
         from espnet2.bin import asr_inference
 
-        # ESPnet's loader lets missing keys pass and runs what a pickle says: ours, which does neither, goes first.
+        # ESPnet's loader ignores missing keys and runs code in a pickle; load_model refuses both, so it runs first.
         model, args = load_model(config, model_file)
         if ctc_weight < 1 and model.decoder is None:
             raise UserError(
@@ -66,7 +66,7 @@ class StockRecogniser:
         self._volume = volume(args)
         self._least_samples = least_samples(model, self.rate or 16000)
         for name in ("espnet", "espnet2.bin.asr_inference"):
-            logging.getLogger(name).setLevel(logging.WARNING)  # else a dozen lines for each utterance
+            logging.getLogger(name).setLevel(logging.WARNING)  # otherwise ESPnet logs a dozen lines per utterance
         try:
             with _for_espnet(Path(config), model) as here, guarded():
                 self._speech2text = asr_inference.Speech2Text(
@@ -93,7 +93,7 @@ class StockRecogniser:
 
 @contextlib.contextmanager
 def _for_espnet(config: Path, model: ESPnetASRModel) -> Iterator[Path]:
-    """A config.yaml whose files ESPnet finds from any working directory, while it builds the model."""
+    """Write a temporary config.yaml whose files ESPnet finds from any working directory."""
     content = read_config(config)
     with tempfile.TemporaryDirectory() as scratch:
         if str(content.get("normalize")).lower() == "global_mvn":

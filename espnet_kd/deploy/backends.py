@@ -29,8 +29,8 @@ class Backend(Protocol):
     frame_shift: float  #: seconds
     tokens: List[str]
     blank: int
-    no_text: List[int]  #: tokens that no text has
-    max_seconds: Optional[float]  #: longest audio that it takes; None: any
+    no_text: List[int]  #: tokens that are not text: <sos/eos>
+    max_seconds: Optional[float]  #: longest audio that the model accepts; None: any length
     to_text: Callable[[List[str]], str]
 
     def log_probs(self, speech: np.ndarray) -> np.ndarray:
@@ -42,7 +42,7 @@ def load(path: Union[str, Path], threads: int = 1) -> Backend:
     """Load an export of any format, or an experiment.
 
     Raises:
-        UserError: there is none, or it is damaged.
+        UserError: there is no export or experiment, or it is damaged.
     """
     folder = Path(path)
     if (folder / ABOUT).is_file():
@@ -112,10 +112,10 @@ class EspnetBackend:
 
 
 def read_about(folder: Path) -> Any:
-    """The description of a folder with a graph, whose model is the one that was described.
+    """Read student.json of an exported graph, and check that it describes the graph in the folder.
 
     Raises:
-        UserError: damaged, or of another model.
+        UserError: a file is damaged, or the graph is another one.
     """
     path = folder / ABOUT
     try:

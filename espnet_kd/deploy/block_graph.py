@@ -1,8 +1,8 @@
 """One block of a streaming student (ESPnet's contextual-block encoders) as a graph with the state as input and output.
 
-Audio is cut into windows of one block, which begin every hop. A window has all samples that
-the frames of its block depend on, so that features and subsampling have no state. The state between blocks are the
-context vectors of the layers, one position each, and the mean of the block before.
+The audio is cut into overlapping windows, one for each block; a window begins every hop. It contains all samples that
+the frames of its block depend on, so that features and subsampling need no state. The state between blocks is one
+context vector per layer and the mean of the previous block.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ OUTPUTS = ("log_probs", "next_mean", "next_context")
 class BlockGraph(nn.Module):
     """Maps a window of audio and the state to log-probabilities of the block's frames, and the next state.
 
-    Inputs: ``window`` (1, W) samples; ``frames`` (1,) that the window has, at most a block; ``step`` (1,) number of the
-    block; ``short`` (1,): 1 where this window is all of the audio; ``mean`` (1, 1, D); ``context`` (1, layers, D).
+    Inputs: ``window`` (1, W) samples; ``frames`` (1,) number of frames in the window, at most a block; ``step`` (1,)
+    number of the block; ``short`` (1,) 1 if this window is the whole audio; ``mean`` (1, 1, D); ``context``
+    (1, layers, D).
     """
 
     def __init__(self, model: ESPnetASRModel, volume: Optional[float] = None):
@@ -48,7 +49,7 @@ class BlockGraph(nn.Module):
         if not encoder.init_average:
             raise UserError("encoder_conf: init_average: false cannot be exported as a stream")
         self.features = LogMel(model.frontend)
-        self.features.reach = 0  # the caller reflects the ends
+        self.features.reach = 0  # the caller pads the ends of the audio by reflection
         self.features.least_samples = self.features.n_fft
         self.normalise = Normalisation(model.normalize) if model.normalize is not None else None
         self.embed, self.layers = layer, encoder.encoders
@@ -56,7 +57,7 @@ class BlockGraph(nn.Module):
         self.positions_of_mean = encoder.ctx_pos_enc
         self.after_norm = encoder.after_norm if encoder.normalize_before else nn.Identity()
         self.ctc_lo = model.ctc.ctc_lo
-        features = 1  # that a frame is computed from
+        features = 1  # feature frames that one encoder frame is computed from
         for conv in reversed([m for m in layer.modules() if isinstance(m, nn.Conv2d)]):
             features = (features - 1) * conv.stride[0] + conv.kernel_size[0]
         n_fft, hop = self.features.n_fft, self.features.hop
@@ -67,11 +68,11 @@ class BlockGraph(nn.Module):
         self._inside = torch.ones(1)
         for module in self.layers.modules():
             if isinstance(module, nn.Conv1d) and module.kernel_size[0] > 1:
-                # Where the audio is short, ESPnet's convolution sees no context vectors and nothing after the end.
+                # In audio of one block, ESPnet's convolution reads neither context vectors nor frames after the end.
                 module.register_forward_pre_hook(lambda _, args: (args[0] * self._inside, *args[1:]))
 
     def example(self) -> Tuple[Tensor, ...]:
-        """Inputs to trace it with."""
+        """Example inputs for tracing the graph."""
         g = self.geometry
         numbers = [torch.tensor([n]) for n in (g.block, 0, 0)]
         return torch.randn(1, g.window), *numbers, torch.zeros(1, 1, g.width), torch.zeros(1, g.layers, g.width)
@@ -100,7 +101,7 @@ class BlockGraph(nn.Module):
         mask = torch.where(is_short, slots.transpose(1, 2).expand(1, block + 2, block + 2), online[None])[:, None]
         contexts = []
         for number, layer in enumerate(self.layers):
-            x = layer(x, mask, True)[0]  # as if it were the first: the context vectors are put in here
+            x = layer(x, mask, True)[0]  # called as for the first block: its context vectors are inserted below
             last = x[:, :, -1:]
             kept = torch.where(first[None], last, context[:, None, number : number + 1])
             x = torch.cat([kept, x[:, :, 1:]], dim=2)

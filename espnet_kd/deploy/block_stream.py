@@ -1,4 +1,4 @@
-"""A streaming student in onnxruntime: blocks cut from audio that arrives, the state carried between. No torch."""
+"""A streaming student in onnxruntime: it cuts arriving audio into blocks and carries the state on; needs no torch."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ class Geometry:
 
     block: int  #: frames in a block
     hop: int  #: frames from a block to the next
-    look_ahead: int  #: frames at the end of a block that only inform the others
+    look_ahead: int  #: frames at the end of a block that serve only as context
     stride: int  #: samples from a frame to the next
     receptive: int  #: samples that one frame is computed from
     reach: int  #: samples that the audio is reflected by at its ends
-    width: int  #: of a context vector
+    width: int  #: dimension of a context vector
     layers: int
 
     @property
     def offset(self) -> int:
-        """Frames at the beginning of a block that earlier blocks give; the first block gives them itself."""
+        """Frames at the beginning of a block whose outputs come from earlier blocks, except in the first block."""
         return self.block - self.look_ahead - self.hop
 
     @property
@@ -37,18 +37,18 @@ class Geometry:
         return self.receptive + (self.block - 1) * self.stride
 
     def frames(self, samples: int) -> int:
-        """Frames that come of so many samples, reflections included."""
+        """Number of frames in ``samples`` samples, reflections included."""
         return max((samples - self.receptive) // self.stride + 1, 0)
 
 
 class Windows:
-    """Log-probabilities of audio that comes in pieces, by a graph of `espnet_kd.deploy.block_graph`."""
+    """Computes log-probabilities of audio that arrives in pieces, with a graph of `espnet_kd.deploy.block_graph`."""
 
     def __init__(self, session: Any, geometry: Geometry, vocabulary: int):
         self._session, self._geometry, self._vocabulary = session, geometry, vocabulary
         g = geometry
-        self._held = np.zeros(0, dtype=np.float32)  # from the beginning of the next block on
-        self._tail = np.zeros(0, dtype=np.float32)  # the last samples, which the end is reflected from
+        self._held = np.zeros(0, dtype=np.float32)  # samples from the beginning of the next block on
+        self._tail = np.zeros(0, dtype=np.float32)  # the last samples, which are reflected at the end
         self._begun, self._step = False, 0
         self._state: Dict[str, np.ndarray] = {
             "mean": np.zeros((1, 1, g.width), np.float32),
@@ -68,7 +68,7 @@ class Windows:
             return found[0]
         if final:
             self._held = np.concatenate([self._held, self._tail[-2::-1]])
-        # A block is the last one where no frame follows it.
+        # A block is not the last one if a frame follows it; the last block is computed below.
         while g.frames(len(self._held)) > g.block:
             out = self._run(g.block, short=False)
             found.append(out[0 if self._step == 0 else g.offset : g.offset + g.hop])
@@ -81,7 +81,7 @@ class Windows:
         return np.concatenate(found)
 
     def _run(self, frames: int, short: bool) -> np.ndarray:
-        """Run the graph on the next window, of which so many frames are there."""
+        """Run the graph on the next window, which has ``frames`` frames."""
         window = np.zeros((1, self._geometry.window), dtype=np.float32)
         part = self._held[: self._geometry.window]
         window[0, : len(part)] = part
@@ -93,13 +93,13 @@ class Windows:
 
 
 class OnnxStreamingStudent:
-    """A folder of ``--format stream``."""
+    """A streaming student from an export of ``--format stream``."""
 
     def __init__(self, folder: Path, threads: int = 1):
-        """Load it.
+        """Load the export.
 
         Raises:
-            UserError: it is damaged, or of another form.
+            UserError: the export is damaged, or has another format.
         """
         about = read_about(folder)
         if about["format"] != "stream" or not isinstance(about.get("geometry"), dict):
@@ -117,5 +117,5 @@ class OnnxStreamingStudent:
         self._session = onnx_session(str(folder / MODEL), threads)
 
     def open(self) -> Windows:
-        """A new stream's computation."""
+        """Return the computation of a new stream."""
         return Windows(self._session, self._geometry, len(self.tokens))

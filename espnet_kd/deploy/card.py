@@ -1,4 +1,4 @@
-"""A model card in the form of Hugging Face's, from what an experiment has left on disk."""
+"""A model card in Hugging Face's format, made from the files of an experiment."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from espnet_kd.files import read_json, replacing, sha256_of
 from espnet_kd.report.page import Section, Table, to_markdown
 
 CARD = "README.md"
-#: What stands on no disk.
+#: Value of facts that are not in any file.
 UNKNOWN = "[to be filled in by the author]"
 USAGE = {
     "onnx": '''```python
@@ -63,7 +63,7 @@ def write_cards(expdir: Path, folders: Mapping[str, Path]) -> None:
 
 
 def make_card(expdir: Path, form: str, folder: Path, folders: Mapping[str, Path]) -> str:
-    """The card of one export; ``folders`` are all that were made together."""
+    """Return the card of one export; ``folders`` are all exports that were made together."""
     from espnet_kd.experiments.models import read_config
 
     config = read_config(expdir / "config.yaml")
@@ -113,7 +113,7 @@ def make_card(expdir: Path, form: str, folder: Path, folders: Mapping[str, Path]
 
 
 def _facts(config: Mapping[str, Any], stage: Any, given: Any, about: Any, rate: Any) -> List[str]:
-    """What the model is, a list."""
+    """Facts about the model, as lines of a list."""
     data = [str(d[0]).rsplit("/", 1)[0] for d in config.get("train_data_path_and_name_and_type") or [] if d]
     facts = [
         ("encoder", config.get("encoder")),
@@ -132,7 +132,7 @@ def _facts(config: Mapping[str, Any], stage: Any, given: Any, about: Any, rate: 
 
 
 def _stage(stage: Mapping[str, Any]) -> Sequence[str]:
-    """A line on a KD stage."""
+    """The table row of a KD stage."""
 
     def weight(value: Any) -> str:
         return f"{value['start']:g} → {value['end']:g}" if isinstance(value, dict) else f"{value:g}"
@@ -143,7 +143,7 @@ def _stage(stage: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _results(expdir: Path) -> List[Dict[str, Any]]:
-    """Rows of results.json beside the experiment: of itself, its teacher, and plain students of its size."""
+    """Rows of results.json beside the experiment: this experiment, its teacher, and plain students of its size."""
     rows = read_json(expdir.parent / "results.json") or []
     name = expdir.resolve().name
     rows = [row for row in rows if row.get("wer") is not None] if isinstance(rows, list) else []

@@ -1,4 +1,4 @@
-"""Whether a graph gives what ESPnet gives, tried before anything is written."""
+"""Checks that a graph has the same outputs as ESPnet, before anything is written."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ if TYPE_CHECKING:
 
 #: Largest difference of log-probabilities, in nats.
 TOLERANCE = 1e-4
-#: Nats below which a probability is none: two values below are equal.
+#: Log-probabilities in nats below this value count as equal.
 FLOOR = -50.0
-#: Seconds of the longest utterance of a batch, and the utterances of a batch.
+#: Seconds of the longest utterance of a batch, and numbers of utterances in a batch.
 LENGTHS, BATCHES = (0.5, 2.3, 9.7), (1, 3)
 
 
 def reference_of(model: ESPnetASRModel, volume: Optional[float] = None) -> Run:
-    """What ESPnet's own model gives to each utterance alone."""
+    """Return a function that runs ESPnet's own model on each utterance alone."""
 
     @torch.no_grad()
     def run(waves: Waves) -> List[np.ndarray]:
@@ -55,13 +55,13 @@ def check_graph(
     Args:
         run, reference: the graph, and ESPnet.
         rate: Hz.
-        max_seconds: longest audio that the graph takes.
+        max_seconds: longest audio that the graph accepts.
         lengths: seconds of the longest utterance of each batch.
         batches: utterances in a batch.
         tolerance: nats.
 
     Raises:
-        UserError: the graph fails, or differs by more than ``tolerance``; where, and by how much.
+        UserError: the graph fails, or differs by more than ``tolerance``; the message has length and difference.
     """
     largest = 0.0
     for number, seconds in enumerate(min(s, max_seconds) for s in lengths):
@@ -72,7 +72,7 @@ def check_graph(
             where = f"at {seconds:g} s, {size} in a batch"
             try:
                 found = run(arrays)
-            except Exception as e:  # of onnxruntime's own kinds, which have no common base
+            except Exception as e:  # onnxruntime's exceptions have no common base class
                 raise UserError(f"the graph fails {where}: {str(e).splitlines()[0]}; nothing was written") from e
             for one, other in zip(found, reference(arrays)):
                 if one.shape != other.shape:
@@ -87,7 +87,7 @@ def check_graph(
 
 
 def difference(one: np.ndarray, other: np.ndarray) -> float:
-    """Largest difference of two (T, V) log-probabilities in nats; infinite where one of them is no number."""
+    """Largest difference of two (T, V) log-probabilities in nats; infinite if any value is not finite."""
     if not (np.isfinite(one).all() and np.isfinite(other).all()):
         return math.inf
     return float(np.abs(one.clip(min=FLOOR) - other.clip(min=FLOOR)).max(initial=0.0))

@@ -1,7 +1,7 @@
 """A streaming student run by ESPnet: an encoder that works in blocks; memory does not grow with the audio.
 
-The features of a stream are those of the whole audio, and ESPnet's contextual-block encoders compute a block from the
-blocks before and what they look ahead, so that a stream ends in the text that the whole audio gives.
+The features of a stream equal those of the whole audio, and ESPnet's contextual-block encoders compute a block from
+earlier blocks and a fixed look-ahead. The text of a stream therefore equals the text of the whole audio.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class StreamingStudent:
         """Take a loaded ESPnetASRModel in eval mode and its configuration; the model is changed.
 
         Raises:
-            UserError: an encoder or an option that needs all of the audio at once.
+            UserError: the encoder or an option needs all of the audio at once.
         """
         from espnet_kd.experiments.audio_options import volume
         from espnet_kd.inference.detokenise import build_detokeniser
@@ -53,12 +53,12 @@ class StreamingStudent:
         encoder.pos_enc = UnboundedPositions(encoder.pos_enc)
 
     def open(self) -> _Blocks:
-        """A new stream's computation."""
+        """Return the computation of a new stream."""
         return _Blocks(self)
 
     @property
     def look_ahead(self) -> float:
-        """Seconds from a frame to the end of the block that it is computed in, at most."""
+        """Longest time in seconds from a frame to the end of the block in which it is computed."""
         encoder = self.model.encoder
         return (encoder.hop_size + encoder.look_ahead) * self.frame_shift
 
@@ -100,18 +100,18 @@ class UnboundedPositions(nn.Module):
 
 
 class _Features:
-    """The features of audio that comes in pieces; its ends are reflected at themselves, as ESPnet does."""
+    """Computes features of audio that arrives in pieces; the ends are padded by reflection, as in ESPnet."""
 
     def __init__(self, model: ESPnetASRModel):
         self.stft, self.logmel, self.normalize = copy.copy(model.frontend.stft), model.frontend.logmel, model.normalize
-        self.stft.center = False  # the reflection is made here
+        self.stft.center = False  # this class pads by reflection itself
         self.reach = self.stft.n_fft // 2
-        self.held = torch.zeros(0)  # samples that a next frame needs
-        self.tail = torch.zeros(0)  # the last samples, which the end is reflected from
+        self.held = torch.zeros(0)  # samples that the next frames need
+        self.tail = torch.zeros(0)  # the last samples, which are reflected at the end
         self.begun = False
 
     def push(self, samples: Tensor, final: bool) -> Tensor:
-        """Take (n,) samples and give the (1, T, D) features that are whole now."""
+        """Take (n,) samples and give the (1, T, D) features that are complete now."""
         self.held = torch.cat([self.held, samples])
         self.tail = torch.cat([self.tail, samples])[-(self.reach + 1) :]
         if not self.begun and len(self.held) > self.reach:
@@ -132,7 +132,7 @@ class _Features:
 
 
 class _Blocks:
-    """Log-probabilities of audio that comes in pieces."""
+    """Computes log-probabilities of audio that arrives in pieces."""
 
     def __init__(self, student: StreamingStudent):
         self._student, self._features = student, _Features(student.model)
@@ -147,7 +147,7 @@ class _Blocks:
         self._samples += len(samples)
         piece = torch.from_numpy(np.array(samples, dtype=np.float32))
         feats = torch.cat([self._waiting, self._features.push(piece, final)], dim=1)
-        if self._samples < student.least_samples:  # no frame can come of it yet
+        if self._samples < student.least_samples:  # too few samples for a frame
             self._waiting = feats
             return none
         self._waiting = feats[:, feats.size(1) :]

@@ -1,4 +1,4 @@
-"""The graph of each form, built and held against ESPnet."""
+"""Builds the graph of each form, and compares it with ESPnet."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from espnet_kd.deploy.graph import StudentGraph, example_batch, write_graph
 from espnet_kd.deploy.student import Student
 from espnet_kd.inference.encode import least_samples, measure_frame_shift
 
-#: Seconds of audio that is given to a streaming graph at once when it is tried.
+#: Seconds of audio that a streaming graph gets at a time when it is checked.
 PIECE = 0.37
-#: Share of its size that a graph may keep for int8 to be worth its loss of accuracy.
+#: int8 is worth its loss of accuracy only if the graph shrinks to this share of its size.
 WORTHWHILE = 0.9
 
 
 @dataclass
 class Built:
-    """A graph that gives what ESPnet gives."""
+    """A graph that was checked against ESPnet."""
 
     content: bytes
     difference: float  #: largest of log-probabilities, nats
-    facts: Dict[str, Any] = field(default_factory=dict)  #: what stands in student.json
+    facts: Dict[str, Any] = field(default_factory=dict)  #: entries of student.json
 
 
 def build_form(
@@ -55,11 +55,12 @@ def build_form(
             logging.warning(
                 "--quantize int8: %.2f MB in place of %.2f: it saves little", len(content) / 1e6, size / 1e6
             )
-        off = check.check_graph(run(content), expected, tolerance=-check.FLOOR, **options)  # that it is no nonsense
+        # This tolerance accepts any finite values, so that only failures, other shapes and NaN are refused.
+        off = check.check_graph(run(content), expected, tolerance=-check.FLOOR, **options)
     return Built(content, off, facts)
 
 
-#: Content, what runs it, what it must give, options of `check.check_graph`.
+#: The graph's content, a function that loads it for running, the reference, options of `check.check_graph`.
 _Parts = Tuple[bytes, Callable[[bytes], session.Run], session.Run, Dict[str, Any]]
 
 
@@ -112,7 +113,7 @@ def _stream(student: Student, max_seconds: float, opset: int, facts: Dict[str, A
 
         return run
 
-    # One frame more or less than a block, and two blocks, is where the audio is short or long.
+    # Edge cases: exactly one block, one frame more than a block, and one frame more than two blocks.
     g = graph.geometry
     samples = [n * g.stride + g.receptive - 2 * g.reach + 0.5 for n in (g.block - 1, g.block, g.block + g.hop)]
     edges = [n / student.rate for n in samples]
@@ -124,9 +125,9 @@ _BUILDERS = {"onnx": _whole, "web": _whole, "sherpa": _sherpa, "stream": _stream
 
 
 def to_int8(content: bytes) -> bytes:
-    """A graph whose matrix products have weights of 8 bits and quantise their inputs when they are run.
+    """Return the graph with 8-bit weights in its matrix products, which quantise their inputs when they are run.
 
-    The mel filters stay as they are: powers reach over more orders of magnitude than 8 bits have.
+    The mel filters are not quantised: power spectra have more orders of magnitude than 8 bits can represent.
 
     Raises:
         UserError: the package onnx is not installed.
@@ -143,7 +144,7 @@ def to_int8(content: bytes) -> bytes:
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "model.onnx"
         before = logging.root.manager.disable
-        logging.disable(logging.WARNING)  # a line of onnxruntime for each product that it leaves as it is
+        logging.disable(logging.WARNING)  # onnxruntime warns about each product that it does not quantise
         try:
             quantize_dynamic(
                 graph, out, weight_type=QuantType.QInt8, per_channel=True, op_types_to_quantize=["MatMul"],

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from espnet2.asr.encoder.abs_encoder import AbsEncoder
     from espnet2.asr.espnet_model import ESPnetASRModel
 
-#: Why encoders cannot be exported; any other that is not in ``EXACT_ENCODERS`` is not known to be exact.
+#: Why these encoders cannot be exported; any other encoder outside ``EXACT_ENCODERS`` is not known to be exact.
 REASONS = {
     "ContextualBlockConformerEncoder": "its blocks are counted in Python, so that a graph is right at one length "
     "alone; export it with --format stream",
@@ -30,15 +30,15 @@ REASONS = {
     "VGGRNNEncoder": "its packed sequences have no ONNX operator; export it with --format espnet",
 }
 INPUTS, OUTPUTS = ("speech", "speech_lengths"), ("log_probs", "log_prob_lengths")
-#: ESPnet's positional encodings whose tables may be cut; the older ones count from the end of theirs.
+#: ESPnet's positional encodings whose tables may be cut; the older encodings index their table from its end.
 _TABLES = ("PositionalEncoding", "ScaledPositionalEncoding", "RelPositionalEncoding")
 
 
 class StudentGraph(nn.Module):
     """Maps (B, N) samples in [-1, 1] and (B,) lengths to (B, T, V) CTC log-probabilities and (B,) frames.
 
-    Each utterance gets what ESPnet gives it alone; one too short for a frame (``least_samples``) has none. N is 1 or
-    more; what stands in the padding does not matter.
+    Each utterance gets the outputs that ESPnet gives it alone; an utterance shorter than ``least_samples`` has no
+    frame. N is 1 or more; the values in the padding do not matter.
     """
 
     def __init__(self, model: ESPnetASRModel, *, max_seconds: float, rate: float, volume: Optional[float] = None):
@@ -46,12 +46,12 @@ class StudentGraph(nn.Module):
 
         Args:
             model: in eval mode on the CPU.
-            max_seconds: longest audio of one utterance that the graph takes; the table of positions is as long.
+            max_seconds: longest utterance that the graph accepts; the table of positions has this length.
             rate: sampling rate in Hz.
-            volume: peak that an utterance is brought to (``speech_volume_normalize``), or None.
+            volume: peak to which each utterance is scaled (``speech_volume_normalize``), or None.
 
         Raises:
-            UserError: the model has a part that cannot be exported exactly; its name and why.
+            UserError: the model has a part that cannot be exported exactly; the message has its name and the reason.
         """
         super().__init__()
         check_exportable(model)
@@ -61,7 +61,7 @@ class StudentGraph(nn.Module):
         self.features = LogMel(model.frontend, self.least_samples)
         self.normalise = Normalisation(model.normalize) if model.normalize is not None else None
         self.encoder, self.ctc = model.encoder, model.ctc
-        self.ctc.dropout_rate = 0.0  # ESPnet's stays on in eval
+        self.ctc.dropout_rate = 0.0  # ESPnet applies this dropout in eval mode, too
         self.frame_shift = measure_frame_shift(model, rate)
         bound_positions(self.encoder, int(max_seconds / self.frame_shift) + 2)
         make_encoder_exact(self.encoder)
@@ -87,7 +87,7 @@ class StudentGraph(nn.Module):
 
 
 def check_exportable(model: ESPnetASRModel) -> None:
-    """Refuse a model of which a graph would not give what ESPnet gives (:class:`UserError`)."""
+    """Refuse a model whose graph would not have the outputs of ESPnet (:class:`UserError`)."""
     if getattr(model, "ctc", None) is None:
         raise UserError("the model has no CTC head, which is what an export recognises with")
     encoder = type(model.encoder).__name__
@@ -125,7 +125,7 @@ def write_graph(
     """The ONNX file of a graph, made by tracing it with ``example``.
 
     Raises:
-        UserError: an operation that this opset lacks.
+        UserError: the opset lacks an operation of the graph.
     """
     axes = axes or {
         "speech": {0: "batch", 1: "samples"},
@@ -136,13 +136,13 @@ def write_graph(
     options: Dict[str, Any] = {"dynamo": False} if "dynamo" in inspect.signature(torch.onnx.export).parameters else {}
     content = io.BytesIO()
     with warnings.catch_warnings(), torch.no_grad():
-        # Of the tracer, on each branch that it takes for a constant: check.py looks at what comes of that.
+        # The tracer warns about each branch that it takes for a constant; check.py tests the outputs instead.
         warnings.simplefilter("ignore")
         try:
             torch.onnx.export(
                 graph.eval(),
                 tuple(example),
-                content,  # type: ignore[arg-type]  # its stubs know files by name alone
+                content,  # type: ignore[arg-type]  # its stubs accept only file names
                 opset_version=opset,
                 input_names=list(inputs),
                 output_names=list(outputs),
@@ -156,7 +156,7 @@ def write_graph(
 
 
 def example_batch(rate: float, seconds: Sequence[float], seed: int = 0) -> Tuple[Tensor, Tensor, List[Tensor]]:
-    """Audio to try a graph with: padded (B, N), (B,) lengths, and the utterances; noise whose level wanders."""
+    """Make audio to check a graph: padded (B, N), (B,) lengths, and the utterances; noise of varying level."""
     generator = torch.Generator().manual_seed(seed)
     waves = []
     for duration in seconds:

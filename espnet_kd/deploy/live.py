@@ -22,17 +22,17 @@ class LiveTranscriber:
     """A streaming student that turns audio into text as it arrives."""
 
     def __init__(self, model: Union[str, Path], *, threads: int = 1, longest: Optional[float] = None):
-        """Load a student; ``longest`` does not apply, a stream has no longest.
+        """Load a student; ``longest`` must be None, because a stream may have any length.
 
         Raises:
-            UserError: there is none, or one that needs all of the audio at once.
+            UserError: there is no student, or it needs all of the audio at once.
         """
         if longest is not None:
             raise UserError("--longest_seconds does not go with --streaming, which takes audio of any length")
         self.student = _load(Path(model), threads)
-        #: Called with the text so far when more of it is known.
+        #: Called with the whole text so far whenever it has grown.
         self.on_text: Optional[Callable[[str], None]] = None
-        self.latencies: Optional[Latencies] = None  #: of the last file
+        self.latencies: Optional[Latencies] = None  #: latencies in the last file
 
     def __call__(self, file: str) -> Transcript:
         """Recognise a file, or standard input (``-``) as it arrives.
@@ -71,7 +71,7 @@ class LiveTranscriber:
 
 
 def _load(path: Path, threads: int) -> Streaming:
-    """A graph for streams, or a student that ESPnet runs."""
+    """Load a graph for streams, or a student that ESPnet runs."""
     if (path / ABOUT).is_file():
         from espnet_kd.deploy.block_stream import OnnxStreamingStudent
 
@@ -90,7 +90,7 @@ class Latencies:
         self._rate = rate
         self.tokens: List[float] = []  #: seconds, of each token
         self.computing = 0.0  #: seconds
-        self.longest = 0.0  #: of one step, seconds
+        self.longest = 0.0  #: longest step, seconds
         self.seconds = 0.0
 
     def add(self, stream: Stream, tokens: list, computed: float) -> None:

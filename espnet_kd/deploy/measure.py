@@ -32,10 +32,10 @@ KEYS = (
 def measure_exports(
     expdir: Path, folders: Sequence[Path], data_dirs: Sequence[Union[str, Path]], reference: Path
 ) -> List[Dict[str, Any]]:
-    """Measure exports of one student on data dirs with transcripts, and put that into ``EXPDIR/exports.json``.
+    """Measure exports of one student on data dirs with transcripts, and write the rows to ``EXPDIR/exports.json``.
 
     Args:
-        folders: of any form.
+        folders: exports of any form.
         reference: an export for ESPnet or an experiment, whose texts are the reference; it is measured too.
 
     Returns:
@@ -56,7 +56,7 @@ def measure_exports(
             testset = data_dir.resolve().name
             row = {**found, "testset": testset, "same_text": same, **_rates(recognised, data_dir / "text")}
             rows.append({key: row[key] for key in KEYS})
-    # What was measured of other forms stays.
+    # Keep the rows of exports that were measured earlier.
     new = {_key(row) for row in rows}
     kept = [row for row in read_rows(expdir) if _key(row) not in new]
     with replacing(expdir / EXPORTS) as f:
@@ -117,7 +117,7 @@ def measure(folder: Path, data_dir: Path) -> Dict[str, Any]:
             transcript = transcriber.transcribe(blocks)
         if first is None:
             first = time.perf_counter() - begun
-        else:  # what happens once is no part of the real-time factor
+        else:  # the first utterance has one-time costs, so it is left out of the real-time factor
             computing += time.process_time() - cpu
             seconds += transcript.seconds
         texts[utt_id] = transcript.text
@@ -137,7 +137,7 @@ def measure(folder: Path, data_dir: Path) -> Dict[str, Any]:
 
 
 def exports_table(rows: Sequence[Dict[str, Any]]) -> Tuple[Sequence[str], List[Sequence[str]]]:
-    """Head and lines of text of rows of exports.json."""
+    """Format rows of exports.json as a table: its head and its lines."""
     head = ("form", "test set", "size", "memory", "loading", "first result", "latency", "real-time factor")
 
     def line(row: Dict[str, Any]) -> Sequence[str]:
@@ -166,7 +166,7 @@ def read_rows(expdir: Path) -> List[Dict[str, Any]]:
 
 def main(argv: Sequence[str]) -> None:
     """Measure one export (see the module's docstring)."""
-    with contextlib.redirect_stdout(sys.stderr):  # ESPnet prints as it is imported
+    with contextlib.redirect_stdout(sys.stderr):  # ESPnet prints lines when it is imported
         found = measure(Path(argv[0]), Path(argv[1]))
     print(json.dumps(found))
 

@@ -22,19 +22,19 @@ def read_blocks(path: str, rate: int) -> Iterator[np.ndarray]:
     Several channels are averaged. Memory does not grow with the file.
 
     Raises:
-        UserError: naming the file: no audio, cut, or damaged.
+        UserError: the file is missing, cut or damaged, or is no audio; the message names it.
     """
     if path == STANDARD_INPUT:
         source: Union[str, io.BytesIO] = io.BytesIO(sys.stdin.buffer.read())
         name = "standard input"
     else:
-        audio.read_audio_info(path)  # what is no file at all
+        audio.read_audio_info(path)  # raises a clear error for a missing file
         source = name = path
     yield from resampled(audio.iterate_samples(source, name), rate)
 
 
 def resampled(blocks: Iterable[Tuple[np.ndarray, int]], rate: int) -> Iterator[np.ndarray]:
-    """Average the channels of blocks (n, channels), each given with its sampling rate, and bring them to ``rate``."""
+    """Average the channels of blocks (n, channels), each given with its sampling rate, and resample to ``rate``."""
     resampler = None
     for block, found in blocks:
         mono = block.mean(axis=1)
@@ -59,7 +59,7 @@ def read_live(rate: int, seconds: float = 0.1) -> Iterator[np.ndarray]:
     Raises:
         UserError: the WAV header does not fit the data.
     """
-    stream = cast(io.BufferedReader, sys.stdin.buffer)  # standard input is opened with a buffer
+    stream = cast(io.BufferedReader, sys.stdin.buffer)  # Python opens standard input with a buffer
     head = stream.read(12)
     rest = b"" if head[:4] == b"RIFF" else head
     while head[:4] == b"RIFF":
@@ -82,12 +82,12 @@ def read_live(rate: int, seconds: float = 0.1) -> Iterator[np.ndarray]:
 
 
 def cut_at_pauses(blocks: Iterable[np.ndarray], rate: int, longest: float) -> Iterator[Tuple[float, np.ndarray]]:
-    """Yield (seconds at which it begins, samples) of pieces of at most ``longest`` seconds.
+    """Yield pieces of at most ``longest`` seconds, each as (its start in seconds, its samples).
 
-    What is longer is cut where the level is lowest, in the second half of these seconds.
+    Longer audio is cut where the level is lowest in the second half of these seconds.
 
     Raises:
-        UserError: ``longest`` is too short for a pause to be found in.
+        UserError: ``longest`` is too short to find a pause in.
     """
     most = int(longest * rate)
     if longest < 4 * WINDOW:

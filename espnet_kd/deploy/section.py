@@ -1,4 +1,4 @@
-"""The report's section on exports, made of the results of ``asr_kd_export --measure``."""
+"""The report's section on exports, made from the results of ``asr_kd_export --measure``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from espnet_kd.report.sections import ReportPart
 
 
 def show_exports(parts: Sequence[ReportPart]) -> Optional[Section]:
-    """What every exported form costs and recognises; None where nothing was measured."""
+    """Return a section with the costs and error rates of every exported form; None if nothing was measured."""
     section = Section(
         "Exported forms",
         "One thread. Size: of the folder, for the browser with the runtime. Memory: the most that the process had. "

@@ -16,7 +16,7 @@ Run = Callable[[Waves], List[np.ndarray]]
 
 
 def onnx_session(model: Any, threads: int = 1) -> Any:
-    """An onnxruntime session on the CPU of a file, or of its bytes.
+    """Open an onnxruntime session on the CPU for a model file, or for its bytes.
 
     Raises:
         UserError: onnxruntime is not installed, or cannot load the model.
@@ -30,13 +30,13 @@ def onnx_session(model: Any, threads: int = 1) -> Any:
     options.log_severity_level = 3
     try:
         return onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
-    except Exception as e:  # of onnxruntime's own kinds, which have no common base
+    except Exception as e:  # onnxruntime's exceptions have no common base class
         name = "the graph" if isinstance(model, bytes) else model
         raise UserError(f"onnxruntime cannot load {name}: {str(e).splitlines()[0]}") from e
 
 
 def pad_waves(waves: Waves) -> np.ndarray:
-    """(B, N) float32 of utterances (N_i,), with zeros; N is 1 or more."""
+    """Pad utterances (N_i,) with zeros to a batch (B, N) of float32; N is 1 or more."""
     padded = np.zeros((len(waves), max(1, *(len(w) for w in waves))), dtype=np.float32)
     for row, wave in zip(padded, waves):
         row[: len(wave)] = wave
@@ -61,7 +61,7 @@ def standardise(wave: np.ndarray) -> np.ndarray:
 
 
 def run_of_sherpa(session: Any, repeats: int) -> Run:
-    """What a session of a graph for sherpa-onnx gives, of every frame the first of its repetitions."""
+    """Return a function that runs a graph for sherpa-onnx, and keeps the first of the repetitions of every frame."""
 
     def run(waves: Waves) -> List[np.ndarray]:
         return [session.run(None, {"x": wave[None]})[0][0, ::repeats] for wave in map(standardise, waves)]

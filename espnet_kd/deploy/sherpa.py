@@ -1,7 +1,7 @@
-"""A student for unmodified sherpa-onnx, whose ``OfflineRecognizer.from_omnilingual_asr_ctc`` it is loaded with.
+"""A student for unmodified sherpa-onnx, which loads it with ``OfflineRecognizer.from_omnilingual_asr_ctc``.
 
-That recogniser gives a graph one utterance (1, N) of zero mean and unit variance, takes what comes for frames of 20 ms
-and the first token for the blank, and reads ``▁`` in tokens.txt as a space.
+That recogniser runs a graph on one utterance (1, N) of zero mean and unit variance, assumes that frames are 20 ms long
+and that the first token is the blank, and reads ``▁`` in tokens.txt as a space.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class SherpaGraph(nn.Module):
     """Maps (1, N) samples to (1, T, V) log-probabilities of 20 ms frames."""
 
     def __init__(self, graph: StudentGraph, no_text: Sequence[int]):
-        """Take a `StudentGraph`, and the tokens that are no text, for which the blank stands.
+        """Take a `StudentGraph`, and the tokens that are not text, which are replaced by the blank.
 
         Raises:
             UserError: see :func:`check_student`.
@@ -40,7 +40,7 @@ class SherpaGraph(nn.Module):
         return self.expand(log_probs)
 
     def expand(self, log_probs: Tensor) -> Tensor:
-        """(B, T, V) → (B, T · repeats, V), with the blank for tokens that are no text; the best path reads the same."""
+        """(B, T, V) → (B, T · repeats, V), blank for tokens that are not text; the best path keeps its text."""
         best = log_probs[..., [0, *self.no_text]].amax(dim=-1, keepdim=True)
         rest = [
             torch.full_like(best, -1e4) if v in self.no_text else log_probs[..., v : v + 1]
@@ -54,7 +54,7 @@ def check_student(graph: StudentGraph) -> None:
     """Refuse a `StudentGraph` that would not recognise the same in sherpa-onnx.
 
     Raises:
-        UserError: it depends on the level of its audio, or its frames are no multiples of 20 ms.
+        UserError: the student depends on the level of the audio, or its frame shift is not a multiple of 20 ms.
     """
     blind = graph.normalise is not None and not graph.normalise.is_global and graph.normalise.means
     if not blind and graph.volume is None:
@@ -72,7 +72,7 @@ def check_student(graph: StudentGraph) -> None:
 
 
 def token_lines(tokens: Sequence[str], kind: str, space: str, no_text: Sequence[int]) -> List[str]:
-    """The lines of tokens.txt, token and number, of ESPnet's ``token_type`` and its token for a space."""
+    """Return the lines of tokens.txt, each a token and its number, for ESPnet's ``token_type`` and space symbol."""
 
     def written(number: int, token: str) -> str:
         if kind == "word" and number and number not in no_text:

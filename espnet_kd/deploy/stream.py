@@ -27,13 +27,14 @@ class Streaming(Protocol):
     to_text: Callable[[List[str]], str]
 
     def open(self) -> Blocks:
-        """A new stream's computation."""
+        """Return the computation of a new stream."""
         ...
 
 
 class Stream:
-    """One piece of audio as it arrives; ``text`` and ``tokens`` are what was recognised so far, which does not change
-    any more, but for the end of the last token.
+    """Recognition of one piece of audio as it arrives.
+
+    ``text`` and ``tokens`` are the result so far. Later audio changes only the end and confidence of the last token.
     """
 
     def __init__(self, student: Streaming):
@@ -41,17 +42,17 @@ class Stream:
         self.tokens: List[Token] = []
         self.frames = self.samples = 0
         self._blocks = student.open()
-        self._last = 0  # label of the frame before
-        self._sum, self._count = 0.0, 0  # posteriors of the label that goes on
+        self._last = 0  # label of the previous frame
+        self._sum, self._count = 0.0, 0  # sum and number of the last token's posteriors
         self._ended = False
 
     @property
     def text(self) -> str:
-        """What was recognised so far."""
+        """The text recognised so far."""
         return self.student.to_text([t.token for t in self.tokens])
 
     def accept(self, samples: np.ndarray, final: bool = False) -> np.ndarray:
-        """Take (n,) samples at the student's rate; ``final``: they are the last.
+        """Take (n,) samples at the student's rate; ``final``: these are the last samples.
 
         Returns:
             (T, V) log-probabilities of the frames that are known now; T may be 0.

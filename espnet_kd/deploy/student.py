@@ -24,14 +24,14 @@ class Student:
     args: Any
     name: str
     rate: int  #: Hz
-    volume: Optional[float]  #: peak that utterances are brought to
+    volume: Optional[float]  #: peak to which utterances are scaled
     tokens: List[str]
-    no_text: List[int]  #: tokens that no text has
-    token_model: Optional[bytes]  #: of SentencePiece
+    no_text: List[int]  #: tokens that are not text: <sos/eos>
+    token_model: Optional[bytes]  #: content of the SentencePiece model
 
 
 def load_student(experiment: Union[str, Path]) -> Student:
-    """Load the student of an experiment as it is exported for ESPnet, without what distillation added.
+    """Load the student of an experiment as it is exported for ESPnet, without the modules that distillation added.
 
     Raises:
         UserError: as :func:`espnet_kd.distill.export.export`.

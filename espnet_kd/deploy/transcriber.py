@@ -22,11 +22,11 @@ class Transcriber:
 
         Args:
             model: folder of an export, or an experiment.
-            threads: of onnxruntime.
-            longest: seconds; longer audio is cut at pauses. Default: 20, or what the export takes.
+            threads: number of onnxruntime's threads.
+            longest: seconds; longer audio is cut at pauses. Default: 20, or the limit of the export if that is less.
 
         Raises:
-            UserError: there is none, or it is damaged, or ``longest`` is more than it takes.
+            UserError: there is no student, it is damaged, or ``longest`` is above its limit.
         """
         self.backend = backends.load(model, threads)
         self.longest = backends.choose_longest(self.backend, longest, LONGEST)

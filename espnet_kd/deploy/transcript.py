@@ -9,14 +9,14 @@ from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
 
-#: A subtitle ends before it has more characters or seconds than these, or where nothing is spoken for so many seconds.
+#: Limits of a subtitle: characters, seconds, and seconds of a pause, which ends it.
 MOST_CHARACTERS, MOST_SECONDS, PAUSE = 84, 6.0, 0.8
 FORMATS = ("text", "json", "srt", "vtt")
 
 
-@dataclass(slots=True)  # of an hour there are many
+@dataclass(slots=True)  # slots save memory: an hour of audio has thousands of tokens
 class Token:
-    """A token, its first and last moment in seconds, and its mean posterior over these frames."""
+    """A token, its start and end in seconds, and its mean posterior over the frames between."""
 
     token: str
     start: float
@@ -26,7 +26,7 @@ class Token:
 
 @dataclass
 class Segment:
-    """A piece of audio between two cuts, in seconds, and what was recognised in it."""
+    """A piece of audio, its start and end in seconds, and the text and tokens recognised in it."""
 
     start: float
     end: float
@@ -36,7 +36,7 @@ class Segment:
 
 @dataclass
 class Transcript:
-    """What was recognised in one file."""
+    """The recognised text of one file."""
 
     file: str
     seconds: float
@@ -44,7 +44,7 @@ class Transcript:
 
     @property
     def text(self) -> str:
-        """All of it, in one line."""
+        """The whole text, in one line."""
         return " ".join(s.text.strip() for s in self.segments if s.text.strip())
 
     @property
@@ -62,13 +62,13 @@ def read_tokens(
     no_text: Sequence[int] = (),
     offset: float = 0.0,
 ) -> List[Token]:
-    """The tokens of the best path: those of greedy CTC search, with times.
+    """Return the tokens of the best path (greedy CTC search) with their times.
 
     Args:
         log_probs: (T, V) log-probabilities; T may be 0.
         tokens: names of the V labels.
         frame_shift: seconds per frame.
-        blank: the label that stands for nothing.
+        blank: the blank label.
         no_text: labels taken out after repeats are merged.
         offset: seconds at which the audio begins.
     """
@@ -85,13 +85,13 @@ def read_tokens(
 
 
 def words_of(tokens: Sequence[Token], to_text: Callable[[List[str]], str]) -> List[Segment]:
-    """Group tokens to words with their times; ``to_text`` gives the places of blanks between words.
+    """Group tokens into words with their times; words are separated by the spaces in the output of ``to_text``.
 
-    Of writings without blanks, Chinese and Japanese, every token is a word.
+    In scripts without spaces between words (Chinese, Japanese) every token is a word.
     """
     words: List[Segment] = []
-    held: List[str] = []  # tokens of the last word alone, so that the time does not grow with the square of the text
-    before = ""  # their text
+    held: List[str] = []  # tokens of the last word only, so that the run time is not quadratic in the text
+    before = ""  # text of the held tokens
     for token in tokens:
         text = to_text([*held, token.token]).strip()
         added = text[len(before) :] if text.startswith(before) else ""
@@ -108,12 +108,12 @@ def words_of(tokens: Sequence[Token], to_text: Callable[[List[str]], str]) -> Li
 
 
 def _has_no_blanks(character: str) -> bool:
-    """Whether a character is of a writing that puts no blanks between words."""
+    """Whether a character belongs to a script without spaces between words."""
     return bool(character) and unicodedata.name(character, "").startswith(("CJK ", "HIRAGANA ", "KATAKANA "))
 
 
 def subtitles(words: Sequence[Segment]) -> List[Segment]:
-    """Group words to subtitles."""
+    """Group words into subtitles."""
     found: List[Segment] = []
     for word in words:
         last = found[-1] if found else None
@@ -147,7 +147,7 @@ def render(transcript: Transcript, form: str, to_text: Callable[[List[str]], str
 
 
 def _plain(text: str, form: str) -> str:
-    """Text of a subtitle in which nothing is markup."""
+    """Text of a subtitle, with the characters of markup escaped."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;") if form == "vtt" else text
 
 

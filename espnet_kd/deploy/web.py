@@ -14,13 +14,13 @@ from espnet_kd.cli import UserError
 PAGE = Path(__file__).with_name("page")
 PAGE_FILES = ("index.html", "app.js", "recognise.js", "recorder.js")
 ORT = "ort"
-#: What the page loads of onnxruntime-web.
+#: The files of onnxruntime-web that the page loads.
 ORT_FILES = ("ort.wasm.min.mjs", "ort-wasm-simd-threaded.mjs", "ort-wasm-simd-threaded.wasm")
 PACKAGE = "onnxruntime-web@^1.20"
 
 
 def write_page(folder: Path, ort_web: Optional[Path]) -> None:
-    """Put the page into ``folder``, with onnxruntime-web of ``ort_web`` (its dist/), or of npm.
+    """Write the page into ``folder``, with onnxruntime-web from ``ort_web`` (its dist/) or from npm.
 
     Raises:
         UserError: ``ort_web`` lacks a file, or npm cannot fetch the package.

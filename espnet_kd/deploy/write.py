@@ -27,7 +27,7 @@ FILES = {
     "stream": _GRAPH,
     "web": (MODEL, ABOUT, CARD, web.ORT, *web.PAGE_FILES),
 }
-OPSETS = range(14, 21)  #: those that torch's tracing exporter writes with every operation that a student needs
+OPSETS = range(14, 21)  #: opsets in which torch's tracing exporter can write all of a student's operations
 
 
 @dataclass
@@ -48,7 +48,7 @@ class Options:
 
 
 def write_form(student: Student, form: str, out: Path, options: Options) -> Path:
-    """Write the folder ``out`` of a form; what was there before is replaced. The graph is tried before.
+    """Build and check the graph of a form, then write it to the folder ``out``; an export there is replaced.
 
     Raises:
         UserError: the student cannot be exported exactly, or ``out`` holds something else.

@@ -36,7 +36,7 @@ def check_updated(output_dir: Path, progress: Progress, first_rank: bool = True)
             checkpoint.unlink(missing_ok=True)
         (output_dir / f"{progress.epoch}epoch.pth").unlink(missing_ok=True)
     if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()  # a process that exits with an error may end the others
+        torch.distributed.barrier()  # wait, because a rank's exit may end the others
     lower = "lower the learning rate (optim_conf: lr)"
     raise UserError(
         f"{output_dir}: no step of epoch {progress.epoch} had finite gradients, or it has fewer batches than "
@@ -61,7 +61,7 @@ def hand_over(output_dir: Path, plan: Plan, epoch: int, stopped: bool = False) -
         out = output_dir if number == plan.numbers[-1] else output_dir / f"kd_stage{number}"
         model = output_dir / f"{epoch}epoch.pth"
         if not model.is_file() and (out / STUDENT).is_file():
-            continue  # training went on long ago, and ESPnet has removed that epoch's model
+            continue  # kept earlier; training has gone on, and ESPnet has removed that epoch's model
         out.mkdir(exist_ok=True)
         with replacing(out / STUDENT, "wb") as f:
             torch.save(student_only(load_safely(model)), f)

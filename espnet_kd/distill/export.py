@@ -50,11 +50,11 @@ def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> P
     config_file, model_file = find_experiment(experiment)
     out = output_dir or config_file.parent / "export"
     config, state = without_distillation(config_file, load_state(model_file))
-    # Options that only training needs, and files that the user of the model does not have.
+    # Reset options that only training needs, and files that the user of the model does not have.
     config.update(output_dir=str(out), init_param=[], resume=False)
     with replacing_directory(out, FILES) as part:
         _write(part, config_file, config, state, out)
-        # Before the directory, whose existence means that the export is complete.
+        # The zip is written before the directory, whose existence means that the export is complete.
         with replacing(out.with_name(f"{out.name}.zip"), "wb") as f:
             _write_zip(f, part, out)
     load_model(out / CONFIG, out / MODEL)
@@ -65,7 +65,7 @@ def _write(part: Path, config_file: Path, config: Dict[str, Any], state: Dict[st
     """Fill ``part``, which becomes ``out``."""
     mean, std = (state.get(f"normalize.{name}") for name in ("mean", "std"))
     if mean is not None and std is not None and (config.get("normalize_conf") or {}).get("stats_file"):
-        # GlobalMVN opens its statistics when it is built, although they are in the model as well: what counts is there.
+        # GlobalMVN opens its file of statistics when it is built, although the model's own state then replaces them.
         write_statistics(part / STATISTICS, mean, std)
         config["normalize_conf"]["stats_file"] = str(out / STATISTICS)
     options: Dict[str, Any] = {"ctc_weight": 1.0, "beam_size": min(10, len(config["token_list"])), "nbest": 1}
@@ -134,7 +134,7 @@ def _write_zip(f: Any, part: Path, out: Path) -> None:
     text = {"meta.yaml": meta, CONFIG: config, DECODE: options}
 
     def add(name: str, content: bytes) -> None:
-        info = zipfile.ZipInfo(name)  # without the time of writing: the same student gives the same bytes
+        info = zipfile.ZipInfo(name)  # has a constant date, so that the same student gives the same bytes
         info.external_attr = 0o644 << 16
         packed.writestr(info, content)
 
@@ -154,10 +154,10 @@ def without_distillation(
     """Configuration and parameters of the plain student, as converted by the objectives of the KD stage.
 
     Raises:
-        UserError: a damaged record of the KD stage, or an objective of it that cannot be imported.
+        UserError: the record of the KD stage is damaged, or one of its objectives cannot be imported.
     """
     config = read_config(config_file)
-    if PORTABLE in config:  # an export, exported again
+    if PORTABLE in config:  # the experiment is an export itself
         config, state = unfold_config(config, str(config_file)), unfold_state(state)
     config = {k: v for k, v in config.items() if k not in KD_OPTIONS}
     record = config_file.parent / RECORD

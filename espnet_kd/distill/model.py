@@ -57,7 +57,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
             nbest: the teacher's N-best by utterance.
 
         Raises:
-            UserError: student, teacher and page don't fit.
+            UserError: student, teacher and page don't fit together.
         """
         if type(student) is not ESPnetASRModel:
             raise UserError(f"the student must be a plain ESPnet model (model: espnet), not {type(student).__name__}")
@@ -95,7 +95,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
                         check_objective(objective, student, teacher, nbest is not None)
                     except UserError as e:
                         raise UserError(f"{page.path}: KD stage {phase.stage.number}: {spec.name}: {e}") from e
-                    # A resume is loaded over it later.
+                    # If the training is resumed, its checkpoint later replaces these parameters.
                     objective.init_student(student, teacher)
                     head = objective.build(student, teacher)
                     if head is not None:
@@ -148,7 +148,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         if text is not None:
             # The padded length is kept: reading the true length would make the host wait for a GPU, and is not needed.
             text = text.masked_fill(text == -1, self.ignore_id)
-        # SpecAugment's masks are drawn anew for every row, so that repeated rows are two views. None in validation.
+        # SpecAugment draws new masks for every row, so that repeated rows are two views. Validation has no masks.
         views = max((o.views for _, o, _ in terms), default=1) if self.training else 1
         speech, speech_lengths, text, text_lengths, kwargs = _repeat(
             views, (speech, speech_lengths, text, text_lengths, kwargs)
@@ -237,7 +237,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         with recording_decoder(self) if "decoder" in taps else contextlib.nullcontext([None]) as outputs:
             loss, stats["acc"], stats["cer"], stats["wer"] = self._calc_att_loss(*branch)
         student.decoder = outputs[0]
-        loss = loss * (len(rows) / len(counts))  # ESPnet averages over its rows
+        loss = loss * (len(rows) / len(counts))  # ESPnet averages over these rows, CTC over the batch
         stats["loss_att"] = loss.detach()
         return weight * loss if weight else torch.zeros_like(loss)
 
@@ -255,7 +255,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         weights: Optional[Tensor] = None,
         label_counts: Optional[List[int]] = None,
     ) -> Tensor:
-        """ESPnet's CTC (sum over the utterance, averaged over the batch), or that per label, as the page has it.
+        """ESPnet's CTC (sum over the utterance, averaged over the batch), or the same per label, as the page sets.
 
         ``weights`` (B,) of the utterances; by default 1, or 0 where there are no labels. ``label_counts``:
         ``text_lengths`` as Python numbers if they are known, because torch's CTC copies both lengths to the host. In
@@ -272,7 +272,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
                 )
             labels = torch.cat([t[:n] for t, n in zip(text, on_host)])
             return self.ctc.loss_fn(by_time, labels, lengths, text_lengths)
-        # The padded labels: selecting those of each utterance would make the host wait.
+        # Labels are passed with padding, because selecting those of each utterance would make the host wait.
         each = self.ctc.ctc_loss(by_time, text, lengths, on_host)
         if weights is None:
             weights = (text_lengths > 0).to(log_probs.dtype)
@@ -293,17 +293,17 @@ class ESPnetASRKDModel(ESPnetASRModel):
         stats: Statistics,
         batch: Dict[str, Any],
     ) -> Tensor:
-        """Weighted CTC and InterCTC; with weight 0 CTC is computed for the statistics alone."""
+        """Weighted CTC and InterCTC; with weight 0, CTC is computed for the statistics only."""
         weight = now(now.phase.stage.ctc_weight)
         with torch.set_grad_enabled(torch.is_grad_enabled() and weight != 0):
             loss = self._ctc(now, log_probs, lengths, text, text_lengths, None, label_counts)
             stats["loss_ctc"] = loss.detach()
             stats["cer_ctc"] = None
             if not self.training and self.error_calculator is not None:
-                # Blank in the padding, which ESPnet's own figure would count.
+                # The padding is set to blank, because ESPnet's own CER would count labels there.
                 best = log_probs.argmax(-1).masked_fill(~fr.valid(lengths, log_probs.size(1)), self.blank_id)
                 rate = self.error_calculator(best.cpu(), text.cpu(), is_ctc=True)
-                # NaN without transcripts: a rank with fewer statistics than the others would wait for ever.
+                # NaN without transcripts, because a rank with fewer statistics than the others would wait for ever.
                 stats["cer_ctc"] = math.nan if rate is None else rate
             if self.interctc_weight and intermediate:
                 inner = []
@@ -378,7 +378,7 @@ def _repeat(times: int, x: Any) -> Any:
 
 
 def _agreement(student: EncoderOutputs, target: EncoderOutputs) -> Dict[str, Tensor]:
-    """Share of the teacher's frames that are non-blank, and of frames on which both have the same argmax."""
+    """Share of the teacher's frames that are non-blank, and of frames on which both models have the same argmax."""
     valid = fr.valid(target.lengths, target.logits.size(1))
     best = fr.best(target.logits)
     count = valid.sum().clamp(min=1)

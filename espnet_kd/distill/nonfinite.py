@@ -42,13 +42,13 @@ class _Step:
 
 
 class NonFiniteLosses:
-    """Watches the forward of a model.
+    """Checks the losses that a model's ``forward`` returns.
 
     Args:
         limit: largest number of batches of an epoch, training and validation together, whose loss may not be finite;
             in a parallel run, of each process. A few damaged utterances stay below it in every epoch; a model that has
             diverged exceeds it within one epoch.
-        progress: gives epoch and step.
+        progress: has the current epoch and step.
 
     On a GPU a step is reported when a later one begins, so that the host does not wait.
     """
@@ -85,7 +85,7 @@ class NonFiniteLosses:
         bad = ~torch.isfinite(loss.detach()).all()
         if model.training and (not may_look(bad) or bad):
             for buffer, value in self._before:
-                # .data: the backward pass, whose result is thrown away, still comes
+                # .data hides the change from autograd: the backward pass still runs, although its result is not used
                 buffer.data.copy_(torch.where(bad, value, buffer))
         step = _Step(self.progress.epoch, self.progress.step + 1, model.training, stats, batch)
         self._later(bad, lambda: self._report(step))

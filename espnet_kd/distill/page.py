@@ -46,8 +46,8 @@ class KDStage:
 
     number: int  #: from 1
     name: str
-    share: float  #: of the student's training
-    keep: Union[str, List[str]]  #: objectives of the KD stage before that go on, with their last weights: names, or all
+    share: float  #: share of the student's training
+    keep: Union[str, List[str]]  #: objectives of the previous KD stage that continue with their last weights, or all
     restart: bool  #: whether optimizer and learning-rate schedule begin anew
     ctc_weight: Weight
     ctc_per: str
@@ -74,9 +74,9 @@ class Page:
     method: str
     teacher: str  #: required | none
     pool: str
-    teacher_weights: List[float]  #: of several teachers; empty: equal
+    teacher_weights: List[float]  #: weights of several teachers; empty: equal weights
     stages: List[KDStage]
-    train: Dict[str, Any]  #: options of ESPnet that hold for the whole training
+    train: Dict[str, Any]  #: options of ESPnet for the whole training
 
     @property
     def needs_text(self) -> bool:
@@ -106,10 +106,11 @@ def load_page(name: str, import_objectives: bool = True) -> Page:
 
     Args:
         import_objectives: whether to import objectives that are named by a dotted path, which is code of the page's
-            author; without, their options are not checked (:class:`Unread`).
+            author; if False, their options are not checked (:class:`Unread`).
 
     Raises:
-        UserError: not found (naming the nearest), unreadable, unknown or mistyped keys with their place in the file.
+        UserError: the page is not found (the message has the nearest name) or not readable, or has unknown or mistyped
+            keys (the message has their place in the file).
     """
     path = Path(name)
     if path.suffix not in (".yaml", ".yml"):
@@ -135,7 +136,7 @@ def needed_targets(pages: Sequence[str]) -> Needs:
     """The teacher's outputs that the objectives of some pages need together.
 
     Raises:
-        UserError: as :func:`load_page` and :func:`check_cacheable`; or no page has a teacher whose outputs it reads.
+        UserError: as :func:`load_page` and :func:`check_cacheable`; or no objective reads a teacher's outputs.
     """
     loaded = [load_page(name) for name in pages]
     for page in loaded:
@@ -202,10 +203,10 @@ def _implied_options(stages: Sequence[KDStage]) -> Dict[str, Any]:
     weights = [w for s in stages for w in (s.ctc_weight, s.attention_weight)]
     heads = [o for s in stages for o in s.objectives if o.has_head]
     if any(map(_may_be_0, weights)) or (heads and (len(stages) > 1 or any(_may_be_0(o.weight) for o in heads))):
-        # At some step the CTC head, a hybrid's decoder or an objective's head may get no gradient: DDP has to know.
+        # In a step the CTC head, a hybrid's decoder or an objective's head may get no gradient; DDP must expect this.
         implied["unused_parameters"] = True
     if end_of(stages[-1].ctc_weight) == 0.0:
-        # No CTC loss can choose the model.
+        # The best model cannot be chosen by a CTC loss whose weight ends at 0.
         implied["best_model_criterion"] = [["valid", "loss_kd", "min"]]
     return implied
 
@@ -232,7 +233,7 @@ def _stage(number: int, content: Any, top: Mapping[str, Any], where: str, import
         restart=_typed(stage, "restart", bool, False, where),
         ctc_weight=ctc_weight,
         ctc_per=_typed(ctc, "per", Literal["utterance", "label"], "utterance", f"{where}.ctc"),
-        # A hybrid student's attention branch uses labels too: off where CTC is off, unless set otherwise.
+        # A hybrid student's attention branch uses labels, too; by default it is off if CTC is off.
         attention_weight=_weight(attention.get("weight", float(ctc_weight != 0.0)), f"{where}.attention.weight"),
         objectives=[_objective(o, f"{where}.objectives[{i}]", imports) for i, o in enumerate(objectives)],
     )
@@ -275,10 +276,13 @@ def _objective(content: Any, where: str, imports: bool) -> ObjectiveSpec:
 
 
 def objective_class(name: str, where: str, imports: bool = True) -> Type[Objective]:
-    """Find an objective by its name, or by the dotted path of a class outside the package (``imports``: else Unread).
+    """Find an objective by its name, or by the dotted path of a class outside the package.
+
+    Args:
+        imports: whether to import the class of a dotted path; if False, `Unread` is returned for it.
 
     Raises:
-        UserError: unknown (naming the nearest), not importable, or not an Objective.
+        UserError: it is unknown (the message has the nearest name), not importable, or not an Objective.
     """
     if name.lower() in OBJECTIVES.classes:
         return OBJECTIVES.get_class(name)
@@ -289,7 +293,7 @@ def objective_class(name: str, where: str, imports: bool = True) -> Type[Objecti
     module, _, attribute = name.rpartition(".")
     try:
         cls = getattr(importlib.import_module(module), attribute)
-    except Exception as e:  # also whatever is wrong inside that module
+    except Exception as e:  # code of that module may raise anything
         raise UserError(f"{where}: cannot import objective {name}: {e}; is its directory on PYTHONPATH?") from e
     if not (isinstance(cls, type) and issubclass(cls, Objective)):
         raise UserError(f"{where}: {name} is not a subclass of espnet_kd.distill.objectives.Objective")

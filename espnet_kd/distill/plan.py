@@ -24,7 +24,7 @@ class Phase:
     stage: KDStage
     begin: float
     end: float
-    terms: List[Tuple[ObjectiveSpec, Weight]]  #: its own objectives, and those it keeps of the KD stage before
+    terms: List[Tuple[ObjectiveSpec, Weight]]  #: its own objectives, and those kept from the previous KD stage
 
     def epochs(self, max_epoch: int) -> Tuple[int, int]:
         """The epochs in which it begins and ends, from 1."""
@@ -39,7 +39,7 @@ class Moment:
     position: Position
 
     def __call__(self, weight: Weight) -> float:
-        """The value of a weight."""
+        """The value of a weight at this moment."""
         return weight_at(weight, self.position)
 
 

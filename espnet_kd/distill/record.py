@@ -1,4 +1,4 @@
-"""The record of a distillation, in the student's directory: what it is made with, and how far it is."""
+"""The record of a distillation, in the student's directory: its inputs and options, and the finished KD stages."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ from espnet_kd.targets.cache import read_manifest
 RECORD = "kd_stage.json"
 #: Files that only a training leaves.
 TRACES = ("checkpoint.pth", "config.yaml", "*epoch.pth")
-#: What a user changes to train elsewhere.
+#: The options that choose the directory, for messages.
 OUTPUT_OPTION = "--output_dir (of run.sh: --tag or --expdir)"
 
 
 def make_record(args: argparse.Namespace, parser: argparse.ArgumentParser, plan: Plan) -> Dict[str, Any]:
-    """All that decides what is trained, as JSON has it."""
+    """Everything that determines the training, as JSON values."""
     page: Page = plan.page
     stages = plan.as_record()
     record: Dict[str, Any] = {
@@ -35,7 +35,7 @@ def make_record(args: argparse.Namespace, parser: argparse.ArgumentParser, plan:
         "kd_stages": plan.numbers,
         "epochs": plan.max_epoch,
         "seed": args.seed,
-        # A cache names its teacher itself; with it, --teacher is only compared, and may be spelled in any way.
+        # A cache has the identity of its teacher; --teacher is only compared with it, and its path may differ.
         "teacher": args.teacher if page.teacher == "required" and not args.target_cache else [],
         "teacher_weights": page.teacher_weights,
         "pool": page.pool,
@@ -46,7 +46,7 @@ def make_record(args: argparse.Namespace, parser: argparse.ArgumentParser, plan:
             [
                 args.token_list,
                 *(path for path, _, _ in args.train_data_path_and_name_and_type or []),
-                *(args.train_shape_file or []),  # which utterances are trained on
+                *(args.train_shape_file or []),  # the shape files list the utterances that are used
             ]
         ),
         "objectives": list({o["objective"]: o for stage in stages for o in stage["objectives"]}.values()),
@@ -57,14 +57,14 @@ def make_record(args: argparse.Namespace, parser: argparse.ArgumentParser, plan:
         record["target_cache"] = {**identity, **asdict(manifest.policy)}
     if args.nbest and any(phase.stage.nbest for phase in plan.phases):
         record["nbest"] = _hashes([args.nbest])
-    return json.loads(json.dumps(record, default=str))  # as it is read again: tuples are lists
+    return json.loads(json.dumps(record, default=str))  # as it will be read: tuples become lists
 
 
 def claim(output_dir: Path, record: Dict[str, Any], plan: Plan) -> int:
     """Compare a directory with what is to be trained into it.
 
-    A training that has ended may go on with a higher ``max_epoch``: its last KD stage does. The epochs of KD stages
-    that were trained before then stay in ``record`` as they were.
+    A training that has ended may be continued with a higher ``max_epoch``, which extends its last KD stage. The epochs
+    of the earlier KD stages then stay in ``record`` as they were trained.
 
     Returns:
         the number of the last KD stage that is finished there, 0 for none
@@ -89,13 +89,13 @@ def claim(output_dir: Path, record: Dict[str, Any], plan: Plan) -> int:
     done = found.pop("finished_kd_stage", 0)
     ended = found.pop("finished", False)
     before = found.get("epochs", 0)
-    # Not where the last KD stage would only begin after what is trained: its beginning would be trained twice.
+    # Refused if the new plan begins the last KD stage after the trained epochs, which would train its beginning twice.
     extended = ended and record["epochs"] > before >= plan.phases[-1].epochs(plan.max_epoch)[0]
     if extended:
         found["epochs"] = record["epochs"]
         done = plan.numbers[-2] if len(plan.numbers) > 1 else 0
     differing = list(differences(_without_epochs(found), _without_epochs(record)))
-    # A directory in which nothing was trained yet may take a mended command.
+    # If nothing was trained yet, a corrected command may use the directory.
     if differing and (output_dir / "checkpoint.pth").exists():
         raise UserError(
             f"{output_dir} holds a student with other settings ({in_words(differing)}); choose another {OUTPUT_OPTION}"
@@ -110,10 +110,10 @@ def claim(output_dir: Path, record: Dict[str, Any], plan: Plan) -> int:
 
 
 def claim_plain(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
-    """Compare a directory with a training without a method that is to begin or to go on in it.
+    """Compare a directory with the plain training (without a method) that is to begin or to resume in it.
 
     Raises:
-        UserError: the directory holds a distilled student, or what was begun with other options.
+        UserError: the directory holds a distilled student, or a training with other options.
     """
     output_dir = Path(args.output_dir)
     if (output_dir / RECORD).exists():
@@ -125,7 +125,7 @@ def claim_plain(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
         return
     found = read_config(output_dir / "config.yaml")
     now = json.loads(json.dumps({**vars(args), "token_list": tokens_of(args.token_list)}, default=str))
-    if now.get("input_size") is not None:  # then ESPnet makes no frontend, and notes none
+    if now.get("input_size") is not None:  # ESPnet then builds no frontend, and config.yaml has none
         found = {k: v for k, v in found.items() if not k.startswith("frontend")}
     # A higher max_epoch extends a training.
     compared = [k for k in now if k in found and rule_of(k) in ("refused", "higher")]
@@ -140,7 +140,7 @@ def claim_plain(args: argparse.Namespace, parser: argparse.ArgumentParser) -> No
 def in_words(differing: Sequence[Tuple[str, Any, Any]], shown: int = 5) -> str:
     """Differences (:func:`espnet_kd.experiments.record.differences`) in words: ``encoder_conf.num_blocks: 2 → 3``.
 
-    Of a file that differs only its name is given, not its hashes.
+    For a file that differs, only its name is given, not its hashes.
     """
     words = []
     for key, old, new in differing[:shown]:
@@ -163,7 +163,7 @@ def write_record(output_dir: Path, record: Mapping[str, Any], done: int, ended: 
 
 
 def _without_epochs(record: Mapping[str, Any]) -> Dict[str, Any]:
-    """A record without the epochs of its KD stages, which follow from the rest, but not after an extension."""
+    """A record without the epochs of its KD stages, which follow from its other values, except after an extension."""
     stages = record.get("stages")
     if not isinstance(stages, list):
         return dict(record)
@@ -172,6 +172,6 @@ def _without_epochs(record: Mapping[str, Any]) -> Dict[str, Any]:
 
 
 def _hashes(paths: List[Any]) -> Dict[str, str]:
-    """Path to the beginning of the file's SHA-256, for those that are files (a token list may stand in the YAML)."""
+    """{path: beginning of the file's SHA-256}; values that are not files are skipped (a token list in the YAML)."""
     files = [Path(p) for p in paths if isinstance(p, str) and Path(p).is_file()]
     return {str(p): hashlib.sha256(p.read_bytes()).hexdigest()[:12] for p in files}

@@ -19,13 +19,13 @@ class Position:
 
 @dataclass
 class Progress:
-    """A position in a training. Epochs count from 1. It is not in the checkpoint; a resume sets it again."""
+    """A position in a training. Epochs count from 1. It is not in the checkpoint, but set again after a resume."""
 
     epoch: int = 1
     max_epoch: int = 1
-    step: int = 0  #: of this epoch, from 0
+    step: int = 0  #: step in this epoch, from 0
     steps_per_epoch: Optional[int] = None  #: from the iterator factory, or else known after the first epoch
-    updates: Optional[int] = None  #: of the parameters by the optimizer in this epoch; None: no epoch has begun
+    updates: Optional[int] = None  #: optimizer updates in this epoch; None: no epoch has begun
 
     @property
     def fraction(self) -> float:
@@ -35,7 +35,7 @@ class Progress:
 
     @property
     def epoch_fraction(self) -> float:
-        """The same, but constant within an epoch."""
+        """Like ``fraction``, but constant within an epoch."""
         return min((self.epoch - 1) / max(self.max_epoch, 1), 1.0)
 
     def within(self, begin: float, end: float) -> Position:
@@ -44,7 +44,7 @@ class Progress:
         return Position(*(min(max(x, 0.0), 1.0) for x in shares))
 
     def count_update(self, *_: Any) -> None:
-        """A hook for an optimizer's ``register_step_post_hook``."""
+        """Count an update; a hook for an optimizer's ``register_step_post_hook``."""
         self.updates = (self.updates or 0) + 1
 
 
@@ -93,10 +93,10 @@ class EpochHooks:
         self.at_epoch = at_epoch
 
     def build_iter(self, epoch: int, shuffle: Optional[bool] = None) -> Iterator:
-        """The wrapped factory's batches, counted."""
+        """Yield the wrapped factory's batches, and count them in ``progress``."""
         self.at_epoch(epoch)
         self.progress.epoch, self.progress.step, self.progress.updates = epoch, 0, 0
-        # Known beforehand, a ramp goes on after a resume as if it had not been interrupted.
+        # If the number is known beforehand, a ramp continues after a resume as without an interruption.
         steps = getattr(self.factory, "num_iters_per_epoch", None) or len(getattr(self.factory, "sampler", ()))
         self.progress.steps_per_epoch = steps or self.progress.steps_per_epoch
         return self._count(self.factory.build_iter(epoch, shuffle))

@@ -43,7 +43,7 @@ def make_cache(
     if force and parts > 1:
         raise cli.UserError(f"--force with --job would remove what other jobs wrote; remove {place} first instead")
 
-    # Imported here: --help and mistakes in the command line are answered at once.
+    # Imported here, so that --help and mistakes in the command line do not wait for the import.
     from espnet_kd.inference.recognise import choose_device
     from espnet_kd.targets.cache_writer import holding
 
@@ -108,7 +108,7 @@ def parse_job(job: str) -> Tuple[int, int]:
     """``2/4`` → (2, 4).
 
     Raises:
-        UserError: no such pair.
+        UserError: ``job`` does not have this form.
     """
     first, _, last = job.partition("/")
     if first.isdecimal() and last.isdecimal() and 1 <= int(first) <= int(last):

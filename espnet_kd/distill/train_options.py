@@ -43,7 +43,7 @@ def check_train_options(content: Any, where: str) -> Dict[str, Any]:
         where: the block's place in messages, ``page.yaml: train``.
 
     Raises:
-        UserError: not a mapping, an option that a page cannot set, or a value of an unsuitable type.
+        UserError: the block is not a mapping, or has an option that a page cannot set, or a value of another type.
     """
     options = check_mapping(content, where)
     for key, value in options.items():

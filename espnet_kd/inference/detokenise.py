@@ -26,6 +26,6 @@ def build_detokeniser(args: argparse.Namespace, config_dir: Union[str, Path]) ->
 
         path = find_token_model(args, Path(config_dir) / "config.yaml")
         return sentencepiece.SentencePieceProcessor(model_file=str(path)).DecodePieces
-    from espnet2.text.build_tokenizer import build_tokenizer  # the rarer types
+    from espnet2.text.build_tokenizer import build_tokenizer  # for the rarer token types
 
     return build_tokenizer(kind, bpemodel=getattr(args, "bpemodel", None)).tokens2text

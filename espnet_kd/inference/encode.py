@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from espnet2.asr.encoder.abs_encoder import AbsEncoder
     from espnet2.asr.espnet_model import ESPnetASRModel
 
-#: Encoders whose layers can be tapped one by one: their layers hand on ((x, pos_emb), mask) or (x, mask).
+#: Encoders whose layers can be tapped one by one: the layers return ((x, pos_emb), mask) or (x, mask).
 LAYERED = (
     *("TransformerEncoder", "ConformerEncoder", "BranchformerEncoder", "EBranchformerEncoder"),
     "HuggingFaceCTCEncoder",
@@ -44,7 +44,7 @@ WHOLE = (
     "ContextualBlockTransformerEncoder",
     "ContextualBlockConformerEncoder",
 )
-#: Encoders that want batches sorted by length.
+#: Encoders that need batches sorted by length.
 SORTED = ("RNNEncoder", "VGGRNNEncoder")
 #: Hz; the frame rate of a model whose input is features.
 FEATURE_RATE = 100.0
@@ -73,7 +73,7 @@ def taps_of(encoder: AbsEncoder) -> List[str]:
     """The names of an ESPnet encoder's taps.
 
     Raises:
-        UserError: an encoder this toolkit does not know.
+        UserError: the encoder is not in the lists above.
     """
     name = type(encoder).__name__
     if name in LAYERED:
@@ -92,9 +92,9 @@ def check_taps(model: ESPnetASRModel, wanted: Sequence[str], whose: str) -> None
     """Refuse taps that an ESPnetASRModel lacks. ``decoder`` stands for the outputs of its attention decoder.
 
     Raises:
-        UserError: naming the tap, and the taps that the model has.
+        UserError: the model lacks a tap; the message has the taps that it has.
     """
-    other = type(model.decoder).__name__ == "MLMDecoder"  # Mask-CTC's
+    other = type(model.decoder).__name__ == "MLMDecoder"  # Mask-CTC's decoder
     if "decoder" in wanted and (model.decoder is None or model.use_transducer_decoder or other):
         raise UserError(f"the {whose} has no attention decoder: attention_kl needs one in student and teacher")
     wanted = [tap for tap in wanted if tap != "decoder"]
@@ -127,8 +127,8 @@ def recording(encoder: AbsEncoder, taps: Sequence[str]) -> Iterator[Dict[str, Te
     def keep(tap: str):
         def hook(module: torch.nn.Module, inputs: Any, output: Any) -> None:
             x = output[0]
-            x = x[0] if isinstance(x, tuple) else x  # relative positions travel along: ((x, pos_emb), mask)
-            # Branchformers, which have no such choice, always normalise.
+            x = x[0] if isinstance(x, tuple) else x  # with relative positions: ((x, pos_emb), mask)
+            # Branchformers do not have this option, and always normalise.
             hidden[tap] = encoder.after_norm(x) if getattr(encoder, "normalize_before", True) else x
 
         return hook
@@ -154,10 +154,10 @@ def encode(
     if order is not None:
         speech, speech_lengths = speech[order], speech_lengths[order]
     with recording(model.encoder, taps) as hidden:
-        # Without a frontend, normalisation and SpecAugment work in place on what was given.
+        # Without a frontend, normalisation and SpecAugment would change the caller's tensor in place.
         out, lengths = model.encode(speech if model.frontend is not None else speech.clone(), speech_lengths)
     out, intermediate = out if isinstance(out, tuple) else (out, [])
-    if order is not None:  # such encoders have no layers that could be tapped, and no InterCTC
+    if order is not None:  # these encoders have neither layer taps nor InterCTC, so nothing else is reordered
         back = order.argsort()
         out, lengths = out[back], lengths[back]
     if "encoder" in taps:
@@ -205,7 +205,7 @@ def has_bf16(device: torch.device) -> bool:
 
 
 def half_on_gpu(device: torch.device) -> ContextManager:
-    """bf16 for a teacher's encoder where the GPU has it, elsewhere as it is. Not yet run on a GPU."""
+    """Run a teacher's encoder in bf16 on a GPU that has it, elsewhere in its own type. Not yet run on a GPU."""
     return torch.autocast(device.type, torch.bfloat16) if has_bf16(device) else contextlib.nullcontext()
 
 
@@ -262,9 +262,9 @@ def probe(model: ESPnetASRModel, sampling_rate: float, duration: Union[float, in
     width = input_width(model)
     p = next(model.parameters())
     n = duration if isinstance(duration, int) else int(duration * (FEATURE_RATE if width else sampling_rate))
-    # Not silence: utterance-wise normalisation divides by the deviation.
+    # A sine, not silence, because utterance-wise normalisation divides by the deviation.
     speech = torch.sin(torch.arange(n, device=p.device, dtype=p.dtype)).view(1, n, *[1] * len(width))
-    speech = speech.repeat(1, 1, *width)  # not expand: normalisation works in place
+    speech = speech.repeat(1, 1, *width)  # not expand, because normalisation works in place
     lengths = torch.tensor([n], device=p.device)
     was_training = model.training
     model.eval()
@@ -279,12 +279,12 @@ def measure_frame_shift(model: ESPnetASRModel, sampling_rate: float) -> float:
 
     ``sampling_rate`` is in Hz. Raises UserError as :func:`input_width`.
     """
-    # Ten seconds and thirty: edge effects of a few frames stay under 1 % of the difference. Of ESPnet's encoders that
-    # take samples, ESPnet makes a mask of N × N, and their frames have no edges.
+    # With ten and thirty seconds, edge effects of a few frames stay under 1 % of the difference. Encoders that take
+    # samples get short signals, because ESPnet makes a mask of N × N samples for them; they have no edge effects.
     long = not takes_samples(model) or getattr(model.encoder, "long_probes", False)
     durations = (10.0, 30.0) if long else (0.5, 1.5)
     (_, short, few), (_, longer, many) = (probe(model, sampling_rate, s) for s in durations)
     rate = FEATURE_RATE if input_width(model) else sampling_rate
     shift = (longer - short).item() / rate / (many - few)
-    # In quarter milliseconds: hop lengths are, rounding of lengths is not.
+    # Round to quarters of a millisecond: hop lengths are multiples of them, and the rounding of lengths is removed.
     return nearest_multiple(shift, 0.0005) * 0.0005

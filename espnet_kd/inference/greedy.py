@@ -14,7 +14,7 @@ def ctc_collapse(token_ids: torch.Tensor, blank_id: int = 0) -> List[int]:
 
     Args:
         token_ids: (T,) integer label of every frame; T may be 0.
-        blank_id: the label that stands for "nothing".
+        blank_id: blank label.
 
     Raises:
         ValueError: ``token_ids`` is not one-dimensional.
@@ -34,7 +34,7 @@ def ctc_greedy(
         logits: (B, T, V) logits or log-probabilities, on any device.
         lengths: (B,) frames that count; 0 is legal and gives an empty hypothesis.
         blank_id: blank label.
-        drop: labels taken out after collapsing (ESPnet's <sos/eos>, which is no text).
+        drop: labels taken out after collapsing (ESPnet's <sos/eos>, which is not text).
 
     Returns:
         For each utterance (token ids, log-probability of the best path in nats).

@@ -3,8 +3,8 @@
 In ESPnet the padding changes the outputs of an utterance in four ways: the STFT reflects the signal at the end of the
 batch instead of the end of the utterance; a subsampled mask can have up to two frames too many; convolutions over time
 (Conformer, Branchformer, 1-D feed-forward) read the frames after the last one; and the deviation of an utterance
-(``utterance_mvn`` with ``norm_vars``) includes them. This module corrects all four on a model that is used for decoding
-only; training keeps ESPnet's behaviour.
+(``utterance_mvn`` with ``norm_vars``) includes these frames. This module corrects all four on a model that is used for
+decoding only; training keeps ESPnet's behaviour.
 """
 
 from __future__ import annotations
@@ -42,13 +42,13 @@ class OneByOne(nn.Module):
 class ReflectedEach(nn.Module):
     """ESPnet's default frontend on a batch, each utterance reflected at its own end: equal to `OneByOne`, and faster.
 
-    ESPnet's STFT and mel filters, without the masks that fill a tensor of the spectrum's size.
+    It uses ESPnet's STFT and mel filters, but not ESPnet's masks, which have the size of the spectrum.
     """
 
     def __init__(self, frontend: AbsFrontend):
         super().__init__()
         self.stft, self.logmel = copy.copy(frontend.stft), frontend.logmel
-        self.stft.center = False  # the reflection is made here
+        self.stft.center = False  # this class pads by reflection itself
 
     def forward(self, speech: torch.Tensor, lengths: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
         """Map (B, N) samples and (B,) lengths to (B, T, D) features and (B,) lengths."""
@@ -66,7 +66,7 @@ class ReflectedEach(nn.Module):
 
 def exact_frontend(frontend: AbsFrontend) -> nn.Module:
     """Return a frontend that gives each utterance of a batch the features that it has alone."""
-    # Its speech enhancement leaves a single channel as it is.
+    # The default frontend's speech enhancement can be left out: it does not change a single channel.
     plain = type(frontend).__name__ == "DefaultFrontend" and frontend.stft is not None and frontend.stft.center
     return ReflectedEach(frontend) if plain else OneByOne(frontend)
 
@@ -83,8 +83,8 @@ def subsampled(lengths: torch.Tensor, embed: nn.Module) -> torch.Tensor:
 def make_batch_exact(model: ESPnetASRModel) -> bool:
     """Change an ESPnetASRModel, meant for decoding, so that batched equals one by one (up to float rounding).
 
-    Safe for several threads. Returns False, having changed only the frontend, for an encoder that is not
-    (`is_exact`): its last frames then depend a little on the batch.
+    Safe for several threads. Returns False for an encoder that cannot be exact (`is_exact`), which is not changed: its
+    last frames then depend a little on the batch.
     """
     if model.frontend is not None:
         model.frontend = exact_frontend(model.frontend)
@@ -94,15 +94,16 @@ def make_batch_exact(model: ESPnetASRModel) -> bool:
 
 
 def is_exact(encoder: AbsEncoder) -> bool:
-    """Whether an encoder is one of `EXACT_ENCODERS`, and none with ESPnet's older relative positions: their shift goes
-    by the length of the batch.
+    """Whether an encoder is one of `EXACT_ENCODERS`, without ESPnet's older relative positions.
+
+    The shift of those positions depends on the length of the batch.
     """
     older = any(type(module).__name__ == "LegacyRelPositionMultiHeadedAttention" for module in encoder.modules())
     return type(encoder).__name__ in EXACT_ENCODERS and not older
 
 
 def make_encoder_exact(encoder: AbsEncoder) -> bool:
-    """The part of `make_batch_exact` that changes the encoder; False, without a change, if it cannot be exact."""
+    """Do the part of `make_batch_exact` that concerns the encoder; return False, without a change, if it cannot be."""
     if getattr(encoder, "no_padding", False):
         return True  # a foreign encoder, whose batches have utterances of one length only
     if not is_exact(encoder):
@@ -115,7 +116,7 @@ def make_encoder_exact(encoder: AbsEncoder) -> bool:
 
     def trim_mask(_, __, output):
         if not (isinstance(output, tuple) and len(output) == 2 and getattr(output[1], "dtype", None) == torch.bool):
-            return None  # a layer that doesn't subsample: it was given no mask
+            return None  # an input layer without subsampling gets no mask
         x, mask = output
         frames = torch.arange(mask.size(-1), device=mask.device)
         return x, mask & (frames < here.lengths.to(mask.device)[:, None, None])

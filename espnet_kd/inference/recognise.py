@@ -112,7 +112,7 @@ class Recogniser:
         self._min_samples = least_samples(model, self.rate or 16000)
         if not make_batch_exact(model):
             logging.warning("%s: the last frames of a batch depend a little on padding", type(model.encoder).__name__)
-        if self.device.type == "cpu":  # as convolutions are computed there; else their output is laid out anew
+        if self.device.type == "cpu":  # convolutions compute in this layout there, and would copy to it otherwise
             for module in model.modules():
                 if isinstance(module, torch.nn.Conv2d):
                     module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
@@ -121,8 +121,9 @@ class Recogniser:
 
     @property
     def own_model(self) -> ESPnetASRModel:
-        """A copy of the model for this thread, which shares the parameters. ESPnet's attention modules store their last
-        weights as an attribute, so that threads must not share a module.
+        """A copy of the model for this thread, which shares the parameters.
+
+        ESPnet's attention modules store their last weights as an attribute, so that threads must not share a module.
         """
         if not hasattr(self._here, "model"):
             shared = {id(x): x for x in (*self.model.parameters(), *self.model.buffers())}
@@ -130,7 +131,7 @@ class Recogniser:
         return self._here.model
 
     def encode(self, speech: torch.Tensor, lengths: torch.Tensor) -> Tuple[Any, torch.Tensor]:
-        """The model's own ``encode``, for a subclass to run it in another precision."""
+        """Run the model's own ``encode``; a subclass may run it in another precision."""
         return self.own_model.encode(speech, lengths)
 
     @torch.inference_mode()
@@ -139,7 +140,7 @@ class Recogniser:
         waves = [torch.from_numpy(normalise(x, self.volume)) for x in speech]
         lengths = torch.tensor([len(w) for w in waves])
         too_short = lengths < self._min_samples
-        # Too short ones are stretched with silence so that the others can be decoded; they count no frames below.
+        # Utterances that are too short are padded with silence, so that the batch can be encoded; they get 0 frames.
         padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True)
         padded = torch.nn.functional.pad(padded, (0, max(0, self._min_samples - padded.size(1))))
         encoded, frames = self.encode(padded.to(self.device), lengths.clamp(min=self._min_samples).to(self.device))
@@ -162,7 +163,7 @@ class Recogniser:
             raise self.diverged()
         return [[self.hypothesis(ids, score)] for ids, score in found]
 
-    #: Number of batches that may be started before the result of the first is asked for.
+    #: Number of batches that may be started before the result of the first is needed.
     ahead = 0
 
     def begin(self, speech: Sequence[np.ndarray]) -> Callable[[], List[Any]]:
@@ -202,10 +203,10 @@ def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> L
 
     Args:
         data_dir: holds wav.scp, each line one audio file.
-        rate: sampling rate in Hz that the model wants; None accepts any.
+        rate: sampling rate in Hz that the model needs; None accepts any.
 
     Raises:
-        UserError: naming the line or the utterance.
+        UserError: an entry cannot be used; the message names the line or the utterance.
     """
     data_dir = Path(data_dir)
     if (data_dir / "segments").exists():
@@ -228,7 +229,7 @@ def read_all_utterances(data_dirs: Sequence[str], rate: Optional[int]) -> List[A
     """List the utterances of several data dirs as one (see :func:`read_utterances`).
 
     Raises:
-        UserError: an utterance stands in two of them, or what `read_utterances` refuses.
+        UserError: an utterance is in two data dirs, or as in `read_utterances`.
     """
     utterances: List[AudioFile] = []
     home: Dict[str, str] = {}
@@ -245,7 +246,7 @@ def read_all_utterances(data_dirs: Sequence[str], rate: Optional[int]) -> List[A
 
 
 def read_audio(utterance: AudioFile) -> np.ndarray:
-    """Samples (N,) as float32 in [-1, 1]; of several channels the first, as ESPnet's frontend takes it in eval.
+    """Samples (N,) as float32 in [-1, 1]; the first of several channels, as in ESPnet's frontend in eval mode.
 
     Raises:
         UserError: as `read_samples`, naming utterance and file.

@@ -2,9 +2,10 @@
 
 Losses on posteriors are called ``f(student_logits, teacher_logits, lengths, *, blank_id, temperature, frames, …) →
 scalar`` with logits or log-probabilities (B, T, V); losses on hidden states take (B, T, D) instead and no
-temperature. ``lengths`` is (B,); ``frames`` (B, T) bool narrows the valid frames: padding never counts. All sum over V
-(mean over D), average over the frames that count, send no gradient to the teacher (``consistency`` has two students and
-none), compute in float32 or better, and give 0 with a gradient path when no frame counts. None multiplies by τ².
+temperature. ``lengths`` is (B,); ``frames`` (B, T) bool narrows the valid frames: padding never counts. All losses sum
+over V (mean over D), average over the frames that count, send no gradient to the teacher (``consistency`` has two
+students and no teacher), compute in float32 or better, and give 0 with a gradient path when no frame counts. No loss
+multiplies by τ².
 
 ``nonblank_mass`` and ``activation_energy`` are frame weights (B, T) for ``weighted_representation``.
 """

@@ -1,7 +1,7 @@
 """Triton kernels of factorized KL against cached targets: blank, the k kept tokens, and all others as one bucket.
 
-As :mod:`espnet_kd.losses.kernels`, whose table, means and arithmetic they share; of the teacher they read numbers per
-frame and per kept token, which are computed beforehand.
+They share table, means and arithmetic with :mod:`espnet_kd.losses.kernels`. The teacher's numbers per frame and per
+kept token are computed beforehand.
 """
 
 import triton
@@ -48,7 +48,7 @@ def bucket_figures(
     BLOCK: tl.constexpr,
     KEPT: tl.constexpr,
 ):
-    """The table of one frame; NORM is the student's logsumexp over the tokens that were not kept."""
+    """Compute the table of one frame; NORM is the student's logsumexp over the tokens that were not kept."""
     vocabulary *= ALIGNED
     row = tl.program_id(0)
     b = (row // num_frames).to(tl.int64)
@@ -85,7 +85,7 @@ def bucket_figures(
     if READ_NONBLANK or READ_BLANK:
         read = counts & tl.where(is_nonblank, READ_NONBLANK, READ_BLANK) & (mass != 0)
         limit = tl.where(read, num_kept, 0)
-        # The student's mass on the tokens that were not kept, from these alone.
+        # The student's mass on the tokens that were not kept is summed over them: 1 − the others would lose digits.
         if WHOLE:
             for place in range(0, limit):
                 s = tl.where(lanes == tl.load(kept + place), -float("inf"), s)
@@ -140,7 +140,7 @@ def bucket_gradient(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """As ``gradient`` of the other kernels; the remainder is divided among its tokens as the student divides it."""
+    """Like ``gradient`` in ``kernels``; the remainder is divided among its tokens in the student's proportions."""
     vocabulary *= ALIGNED
     program = tl.program_id(0)
     row = program // blocks

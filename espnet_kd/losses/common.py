@@ -14,7 +14,7 @@ from espnet_kd.topk import Posterior, TopK
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The type to compute in: float32, or float64 where ``x`` has it."""
+    """The type to compute in: float32, or float64 if ``x`` has it."""
     return torch.promote_types(x.dtype, torch.float32)
 
 
@@ -32,7 +32,7 @@ class Counted:
 
     def __init__(self, mask: Tensor):
         self.mask = mask
-        #: True: rows of other frames are removed, and N counts the rest. False: N = B·T, and means leave them out.
+        #: True: rows of other frames are removed; N counts the rest. False: N = B·T, and means ignore other frames.
         self.compact = may_look(mask)
 
     @classmethod
@@ -65,7 +65,7 @@ class Counted:
         if delay is not None:
             t = torch.arange(x.size(1), device=x.device) + delay[:, None]
             x = x[torch.arange(x.size(0), device=x.device)[:, None], t.clamp(max=x.size(1) - 1)]
-        # where, not a product, which would keep a NaN; nor does a gradient pass it.
+        # where instead of a product, which would keep NaN in values and gradients.
         zero = x.new_zeros(())
         return torch.where(self.mask.view(*self.mask.shape, *[1] * (x.dim() - 2)), x, zero).flatten(0, 1)
 
@@ -79,7 +79,7 @@ class Counted:
         """Mean of ``values`` (N,), or of those at ``where`` (N,) bool; 0 with a gradient path if there are none."""
         if self.compact:
             values = values if where is None else values[where]
-            # An empty slice rather than 0 * student: that would be NaN where the student holds an infinity.
+            # An empty slice rather than 0 * student, which would be NaN if the student has an infinity.
             return values.mean() if values.numel() else student[..., :0].sum().to(values.dtype)
         there = self.mask.flatten() if where is None else self.mask.flatten() & where
         return values.masked_fill(~there, 0.0).sum() / there.sum().clamp(min=1)
@@ -91,7 +91,7 @@ def check_sizes(student: Tensor, teacher: Posterior, lengths: Tensor, frames: Op
     sizes += [] if frames is None else [frames.shape]
     if any(tuple(size) != tuple(sizes[0]) for size in sizes):
         names = ("student", "teacher", "lengths", "frames")
-        # Frames are found by their place: with other sizes it would be another frame's.
+        # Frames are addressed by their index, which would be that of another frame if the sizes differed.
         found = ", ".join(f"{name} {tuple(size)}" for name, size in zip(names, sizes))
         raise ValueError(f"numbers of utterances and frames differ in size: {found}")
 
@@ -108,7 +108,7 @@ class BlankSplit(NamedTuple):
     log_blank: Tensor  #: (N,) log b
     log_nonblank: Tensor  #: (N,) log(1 − b), from the non-blank logits: exact where b rounds to 1
     token_norm: Tensor  #: (N,) logsumexp of the scaled non-blank logits
-    is_nonblank: Tensor  #: (N,) bool: the likeliest of all is not blank
+    is_nonblank: Tensor  #: (N,) bool: whether the likeliest label is not blank
 
     def select(self, rows: Tensor) -> BlankSplit:
         """The split of some of the frames."""
@@ -118,10 +118,10 @@ class BlankSplit(NamedTuple):
 def split_blank(rows: Tensor, blank_id: int, temperature: float) -> BlankSplit:
     """Split (N, V) logits, or log-probabilities, at ``temperature``. ``rows`` are overwritten.
 
-    In place because on a CPU a new tensor of a megabyte costs more than the exponentials in it.
+    They are changed in place, because on a CPU a new tensor of a megabyte costs more than the exponentials in it.
     """
     blank = rows[:, blank_id].clone()
-    # As argmax has it: of equals the first.
+    # As in argmax, the first of equal logits wins.
     is_nonblank = torch.zeros_like(blank, dtype=torch.bool)
     if blank_id + 1 < rows.size(1):
         is_nonblank |= rows[:, blank_id + 1 :].amax(-1) > blank
@@ -132,7 +132,7 @@ def split_blank(rows: Tensor, blank_id: int, temperature: float) -> BlankSplit:
         rows /= temperature
     rows[:, blank_id] = -torch.inf
     top = rows.amax(-1)
-    # Where no token has any mass the top is −∞, and −∞ − −∞ would be NaN instead of "no mass".
+    # If no token has any mass, the top is −∞, and −∞ − (−∞) would be NaN.
     norm = rows.sub_(finite(top)[:, None]).exp_().sum(-1).log_().add_(top)
     return BlankSplit(F.logsigmoid(blank - norm), F.logsigmoid(norm - blank), norm, is_nonblank)
 
@@ -143,15 +143,15 @@ def finite(x: Tensor) -> Tensor:
 
 
 def cross(log_p: Tensor, log_p_inner: Tensor, log_q: Tensor) -> Tensor:
-    """p · (log_p_inner − log_q), 0 where p is 0: there a certain student's −∞ is not an error."""
+    """p · (log_p_inner − log_q), 0 where p is 0, even if log_q is −∞ there."""
     p = log_p.exp()
     zero = p == 0
-    # Both masks are needed: of the value, and of the gradient's 0 · ∞.
+    # Both masks are needed: where for the value, masked_fill against 0 · ∞ in the gradient.
     return torch.where(zero, 0.0, p * (log_p_inner.masked_fill(zero, 0.0) - log_q.masked_fill(zero, 0.0)))
 
 
 def binary(p: BlankSplit, q: BlankSplit) -> Tensor:
-    """(N,) BKL."""
+    """(N,) BKL, the KL of blank against non-blank."""
     return cross(p.log_blank, p.log_blank, q.log_blank) + cross(p.log_nonblank, p.log_nonblank, q.log_nonblank)
 
 

@@ -69,7 +69,7 @@ def softmax_l2(
     student, teacher = pick(student_logits, teacher_logits, counted)
     q = (full_precision(student) / temperature).softmax(-1)
     if isinstance(teacher, TopK):
-        # A remainder has no square of its own: its tokens count as 0, which is off by less than its square.
+        # The tokens of the remainder count as p = 0, because the probability of each is not known.
         p, tokens = kept_probabilities(teacher, temperature)
         at_tokens = (p.square() - 2 * p * q.gather(1, tokens)).sum(-1)
         return counted.mean(q.square().sum(-1) + at_tokens, student_logits)
@@ -91,11 +91,11 @@ def delayed_kl(
 
     The mean is over the frames t that count and have t + d inside the utterance. Utterances are then averaged, each
     weighted by its frames that count (whatever its delay), so that ``max_delay`` 0 is :func:`espnet_kd.losses.kl`.
-    Gradient flows through the chosen delay alone; of equal delays the least is chosen.
+    Gradient flows through the chosen delay only; if several delays are equally good, the shortest is chosen.
 
     Args:
         frames: (B, T) bool narrowing the valid frames t.
-        max_delay: the largest delay d, in frames; one that leaves an utterance no frame is not considered for it.
+        max_delay: the largest delay d, in frames; delays that leave an utterance no frame are not considered for it.
         others: as in :func:`espnet_kd.losses.kl`.
 
     Raises:
@@ -121,11 +121,11 @@ def delayed_kl(
         for d in range(max_delay + 1):
             delay = torch.full_like(lengths, d)
             counted, rows = after(delay)
-            average = counted.spread(rows.double()).sum(1) / counted.mask.sum(1)  # of no frame 0/0: never less
+            average = counted.spread(rows.double()).sum(1) / counted.mask.sum(1)  # NaN is never less
             chosen = torch.where(average < least, delay, chosen)
             least = torch.where(average < least, average, least)
     counted, rows = after(chosen)
-    # The mean below weighs an utterance by the frames that its delay leaves; this brings it back to its own count.
+    # The mean below weights an utterance by the frames that its delay leaves; these weights restore its own count.
     counts, left = everywhere.sum(1).double(), counted.mask.sum(1).double()
     weight = ((counts / counts.sum()) / (left / left.sum())).to(rows.dtype)
     return counted.mean(rows * counted.take(weight[:, None].expand_as(everywhere)), student_logits)
@@ -154,7 +154,7 @@ def consistency(
 
 
 def _kl_rows(student: Tensor, teacher: Posterior, temperature: float) -> Tensor:
-    """(N,) KL of (N, V) rows; of cached targets over their buckets (:func:`espnet_kd.topk.in_buckets`)."""
+    """(N,) KL of (N, V) rows; for cached targets over their buckets (:func:`espnet_kd.topk.in_buckets`)."""
     if isinstance(teacher, TopK):
         log_p, log_q = in_buckets(full_precision(student), teacher, temperature)
     else:

@@ -49,8 +49,8 @@ def factorized_kl(
 ) -> Tensor:
     """w_B · mean(BKL) + w_N · mean_NB((1−b^T)·NKL) + w_F · mean_BL((1−b^T)·NKL).
 
-    BKL is averaged over all frames that count, the others over the non-blank (NB) and the blank (BL) ones among them,
-    by the teacher's argmax at τ = 1; an empty half counts 0. With w_F = 0 only the blank mass is matched on blank
+    BKL is averaged over all frames that count, the other terms over the non-blank (NB) and blank (BL) frames among
+    them, by the teacher's argmax at τ = 1; an empty half counts 0. With w_F = 0 only the blank mass is matched on blank
     frames, and the teacher's tokens are read on NB frames only.
 
     Args:
@@ -82,7 +82,7 @@ def _weighted(
         return fused.factorized_kl(student, teacher, lengths, frames, blank_id, temperature, weights)
     counted = Counted.of(student, teacher, lengths, frames)
     if backend == "rows":
-        from espnet_kd.losses.rows import RowwiseFactorizedKL  # which needs torch to be defined
+        from espnet_kd.losses.rows import RowwiseFactorizedKL  # imported here: its definition needs torch
 
         return RowwiseFactorizedKL.apply(student, teacher.detach(), counted.mask, blank_id, temperature, weights)
     return weighted_parts(student, teacher.detach(), counted, blank_id, temperature, weights)

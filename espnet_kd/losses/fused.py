@@ -1,9 +1,9 @@
 """KL, binary and factorized KL by one Triton kernel forward and one backward, for CUDA devices.
 
-Forward, both logits are read once and 7 numbers a frame are kept; backward, the student's are read again, the teacher's
-where its tokens pull, and the gradient is written; of cached targets only what was kept is read. Beside the gradient
-nothing of the size of the logits is made, no shape depends on a value, and nothing is copied to the host. Value and
-gradient are those of :class:`espnet_kd.losses.rows.RowwiseFactorizedKL`, in float32.
+The forward pass reads both logits once and keeps 7 numbers per frame. The backward pass reads the student's logits
+again, and the teacher's on frames whose tokens have a weight, and writes the gradient. Of cached targets only the kept
+numbers are read. No other tensor has the size of the logits, no shape depends on a value, and nothing is copied to the
+host. Value and gradient are those of :class:`espnet_kd.losses.rows.RowwiseFactorizedKL`, in float32.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from espnet_kd.losses import bucket_kernels, kernels
 from espnet_kd.losses.common import check_sizes
 from espnet_kd.topk import Posterior, TopK
 
-#: Numbers of a row that one program holds in registers; of a longer row it reads blocks of so many, twice.
+#: Longest row that one program holds in registers; a longer row is read twice, in blocks of this length.
 _WHOLE = 8192
-#: The smaller part of a row that is held in two has room for so many at least.
+#: Least length of the smaller part, if a row is held in two parts.
 _SMALL = 256
 #: Numbers of a row that one program of the backward pass writes, and frames that the means add up at a time.
 _BACKWARD, _MEANS = 1024, 4096
@@ -32,7 +32,7 @@ class _Options(NamedTuple):
     blank_id: int
     temperature: float
     weights: Tuple[float, float, float]
-    together: bool  #: the tokens' parts are averaged over all frames, not over NB and BL apart
+    together: bool  #: the tokens' parts are averaged over all frames, not separately over NB and BL
 
 
 def factorized_kl(
@@ -44,7 +44,7 @@ def factorized_kl(
     temperature: float,
     weights: Tuple[float, float, float],
 ) -> Tensor:
-    """w_B · mean(BKL) + w_N · mean_NB((1−b^T)·NKL) + w_F · mean_BL((1−b^T)·NKL); logits (B, T, V) up to float32."""
+    """w_B · mean(BKL) + w_N · mean_NB((1−b^T)·NKL) + w_F · mean_BL((1−b^T)·NKL); logits (B, T, V), not float64."""
     return _apply(student, teacher, lengths, frames, _Options(blank_id, temperature, weights, False))
 
 
@@ -56,7 +56,7 @@ def kl(
 
 
 def try_out(device: torch.device) -> None:
-    """Run the kernels once on a few numbers; whatever goes wrong is raised."""
+    """Run the kernels once on a few numbers, and raise any error."""
     lengths = torch.ones(1, dtype=torch.long, device=device)
     with torch.inference_mode(False), torch.enable_grad():
         student = torch.zeros(1, 1, 4, device=device, requires_grad=True)
@@ -194,7 +194,7 @@ class _FusedBucketKL(torch.autograd.Function):
 
 
 def _bucket_tensors(teacher: TopK, options: _Options) -> Tuple[Tensor, ...]:
-    """log p(blank), log(1 − p(blank)), non-blank?, kept tokens, their log-probabilities, remainder; contiguous."""
+    """log p(blank), log(1 − p(blank)), is non-blank, kept tokens, their log-probabilities, remainder (contiguous)."""
     log_blank, log_nonblank = teacher.log_blank_at(options.temperature), teacher.log_nonblank_at(options.temperature)
     nonblank = (teacher.argmax() != 0).to(torch.uint8)
     log_kept, remainder = teacher.log_tokens_at(options.temperature), teacher.remainder_at(options.temperature)
@@ -205,7 +205,7 @@ def _bucket_tensors(teacher: TopK, options: _Options) -> Tuple[Tensor, ...]:
 
 
 def _reads(options: _Options) -> Dict[str, bool]:
-    """Whose tokens a kernel has to look at."""
+    """The kinds of frames whose tokens a kernel must read."""
     return {"READ_NONBLANK": options.weights[1] != 0, "READ_BLANK": options.weights[2] != 0}
 
 
@@ -222,17 +222,17 @@ def _means(table: Tensor, options: _Options) -> Tuple[Tensor, Tensor]:
 
 
 def _on(x: Tensor) -> ContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensors'."""
+    """Make the tensor's device the current one, on which Triton launches."""
     return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _power_of_2(n: int) -> int:
-    """The least that is not below ``n``."""
+    """The least power of 2 that is not below ``n``."""
     return 1 << max(n - 1, 0).bit_length()
 
 
 def _warps(block: int, each: int) -> int:
-    """Warps of 32 threads for a block of which each thread has ``each`` numbers."""
+    """Number of warps (32 threads) for a block, with ``each`` numbers per thread."""
     return min(max(_power_of_2(block // (32 * each)), 1), 16)
 
 
@@ -243,7 +243,7 @@ def _block(vocabulary: int) -> Dict[str, Any]:
 
 
 def _blocks(vocabulary: int) -> Dict[str, Any]:
-    """As :func:`_block`, a whole row as two powers of 2 where that has room for fewer numbers that aren't there."""
+    """Like :func:`_block`, but a whole row is held as two powers of 2 if that leaves fewer places unused."""
     one = _block(vocabulary)
     half = one["BLOCK"] // 2
     rest = max(_power_of_2(vocabulary - half), _SMALL)
@@ -253,9 +253,9 @@ def _blocks(vocabulary: int) -> Dict[str, Any]:
 
 
 def _aligned(*logits: Tensor) -> int:
-    """Of how many numbers all rows are whole multiples, at most 8: so many can be loaded by one instruction.
+    """Largest power of 2, up to 8, that divides all sizes and strides: one instruction can load this many numbers.
 
-    The kernels take sizes and strides in this unit, for then the compiler sees it.
+    The kernels take sizes and strides in this unit, so that the compiler can rely on it.
     """
     if any(x.stride(2) != 1 for x in logits):
         return 1

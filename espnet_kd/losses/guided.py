@@ -26,7 +26,7 @@ def guided_ctc(
     """−mean_NB q(k*), where k* is the teacher's argmax at τ = 1. Blank frames have no loss.
 
     Args:
-        temperature: τ > 0 of the student's softmax q alone; NB and k* don't depend on it.
+        temperature: τ > 0 of the student's softmax q only; NB and k* don't depend on it.
         frames: (B, T) bool narrowing the valid frames; NB is taken among them.
         log: −mean_NB log q(k*) instead.
         others: as in :func:`espnet_kd.losses.kl`.
@@ -43,8 +43,8 @@ def guided_ctc(
     spikes = Counted(fr.nonblank(teacher_logits, counted.mask, blank_id))
     best = spikes.take(fr.best(teacher_logits))[:, None]
     scaled = full_precision(spikes.take(student_logits)) / temperature
-    # From the mass of the other tokens: the gradient is q(k*) · (1 − q(k*)), and where q(k*) is near 1 a softmax's
-    # q − q² has hardly a digit of it in float32.
+    # Computed from the mass of the other tokens: the gradient is q(k*) · (1 − q(k*)), and for q(k*) near 1 a softmax's
+    # q − q² would lose nearly all digits in float32.
     others = log_sum(scaled.scatter(1, best, -torch.inf))
     log_q = F.logsigmoid(scaled.gather(1, best)[:, 0] - others)
     return -spikes.mean(log_q if log else log_q.exp(), student_logits)

@@ -1,13 +1,13 @@
 """Triton kernels of factorized KL; called by :mod:`espnet_kd.losses.fused`, which describes what they compute.
 
-A row is a frame. All arithmetic is float32. Only the oldest part of Triton's language is used, so that any version
+A row is a frame. All arithmetic is float32. Only old features of Triton's language are used, so that any version
 from 3.0 on compiles it; under ``TRITON_INTERPRET=1`` it runs on a CPU.
 """
 
 import triton
 import triton.language as tl
 
-#: Rows of the table of a frame's figures, (8, N) float32.
+#: Rows of the table (7, N) float32, which has these figures of each frame.
 BINARY: tl.constexpr = tl.constexpr(0)  # BKL
 TOKENS: tl.constexpr = tl.constexpr(1)  # (1 − b^T)·NKL where it is read, else 0
 KIND: tl.constexpr = tl.constexpr(2)  # 0 does not count, 1 non-blank, 2 blank
@@ -26,10 +26,10 @@ def _finite(x):
 
 @triton.jit
 def _log_sigmoid(x):
-    """−log(1 + exp(−x)) with all digits on both sides."""
+    """−log(1 + exp(−x)), accurate for x of either sign."""
     y = tl.exp(-tl.abs(x))
     u = 1.0 + y
-    # log1p as W. Kahan has it: what 1 + y lost of y, the quotient puts back.
+    # W. Kahan's log1p: the quotient corrects the rounding error of 1 + y.
     log1p = tl.where(u == 1.0, y, tl.log(u) * (y / tl.where(u == 1.0, 1.0, u - 1.0)))
     return tl.where(x < 0, x, 0.0) - log1p
 
@@ -49,14 +49,14 @@ def _read(row, columns, stride, inside, blank: tl.constexpr):
 
 @triton.jit
 def _log_sum(x):
-    """logsumexp of a block; −∞ where all are."""
+    """logsumexp of a block; −∞ if all its numbers are."""
     top = _finite(tl.max(x, 0))
     return tl.log(tl.sum(tl.exp(x - top), 0)) + top
 
 
 @triton.jit
 def _grow(largest, total, x):
-    """One more block of a logsumexp, which is log(total) + largest."""
+    """Add a block to a logsumexp, which is log(total) + largest."""
     new = tl.maximum(largest, tl.max(x, 0))
     total = total * tl.exp(largest - _finite(new)) + tl.sum(tl.exp(x - _finite(new)), 0)
     return new, total
@@ -64,14 +64,16 @@ def _grow(largest, total, x):
 
 @triton.jit
 def _store(table, rows, row, counts, is_nonblank, blank_s, norm_s, log_blank_t, log_nonblank_t, tokens, norm):
-    """Write the table of one frame: what is not given follows from blank's logit, the norm of the student's tokens and
-    the teacher's log p(blank) and log(1 − p(blank)).
+    """Write the table of one frame.
+
+    The figures that are not given are computed from blank's logit, the norm of the student's tokens, and the teacher's
+    log p(blank) and log(1 − p(blank)).
     """
     log_blank_s = _log_sigmoid(blank_s - norm_s)
     log_nonblank_s = _log_sigmoid(norm_s - blank_s)
     mass = tl.exp(log_nonblank_t)
     binary = _cross(log_blank_t, log_blank_s) + _cross(log_nonblank_t, log_nonblank_s)
-    # The difference of the smaller ones: near 1 a difference would be rounding alone.
+    # The difference of the smaller probabilities, because a difference of two near 1 would be rounding only.
     push = tl.where(
         log_blank_s > log_nonblank_s,
         mass - tl.exp(log_nonblank_s),
@@ -90,7 +92,7 @@ def _store(table, rows, row, counts, is_nonblank, blank_s, norm_s, log_blank_t, 
 
 @triton.jit
 def _parts(table, factors, rows, row):
-    """Of a frame's gradient: whether it counts, its push, its pull."""
+    """Whether a frame counts, and the factors push and pull of its gradient."""
     kind = tl.load(table + KIND * rows + row).to(tl.int32)
     push = tl.load(table + PUSH * rows + row) * tl.load(factors)
     pull = tl.where(kind == 1, tl.load(factors + 1), tl.load(factors + 2))
@@ -123,9 +125,9 @@ def figures(
     BLOCK: tl.constexpr,
     REST: tl.constexpr,
 ):
-    """The table of one frame, from one reading of both rows, which are WHOLE in registers: BLOCK and REST numbers.
+    """Compute the table of one frame. If WHOLE, both rows are read once, into registers for BLOCK and REST numbers.
 
-    Of larger rows blocks are read, twice where the tokens are read.
+    Larger rows are read in blocks, and a second time if the tokens' part is needed.
     """
     vocabulary *= ALIGNED
     row = tl.program_id(0)
@@ -188,7 +190,7 @@ def figures(
         norm_s = tl.log(sum_s) + _finite(max_s)
         norm_t = tl.log(sum_t) + _finite(max_t)
 
-    # As argmax has it: of equals the first.
+    # As in argmax, the first of equal logits wins.
     is_nonblank = after > raw_blank
     if BLANK > 0:
         is_nonblank = is_nonblank | (before >= raw_blank)
@@ -229,9 +231,10 @@ def means(
     TOGETHER: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """The loss, and by what the parts of a frame's gradient are multiplied: (3,) weight / number of frames each.
+    """Compute the loss, and the factors (3,) of the parts of a frame's gradient: weight / number of frames.
 
-    One program, so that the sums are the same in every run. TOGETHER: the tokens' parts are averaged over all frames.
+    Only one program runs, so that the sums are the same in every run. TOGETHER: the tokens' parts are averaged over all
+    frames.
     """
     lanes = tl.arange(0, BLOCK)
     binary = tl.zeros([BLOCK], tl.float64)
@@ -291,9 +294,9 @@ def gradient(
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """One block of a row of the gradient: (pull·(1−b^T) − push)·q̃(k) − pull·p(k), of the blank push; all · grad/τ.
+    """Write one block of a row of the gradient: (pull·(1−b^T) − push)·q̃(k) − pull·p(k), for blank push; all · grad/τ.
 
-    The teacher is read where its tokens pull.
+    The teacher's row is read only if pull is not 0.
     """
     vocabulary *= ALIGNED
     program = tl.program_id(0)

@@ -47,7 +47,7 @@ def weighted_parts(
 
 
 def _split(scaled: Tensor, blank_id: int) -> Tuple[BlankSplit, Tensor]:
-    """Split scaled logits (N, V); and log q̃ (N, V), −∞ in the blank's column. ``is_nonblank`` is left open."""
+    """Split scaled logits (N, V); and log q̃ (N, V), −∞ in the blank's column. ``is_nonblank`` is empty."""
     blank = scaled[:, blank_id]
     column = torch.arange(scaled.size(1), device=scaled.device) == blank_id
     tokens = scaled.masked_fill(column, -torch.inf)
@@ -57,14 +57,14 @@ def _split(scaled: Tensor, blank_id: int) -> Tuple[BlankSplit, Tensor]:
 
 
 def _tokens(log_p: Tensor, p: BlankSplit, log_q: Tensor, read: Tensor) -> Tensor:
-    """(N,) (1−b^T)·NKL of log p̃ and log q̃ (N, V); 0 where it isn't to be ``read``."""
-    # Without mass rather than multiplied by 0: neither value nor gradient can be NaN then.
+    """(N,) (1−b^T)·NKL of log p̃ and log q̃ (N, V); 0 on frames outside ``read``."""
+    # The mass is set to 0 (−∞) instead of a product with 0, so that neither value nor gradient can be NaN.
     whole = (log_p + p.log_nonblank[:, None]).masked_fill(~read[:, None], -torch.inf)
     return cross(whole, log_p, log_q).sum(-1)
 
 
 def _bucket_tokens(teacher: TopK, p: BlankSplit, log_q: Tensor, read: Tensor, temperature: float) -> Tensor:
-    """As :func:`_tokens`, over the kept tokens and the remainder."""
+    """Like :func:`_tokens`, over the kept tokens and the remainder."""
     parts = [teacher.log_tokens_at(temperature), teacher.remainder_at(temperature).log()[:, None]]
     log_p = torch.cat(parts, 1).masked_fill(~read[:, None], -torch.inf)
     others = log_sum(log_q.scatter(1, teacher.tokens, -torch.inf))

@@ -30,7 +30,7 @@ def factorized_representation(
     Args:
         student_hidden: (B, T, D), already projected to the teacher's width.
         teacher_hidden: (B, T, D); no gradient flows to it.
-        teacher_logits: (B, T, V), to tell NB from BL.
+        teacher_logits: (B, T, V), whose argmax separates NB from BL.
         lengths: (B,) frames.
         distance: ``cosine`` (1 − cosine; public port) or ``l2`` (squared difference, mean over D; reconstruction).
         frames: (B, T) bool narrowing the valid frames.
@@ -39,7 +39,7 @@ def factorized_representation(
         scalar; an empty half counts 0.
 
     Raises:
-        ValueError: another ``distance``.
+        ValueError: ``distance`` is unknown.
 
     Source: stage 2 of the progressive method (the paper); the distance is a choice.
     """
@@ -82,7 +82,7 @@ def weighted_representation(
     Source: step 1 of TutorNet, Yoon et al., TASLP 2021, arXiv 2008.00671 (the paper); that the weights have mean 1 and
     that d is a mean over D is reconstruction.
     """
-    # A frame of weight 0 adds nothing to either sum; left out, it cannot turn an infinity into NaN either.
+    # Frames of weight 0 add nothing to either sum; they are left out, because 0 · ∞ would be NaN.
     counted = Counted.of(student_hidden, teacher_hidden, lengths, frames)
     counted = Counted(counted.mask & (weights.detach() != 0))
     student, teacher = pick(student_hidden, teacher_hidden, counted)
@@ -100,7 +100,7 @@ def nonblank_mass(teacher_logits: Posterior, *, blank_id: int = 0) -> Tensor:
         blank_id: index of blank.
 
     Returns:
-        (B, T) weights in [0, 1]; in padding, whatever lies there.
+        (B, T) weights in [0, 1]; those in the padding have no meaning.
 
     Source: one reading of TutorNet's frame weight; reconstruction.
     """

@@ -14,25 +14,25 @@ from torch.autograd.function import once_differentiable
 from espnet_kd.losses.common import BlankSplit, binary, compute_dtype, cross, finite, split_blank
 from espnet_kd.topk import Posterior, TopK
 
-#: Numbers of one block of rows: what stays in a processor's cache.
+#: Numbers in one block of rows, which fits into a processor's cache.
 _BLOCK = 2**18
 
 
 class _Frames(NamedTuple):
-    """What the backward pass needs of the N frames that count."""
+    """Numbers of the N frames that count, for the backward pass."""
 
     rows: Tensor  #: (N,) their places among all frames
     nonblank_mass: Tensor  #: (N,) 1 − b^T
     push: Tensor  #: (N,) b^S − b^T
-    token_norm: Tensor  #: (N,) the student's
-    norm: Tensor  #: (N,) the teacher's, over the whole vocabulary
+    token_norm: Tensor  #: (N,) the student's logsumexp over the tokens
+    norm: Tensor  #: (N,) the teacher's logsumexp over the whole vocabulary
     pull: Tensor  #: (N,) weight of the tokens' part in each frame, 0 where they are not read
 
 
 class RowwiseFactorizedKL(torch.autograd.Function):
     """The loss with its gradient in closed form.
 
-    Of one frame, with z the student's scaled logits, n their logsumexp over the tokens and q̃ = exp(z − n):
+    For one frame, with z the student's scaled logits, n their logsumexp over the tokens and q̃ = exp(z − n):
     ∂BKL/∂z(blank) = b^S − b^T, ∂BKL/∂z(k) = −(b^S − b^T)·q̃(k), and ∂((1−b^T)·NKL)/∂z(k) = (1−b^T)·q̃(k) − p(k).
     """
 
@@ -46,7 +46,7 @@ class RowwiseFactorizedKL(torch.autograd.Function):
         temperature: float,
         weights: Tuple[float, float, float],
     ) -> Tensor:
-        """The loss, of (B, T, V) and the frames ``counted`` (B, T)."""
+        """Compute the loss of logits (B, T, V) on the frames ``counted`` (B, T)."""
         ctx.save_for_backward(student)
         ctx.constants = blank_id, temperature, weights[0]
         rows = counted.flatten().nonzero()[:, 0].to(student.device)
@@ -68,7 +68,7 @@ class RowwiseFactorizedKL(torch.autograd.Function):
                     sums[i] += ctx.teacher.tokens(block[half], p.select(half), log_q).double().sum()
             push = torch.where(
                 q.log_blank > q.log_nonblank,
-                # The difference of the smaller ones: near 1 a difference would be rounding alone.
+                # The difference of the smaller probabilities; a difference of two near 1 would be rounding only.
                 p.log_nonblank.exp() - q.log_nonblank.exp(),
                 q.log_blank.exp() - p.log_blank.exp(),
             )
@@ -120,7 +120,7 @@ class _Dense:
         self.blank_id, self.temperature = blank_id, temperature
 
     def split(self, rows: Tensor) -> BlankSplit:
-        """Blank or not, of some rows."""
+        """Split the posteriors of some rows into blank and non-blank."""
         return split_blank(self.read(rows), self.blank_id, self.temperature)
 
     def tokens(self, rows: Tensor, split: BlankSplit, log_q: Tensor) -> Tensor:
@@ -130,18 +130,18 @@ class _Dense:
         p = log_p.exp()
         sums = p.mul(log_q.sub_(log_p)).sum(-1)
         odd = ~sums.isfinite()
-        if odd.any():  # 0 · ∞ somewhere, or truly infinite
+        if odd.any():  # 0 · ∞ in the sum, or an infinite KL
             lost = p[odd] == 0
             sums[odd] = p[odd].mul(log_q[odd].masked_fill(lost, 0.0)).sum(-1)
         return -sums * split.log_nonblank.exp()
 
     def probabilities(self, rows: Tensor, norm: Tensor, q: Tensor, where: Tensor) -> Tensor:
-        """(N, V) p(k), to be overwritten; in the blank's column anything."""
+        """(N, V) p(k), which the caller may overwrite; the blank's column has no meaning."""
         return self.read(rows).div_(self.temperature).sub_(norm[:, None]).exp_()
 
 
 class _Buckets:
-    """A teacher's cached targets. Tokens that were not kept form one bucket, divided as the student divides it."""
+    """A teacher's cached targets. Tokens that were not kept form one bucket, divided in the student's proportions."""
 
     def __init__(self, teacher: TopK, most: int, blank_id: int, temperature: float):
         if blank_id != 0:
@@ -149,7 +149,7 @@ class _Buckets:
         self.teacher, self.temperature = teacher.map(lambda x: x.flatten(0, 1)), temperature
 
     def split(self, rows: Tensor) -> BlankSplit:
-        """Blank or not, of some rows."""
+        """Split the posteriors of some rows into blank and non-blank."""
         x = self.teacher[rows]
         log_blank, log_nonblank = x.log_blank_at(self.temperature), x.log_nonblank_at(self.temperature)
         return BlankSplit(log_blank, log_nonblank, log_nonblank, x.argmax() != 0)
@@ -165,7 +165,7 @@ class _Buckets:
         return cross(log_p, log_p - mass, torch.cat([kept, others], 1)).sum(-1)
 
     def probabilities(self, rows: Tensor, norm: Tensor, q: Tensor, where: Tensor) -> Tensor:
-        """(N, V) p(k), the remainder divided among the other tokens as the student's q̃ (rows ``where``) divides it."""
+        """(N, V) p(k); the remainder is divided in proportion to the student's q̃ (rows ``where``)."""
         x = self.teacher[rows]
         p = q[where].scatter_(1, x.tokens, 0.0)
         share = x.remainder_at(self.temperature)[:, None] / p.sum(-1, keepdim=True)
@@ -182,7 +182,7 @@ class _Reader:
         self.buffer = self.flat.new_empty(self.height, x.size(2), dtype=compute_dtype(x))
 
     def __call__(self, rows: Tensor) -> Tensor:
-        """(N, V) in float32 or better, to be overwritten."""
+        """(N, V) in float32 or better, which the caller may overwrite."""
         buffer = self.buffer[: len(rows)]
         if buffer.dtype != self.flat.dtype:
             return buffer.copy_(self.flat[rows])

@@ -9,7 +9,7 @@ A cache is a directory::
                          id frames rows checksum
       blank.ark .scp     the log-odds of blank in every frame; 16 bits a number, scaled by the utterance's range
       rows.ark .scp      the frames that have tokens, and how many; 16 bits a number
-      tokens.ark .scp    the ids of these tokens; 8 to 16 bits each, 32 of vocabularies above 65,536
+      tokens.ark .scp    the ids of these tokens; 8 to 16 bits each, 32 for vocabularies above 65,536
       log_probs.ark .scp their relative log-probabilities; 8 bits each
       encoder.3.ark .scp (T, D) hidden states of a tap, in Kaldi's 8-bit compression
 
@@ -41,23 +41,23 @@ FORMAT = 3
 MEND = "make it again with the same asr_kd_cache command"
 MANIFEST, TOKENS, INDEX = "manifest.json", "tokens.txt", "utterances"
 COUNTS = ("utterances", "frames", "rows", "bytes")
-ROWS = ("rows", "tokens", "log_probs")  #: arks that have a row for each frame with tokens; of none where there is none
-#: More than any count or rate in a manifest.
+ROWS = ("rows", "tokens", "log_probs")  #: arks with a row per frame with tokens; no entry if there are none
+#: Upper bound of the counts and rates in a manifest.
 _LARGE = 10**7
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What is kept of each frame, as the methods need it."""
+    """The teacher's outputs that a cache keeps of each frame."""
 
     top_k: int  #: largest number of tokens per frame, without blank
     mass: float = 1.0  #: tokens are kept until, together with blank, they reach this probability
     tokens_on: str = "nonblank"  #: frames whose tokens are kept: ``nonblank`` or ``all``
     temperatures: Tuple[float, ...] = ()  #: temperatures other than 1 at which the posterior is exact
-    taps: Tuple[str, ...] = ()  #: hidden states
+    taps: Tuple[str, ...] = ()  #: taps whose hidden states are kept
 
     def lacks(self, needed: Needs) -> List[str]:
-        """What ``needed`` asks for and this policy does not keep, in words."""
+        """Describe the outputs in ``needed`` that this policy does not keep."""
         found = []
         if needed.tokens_on == "all" and self.tokens_on != "all":
             found.append("tokens on all frames (it has those of non-blank frames)")
@@ -87,7 +87,7 @@ class Manifest:
     @property
     def identity(self) -> str:
         """Short hash of everything that determines the targets; every shard has it."""
-        decisive = replace(self, teacher="", counts={})  # the teacher's path may be spelled in any way
+        decisive = replace(self, teacher="", counts={})  # a teacher may have several paths
         return hashlib.sha256(repr(decisive).encode()).hexdigest()[:16]
 
     def to_json(self) -> str:
@@ -99,7 +99,7 @@ def read_manifest(cache: PathLike) -> Manifest:
     """Read a cache's manifest.
 
     Raises:
-        UserError: no cache, a damaged one, or one of another format.
+        UserError: there is no cache, it is damaged, or it has another format.
     """
     path = Path(cache) / MANIFEST
     try:
@@ -184,7 +184,7 @@ def read_index(shard: Path, manifest: Manifest) -> Iterator[IndexEntry]:
     """Yield the utterances of a shard. Sizes and offsets are checked; the contents of the arks are not.
 
     Raises:
-        UserError: a file is missing, cut or damaged, or of another cache; the message says how to repair it.
+        UserError: a file is missing, cut or damaged, or belongs to another cache; the message has the remedy.
     """
     names = ark_names(manifest.policy)
     missing = [name for name in (INDEX, *(f"{n}.scp" for n in names)) if not (shard / name).is_file()]
@@ -200,7 +200,7 @@ def read_index(shard: Path, manifest: Manifest) -> Iterator[IndexEntry]:
         for number, line in lines:  # noqa: B007 (the message below has it)
             utt_id, frames, rows, crc = line.rsplit(" ", 3)
             offsets = tuple(table.get(utt_id) for table in tables)
-            # An utterance without a token has no row, and Kaldi knows no empty matrix.
+            # An utterance without tokens is not in the arks of ``ROWS``, because Kaldi has no empty matrix.
             missing = [n for n, o in zip(names, offsets) if o is None and (n not in ROWS or int(rows))]
             if missing and int(frames):
                 raise UserError(f"{shard / missing[0]}.scp lacks utterance '{utt_id}'; {MEND}")
@@ -214,7 +214,7 @@ def read_index(shard: Path, manifest: Manifest) -> Iterator[IndexEntry]:
 def _read_scp(shard: Path, name: str, size: int) -> Iterator[Tuple[str, int]]:
     """Utterances and offsets of ``name.scp``. The ark is looked for beside it, so that a cache can be moved.
 
-    ``size`` is what the ark had in bytes when it was written.
+    ``size`` is the ark's size in bytes when it was written.
     """
     found = (shard / f"{name}.ark").stat().st_size
     if found != size:
@@ -254,12 +254,12 @@ def load_arrays(shard: Path, policy: Policy, entry: IndexEntry) -> List[np.ndarr
         try:
             with open(shard / f"{name}.ark", "rb") as f:
                 f.seek(offset)
-                # Of what kaldiio reads only this: other headers have it parse text, or unpickle.
+                # Only this header is accepted, because for others kaldiio would parse text, or unpickle.
                 if f.read(2) != b"\0B":
                     raise ValueError("no binary array")
                 f.seek(offset)
                 arrays.append(np.array(kaldiio.matio.read_kaldi(f), dtype=np.float32))
-        except Exception as e:  # a damaged ark: whatever kaldiio stumbles over
+        except Exception as e:  # kaldiio may raise any exception for a damaged ark
             why = e.strerror if isinstance(e, OSError) and e.strerror else f"{type(e).__name__} in {name}.ark"
             raise UserError(f"{where} cannot be read ({why}); {MEND}") from e
     return arrays

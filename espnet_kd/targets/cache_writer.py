@@ -43,9 +43,9 @@ from espnet_kd.topk import compress
 if TYPE_CHECKING:
     from espnet2.asr.espnet_model import ESPnetASRModel
 
-# kaldiio's compression_method
-EIGHT_BITS, SIXTEEN_BITS = 2, 3  # scaled by columns, by the matrix's range
-SIXTEEN_BIT_INTEGERS, EIGHT_BIT_INTEGERS = 4, 6  # exact; the first with a sign
+# Values of kaldiio's compression_method:
+EIGHT_BITS, SIXTEEN_BITS = 2, 3  # scaled by the range of each column, of the whole matrix
+SIXTEEN_BIT_INTEGERS, EIGHT_BIT_INTEGERS = 4, 6  # exact; only the first has a sign
 
 
 class TargetRecogniser(Recogniser):
@@ -75,13 +75,13 @@ class TargetRecogniser(Recogniser):
         """
         with recording(self.own_model.encoder, self.policy.taps) as hidden, self._recording_output(hidden):
             logits, lengths = self.logits(speech)
-        # Where all utterances are too short the encoder has no output.
+        # Used for a tap without hidden states: if all utterances are too short, the encoder has no output.
         nothing = logits.new_zeros(*logits.shape[:2], self.model.encoder.output_size())
         packed = []
         # One utterance at a time, so that the log-probabilities of a whole batch never exist at once.
         for i, n in enumerate(lengths.tolist()):
             rows = logits[i, :n].float()
-            if rows.log_softmax(-1).isnan().any():  # an infinite logit becomes one
+            if rows.log_softmax(-1).isnan().any():  # NaN also comes from an infinite logit
                 raise self.diverged()
             states = [hidden.get(tap, nothing)[i, :n].float().cpu().numpy() for tap in self.policy.taps]
             short = compress(rows, self.policy.top_k, self.policy.temperatures)
@@ -113,14 +113,14 @@ def holding(cache: Path, job: int, jobs: int) -> Iterator[None]:
     """Lock a cache: exclusively for the run that finishes it, or shared with the other jobs of the same command.
 
     Raises:
-        UserError: another run holds the cache, or jobs with another number of parts, which would write the same
-            shards; or the directory is no cache (:func:`check_place`).
+        UserError: the cache is locked by another run, or by jobs with another number of parts, which would write the
+            same shards; or the directory is no cache (:func:`check_place`).
     """
     if not (cache / MANIFEST).exists():
-        check_place(cache)  # a lock file would lie in it
+        check_place(cache)  # before a lock file is written into it
     with locked(cache, "--output", shared=jobs > 1), contextlib.ExitStack() as stack:
         if jobs > 1:
-            # Its own first: of two that begin at once at least one sees the other.
+            # Lock before looking for others, so that of two jobs that start together at least one finds the other.
             stack.enter_context(locked(cache, "--output", part=f"of_{jobs}", shared=True))
             for path in cache.glob(".lock.of_*"):
                 other = path.name.removeprefix(".lock.")
@@ -131,7 +131,7 @@ def holding(cache: Path, job: int, jobs: int) -> Iterator[None]:
 
 
 def _refuse_held(cache: Path, other: str, jobs: int) -> None:
-    """Refuse jobs of ``jobs`` parts while some of ``other`` parts are running (:class:`UserError`)."""
+    """Refuse a job of ``jobs`` parts while jobs with another number, ``other``, are running (:class:`UserError`)."""
     try:
         with locked(cache, part=other):
             pass
@@ -143,7 +143,7 @@ def _refuse_held(cache: Path, other: str, jobs: int) -> None:
 
 
 def hash_data(utterances: Sequence[AudioFile]) -> str:
-    """SHA-256 of ids, paths and lengths. Audio that was replaced by audio of the same length is not noticed."""
+    """SHA-256 of ids, paths and lengths. Audio replaced by audio of the same length is not detected."""
     lines = sorted(f"{u.utt_id} {u.path} {u.samples}\n" for u in utterances)
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
@@ -165,7 +165,7 @@ def is_whole(shard: Path, manifest: Manifest, utterances: Sequence[AudioFile]) -
 
 def compression(name: str, x: np.ndarray, policy: Policy) -> Optional[int]:
     """The kaldiio compression of an ark's arrays; None for no compression."""
-    if name in ("rows", "tokens"):  # whole numbers, exact in any case
+    if name in ("rows", "tokens"):  # whole numbers, which must stay exact
         if x.min() >= 0 and x.max() < 2**8:
             return EIGHT_BIT_INTEGERS
         return SIXTEEN_BIT_INTEGERS if x.min() >= -(2**15) and x.max() < 2**15 else None
@@ -183,15 +183,15 @@ def _writing(place: Path) -> Iterator[None]:
 def write_shard(
     shard: Path, manifest: Manifest, utterances: Sequence[AudioFile], targets: Dict[str, List[np.ndarray]]
 ) -> None:
-    """Write a shard beside its place and rename it into place.
+    """Write a shard into a temporary directory, and rename it into place.
 
     Raises:
-        UserError: it cannot be written (a full disk).
+        UserError: it cannot be written (e.g. because the disk is full).
     """
     import kaldiio
 
     policy = manifest.policy
-    # Not mkdtemp, whose directories nobody else may read.
+    # Not mkdtemp, because other users could not read its directory.
     work = shard.parent / f".{shard.name}.{uuid.uuid4().hex[:8]}"
     try:
         with _writing(shard):
@@ -218,7 +218,7 @@ def write_shard(
                 entry = IndexEntry(
                     u.utt_id, len(blank), len(rows), 0, tuple(o if o >= 0 else None for o in offsets[u.utt_id])
                 )
-                # Of what is read back: compression is lossy, and what was written wrong shows here.
+                # The arrays are read back, because compression is lossy; this also finds errors in writing.
                 crc = checksum(load_arrays(work, policy, entry))
                 lines.append(f"{u.utt_id} {entry.frames} {entry.rows} {crc}\n")
             with replacing(work / INDEX) as f:
@@ -251,7 +251,7 @@ def write_manifest(cache: Path, manifest: Manifest, token_list: Sequence[str]) -
                 )
     else:
         check_place(cache)
-    with _writing(cache), replacing(cache / TOKENS) as f:  # of the list that the manifest has a hash of
+    with _writing(cache), replacing(cache / TOKENS) as f:  # the manifest has the hash of this list
         f.writelines(f"{token}\n" for token in token_list)
     if not (cache / MANIFEST).exists():
         with _writing(cache), replacing(cache / MANIFEST) as f:
@@ -286,7 +286,7 @@ def remove(cache: Path) -> None:
 
 
 def count(cache: Path, manifest: Manifest) -> Dict[str, int]:
-    """Utterances, frames, frames with tokens (``rows``) and bytes of the arks, of all shards."""
+    """Count the utterances, frames, frames with tokens (``rows``) and bytes of the arks in all shards."""
     counts = dict.fromkeys(COUNTS, 0)
     for number in range(manifest.shards):
         shard = shard_dir(cache, number)
@@ -302,7 +302,7 @@ def remove_cache_leftovers(cache: Path) -> None:
     """Remove the temporary files of killed runs. No other run may be writing."""
     for path in cache.glob(".shard.*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in cache.glob(".lock.*"):  # of jobs
+    for path in cache.glob(".lock.*"):  # locks of jobs
         path.unlink(missing_ok=True)
     for name in (MANIFEST, TOKENS):
         files.remove_leftovers(cache / name)
@@ -323,10 +323,10 @@ def write_shards(
     run: Callable[[Sequence[AudioFile]], Dict[str, List[np.ndarray]]],
     done: Callable[[int], None],
 ) -> int:
-    """Write the shards (number, utterances) that are missing or damaged; ``run`` gives targets of utterances.
+    """Write the shards (number, utterances) that are missing or damaged; ``run`` computes the targets of utterances.
 
     Returns:
-        How many were written.
+        The number of shards written.
     """
     written = 0
     for number, utterances in shards:

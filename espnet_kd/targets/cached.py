@@ -37,7 +37,7 @@ class CachedTeacher:
     The index is kept in memory, about 80 bytes per utterance; arrays are read when a batch needs them.
 
     Raises:
-        UserError: no cache, an unfinished or a damaged one.
+        UserError: there is no cache, or it is unfinished or damaged.
     """
 
     def __init__(self, cache: PathLike):
@@ -66,7 +66,7 @@ class CachedTeacher:
             raise UserError(
                 f"{cache} has {found} utterances and its manifest says {self.manifest.counts['utterances']}; {MEND}"
             )
-        self._ids = np.concatenate(ids)  # sorted, as asr_kd_cache cuts a sorted list into shards
+        self._ids = np.concatenate(ids)  # sorted, because asr_kd_cache cuts a sorted list into shards
         self._numbers = np.frombuffer(numbers, dtype=np.int64).reshape(found, -1)
 
     @property
@@ -112,7 +112,7 @@ class CachedTeacher:
         text: Optional[Tensor] = None,
         text_lengths: Optional[Tensor] = None,
     ) -> EncoderOutputs:
-        """The targets of a batch, found by ``utt_ids``; the audio is not looked at.
+        """The targets of a batch, found by ``utt_ids``; the audio is not used.
 
         Raises:
             UserError: an utterance is missing or damaged.
@@ -141,7 +141,7 @@ class CachedTeacher:
     def _find(self, utt_id: str) -> Optional[int]:
         key = utt_id.encode()
         if len(key) > self._ids.itemsize:
-            return None  # searchsorted would copy all ids to the longer type
+            return None  # not in the list; searchsorted would copy all ids to the longer type
         i = int(np.searchsorted(self._ids, key))
         return i if i < len(self._ids) and self._ids[i] == key else None
 
@@ -151,7 +151,7 @@ class CachedTeacher:
         return read_arrays(shard, self.policy, entry)
 
     def _entry(self, utt_id: str) -> Tuple[Path, IndexEntry]:
-        """Where an utterance lies."""
+        """The shard and the index entry of an utterance."""
         i = self._find(utt_id)
         if i is None:
             raise UserError(f"utterance '{utt_id}' is not in the target cache {self.path}; make it for this data")
@@ -165,7 +165,7 @@ class CachedTeacher:
             return unpack_targets(each, self.policy, self.manifest.num_tokens)
         except ValueError as e:
             if len(each) > 1:
-                for utt_id, arrays in zip(utt_ids, each):  # whose fault it is
+                for utt_id, arrays in zip(utt_ids, each):  # find the damaged utterance
                     self._unpack([utt_id], [arrays])
             raise UserError(
                 f"{self._entry(utt_ids[0])[0]}: the targets of '{utt_ids[0]}' are damaged ({e}); {MEND}"
@@ -173,7 +173,7 @@ class CachedTeacher:
 
 
 def pad_frames(x: TopK, lengths: Tensor) -> TopK:
-    """Arrange frames of utterances, given one after another, as a batch (B, T, k). Padding has p(blank) 1, no tokens.
+    """Arrange frames of utterances, given one after another, as a batch (B, T, k); in padding p(blank) is 1.
 
     k is a multiple of 16, or all tokens, because on a GPU a kernel is compiled for each different size.
     """

@@ -16,8 +16,8 @@ from espnet_kd.inference.encode import EncoderOutputs
 from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.topk import TopK
 
-BROUGHT = "kd"  #: its name in a batch
-#: A part of the training: its begin and end as shares of it, and the taps that it needs; None if it needs no targets.
+BROUGHT = "kd"  #: key of this module's entry in a batch
+#: A part of the training: begin and end as shares of the whole, and the taps that it needs (None: no targets).
 ReadPart = Tuple[float, float, Optional[Tuple[str, ...]]]
 Loaded = Tuple[List[str], Dict[str, Any]]
 
@@ -34,9 +34,9 @@ class Loading:
     """ESPnet's ``collate_fn``, whose batches get a further entry ``BROUGHT`` (see :class:`Brought`).
 
     Args:
-        collate: ESPnet's own.
-        parts: of the training; of validation the one that counts.
-        progress: gives the epoch when its workers are started; a step may need fewer targets than its epoch.
+        collate: ESPnet's ``collate_fn``.
+        parts: all parts of the training; for validation the last one.
+        progress: has the epoch when the workers are started; they load all targets that a step of the epoch may need.
     """
 
     collate: Callable[[Collection[Any]], Loaded]
@@ -54,7 +54,7 @@ class Loading:
         if self.teacher is not None and taps is not None:
             try:
                 brought["targets"] = to_plain(self.teacher.read(utt_ids, taps))
-            except UserError as e:  # raised by the step: an exception of a worker comes with the worker's traceback
+            except UserError as e:  # the step raises it, because a worker's exception would show a traceback
                 brought["fault"] = str(e)
         return utt_ids, {**batch, BROUGHT: brought}
 
@@ -67,7 +67,7 @@ class Loading:
 
 
 class Brought:
-    """What was loaded with a batch; empty if it was not loaded by :class:`Loading`."""
+    """The entry that :class:`Loading` adds to a batch; empty for a batch that was loaded without it."""
 
     def __init__(self, content: Optional[Dict[str, Any]] = None):
         self._content = content or {}
@@ -75,7 +75,7 @@ class Brought:
     def label_counts(self, batch_size: int) -> Optional[List[int]]:
         """The number of labels of each of ``batch_size`` utterances; None if they were not loaded."""
         counts = self._content.get("text_lengths")
-        # Of a batch that torch's DataParallel has cut into parts they are the whole batch's.
+        # If torch's DataParallel has cut a batch into parts, these are still the counts of the whole batch.
         return counts if counts is not None and len(counts) == batch_size else None
 
     def targets(self, taps: Sequence[str]) -> Optional[EncoderOutputs]:

@@ -32,15 +32,15 @@ class Memory:
         self._rows: Dict[Tuple[str, ...], _Row] = {}
 
     def clear(self) -> None:
-        """Forget everything."""
+        """Remove all targets."""
         self._rows.clear()
         self._room = self.size
 
     def recall(self, utt_ids: Sequence[str], taps: Sequence[str], prints: Tensor) -> Optional[EncoderOutputs]:
-        """The targets of a batch, padded with 0, or None where they are not all known.
+        """The targets of a batch, padded with 0, or None if some are not in memory.
 
         Args:
-            utt_ids: B names.
+            utt_ids: B utterance ids.
             taps: hidden states that are wanted.
             prints: (B, 2), see :func:`fingerprints`.
 

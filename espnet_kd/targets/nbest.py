@@ -38,11 +38,11 @@ def weights(scores: Sequence[float]) -> List[float]:
 
 
 class Retokenised(NamedTuple):
-    """N-best in the tokens of another list, and what became of the hypotheses."""
+    """N-best in the tokens of another list, with counts of the hypotheses that changed."""
 
     nbest: Dict[str, Hypotheses]
-    merged: int  #: hypotheses that had the text of a better one, to whose probability theirs was added
-    unknown: int  #: hypotheses in which a piece of the text is no token, so that they have ``<unk>``
+    merged: int  #: hypotheses with the text of a better one, to which their probability was added
+    unknown: int  #: hypotheses with ``<unk>``, because a piece of their text is not a token
 
 
 def retokenise(
@@ -51,13 +51,13 @@ def retokenise(
     to_ids: Callable[[str], Sequence[int]],
     unknown_id: int,
 ) -> Retokenised:
-    """Bring N-best to the tokens of another list, by way of their text.
+    """Convert N-best to the tokens of another list, through their text.
 
     Args:
         nbest: hypotheses in token ids of the model that found them.
         to_text: the text of these ids.
         to_ids: the token ids of a text in the other list (:meth:`espnet_kd.data.tokenizing.TokenList.ids`).
-        unknown_id: of ``<unk>`` there.
+        unknown_id: the id of ``<unk>`` in the other list.
     """
     found: Dict[str, Hypotheses] = {}
     merged = unknown = 0
@@ -74,7 +74,7 @@ def retokenise(
         for text, score in sorted(scores.items(), key=lambda item: -item[1]):
             ids = array("i", to_ids(text))
             unknown += unknown_id in ids
-            if all(ids != other for _, other in ranked):  # two unknown words may be alike
+            if all(ids != other for _, other in ranked):  # texts that differ only in unknown words have equal ids
                 ranked.append((score, ids))
         found[utt_id] = ranked
     return Retokenised(found, merged, unknown)
@@ -99,16 +99,17 @@ def read_nbest(path: PathLike, token_list: Sequence[str], blank_id: int = 0) -> 
 
     Args:
         path: written by `write_nbest`, or by hand.
-        token_list: the V tokens of the model that is to learn from it.
-        blank_id: a token that no hypothesis may hold.
+        token_list: the V tokens of the model that is trained with it.
+        blank_id: a token that no hypothesis may contain.
 
     Returns:
         For each utterance (score in nats, token ids) best first. The ids are an ``array`` of C ints, which
-        ``torch.tensor`` takes: half of a list's memory, and a large corpus has millions.
+        ``torch.tensor`` accepts: it needs half the memory of a list, and a large corpus has millions of ids.
 
     Raises:
-        UserError: naming the line: not UTF-8, too few columns, a rank out of order, a score that is not
-            a number, an unknown token, a duplicate utterance or hypothesis; or the file is missing or empty.
+        UserError: the file is missing or empty, or a line has a fault, which the message names: not UTF-8, too few
+            columns, a rank out of order, a score that is not a number, an unknown token, a duplicate utterance or
+            hypothesis.
     """
     id_of = {name: i for i, name in enumerate(_names(token_list)) if i != blank_id}
     found: Dict[str, Hypotheses] = {}

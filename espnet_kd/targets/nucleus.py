@@ -3,16 +3,18 @@
 What is kept is exact up to rounding. For an utterance with T frames, N of which have tokens, M tokens in all::
 
     blank      (T, 1 + n)  log p/(1−p) of blank, at temperature 1 and at n others; within ±60, off by at most 0.001
-    rows       (N, 2)      the frame, and how many tokens it has, negative where blank is likelier than any of them
-    tokens     (L, 1)      their ids, those of a frame after each other, the likeliest and then the others by their ids;
-                           less 32768 where V ≤ 65536. Where V ≤ 1024, L ≥ M bytes: how many ids are passed over from
-                           the one before (of the first two of a frame from blank), 255 and a further byte for more
-    log_probs  (M + 2N, 1) codes 0…255: how likely they are, how likely the remainder of each row is, the span of each
+    rows       (N, 2)      the frame number, and the number of its tokens, negative if blank is the likeliest of all
+    tokens     (L, 1)      the ids, frame by frame: the likeliest token, then the others in the order of their ids;
+                           32768 is subtracted if V ≤ 65536. If V ≤ 1024, L ≥ M bytes instead: the number of ids
+                           skipped since the previous one (for the first two of a frame, since blank); a byte 255
+                           means that a further byte is added
+    log_probs  (M + 2N, 1) codes 0…255 of the tokens' probabilities, of each row's remainder, and of each row's span
 
-A row's span is 12/255 nats times its code, and code c of a token, or of all others together, lies span · (c/254)² nats
-below the likeliest of its row; 255 is "none". So a token that is x nats below the likeliest is off by at most
-√(span · x)/254 of its probability: with the largest span by 1.4 % for one a third as likely, by 5 % for the least that
-is kept. Only ratios are written; what is read sums to 1.
+A row's span is 12/255 nats times its code. Code c of a token, or of the remainder (all other tokens together), stands
+for span · (c/254)² nats below the likeliest of the row; 255 stands for probability 0. The relative error of a
+probability x nats below the likeliest is thus at most √(span · x)/254: with the largest span 1.4 % for a token a third
+as likely, and 5 % for the least likely token that is kept. Only ratios are written; the probabilities that are read sum
+to 1.
 """
 
 from __future__ import annotations
@@ -27,20 +29,20 @@ from torch import Tensor
 
 from espnet_kd.topk import TopK
 
-#: A token less likely than exp(−SPAN) of those that are not blank is never kept, unless it is the likeliest.
+#: A token with p(token | not blank) below exp(−SPAN) is never kept, unless it is the likeliest.
 SPAN = 12.0
 NONE, LEVELS = 255, 254
-LIMIT = 60.0  #: of log-odds, in nats
-OFFSET = 2**15  #: Kaldi's integers of 16 bits have a sign
-IN_BYTES, IN_16_BITS = 2**10, 2**16  #: the largest vocabularies of which ids are written so
+LIMIT = 60.0  #: largest absolute log-odds, in nats
+OFFSET = 2**15  #: subtracted from ids, because Kaldi's 16-bit integers have a sign
+IN_BYTES, IN_16_BITS = 2**10, 2**16  #: largest vocabularies whose ids are written in this way
 
 
 class Kept(Protocol):
-    """What is kept of a frame (see ``cache.Policy``)."""
+    """The outputs of a frame that are kept (see ``cache.Policy``)."""
 
     @property
     def mass(self) -> float:
-        """The probability that the kept tokens have together, with blank."""
+        """The probability that blank and the kept tokens reach together."""
 
     @property
     def tokens_on(self) -> str:
@@ -68,7 +70,7 @@ def pack_targets(x: TopK, hidden: Sequence[np.ndarray], policy: Kept) -> List[np
     odds = (x.log_blank - x.log_nonblank_at(1.0)).clamp(-LIMIT, LIMIT)
     columns = [odds]
     for tau in policy.temperatures:
-        # With the kept tokens as they will be read, so that together with all others' exact mass they sum to 1.
+        # Use the rounded values of the kept tokens, so that they and the exact mass of all others sum to 1 when read.
         scaled = F.logsigmoid(odds.double()) / tau
         total = (x.norms[tau].double().exp() - (x.log_blank.double() / tau).exp()).clamp(min=0)
         was = (some.log_probs.double() / tau).exp().masked_fill(~kept, 0.0).sum(1)
@@ -90,12 +92,12 @@ def unpack_targets(each: Sequence[Sequence[np.ndarray]], policy: Kept, num_token
         utterances are unpacked in one call, because a call for each would take longer than the work.
 
     Raises:
-        ValueError: arrays that do not belong together.
+        ValueError: the arrays do not fit together.
     """
     columns, rows, tokens, codes = ([torch.from_numpy(arrays[i]) for arrays in each] for i in range(4))
     _check_sizes(columns, rows, codes, policy)
     first = np.cumsum([0, *map(len, columns)]).tolist()
-    # Rounded: 16 bits come back a few thousandths off the whole number.
+    # Round, because whole numbers written in 16 bits are read with an error of a few thousandths.
     frames = torch.cat([x[:, 0] + start for x, start in zip(rows, first)]).round().long()
     counts = torch.cat([x[:, 1] for x in rows]).round().long()
     parts = [x[:, 0].split([len(x) - 2 * len(r), len(r), len(r)]) for x, r in zip(codes, rows)]
@@ -126,7 +128,7 @@ def _read_blank(columns: Tensor, policy: Kept) -> Tuple[Tensor, Tensor, Dict[flo
 
 
 def in_nucleus(x: TopK, mass: float) -> Tensor:
-    """The kept tokens (N, k) bool of N frames: until, together with blank, they reach ``mass``; at least one."""
+    """Mask (N, k) of the tokens that N frames keep: the likeliest until they and blank reach ``mass``, at least one."""
     p = x.log_probs.double().exp()
     before = x.log_blank.double().exp()[:, None] + p.cumsum(1) - p
     kept = (before < mass) & (_inner(x) >= -SPAN) & (p > 0)
@@ -135,7 +137,7 @@ def in_nucleus(x: TopK, mass: float) -> Tensor:
 
 
 def write_ids(tokens: Tensor, counts: Tensor, num_tokens: int) -> Tensor:
-    """(L,) what is written of the ids (M,) of rows, ``counts`` of them each, the second of a row and on in order."""
+    """Encode the ids (M,) of rows with ``counts`` ids each as (L,) numbers; ids must rise from a row's second on."""
     if num_tokens > IN_BYTES:
         return tokens - (OFFSET if num_tokens <= IN_16_BITS else 0)
     before = torch.cat([tokens.new_zeros(1), tokens])[:-1].masked_fill(_places(counts) < 2, 0)
@@ -147,7 +149,7 @@ def write_ids(tokens: Tensor, counts: Tensor, num_tokens: int) -> Tensor:
 
 
 def read_ids(written: Tensor, counts: Tensor, num_tokens: int) -> Tensor:
-    """The inverse of :func:`write_ids` (ValueError: it is not)."""
+    """The inverse of :func:`write_ids` (ValueError: ``written`` is not its result)."""
     if num_tokens > IN_BYTES:
         return written + (OFFSET if num_tokens <= IN_16_BITS else 0)
     ends = (written != NONE).nonzero()[:, 0]
@@ -161,13 +163,13 @@ def read_ids(written: Tensor, counts: Tensor, num_tokens: int) -> Tensor:
 
 
 def _places(counts: Tensor) -> Tensor:
-    """(M,) of each token its place in its row, from 0."""
+    """(M,) the place of each token in its row, from 0."""
     starts = counts.cumsum(0) - counts
     return torch.arange(int(counts.sum())) - starts.repeat_interleave(counts)
 
 
 def _by_id(x: TopK, kept: Tensor) -> Tuple[TopK, Tensor]:
-    """Rows with their likeliest token first, the others that are kept by their ids, the rest last."""
+    """Sort each row: its likeliest token, then the other kept tokens in the order of their ids, then the rest."""
     key = x.tokens.masked_fill(~kept, x.num_tokens)
     key[:, :1] = 0
     order = key.argsort(dim=1, stable=True)
@@ -177,31 +179,31 @@ def _by_id(x: TopK, kept: Tensor) -> Tuple[TopK, Tensor]:
 def quantise(log_p: Tensor) -> Tuple[Tensor, Tensor]:
     """Codes (N, k) of rows of log-probabilities, and the codes of their spans (N,); int64."""
     below = log_p.amax(1, keepdim=True) - log_p
-    there = below <= SPAN  # not −∞, nor of a remainder that is next to nothing
+    there = below <= SPAN  # False for −∞, and for a remainder that is almost 0
     spans = (below.masked_fill(~there, 0.0).amax(1) / SPAN * NONE).ceil().long()
     codes = (below * NONE / SPAN / spans.clamp(min=1)[:, None]).clamp(0, 1).sqrt().mul(LEVELS).round().long()
     return codes.masked_fill(~there, NONE), spans
 
 
 def dequantise(codes: Tensor, spans: Tensor) -> Tensor:
-    """(N, k) log-probabilities that sum to 1, float64; −∞ where there is none."""
+    """(N, k) log-probabilities in float64, whose probabilities sum to 1; −∞ for the code ``NONE``."""
     below = spans.double()[:, None] * SPAN / NONE * (codes.double() / LEVELS).square()
     return (-below).masked_fill(codes == NONE, -torch.inf).log_softmax(1)
 
 
 def _inner(x: TopK) -> Tensor:
-    """(N, k) log p(token | not blank); of a frame that is blank for sure −∞."""
+    """(N, k) log p(token | not blank); −∞ for frames with p(blank) = 1."""
     return (x.log_probs - x.log_nonblank_at(1.0)[:, None]).nan_to_num(-torch.inf, neginf=-torch.inf)
 
 
 def _normalised(codes: Tensor, counts: Tensor) -> Tensor:
-    """(N, k) log p(token | not blank) of N rows' codes, which with the remainder sum to 1; −∞ where there is none."""
+    """(N, k) log p(token | not blank) from N rows' codes; they sum to 1 with the remainder, and are −∞ for no token."""
     tokens, rest, spans = codes.split([len(codes) - 2 * len(counts), len(counts), len(counts)])
     return dequantise(torch.cat([_spread(tokens, counts, NONE), rest[:, None]], 1), spans)[:, :-1]
 
 
 def _spread(values: Tensor, counts: Tensor, fill: int) -> Tensor:
-    """(N, most) of M values, ``counts`` of them a row."""
+    """Arrange M values as (N, most), with ``counts`` values in each row."""
     most = int(counts.max()) if len(counts) else 0
     out = values.new_full((len(counts), most), fill)
     out[torch.arange(most) < counts[:, None]] = values
@@ -209,7 +211,7 @@ def _spread(values: Tensor, counts: Tensor, fill: int) -> Tensor:
 
 
 def _check_sizes(columns: Sequence[Tensor], rows: Sequence[Tensor], codes: Sequence[Tensor], policy: Kept) -> None:
-    """Refuse arrays of other shapes than :func:`pack_targets` makes (ValueError)."""
+    """Refuse arrays whose shapes :func:`pack_targets` does not make (ValueError)."""
     for name, wrong in (
         ("blank", any(x.size(1) != 1 + len(policy.temperatures) for x in columns)),
         ("rows", any(bool(((r[:, 0] < -0.5) | (r[:, 0] > len(x) - 0.5)).any()) for r, x in zip(rows, columns))),

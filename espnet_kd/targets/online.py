@@ -42,11 +42,11 @@ class OnlineTeacher:
         """Load ``EXP[/FILE.pth]``.
 
         Args:
-            memory: bytes of targets to remember, by utterance id, so that on a small corpus the teacher runs in the
-                first epoch only. 0 where the audio of an utterance may change from epoch to epoch.
+            memory: bytes of targets to keep, by utterance id, so that on a small corpus the teacher runs in the first
+                epoch only. It must be 0 if the audio of an utterance may change from epoch to epoch.
 
         Raises:
-            UserError: missing or unreadable, or without a CTC head.
+            UserError: the experiment is missing or unreadable, or has no CTC head.
         """
         config, model_file = find_experiment(experiment)
         self.name = str(model_file)
@@ -60,7 +60,7 @@ class OnlineTeacher:
         for p in self._model.parameters():
             p.requires_grad_(False)
         if type(self._model.frontend).__name__ == "FusedFrontends":
-            self._model.frontend = OneByOne(self._model.frontend)  # in a batch it gives all the longest's length
+            self._model.frontend = OneByOne(self._model.frontend)  # in a batch it returns the longest length for all
         self.token_list = ctc_tokens(self._model)
         self.sampling_rate = sampling_rate(args)
         self._volume = volume(args)
@@ -79,7 +79,7 @@ class OnlineTeacher:
         check_taps(self._model, needed.taps, "teacher")
 
     def probe(self, speech: Tensor, speech_lengths: Tensor) -> EncoderOutputs:
-        """Its outputs for a test signal (:class:`UserError`: audio where it takes features, or the like)."""
+        """Its outputs for a test signal (:class:`UserError`: it needs audio and gets features, or the reverse)."""
         given, wanted = (f"features of width {w[0]}" if w else "audio" for w in (speech.shape[2:], self._input_width))
         if given != wanted:
             raise UserError(f"the student is fed with {given}, the teacher {self.name} with {wanted}")
@@ -94,7 +94,7 @@ class OnlineTeacher:
         self._model._apply(fn)
         self._memory.clear()
 
-    # no_grad, not inference_mode: what that makes cannot be saved for backward.
+    # no_grad, not inference_mode, whose tensors cannot be saved for backward.
     @torch.no_grad()
     def targets(
         self,
@@ -108,7 +108,7 @@ class OnlineTeacher:
         """The teacher's outputs for a batch: its encoder in bf16 on a GPU that has it, its CTC head in float32.
 
         Args:
-            utt_ids: B names.
+            utt_ids: B utterance ids.
             speech: (B, samples) · speech_lengths: (B,)
             taps: where hidden states are wanted; ``decoder`` for the attention decoder's outputs
             text: (B, L) · text_lengths: (B,); the labels that the decoder gets as its input
@@ -127,19 +127,19 @@ class OnlineTeacher:
         if self._volume is not None and not self._input_width:
             speech = to_volume(speech, self._volume)
         too_short = speech_lengths < self._least
-        # Silence behind them, so that the model takes the batch; they have no frame below.
+        # Utterances that are too short are padded with silence, so that the model runs; they get 0 frames below.
         if (missing := self._least - speech.size(1)) > 0:
             speech = torch.nn.functional.pad(speech, (0, 0) * (speech.dim() - 2) + (0, missing))
         speech_lengths = speech_lengths.clamp(min=self._least)
         with half_on_gpu(speech.device):
             out, lengths, _, hidden = encode(model, speech, speech_lengths, taps)
             if "decoder" in taps:
-                assert text_lengths is not None  # the page's objectives need transcripts, which were checked for
+                assert text_lengths is not None  # check_data has refused data without transcripts
                 labels, _ = add_sos_eos(text, model.sos, model.eos, model.ignore_id)
                 decoded = model.decoder(out, lengths, labels, text_lengths + 1)[0]
         lengths = lengths.masked_fill(too_short, 0)
         head = model.ctc.ctc_lo
-        with torch.autocast(speech.device.type, enabled=False):  # the student's AMP
+        with torch.autocast(speech.device.type, enabled=False):  # not in the student's AMP
             logits = head(out.to(head.weight.dtype))
         hidden = {tap: full_precision(h) for tap, h in hidden.items()}
         outputs = EncoderOutputs(logits, lengths, self.frame_shift, hidden, decoded)

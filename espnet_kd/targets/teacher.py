@@ -19,11 +19,11 @@ from espnet_kd.losses.common import full_precision
 
 @dataclass(frozen=True)
 class Needs:
-    """What an objective reads of a teacher."""
+    """The outputs of a teacher that an objective reads."""
 
     tokens_on: str = "nonblank"  #: frames whose tokens it reads: ``nonblank`` or ``all``
-    temperatures: Tuple[float, ...] = ()  #: other than 1 at which it reads posteriors
-    taps: Tuple[str, ...] = ()  #: hidden states; ``decoder`` for an attention decoder's outputs
+    temperatures: Tuple[float, ...] = ()  #: temperatures other than 1 at which it reads posteriors
+    taps: Tuple[str, ...] = ()  #: taps of hidden states; ``decoder`` for an attention decoder's outputs
 
 
 class Teacher(Protocol):
@@ -67,10 +67,10 @@ class SeveralTeachers:
 
     Args:
         teachers: with the same tokens, sampling rate and frame shift.
-        weights: of each, above 0, normalised to 1; default equal.
+        weights: a weight above 0 for each teacher, normalised to sum 1; default: equal weights.
 
     Raises:
-        UserError: teachers that differ, or another number of weights.
+        UserError: the teachers differ, or the number of weights is another one.
     """
 
     def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float] = ()):
@@ -113,7 +113,7 @@ class SeveralTeachers:
         return self._together([teacher.probe(speech, speech_lengths) for teacher in self.teachers])
 
     def state_dict(self) -> Dict[str, Tensor]:
-        """The first teacher's."""
+        """The first teacher's parameters and buffers."""
         return self.teachers[0].state_dict()
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:

@@ -37,7 +37,7 @@ from espnet_kd.targets.nbest import Hypotheses, read_nbest
 from espnet_kd.targets.online import OnlineTeacher, sampling_rate
 from espnet_kd.targets.teacher import SeveralTeachers, Teacher
 
-# Not its base class: pages name weights of a schedule, and are checked without ESPnet.
+# Registered, not derived: the module of EpochHooks is also imported to check pages, which needs no ESPnet.
 AbsIterFactory.register(EpochHooks)
 
 DATA_OPTIONS = ("train_data_path_and_name_and_type", "valid_data_path_and_name_and_type")
@@ -74,15 +74,15 @@ class ASRKDTask(ASRTask):
     def build_model(cls, args: argparse.Namespace) -> ESPnetASRModel:
         """Build the student as ESPnet does, and turn it into the KD model of ``--kd_config``.
 
-        Without ``--kd_config``, and for statistics, the student stays as it is and no teacher is loaded.
+        Without ``--kd_config``, and for statistics, the student is not changed and no teacher is loaded.
 
         Raises:
-            UserError: student, teacher and page don't fit, or the disk has too little space.
+            UserError: student, teacher and page don't fit together, or the disk has too little space.
         """
         cls.kd_model = cls.losses = None
         try:
             student = super().build_model(args)
-        except Exception as e:  # whatever ESPnet's classes raise because of their arguments and files
+        except Exception as e:  # ESPnet's classes may raise anything for wrong arguments and files
             raise UserError(f"cannot build the model of {args.config}: {type(e).__name__}: {e}") from e
         if getattr(args, "collect_stats", False):
             student.__class__ = StatisticsModel
@@ -106,7 +106,7 @@ class ASRKDTask(ASRTask):
 
     @classmethod
     def main_worker(cls, args: argparse.Namespace) -> None:
-        """Run ESPnet's; a process per GPU also reports errors in one line, and ends when its parent ends."""
+        """Run ESPnet's worker; a process per GPU also reports errors in one line, and ends when its parent ends."""
         leave_with_parent()
         try:
             super().main_worker(args)
@@ -120,7 +120,7 @@ class ASRKDTask(ASRTask):
 
     @classmethod
     def build_optimizers(cls, args: argparse.Namespace, model: torch.nn.Module) -> List[torch.optim.Optimizer]:
-        """Build ASRTask's, and count their updates. From here on ``max_epoch`` is the last epoch of ``--kd_stage``."""
+        """Build the optimizers, and count their updates. Sets ``max_epoch`` to the last epoch of ``--kd_stage``."""
         optimizers = super().build_optimizers(args, model)
         for optimizer in optimizers:
             optimizer.register_step_post_hook(cls.progress.count_update)
@@ -133,12 +133,12 @@ class ASRKDTask(ASRTask):
         """Refuse an epoch that did not change the model; keep the student at the end of a KD stage."""
         if cls.losses is not None:
             cls.losses.finish()
-        # Launched by torchrun or slurm, ``args`` has no rank.
+        # Under torchrun and slurm, ``args`` has no rank.
         parallel = torch.distributed.is_available() and torch.distributed.is_initialized()
         first_rank = not parallel or torch.distributed.get_rank() == 0
         check_updated(Path(args.output_dir), cls.progress, first_rank)
         if first_rank and cls.plan is not None:
-            trained = cls.progress.updates is not None  # else it was resumed after its last epoch
+            trained = cls.progress.updates is not None  # otherwise it was resumed after its last epoch
             epoch = cls.progress.epoch if trained else args.max_epoch
             ended = args.kd_stage in (None, cls.plan.numbers[-1])
             hand_over(Path(args.output_dir), cls.plan, epoch, stopped=ended and args.patience is not None)
@@ -167,7 +167,7 @@ class ASRKDTask(ASRTask):
                     f"{', '.join(found)} act before the model, so that an online teacher would get augmented audio; "
                     "take them out, or give --augmented_teacher true"
                 )
-        # An utterance that the data loader augments differs between epochs; chunks of an utterance all have its id.
+        # Targets cannot be kept by id if the data loader changes an utterance in each epoch, or cuts it into chunks.
         changing = args.augmented_teacher or args.iterator_type != "sequence"
         memory = 0.0 if changing else args.teacher_memory * 1e6
         teachers = [OnlineTeacher(path, memory / len(args.teacher)) for path in args.teacher]
@@ -179,9 +179,9 @@ class ASRKDTask(ASRTask):
     def build_iter_factory(
         cls, args: argparse.Namespace, distributed_option: DistributedOption, mode: str, kwargs: Optional[dict] = None
     ) -> AbsIterFactory:
-        """Build ASRTask's; in training it also reports the epoch, and keeps the last finished checkpoint."""
+        """Build the iterator factory; in training it also reports the epoch, and keeps the last finished checkpoint."""
         factory = super().build_iter_factory(args, distributed_option, mode, kwargs)
-        # Chunks are cut of what is collated, and of several factories' data each has its own.
+        # Not for chunks, which are cut from collated batches; the parts of a MultipleIterFactory are built here, too.
         if cls.kd_model is not None and mode in ("train", "valid") and type(factory) is SequenceIterFactory:
             teacher = cls.kd_model.teacher if isinstance(cls.kd_model.teacher, CachedTeacher) else None
             parts = cls.kd_model.parts(mode == "train")
@@ -230,7 +230,7 @@ def cached_teacher(args: argparse.Namespace, page: Page) -> CachedTeacher:
     """The teacher of ``--target_cache``.
 
     Raises:
-        UserError: it lacks utterances or outputs that the page needs, or is of another teacher than ``--teacher``.
+        UserError: the cache lacks utterances or outputs that the page needs, or its teacher is not ``--teacher``.
     """
     check_cacheable(page)
     teacher = CachedTeacher(args.target_cache)
@@ -252,7 +252,7 @@ def check_utterances(args: argparse.Namespace, known: Container[str], path: str,
     """Refuse a file of targets that lacks utterances of the training or validation data (:class:`UserError`)."""
     for option in DATA_OPTIONS:
         for data, name, _ in getattr(args, option) or []:
-            if name != "speech" or Path(data).is_dir():  # with --multiple_iterator a directory of parts
+            if name != "speech" or Path(data).is_dir():  # with --multiple_iterator it is a directory of parts
                 continue
             missing = [utt_id for utt_id, _ in read_pairs(data) if utt_id not in known]
             if missing:

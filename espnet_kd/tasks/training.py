@@ -52,7 +52,7 @@ def train_student(cmd: Sequence[str]) -> None:
 
 
 def train(cmd: List[str]) -> None:
-    """ESPnet's training."""
+    """Run ESPnet's training."""
     try:
         ASRKDTask.main(cmd=cmd)
     except torch.multiprocessing.ProcessExitedException as e:
@@ -63,7 +63,7 @@ def train(cmd: List[str]) -> None:
 
 def _run(cmd: List[str], args: argparse.Namespace) -> None:
     if args.kd_config is None or args.print_config or args.collect_stats or args.dry_run or not args.output_dir:
-        # Statistics need no teacher, and without a page this is ESPnet's own training, made safe against kills.
+        # Statistics need no teacher, and without a page this is ESPnet's own training, made safe against kills by mend.
         trains = args.output_dir and not (args.print_config or args.collect_stats or args.dry_run)
         if trains:
             claim_plain(args, ASRKDTask.get_parser())
@@ -96,7 +96,7 @@ def _run(cmd: List[str], args: argparse.Namespace) -> None:
         finished = [number for number in wanted if number <= done]
         if finished:
             logging.info("KD stage %s is finished in %s", " and ".join(map(str, finished)), output_dir)
-        # Only the last KD stage may end early: those before it are then trained without it, and without patience.
+        # Only the last KD stage may end early, so the earlier ones of its part are trained first, without patience.
         alone = args.patience is not None and wanted[-1:] == plan.numbers[-1:]
         for number in wanted[-2:] if alone else wanted[-1:]:
             if number > done:
@@ -135,12 +135,12 @@ def _train_part(
     own = [*cmd, "--kd_stage", str(number)]
     if number != plan.numbers[-1]:
         own += ["--patience", "none"]
-    # A part has its share of the student's warm-up [ours]: a short one would never leave it.
+    # A part gets its share of the student's warm-up [ours], because a short part would never leave the whole warm-up.
     warmup = (args.scheduler_conf or {}).get("warmup_steps")
     share = part[-1].end - part[0].begin
     if warmup and share < 1:
         own += ["--scheduler_conf", f"warmup_steps={max(1, round(warmup * share))}"]
-    # Every part of an externally launched job forms a process group of its own, hence its own file.
+    # Every part of an externally launched job forms a process group of its own, which needs its own file.
     if args.dist_init_method.startswith("file://"):
         own += ["--dist_init_method", f"{args.dist_init_method}.kd_stage{number}"]
     train(own)
@@ -151,7 +151,7 @@ def _train_part(
             _finish(args, record, number, end, ended)
         torch.distributed.barrier()
         if not args.dist_init_method.startswith("file://"):
-            # The next part meets in a file: torchrun's store outlives a group, and would give it old addresses.
+            # The next part starts its group by a file, because torchrun's store would give it the old addresses.
             name = [uuid.uuid4().hex]
             torch.distributed.broadcast_object_list(name, src=0)
             args.dist_init_method = f"file://{output_dir.resolve()}/.dist_init_{name[0]}"
@@ -181,7 +181,7 @@ def await_finish(output_dir: Path, number: int, seconds: float = 600.0) -> None:
     """Wait, on another machine, until the first one has recorded the end of a KD stage.
 
     Raises:
-        UserError: it did not within ``seconds``.
+        UserError: it has not done so within ``seconds``.
     """
     for _ in range(math.ceil(seconds / 0.5)):
         with contextlib.suppress(OSError, ValueError):
