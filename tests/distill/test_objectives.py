@@ -37,6 +37,20 @@ def test_every_objective_is_on_a_page_or_says_why():
 
 
 @pytest.mark.parametrize(
+    "stage", [s for p in list_pages() for s in load_page(p).stages[-1:] if s.ctc_weight == 0], ids=lambda s: s.name
+)
+def test_without_ctc_every_frame_has_a_target(stage):
+    target = torch.zeros(1, 40, 5)
+    target[:, :, 0], target[:, 3, 2] = 6.0, 9.0  # a single token, and then a long pause
+    logits, lengths = torch.zeros(1, 40, 5, requires_grad=True), torch.tensor([40])
+    for objective in stage.objectives:
+        made = objective.make()
+        student = SimpleNamespace(logits=logits, lengths=lengths)
+        made.compute(student, SimpleNamespace(logits=target, lengths=lengths), None, None)[0].backward()
+    assert (logits.grad[0].abs().amax(-1) > 0).all()
+
+
+@pytest.mark.parametrize(
     "layers, depth, expected",
     [((0.55, 0.73, 0.91), 33, [18, 24, 30]), ((0.55, 0.73, 0.91), 3, [2]), ((0.5,), 12, [6]), ((1, 3), 4, [1, 3])],
 )
