@@ -44,7 +44,7 @@ done
 
 export PYTHONPATH="${ROOT}${PYTHONPATH:+:${PYTHONPATH}}"
 words=("$@")
-# Mistakes in the options are found before gigabytes are installed.
+# Check the options before gigabytes are installed.
 before_installing() { python -m espnet_kd.runs --root "${ROOT}" --only_check -- "${words[@]}"; }
 EXTRAS='mini'
 # shellcheck source=egs2/TEMPLATE/setup_env.sh

@@ -38,5 +38,5 @@ ruff check .
 mypy
 git ls-files '*.sh' .ci/run | xargs shellcheck --external-sources
 [ "${long}" = 1 ] || echo "left out: the embedded recipe in full length, 15 minutes (tests/run.sh --long)" >&2
-# -rs: every skip with its reason. Two workers: a recipe test is mostly one process.
+# -rs: print the reason of every skip. Two workers, because a recipe test mostly runs one process.
 ESPNET_KD_TEST_LONG=${long} exec python -m pytest -n 2 --dist loadfile -rs --durations 10

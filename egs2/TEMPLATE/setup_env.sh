@@ -1,8 +1,8 @@
-# Make the project's environment, or use the active one. Sourced by run_all.sh and tests/run.sh, which set
-# ROOT (of the project) and EXTRAS (of setup.py, in quotes), and may define a function before_installing. Sets ACTIVATE.
+# Make the project's environment, or use the active one. Sourced by run_all.sh and tests/run.sh, which set ROOT (the
+# project's directory) and EXTRAS (of setup.py, in quotes), and may define a function before_installing. Sets ACTIVATE.
 # shellcheck shell=bash disable=SC2034
 
-# The newest Python on the path that the project supports.
+# Print the newest Python on the path that the project supports.
 find_python() {
     local name
     for name in python3.12 python3.11 python3.10 python3 python; do
@@ -16,7 +16,8 @@ find_python() {
     return 1
 }
 
-# Conda's base is active in every shell of many machines, and other work depends on it: 5 GB are not put there unasked.
+# Conda's base environment is active in every shell of many machines, and other work depends on it. Therefore 5 GB are not
+# installed there without a request.
 _active=${VIRTUAL_ENV:-${CONDA_PREFIX:-}}
 if [ -z "${VIRTUAL_ENV:-}" ] && [ "${CONDA_DEFAULT_ENV:-}" = base ] &&
     [ -z "${ESPNET_KD_INTO_BASE:-}${ESPNET_KD_INSTALLED:-}" ]; then
@@ -35,12 +36,12 @@ else
     . "${ROOT}/.venv/bin/activate"
 fi
 
-# What a new shell has to run before the commands of the README.
+# The command that a new shell must run before the commands of the README.
 ACTIVATE=". ${VIRTUAL_ENV:-}/bin/activate"
 [ -n "${VIRTUAL_ENV:-}" ] || ACTIVATE="conda activate ${CONDA_PREFIX}"
 
-# Installed already, for this setup.py and these extras? ESPNET_KD_INSTALLED=1 says so for an environment made by other
-# means, for instance on cluster nodes without network.
+# Whether this setup.py and these extras are installed already. ESPNET_KD_INSTALLED=1 skips this check, for an environment
+# that was made in another way, for instance on cluster nodes without network.
 _stamp="$(python -c 'import sys; print(sys.prefix)')/.espnet_kd.$(cksum <<<"${ROOT} $(cat "${ROOT}/setup.py")" | cut -d ' ' -f 1)"
 _missing=
 for _extra in ${EXTRAS:?}; do

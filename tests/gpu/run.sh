@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Everything that a GPU has to show, in one command: see --help.
+# All tests and measurements for a GPU in one command: see --help.
 set -euo pipefail
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd -P)
 
@@ -46,7 +46,7 @@ if [ -n "${wheels}" ]; then
     [ ${#found[@]} -gt 0 ] || { echo "error: --wheels ${wheels} holds no .whl file" >&2; exit 2; }
     [ -d "${output}/venv" ] || python3 -m venv --system-site-packages "${output}/venv"
     python=${output}/venv/bin/python
-    # As they are: what they name beside themselves was chosen where they were made.
+    # Without their dependencies: the folder already has all packages that were chosen for them.
     "${python}" -m pip install --quiet --disable-pip-version-check --no-index --no-deps "${found[@]}"
 fi
 cd "${ROOT}"

@@ -2,7 +2,7 @@
 # The stages of every recipe: data, teacher, plain student, distilled student, decoding, results. See --help.
 set -euo pipefail
 
-# ---- options: every one below can be given as --name value ----
+# ---- options: each can be given as --name value ----
 stage=1              # first stage to run
 stop_stage=13        # last stage to run
 method=progressive_fkl # method page: a name in conf/methods, or a path
@@ -59,7 +59,7 @@ cd "$(dirname "${stages}")"
 . ./path.sh
 # shellcheck disable=SC1091
 . ./cmd.sh
-# What follows from the recipe's own options, where it has such.
+# Options that follow from the recipe's own options.
 # shellcheck disable=SC1091
 [ ! -e local/options.sh ] || . local/options.sh
 check_options
@@ -93,10 +93,10 @@ else
 fi
 tokens_name=${token_type}
 [ "${token_type}" != bpe ] || tokens_name=bpe_unigram${nbpe}
-# A token list belongs to what it was made of: another training set, or another formatting of it, gets a list of its own.
+# Each training set, and each formatting of it, has its own token list.
 token_lists=$([ "${dumpdir}" = dump ] && echo data || echo "${dumpdir}")/token_list
 token_dir=${token_lists}/${tokens_name}$([ "${train_set}" = train ] || echo "_${train_set}")
-# Without stage 3 a given teacher may as well have been trained with the recipe's tokens; training compares the lists.
+# Without stage 3, a given teacher may have been trained with the recipe's tokens; the training compares the lists.
 if teachers_tokens && { running 3 || [ -e "${token_lists}/teacher_${teacher_name}/tokens.txt" ]; }; then
     tokens_name=teacher_${teacher_name}
     token_dir=${token_lists}/${tokens_name}
@@ -129,7 +129,7 @@ done
 [ ${#test_list[@]} -gt 0 ] || [ "${stop_stage}" -lt 12 ] ||
     refuse "no --test_sets: there is nothing to decode in stage 12; name a data dir, or give --stop_stage 11"
 check_inputs
-# What teacher and students have in common, in front of the options of each.
+# Options that teacher and students share; the options of each follow them.
 scale=(${use_amp:+--use_amp "${use_amp}"} ${batch_bins:+--batch_bins "${batch_bins}"})
 scale+=(${accum_grad:+--accum_grad "${accum_grad}"})
 kd() { run ${python} -m "espnet_kd.bin.asr_kd_$1" "${@:2}"; }
@@ -138,9 +138,9 @@ for pair in "${foreign[@]}"; do
     kd import "${pair%|*}" --output_dir "${pair##*|}" "${import_args_list[@]}"
 done
 [ ${#foreign[@]} -eq 0 ] || same_rate
-# A model of another maker has tokens of one type, whatever a recipe's are.
+# A model from hf: or onnx: has its own token type, which replaces that of the recipe.
 [ ${#foreign[@]} -eq 0 ] || ! teachers_tokens || chosen token_type || token_type=$(type_of_teacher)
-# kd_decode LOG VERB OPTION…: a model runs over data: here, where its progress is seen, or where cmd.sh sends it
+# kd_decode LOG VERB OPTION…: run a model over data, either here with its progress on the screen, or by the command of cmd.sh
 kd_decode() {
     if [[ "${decode_cmd:-run_local.sh}" == *run_local.sh* ]]; then
         kd "${@:2}"
@@ -194,7 +194,7 @@ fi
 if running 3; then
     log "stage 3: token list (${token_type}, $(teachers_tokens && echo "of ${teachers[0]}" || echo "of the training text"))"
     needs "${raw}/${kd_set}/wav.scp" 2
-    # A model of another maker has characters of its own, and what a student takes over from it has them too.
+    # A model from hf: or onnx: has its own characters, and so has a student that gets its token list.
     if [ ${#foreign[@]} -gt 0 ] && ! teachers_tokens; then
         theirs=${token_lists}/teacher_${teacher_name}
         kd data tokens --teacher "${teachers[0]}" --out "${theirs}" --token_type "$(type_of_teacher)"
@@ -209,8 +209,8 @@ if running 3; then
     fi
     kd data tokens "${source[@]}" --out "${token_dir}" --token_type "${token_type}" --nbpe "${nbpe}"
     [ ${#foreign[@]} -eq 0 ] || ! teachers_tokens || fit_texts "${tokens}" "${token_type}"
-    # Before any training: files sorted, unique and complete, audio readable, training text covered by the tokens (in
-    # validation an unseen character is <unk>, which is counted, and no fault).
+    # Checked before any training: the files are sorted, unique and complete, the audio is readable, and the token list
+    # covers the training text (in validation an unknown character becomes <unk>, which is counted and accepted).
     checks=("${limits[@]}" --fs "${fs}" --nj "${nj}" --no_text --headers_only) # stage 2 has decoded them
     checks+=(--token_type "${token_type}" --token_list "${tokens}")
     kd data validate "${raw}/${kd_set}" "${checks[@]}" ${untranscribed:+--allow_empty}
@@ -223,7 +223,7 @@ if running 4; then
     needs "${raw}/${kd_set}/wav.scp" 2
     needs "${raw}/${valid_set}/wav.scp" 2
     if [ -n "${untranscribed}" ] && has_text "${train_set}"; then
-        # Teacher and plain student train on the transcribed part alone.
+        # Teacher and plain student are trained on the transcribed part only.
         collect "${train_set}" 1
         collect "${kd_set}" 0
         act shapes_of_untranscribed
@@ -277,7 +277,7 @@ if running 7; then
     fi
 fi
 
-# The KD stages are phases of one training: those that are to run need one process.
+# The KD stages are phases of one training, so that one process runs all that are wanted.
 kd_stage=0
 for k in 1 2 3; do
     running $((7 + k)) || continue

@@ -1,4 +1,4 @@
-# What the stages of asr_kd.sh are made of; sourced by it, and of no use alone. Its options and variables are seen here.
+# Functions for the stages of asr_kd.sh, which sources this file. They use its options and variables.
 # shellcheck shell=bash disable=SC2154,SC2034
 
 # shellcheck source=egs2/TEMPLATE/asr_kd1/kd_options.sh
@@ -13,14 +13,14 @@ fail() {
     echo "error: $*" >&2
     exit 1
 }
-# has_packages: on a fresh machine, say so in a line, before Python does it in many
+# has_packages: end with a short error on a fresh machine, instead of Python's traceback
 has_packages() {
     [ "${python}" != python3 ] ||
         python3 -c 'import importlib.util, sys; sys.exit(importlib.util.find_spec("espnet2") is None)' ||
         fail "this python3 has no espnet2: run ./run_all.sh or tests/run.sh once, which install into .venv, or activate" \
             "an environment (path.sh)"
 }
-# check_inputs: what later stages would stumble over; a mistake in a name is told before any work
+# check_inputs: find wrong names and missing files before any work, not in a later stage
 check_inputs() {
     local name
     for name in teacher_config student_config; do
@@ -44,16 +44,16 @@ check_inputs() {
         [[ "${name}" =~ ^[1-9]$ && "${name}" -le "${page[stages]}" ]] ||
             fail "--kd_stages ${kd_stages}: ${method} has the KD stages 1 to ${page[stages]}"
     done
-    # A cluster has GPUs that this machine need not have; data are prepared without one.
+    # On a cluster the jobs run on other machines, and data preparation needs no GPU.
     dry || [ "${stop_stage}" -lt 5 ] || [[ "${cuda_cmd}" != *run_local.sh* ]] || has_gpus
 }
-# has_gpus: whether this machine has --ngpu of them
+# has_gpus: whether this machine has as many GPUs as --ngpu
 has_gpus() {
     # shellcheck disable=SC2086
     [ "${ngpu}" = 0 ] || ${python} -c "from espnet_kd import cli; cli.run(lambda _: cli.check_gpus(${ngpu}))"
 }
-# paths VALUE: set list to the paths in an option's value, which blanks part; a blank in a path has a backslash before it,
-# or the value is a single path that exists
+# paths VALUE: set list to the paths in an option's value, which are separated by blanks. A blank within a path is written
+# with a backslash before it, unless the whole value is an existing path.
 list=()
 paths() {
     if [ -e "$1" ]; then
@@ -65,23 +65,23 @@ paths() {
 }
 running() { [ "${stage}" -le "$1" ] && [ "${stop_stage}" -ge "$1" ]; }
 dry() { [ "${dry_run}" = true ]; }
-# run COMMAND …: the work of a stage; a dry run prints it as a shell would take it
+# run COMMAND …: run a command of a stage; in a dry run, print it so that it can be pasted into a shell
 run() {
     if dry; then
         printf '%q ' "$@"
         echo
     else
-        "$@" & # so that a signal is acted upon at once
+        "$@" & # in the background, so that this shell reacts to a signal at once
         wait $!
     fi
 }
-# stopped CODE: by a signal; no process is left behind
+# stopped CODE: after a signal, stop all processes that were started here, and exit
 stopped() {
     local pid
     trap '' INT TERM
     for pid in $(jobs -p); do
         # shellcheck disable=SC2046
-        kill $(with_descendants "${pid}") 2>/dev/null || true # some of them may have ended by now
+        kill $(with_descendants "${pid}") 2>/dev/null || true # some may have ended already
     done
     wait
     echo "error: stopped; the same command continues where it stopped" >&2
@@ -93,14 +93,14 @@ with_descendants() {
     # shellcheck disable=SC2013
     for child in $(cat "/proc/$1/task/"*/children 2>/dev/null); do with_descendants "${child}"; done
 }
-# act COMMAND …: what stands around the work, such as making directories; nothing in a dry run
+# act COMMAND …: run a command beside the main work, such as making directories; a dry run neither runs nor prints it
 act() { dry || "$@"; }
-# needs FILE STAGE: a stage whose input is missing says which stage makes it
+# needs FILE STAGE: end with an error that names the stage which makes a missing input
 needs() { dry || [ -e "$1" ] || fail "$1 is missing; stage $2 makes it: ./run.sh --stage $2$(own_options)"; }
 
-# has_text SET: whether a formatted set has transcripts; a dry run expects them where nothing is formatted
+# has_text SET: whether a formatted set has transcripts; a dry run assumes that a set not yet formatted has them
 has_text() { [ -s "${raw}/$1/text" ] || { dry && [ ! -e "${raw}/$1/wav.scp" ]; }; }
-# needs_text WHO SET…: those of the sets that are formatted have transcripts
+# needs_text WHO SET…: end with an error if one of the formatted sets has no transcripts
 needs_text() {
     local dset
     for dset in "${@:2}"; do
@@ -109,7 +109,7 @@ needs_text() {
     done
 }
 
-# recorded OPTIONS…: whether there is a finished result of these inputs; a model of other data ends the script
+# recorded OPTIONS…: whether a finished result was made from these inputs; end the script if a model was made from other data
 recorded() {
     local code=0
     # shellcheck disable=SC2086
@@ -117,14 +117,14 @@ recorded() {
     [ "${code}" = 0 ] || [ "${code}" = 3 ] || exit "${code}"
     return "${code}"
 }
-# record OPTIONS…: note that the result is finished
+# record OPTIONS…: write the record of a finished result
 # shellcheck disable=SC2086
 record() { dry || ${python} -m espnet_kd.bin.asr_kd_record finish "$@"; }
 
 stats_of() { echo "${expdir}/stats_$1_${tokens_name}"; }
 
-# options_for SET LABELS: fill data_opts and train_opts, for training on SET; a text only where there is one, and that of
-# SET only where LABELS is 1. Paths are relative to the recipe, as ESPnet writes them.
+# options_for SET LABELS: set data_opts and train_opts for a training on SET. Sets without transcripts get no text option,
+# and SET gets one only if LABELS is 1. Paths are relative to the recipe, as ESPnet writes them.
 options_for() {
     local part dset stats shapes=()
     stats=$(stats_of "$1")
@@ -148,7 +148,7 @@ options_for() {
     fi
 }
 
-# collect SET LABELS: statistics of a training set, and of the validation set
+# collect SET LABELS: compute the statistics of a training set and of the validation set
 collect() {
     local stats count job jobs=${nj} dirs=() inputs=() dset
     stats=$(stats_of "$1")
@@ -162,7 +162,7 @@ collect() {
         return
     fi
     if [ -e "${raw}/${valid_set}/wav.scp" ]; then
-        # No more jobs than validation utterances: an empty job would fail.
+        # At most as many jobs as validation utterances, because a job without utterances would fail.
         count=$(wc -l <"${raw}/${valid_set}/wav.scp")
         jobs=$((nj < count ? nj : count))
     fi
@@ -184,7 +184,7 @@ collect() {
     record "${inputs[@]}"
 }
 
-# check_lengths: whether all utterances have frames enough for the models that are trained here
+# check_lengths: check that all utterances have enough frames for the models that are trained here
 check_lengths() {
     local stats fs_option='' models=() inputs=()
     stats=$(stats_of "${kd_set}")
@@ -199,7 +199,7 @@ check_lengths() {
     record "${inputs[@]}"
 }
 
-# check_ceiling: what of the teacher's outputs is lost on the student's frames; printed once
+# check_ceiling: print once how many of the teacher's tokens are lost at the student's frame rate
 check_ceiling() {
     local inputs=(--record "${teachers[0]}/.ceiling" --file "${teachers[0]}/config.yaml" "${student_config}"
         "${raw}/${valid_set}/wav.scp")
@@ -208,7 +208,7 @@ check_ceiling() {
     record "${inputs[@]}"
 }
 
-# split_for_jobs SET STATS JOBS: the utterances of each job
+# split_for_jobs SET STATS JOBS: divide the utterances among the jobs
 split_for_jobs() {
     local part dset
     mkdir -p "$2/log"
@@ -219,7 +219,7 @@ split_for_jobs() {
     done
 }
 
-# finish_shapes STATS: put the vocabulary's size beside each text length, as ESPnet's batch samplers read it
+# finish_shapes STATS: add the vocabulary size to each text length, as ESPnet's batch samplers expect
 finish_shapes() {
     local file
     for file in "$1"/*/text_shape; do
@@ -227,15 +227,15 @@ finish_shapes() {
     done
 }
 
-# shapes_of_untranscribed: ESPnet's statistics stop at an empty text, though its training does not: the text lengths of
-# transcribed and untranscribed audio together are those of the transcribed part, and 0.
+# shapes_of_untranscribed: write the text lengths of transcribed and untranscribed audio together, with 0 for the latter.
+# ESPnet's training accepts empty texts, but its statistics do not.
 shapes_of_untranscribed() {
     awk -v none="0,$(wc -l <"${tokens}")" 'NR == FNR {n[$1] = $2; next} {print $1, ($1 in n) ? n[$1] : none}' \
         "$(stats_of "${train_set}")/train/text_shape.${token_type}" "$(stats_of "${kd_set}")/train/speech_shape" \
         >"$(stats_of "${kd_set}")/train/text_shape.${token_type}"
 }
 
-# train DIR CONFIG LOG OPTIONS…: one training run, on several GPUs or machines through ESPnet's launcher
+# train DIR CONFIG LOG OPTIONS…: run one training; on several GPUs or machines, through ESPnet's launcher
 train() {
     local dir=$1 config=$2 log=$1/$3 launch=()
     shift 3
@@ -258,13 +258,13 @@ train() {
         --output_dir "${dir}" "$@"
 }
 
-# describe DIR ROLE SEED: what the results table says of an experiment
+# describe DIR ROLE SEED: write the description of an experiment for the results table
 describe() {
     mkdir -p "$1"
     printf '{"role": "%s", "method": null, "kd_stages": null, "seed": %s}\n' "$2" "$3" >"$1/experiment.json"
 }
 
-# train_once ROLE DIR CONFIG OPTIONS…: teacher or plain student, unless DIR has it; a DIR of other settings is refused
+# train_once ROLE DIR CONFIG OPTIONS…: train a teacher or a plain student, unless DIR has it already
 train_once() {
     local role=$1 dir=$2 config=$3 inputs=()
     shift 3
@@ -277,13 +277,13 @@ train_once() {
         log "the ${role} is trained, ${dir}"
         return
     fi
-    # Of options that differ it refuses those that matter, by name.
+    # If DIR was begun with other options, asr_kd_train refuses those that would change the model.
     train "${dir}" "${config}" train.log --seed "${seed}" "$@"
     act describe "${dir}" "${role}" "${seed}"
     record "${inputs[@]}"
 }
 
-# page_of METHOD: what its page says, once: page[teacher] (required, none), page[stages], page[nbest], page[labels] (1, 0)
+# page_of METHOD: read its page once and set page[teacher] (required, none), page[stages], page[nbest], page[labels] (1, 0)
 declare -A page=()
 page_of() {
     local name value lines
@@ -294,18 +294,19 @@ page_of() {
     page[without_teacher]=$([ "${page[teacher]}${page[nbest]}" != none0 ] || echo 1)
 }
 
-# nbest_of_teacher: the file; pages may ask for N-best of different lengths
+# nbest_of_teacher: print the path of the N-best file; its name has the N of the page
 nbest_of_teacher() {
     local own
     own=$([ "${student_tokens}" = teacher ] || echo "_${tokens_name}")
     echo "${expdir}/nbest${page[nbest]}_${teacher_name}_${kd_set}${own}"
 }
 
-# cached: whether the KD stages train from targets on disk
+# cached: whether the KD stages read the teacher's outputs from disk
 cached() { [ "${target_cache}" = true ] && [ "${page[teacher]}" = required ]; }
 needs_teacher() { [ -n "${teacher}${page[without_teacher]}" ] || needs "${own_teacher}/.done" 5; }
 
-# name_of_teacher EXP: in the names of what is made of it; that of one from elsewhere says which of its name it is
+# name_of_teacher EXP: print its name for use in file names; a checksum of the path is added if it is not in expdir, because
+# experiments in different directories may have the same name
 name_of_teacher() {
     local dir
     dir=$(realpath -m -- "$1")
@@ -316,7 +317,7 @@ name_of_teacher() {
     fi
 }
 
-# name_of_import SOURCE: the experiment that a model of another maker becomes
+# name_of_import SOURCE: print the directory of the experiment into which a model from hf: or onnx: is imported
 name_of_import() {
     local name=${1#*:}
     name=${name%/}
@@ -324,15 +325,15 @@ name_of_import() {
     echo "${expdir}/imported_${name//[^[:alnum:]._-]/_}"
 }
 
-# teachers_tokens: whether the student has the tokens of a given teacher
+# teachers_tokens: whether the student gets the token list of a given teacher
 teachers_tokens() { [ -n "${teacher}" ] && [ "${student_tokens}" = teacher ]; }
-# type_of_teacher: the token type of the first, an imported one
+# type_of_teacher: print the token type of the first teacher, which is imported
 type_of_teacher() {
     local type
     type=$(sed -n 's/^token_type: *//p' "${teachers[0]}/config.yaml" 2>/dev/null || true)
-    echo "${type:-${token_type}}" # in a dry run nothing may be imported
+    echo "${type:-${token_type}}" # in a dry run the teacher may not be imported yet
 }
-# same_rate: whether imported teachers take the audio that stage 2 makes; in a dry run nothing may be imported
+# same_rate: end with an error if an imported teacher needs audio of another sampling rate than --fs
 same_rate() {
     local pair rate
     for pair in "${foreign[@]}"; do
@@ -341,14 +342,14 @@ same_rate() {
             fail "--teacher ${pair%|*}: it takes audio of ${rate} Hz, and --fs is ${fs}; give --fs ${rate}"
     done
 }
-# fit_texts TOKENS TYPE: texts in the characters that a token list has
+# fit_texts TOKENS TYPE: convert the texts to the characters of a token list
 fit_texts() {
     [ "$2" = word ] || # words and phones have no characters
         kd data fit_text --token_list "$1" --token_type "$2" "${raw}/${kd_set}" "${raw}/${valid_set}" "${test_dirs[@]}"
 }
 
-# given_teacher I: set found to the given teacher number I, seen from where the recipe's results lie: they are not put
-# into somebody else's directory
+# given_teacher I: set found to a link in expdir to the given teacher number I, so that its decoding results are not written
+# into its own directory
 given_teacher() {
     local experiment=${teachers[$1]} file='' dir
     dir=${expdir}/teacher_given$([ "$1" = 0 ] || echo $(($1 + 1)))

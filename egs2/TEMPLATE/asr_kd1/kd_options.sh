@@ -1,4 +1,4 @@
-# The options of asr_kd.sh: reading, help and checks; sourced by kd_functions.sh. Its variables are seen here.
+# The options of asr_kd.sh: reading, help and checks. Sourced by kd_functions.sh; uses the variables of asr_kd.sh.
 # shellcheck shell=bash disable=SC2154,SC2034
 
 usage() {
@@ -37,7 +37,7 @@ EOF
     done
 }
 
-# The lines of asr_kd.sh that name options and defaults
+# Print the lines of asr_kd.sh with the options and their defaults
 options() { sed -n '/^# ---- options/,/^# ---- end/p' "${stages}"; }
 
 # Options of local/data.sh that a recipe names in corpus_dirs (directories) and corpus_options, as given to run.sh
@@ -82,7 +82,7 @@ parse_options() {
     done
 }
 
-# The options that the user gave, but for stages and what the recipe's run.sh gives by itself; as a shell takes them.
+# Print the options that the user gave, quoted for a shell; without stages, and without the options of the recipe's run.sh.
 own_options() {
     local i run
     run=$(<"$(dirname "${stages}")/run.sh")
@@ -94,10 +94,10 @@ own_options() {
     done
 }
 
-# chosen NAME: whether the user gave this option, and not the recipe's run.sh alone
+# chosen NAME: whether the user gave this option; an option in the recipe's run.sh does not count
 chosen() { [[ "$(own_options) " == *" --$1 "* ]]; }
 
-# Refuse values that no stage could work with.
+# Refuse values with which no stage can work.
 check_options() {
     local name
     for name in stage stop_stage ngpu seed; do
@@ -138,7 +138,7 @@ check_options() {
         refuse "--train_set ${train_set} is one of --test_sets: formatting would leave out some of a test set; copy it"
 }
 
-# Every option as NAME=VALUE, for scripts
+# Print every option as NAME=VALUE, for scripts
 show_options_and_exit() {
     local name
     for name in $(options | sed -nE 's/^([a-z_]+)=.*/\1/p'); do echo "${name}=${!name}"; done

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Run jobs on this machine, with the calling convention of Kaldi's run.pl:
 #   run_local.sh [--option value …] [JOB=1:N] LOG COMMAND …
-# The letters JOB in the log's name and in the command become the job's number. Options such as --gpu or --mem mean
-# something on a cluster and nothing here. A single job's epochs and errors are shown while it runs; its log is
-# continued, so that a resumed run keeps what an earlier one wrote.
+# The letters JOB in the log's name and in the command are replaced by the job's number. Options for clusters such as
+# --gpu and --mem are ignored. The epochs and errors of a single job are shown while it runs. A log is appended to, so that
+# a resumed run keeps the log of the earlier one.
 set -euo pipefail
 
 while [[ "${1:-}" == --* ]]; do
@@ -23,7 +23,7 @@ fi
 log=$1
 shift
 
-# The epochs of a training log, without prefix and timings.
+# Print the epochs of a training log, without prefixes and times.
 progress() {
     sed -u -nE '/epoch started|epoch results|KD stage|going back|writing .* again|^error:/{
         s/^.* (INFO|WARNING): //
@@ -34,7 +34,7 @@ progress() {
 }
 
 pids=() reader="" before=0 # bytes of the log of a single job that an earlier run wrote
-# A job that has ended by now cannot be killed: no fault.
+# A job that has ended already cannot be killed; this is not an error.
 trap 'trap "" INT TERM; kill "${pids[@]}" 2>/dev/null || true; wait; exit 143' INT TERM
 for ((job = first; job <= last; job++)); do
     job_log=${log} command=("$@")

@@ -1,4 +1,4 @@
-# What is decoded: the parts that were named for it, else the test speakers of a split; --test_sets says otherwise.
+# Sets to decode, unless --test_sets is given: those of --test_parts, or the test speakers of --split_by_speaker.
 # Sourced by asr_kd.sh.
 # shellcheck shell=bash disable=SC2154,SC2034
 if [ -z "${given[test_sets]+x}" ]; then
