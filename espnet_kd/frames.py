@@ -120,7 +120,7 @@ def select(teacher_logits: Posterior, lengths: Tensor, rule: str, *, blank_id: i
             - ``trim``: from the first to the last NB frame;
             - ``threshold``: NB, and blank frames with p(blank) ≤ 1 − ``theta``;
             - ``random``: NB, and per utterance round(``ratio`` · |NB|) blank frames (half to even; all of them where
-              there are fewer), drawn anew in each call, from ``generator`` (on any device) where given.
+              there are fewer), drawn again in each call, from ``generator`` (on any device) where given.
         blank_id: index of blank.
         options: those of the rule, see :data:`SELECTIONS`.
 

@@ -41,7 +41,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--top_k", type=int, default=TOP_K, help="keep at most this number of tokens per frame, without blank"
     )
     cli.add_batch_options(
-        parser, nj="batches at the same time; 1 on a GPU", force="make the cache anew, also in place of another cache"
+        parser, nj="batches at the same time; 1 on a GPU", force="make the cache again, also in place of another cache"
     )
     parser.add_argument(
         "--job", default="1/1", metavar="I/N", help="make part I of N, counted from 1; N is the same for all jobs"

@@ -56,7 +56,7 @@ def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
             if f.frames > 1 << 62:  # libsndfile gives its greatest number if the length is unknown
                 raise UserError(f"{path} has no length in its header, as a stream: decode it, and write it to a file")
             if whole and not _is_whole(f, _read_head(path)):
-                raise UserError(f"{path} is cut: it ends before its header says")
+                raise UserError(f"{path} is cut: it is shorter than its header states")
             return f.frames, f.samplerate, f.channels
     except (soundfile.LibsndfileError, RuntimeError) as e:
         if "embedded-shorten" in _read_head(path):
@@ -169,7 +169,7 @@ def _opened(source: Union[str, IO[bytes]], name: str):
         raise UserError(f"{name} has no length in its header, as a stream: decode it, and write it to a file")
     # The header is needed only for NIST files. An open stream is part of an ark, which never holds NIST.
     if not _is_whole(f, _read_head(source) if isinstance(source, str) else ""):
-        raise UserError(f"{name} is cut: it ends before its header says")
+        raise UserError(f"{name} is cut: it is shorter than its header states")
     return f
 
 
@@ -194,7 +194,7 @@ def _blocks(f, name: str, start: int, stop: int):
                 raise UserError(f"{name}: sample {number} is {np.abs(x[number - at]).max():g}, and floating-point "
                                 "samples have a full scale of 1: divide by 32768 what was 16-bit")  # fmt: skip
             raise UserError(f"{name}: sample {number} ({number / f.samplerate:.3f} s) is no number (NaN or infinite); "
-                            "make this file anew")  # fmt: skip
+                            "make this file again")  # fmt: skip
         yield x
         at += len(x)
 

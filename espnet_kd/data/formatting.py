@@ -39,7 +39,7 @@ from espnet_kd.data.parallel import map_with_bar
 from espnet_kd.experiments.record import Record
 from espnet_kd.files import PathLike, remove_leftovers, replacing
 
-# Decoding these anew every epoch took a quarter of a small student's training step.
+# Decoding these again every epoch took a quarter of a small student's training step.
 SLOW_TO_DECODE = (".opus", ".ogg", ".mp3")
 MAX_FS = 655_350  # Hz; the limit of FLAC
 VERSION = 3  # part of the settings: raise it when the same settings give other files

@@ -143,7 +143,7 @@ def load_ngram(ngram_file: Union[str, Path], tokens: Sequence[str], unknown: int
     # or the space token, which is never a word.
     if known < LEAST_KNOWN * (known + len(strange)) or SPACE in strange:
         raise UserError(
-            f"the n-gram model {ngram_file} knows {known} of the model's {known + len(strange)} tokens (not "
+            f"the n-gram model {ngram_file} has {known} of the model's {known + len(strange)} tokens (not "
             f"{', '.join(strange[:4])}, …); is it a model of words? Train it on text split into tokens"
         )
     return lm

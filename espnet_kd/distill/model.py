@@ -202,7 +202,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         try:
             return [self.nbest[utt_id] for utt_id in utt_ids]
         except KeyError as e:
-            raise UserError(f"utterance {e} is not in the N-best file; make it anew for this data (stage 7)") from e
+            raise UserError(f"utterance {e} is not in the N-best file; make it again for this data (stage 7)") from e
 
     def _attention_branch(
         self,

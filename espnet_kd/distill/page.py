@@ -48,7 +48,7 @@ class KDStage:
     name: str
     share: float  #: share of the student's training
     keep: Union[str, List[str]]  #: objectives of the previous KD stage that continue with their last weights, or all
-    restart: bool  #: whether optimizer and learning-rate schedule begin anew
+    restart: bool  #: whether optimizer and learning-rate schedule begin again
     ctc_weight: Weight
     ctc_per: str
     attention_weight: Weight

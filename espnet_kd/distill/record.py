@@ -85,7 +85,7 @@ def claim(output_dir: Path, record: Dict[str, Any], plan: Plan) -> int:
             ) from None
         return 0
     except ValueError as e:
-        raise UserError(f"{output_dir / RECORD} is damaged ({e}); remove {output_dir} to train anew") from e
+        raise UserError(f"{output_dir / RECORD} is damaged ({e}); remove {output_dir} to train again") from e
     done = found.pop("finished_kd_stage", 0)
     ended = found.pop("finished", False)
     before = found.get("epochs", 0)

@@ -6,7 +6,7 @@
 | ``speech_volume_normalize`` | peak of each utterance | the same | a teacher brings audio to its own peak |
 | channels | the frontend draws one | the first | several are refused where there is a teacher |
 | ``force_single_channel`` | the first | the first | the same |
-| ``rir_scp``, ``noise_scp``, ``data_aug_effects`` | drawn anew | – | refused with an online teacher |
+| ``rir_scp``, ``noise_scp``, ``data_aug_effects`` | drawn again | – | refused with an online teacher |
 | ``iterator_type: chunk`` | parts of utterances | whole ones | refused with a target cache |
 | ``specaug``, dropout | in the student | – | a teacher has none |
 """

@@ -218,7 +218,7 @@ def read_utterances(data_dir: Union[str, Path], rate: Optional[int] = None) -> L
         except UserError as e:
             raise UserError(f"{data_dir}/wav.scp, utterance {utt_id}: {e}") from e
         if rate is not None and found != rate:
-            raise UserError(f"{data_dir}/wav.scp: {utt_id} has {found} Hz and the model wants {rate} Hz; resample it")
+            raise UserError(f"{data_dir}/wav.scp: {utt_id} has {found} Hz and the model needs {rate} Hz; resample it")
         utterances.append(AudioFile(utt_id, path, samples, found))
     if not utterances:
         raise UserError(f"{data_dir}/wav.scp is empty")

@@ -255,7 +255,7 @@ def _run_model(place: Place, data_home: Path, utterances: Sequence[AudioFile]) -
         shift = measure_frame_shift(model, recogniser.rate or sampling_rate(args))
     wrong = next((u for u in utterances if u.rate != (recogniser.rate or u.rate)), None)
     if wrong is not None:
-        raise UserError(f"it wants {recogniser.rate} Hz, and {wrong.utt_id} has {wrong.rate} Hz")
+        raise UserError(f"it needs {recogniser.rate} Hz, and {wrong.utt_id} has {wrong.rate} Hz")
     with _inside(data_home):
         posteriors, _ = recognise(recogniser, utterances, progress=False)
     return FramePosteriors(recogniser.token_list, shift, posteriors)

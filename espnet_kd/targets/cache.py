@@ -106,7 +106,7 @@ def read_manifest(cache: PathLike) -> Manifest:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content.get("format") != FORMAT:
             raise UserError(
-                f"{path} has format {content.get('format')}, not {FORMAT}; make the cache anew: asr_kd_cache --force"
+                f"{path} has format {content.get('format')}, not {FORMAT}; make the cache again: asr_kd_cache --force"
             )
         policy = content.pop("policy")
         for kind, found in ((Policy, policy), (Manifest, content)):
@@ -122,7 +122,7 @@ def read_manifest(cache: PathLike) -> Manifest:
         raise UserError(f"{cache} is no target cache: it has no {MANIFEST}; asr_kd_cache makes one") from e
     except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError) as e:
         raise UserError(
-            f"{path} is damaged ({type(e).__name__}: {e}); make the cache anew: asr_kd_cache --force"
+            f"{path} is damaged ({type(e).__name__}: {e}); make the cache again: asr_kd_cache --force"
         ) from e
 
 
@@ -148,7 +148,7 @@ def _check_values(manifest: Manifest) -> None:
     if set(manifest.counts) not in (set(), set(COUNTS)) or any(n < 0 for n in manifest.counts.values()):
         wrong.append(f"counts {manifest.counts}")
     if wrong:
-        raise ValueError(f"it says {', '.join(wrong)}")
+        raise ValueError(f"wrong values: {', '.join(wrong)}")
 
 
 def shard_dir(cache: PathLike, number: int) -> Path:

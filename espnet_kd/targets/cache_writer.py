@@ -247,7 +247,7 @@ def write_manifest(cache: Path, manifest: Manifest, token_list: Sequence[str]) -
                 shown = "teacher" if name == "teacher_sha256" else name
                 raise UserError(
                     f"{cache} is a target cache with another {what} ({getattr(there, shown)}; now "
-                    f"{getattr(manifest, shown)}); choose another --output, or --force to make it anew"
+                    f"{getattr(manifest, shown)}); choose another --output, or --force to make it again"
                 )
     else:
         check_place(cache)

@@ -64,7 +64,7 @@ class CachedTeacher:
         found = sum(map(len, ids))
         if found != self.manifest.counts["utterances"]:
             raise UserError(
-                f"{cache} has {found} utterances and its manifest says {self.manifest.counts['utterances']}; {MEND}"
+                f"{cache} has {found} utterances and its manifest counts {self.manifest.counts['utterances']}; {MEND}"
             )
         self._ids = np.concatenate(ids)  # sorted, because asr_kd_cache cuts a sorted list into shards
         self._numbers = np.frombuffer(numbers, dtype=np.int64).reshape(found, -1)

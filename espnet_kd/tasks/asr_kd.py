@@ -242,7 +242,7 @@ def cached_teacher(args: argparse.Namespace, page: Page) -> CachedTeacher:
             if sha256_of(given) != kept:
                 raise UserError(
                     f"--target_cache {args.target_cache} was made with {teacher.manifest.teacher}, which differs from "
-                    f"--teacher {path} in {given.name}; make the cache anew, or leave --teacher out"
+                    f"--teacher {path} in {given.name}; make the cache again, or leave --teacher out"
                 )
     check_utterances(args, teacher, args.target_cache, "asr_kd_cache")
     return teacher

@@ -125,7 +125,7 @@ def _train_part(
         if reached < first - 1:
             raise UserError(
                 f"{output_dir} has finished KD stage {done} by its record ({RECORD}), but its checkpoint is of epoch "
-                f"{reached}, before KD stage {part[0].stage.number} begins; remove {output_dir} to train anew"
+                f"{reached}, before KD stage {part[0].stage.number} begins; remove {output_dir} to train again"
             )
         if part[0].stage.restart and reached == first - 1 > 0:
             forget_optimizer(output_dir)

@@ -44,7 +44,7 @@ def test_every_kind_of_audio(espnet: Path, tmp_path: Path, monkeypatch, kind: st
         u = utts[utt_id]
         found, rate = soundfile.read(u.audio, dtype="int16")
         assert rate == 16000 and u.speaker == "train_nodev-spk" and u.text == ("abc def" if i % 2 else "abc")
-        # Segments are cut, and written anew, by stage 2: within a step of 16 bits.
+        # Segments are cut, and written again, by stage 2: within a step of 16 bits.
         np.testing.assert_allclose(found, expected, atol=1 if kind == "segments" else 0)
     # A file per utterance stays where it is.
     assert all(u.audio.startswith(str(espnet)) for u in utts.values()) == (kind == "flac")

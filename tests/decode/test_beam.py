@@ -318,10 +318,10 @@ def test_ngram_scores_are_added_to_those_of_ctc(tmp_path, weight):
     [
         (None, "cannot read the n-gram model .*No such file"),
         ("hello\n", "cannot read the n-gram model"),
-        (["the", "cat"], "knows 0 of the model's 11 tokens"),
-        (["the", "cat", "a", "i"], r"knows 2 of the model's 11 tokens \(not <space>, b, c, d, …\); is it a model of w"),
-        (["the", "cat", *"abcdefghi"], r"knows 9 of the model's 11 tokens \(not <space>, j"),
-        (["<space>", "the", "cat", *"abc"], r"knows 4 of the model's 11 tokens \(not d, e"),
+        (["the", "cat"], "has 0 of the model's 11 tokens"),
+        (["the", "cat", "a", "i"], r"has 2 of the model's 11 tokens \(not <space>, b, c, d, …\); is it a model of w"),
+        (["the", "cat", *"abcdefghi"], r"has 9 of the model's 11 tokens \(not <space>, j"),
+        (["<space>", "the", "cat", *"abc"], r"has 4 of the model's 11 tokens \(not d, e"),
     ],
 )
 def test_ngram_model_that_is_no_good(tmp_path, content, message):

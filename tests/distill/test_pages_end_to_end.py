@@ -86,7 +86,7 @@ def test_train_resume_and_export(corpus, directory, teacher_dir, nbest, page, mo
     assert list(out.rglob("1epoch.pth"))
     caplog.set_level("INFO")
     asr_kd_train.main(command)
-    assert "from epoch 2" in caplog.text  # gone on, not begun anew
+    assert "from epoch 2" in caplog.text  # gone on, not begun again
     record = json.loads((out / "kd_stage.json").read_text())
     assert record["finished"]
     assert all(torch.isfinite(v).all() for v in torch.load(out / "student.pth", weights_only=True).values())

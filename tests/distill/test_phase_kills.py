@@ -14,7 +14,7 @@ FILES = [
     *[("after", "hand-over", 2), ("after", "hand-over", 3), ("before", "hand-over", 4), ("after", "hand-over", 4)],
     *[("before", "record", 3), ("after", "record", 3)],
 ]
-#: Where a KD stage begins anew with epoch 2: at the end of what is before, and until its first epoch is kept.
+#: Where a KD stage begins again with epoch 2: at the end of what is before, and until its first epoch is kept.
 ANEW = [
     *[("after", "model", 1), ("before", "hand-over", 1), ("after", "hand-over", 1), ("before", "record", 1)],
     *[("after", "record", 1), ("before", "restart"), ("while", "restart"), ("after", "restart"), ("step", 2, 0)],

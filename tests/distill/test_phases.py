@@ -40,7 +40,7 @@ def test_one_after_the_other_as_in_one_run(corpus, teacher_dir, tmp_path, name):
 
 
 def test_each_kd_stage_trains_with_its_own(corpus, teacher_dir, tmp_path):
-    """The learning rate goes on over boundaries, and begins anew only where the page says so."""
+    """The learning rate goes on over boundaries, and begins again only where the page says so."""
     rates = {}
     for name in ("mid", "restart"):
         out = tmp_path / name
@@ -51,10 +51,10 @@ def test_each_kd_stage_trains_with_its_own(corpus, teacher_dir, tmp_path):
         named = [{k for k in stats[e]["train"] if k.startswith("loss_f")} for e in range(1, 5)]
         representation, fkl = "loss_factorized_representation", "loss_factorized_kl"
         assert named == [set(), {representation}, {representation, fkl}, {representation, fkl}]
-    warm, anew = rates["mid"], rates["restart"]
+    warm, again = rates["mid"], rates["restart"]
     assert warm[0] < warm[1] < warm[2]  # eight steps of warm-up, three steps an epoch
     # One epoch of four, hence 2 of its 8 steps of warm-up: higher at once; then 6, from the beginning.
-    assert anew[0] > warm[0] and anew[1] < anew[0] and anew[2] > anew[1]
+    assert again[0] > warm[0] and again[1] < again[0] and again[2] > again[1]
 
 
 def test_two_of_three(corpus, teacher_dir, tmp_path, caplog):

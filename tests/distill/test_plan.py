@@ -125,7 +125,7 @@ def test_a_restart_and_a_boundary_in_the_middle_of_an_epoch(page):
     plan = make_plan(page((0.13, 0.2, 0.67), {}, {"restart": True}), 10)
     assert [p.end for p in plan.phases] == pytest.approx([0.1, 0.3, 1.0])
     assert [[p.stage.number for p in part] for part in plan.parts()] == [[1], [2, 3]]
-    # Left out, the first gives the second no KD stage to begin anew after, but it is the first part all the same.
+    # Left out, the first gives the second no KD stage to begin again after, but it is the first part all the same.
     assert [[p.stage.number for p in part] for part in make_plan(plan.page, 10, [2, 3]).parts()] == [[2, 3]]
 
 

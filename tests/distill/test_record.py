@@ -216,7 +216,7 @@ def test_a_token_list_in_the_yaml(recorded):
 def test_a_damaged_record(recorded, content):
     out, args, plan = recorded
     (out / "kd_stage.json").write_text(content)
-    with pytest.raises(UserError, match="out/kd_stage.json is damaged .*remove .*out to train anew"):
+    with pytest.raises(UserError, match="out/kd_stage.json is damaged .*remove .*out to train again"):
         claim(out, make_record(args, PARSER, plan), plan)
 
 
@@ -356,7 +356,7 @@ def broken(monkeypatch):
 @pytest.mark.faults("losses that are no numbers")
 @pytest.mark.parametrize("patience", [[], ["--patience", "3"]])
 def test_an_epoch_without_an_update(corpus, teacher_dir, tmp_path, broken, patience):
-    """It is not finished, not on the second call either; a mended command begins anew."""
+    """It is not finished, not on the second call either; a mended command begins again."""
     out, page = tmp_path / "student", "kl"
     for _ in range(2):
         with pytest.raises(

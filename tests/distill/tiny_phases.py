@@ -19,7 +19,7 @@ from espnet_kd.tasks import asr_kd, training
 EPOCHS = 4
 #: KD stages end with the first step of epoch 2 and of epoch 3.
 MID = dict(shares=(0.3, 0.25, 0.45))
-#: The second begins anew with epoch 2, and ends with the second step of epoch 3.
+#: The second begins again with epoch 2, and ends with the second step of epoch 3.
 RESTART = dict(shares=(0.3, 0.38, 0.32), restart=2)
 
 
@@ -28,7 +28,7 @@ class Killed(BaseException):
 
 
 def write_page(directory: Path, shares, restart=None, **more) -> Path:
-    """The main method with other shares, and perhaps a KD stage that begins anew."""
+    """The main method with other shares, and perhaps a KD stage that begins again."""
     page = yaml.safe_load((METHODS_DIR / "progressive_fkl.yaml").read_text(encoding="utf-8"))
     for number, (stage, share) in enumerate(zip(page["stages"], shares), 1):
         stage["share"] = share

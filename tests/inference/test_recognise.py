@@ -181,7 +181,7 @@ def test_audio_without_a_header_is_refused(tmp_path):
 
 def test_another_sampling_rate_is_refused(tmp_path):
     tiny_asr.data_dir(tmp_path, {"u1": tiny_asr.audio(0.1, 0)})
-    with pytest.raises(UserError, match="u1 has 16000 Hz and the model wants 8000"):
+    with pytest.raises(UserError, match="u1 has 16000 Hz and the model needs 8000"):
         read_utterances(tmp_path, 8000)
 
 

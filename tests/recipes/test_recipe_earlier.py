@@ -23,7 +23,7 @@ def earlier(egs2):
     recipe.run("--stage", "1", "--stop_stage", "3", *OPTIONS[:2])
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(recipe.dir, filter="data")
-    os.utime(recipe.dir / "exp/stats_train_word/.done")  # it was made after the data, which are made anew here
+    os.utime(recipe.dir / "exp/stats_train_word/.done")  # it was made after the data, which are made again here
     return recipe
 
 

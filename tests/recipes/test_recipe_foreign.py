@@ -42,7 +42,7 @@ def test_hugging_face(mini, tmp_path_factory):
     assert (exp / "student_progressive_fkl/export/model.pth").is_file()
     results = (exp / "RESULTS.md").read_text()
     assert "imported_tiny_model" in results or "teacher" in results
-    # Again: nothing is imported or trained anew.
+    # Again: nothing is imported or trained again.
     again = mini.run("--stage", "3", "--stop_stage", "8", "--teacher", source, "--method", "progressive_fkl", *SMALL)
     assert "is imported already" in again.stdout and "loses" not in again.stdout
     # The N-best and the cache are made of it like of any teacher.

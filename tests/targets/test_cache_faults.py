@@ -252,7 +252,7 @@ def test_another_format_is_refused(corpus, teacher_dir, cache, unbroken):
     text = (cache / "manifest.json").read_text()
     (cache / "manifest.json").write_text(text.replace('"format": 3', '"format": 2'))
     for use in (lambda: CachedTeacher(cache), lambda: asr_kd_cache.main(command(teacher_dir, corpus, cache))):
-        with pytest.raises(UserError, match="has format 2, not 3; make the cache anew: asr_kd_cache --force"):
+        with pytest.raises(UserError, match="has format 2, not 3; make the cache again: asr_kd_cache --force"):
             use()
     asr_kd_cache.main(command(teacher_dir, corpus, cache, "--force"))
     assert_equal(cache, unbroken)
@@ -364,11 +364,11 @@ def test_a_manifest_with_values_that_no_cache_has(cache, name, value):
     content = json.loads((cache / "manifest.json").read_text())
     (content[VALUES[name][0]] if VALUES[name][0] else content)[name] = value
     (cache / "manifest.json").write_text(json.dumps(content))
-    with pytest.raises(UserError, match=r"manifest.json is damaged \(ValueError: it says .*\); make the cache anew"):
+    with pytest.raises(UserError, match=r"manifest.json is damaged \(ValueError: wrong values: .*make the cache again"):
         CachedTeacher(cache)
 
 
 def test_a_manifest_of_nested_lists(cache):
     (cache / "manifest.json").write_text("[" * 100_000)
-    with pytest.raises(UserError, match="manifest.json is damaged .*make the cache anew"):
+    with pytest.raises(UserError, match="manifest.json is damaged .*make the cache again"):
         CachedTeacher(cache)

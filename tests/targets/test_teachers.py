@@ -258,7 +258,7 @@ def test_audio_of_another_rate_is_refused(experiment, of_8_khz, tmp_path):
         (asr_kd_cache, ["--teacher", str(experiment), "--kd_config", "kl", "--output", out]),
         (asr_kd_nbest, ["--teacher", str(experiment), "--output", f"{out}.nbest"]),
     ):
-        with pytest.raises(UserError, match="wav.scp: a has 8000 Hz and the model wants 16000 Hz"):
+        with pytest.raises(UserError, match="wav.scp: a has 8000 Hz and the model needs 16000 Hz"):
             command.main([*argv, "--data_dir", data])
 
 

@@ -73,7 +73,7 @@ def _refuse_lack(path: str, mine: Set[str], other: str, needed: Set[str]) -> Non
     if lacking:
         raise UserError(
             f"{path} lacks {len(lacking)} utterances of {other} ({', '.join(lacking[:5])} …); the data changed after "
-            "the statistics: make them anew (stages 2 to 4 of run.sh)"
+            "the statistics: make them again (stages 2 to 4 of run.sh)"
         )
 
 
