@@ -1,4 +1,4 @@
-"""What each objective adds up, from the pieces that are tested elsewhere: losses, taps, ESPnet's own CTC."""
+"""The value of each objective, compared with its parts that are tested elsewhere: losses, taps, ESPnet's CTC."""
 
 import copy
 from types import SimpleNamespace
@@ -33,7 +33,7 @@ def speech_of(batch):
 
 def test_every_objective_is_on_a_page_or_says_why():
     used = {o.name for p in list_pages() for s in load_page(p).stages for o in s.objectives}
-    assert set(OBJECTIVES.classes) - used == {"attention_kl"}  # an addition for hybrid students, to any page
+    assert set(OBJECTIVES.classes) - used == {"attention_kl"}  # may be added to any page for hybrid students
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_every_objective_is_on_a_page_or_says_why():
 )
 def test_without_ctc_every_frame_has_a_target(stage):
     target = torch.zeros(1, 40, 5)
-    target[:, :, 0], target[:, 3, 2] = 6.0, 9.0  # a single token, and then a long pause
+    target[:, :, 0], target[:, 3, 2] = 6.0, 9.0  # a single token, then a long pause
     logits, lengths = torch.zeros(1, 40, 5, requires_grad=True), torch.tensor([40])
     for objective in stage.objectives:
         made = objective.make()
@@ -174,7 +174,7 @@ def test_self_kd(write_page, frames):
     loss, stats = run(model, batch)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     assert stats["loss_ctc_student"].item() == pytest.approx(ctc(plain, q, lengths, batch).item(), rel=1e-5)
-    # The self-teacher is not pulled: its head learns from its own CTC alone.
+    # KD must not change the self-teacher: its head learns only from its own CTC, whose weight is 0 here.
     model.zero_grad()
     model.plan.phases[0].stage.ctc_weight = 0.0
     run(model, batch)[0].backward()
@@ -191,7 +191,7 @@ def test_the_export_of_self_kd_computes_what_its_head_computed(write_page, name,
     page = page_of(write_page, {"objective": "self_kd", "layer": 0.5}, teacher="none", ctc={"weight": 0.5})
     _, model = adopt(page, conf=conf)
     with torch.no_grad():
-        for p in model.encoder.parameters():  # make after_norm count
+        for p in model.encoder.parameters():  # so that after_norm is no longer the identity
             p.add_(0.1 * torch.randn_like(p))
     batch = tiny_kd.batch()
     _, lengths, _, hidden = encode(model, *speech_of(batch), ["encoder.2"])
@@ -219,7 +219,7 @@ def test_sequence_kd(write_page):
         write_page, {"objective": "sequence_kd", "weight": 0.5, "nbest": 2}, teacher="none", ctc={"weight": 0.5}
     )
     batch = tiny_kd.batch()
-    # One with three hypotheses (the third is not read), one with an empty one, one with a single one.
+    # Utterances with three hypotheses (of which the third is not used), with an empty one, and with a single one.
     nbest = {
         "utt0": [(-1.0, [3, 4]), (-2.0, [3]), (-2.5, [9])],
         "utt1": [(-0.5, [5, 6, 7]), (-3.0, [])],
@@ -266,7 +266,7 @@ def test_consistency_is_two_views_of_each_utterance(write_page, monkeypatch):
     assert weight == 3  # utterances, not views
     speech, (out, lengths) = encoded[0]
     assert torch.equal(speech[:3], speech[3:]) and torch.equal(lengths[:3], lengths[3:])
-    assert not torch.allclose(out[:3], out[3:], atol=1e-3)  # SpecAugment masked them differently
+    assert not torch.allclose(out[:3], out[3:], atol=1e-3)  # SpecAugment masks the two views differently
     log_probs = model.ctc.ctc_lo(out).log_softmax(-1)
     twice = {k: torch.cat([batch[k], batch[k]]) for k in ("text", "text_lengths")}
     value = losses.consistency(log_probs[:3], log_probs[3:], lengths[:3]) * lengths[:3].sum() / 3
@@ -285,7 +285,7 @@ def test_layer_pruning_begins_with_the_teachers_layers(write_page, teacher, monk
         if name.startswith(("encoder.", "ctc.")):
             assert torch.equal(value, theirs[name]), name
     with monkeypatch.context() as m:
-        m.setattr(teacher, "targets", None)  # in training it is not asked
+        m.setattr(teacher, "targets", None)  # must not be called in training
         run(model, tiny_kd.batch())
     assert not torch.equal(plain.ctc.ctc_lo.weight, model.ctc.ctc_lo.weight)
     with pytest.raises(UserError, match=r"layer pruning .* encoder\.\S+ is \(\d.*in the teacher"):
@@ -312,7 +312,7 @@ def test_untranscribed_utterances_are_left_out_of_ctc(write_page, teacher):
         single = {k: v[row : row + 1] for k, v in batch.items()}
         each.append(run(plain, single)[0].item())
     batch["text_lengths"][1] = 0
-    batch["text"][1] = 7  # whatever stands there is not a transcript
+    batch["text"][1] = 7  # with length 0 these labels must not count
     loss, _ = run(model, batch)
     assert loss.item() == pytest.approx((each[0] + each[2]) / 3, rel=1e-4)
     batch["text_lengths"][:] = 0
