@@ -35,7 +35,7 @@ class Far(torch.Tensor):
     """A tensor on the far device."""
 
     inner: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are made by FarDevice
+    __torch_function__ = torch._C._disabled_torch_function_impl  # FarDevice wraps the results
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> Far:

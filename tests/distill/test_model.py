@@ -329,7 +329,7 @@ def test_character_errors_do_not_count_the_padding(write_page):
 
 
 def test_labels_that_do_not_fit_harm_nothing_with_ctc_weight_0(write_page, teacher):
-    """More labels than frames: CTC is infinite, and 0 · ∞ would be NaN."""
+    """With more labels than frames CTC is infinite, and a weight of 0 must not give 0 · ∞, which is NaN."""
     conf = tiny_kd.student_config()
     conf["ctc_conf"] = {"zero_infinity": False}
     _, model = adopt(conf, write_page(one_stage({"objective": "kl"}, ctc={"weight": 0.0})), teacher=teacher)

@@ -22,7 +22,7 @@ from espnet_kd.targets.nbest import weights
 
 
 def ctc(plain, log_probs, lengths, batch):
-    """ESPnet's own CTC of other log-probabilities."""
+    """ESPnet's own CTC loss of the given log-probabilities."""
     labels = torch.cat([t[:n] for t, n in zip(batch["text"], batch["text_lengths"])])
     return plain.ctc.ctc_loss(log_probs.transpose(0, 1), labels, lengths, batch["text_lengths"]).mean()
 
@@ -187,7 +187,7 @@ def test_the_export_of_self_kd_computes_what_its_head_computed(write_page, name,
     conf = {**tiny_asr.config(name, num_blocks=4), "model_conf": {"ctc_weight": ctc_weight}}
     if name == "branchformer":
         conf["encoder_conf"].update(cgmlp_linear_units=32, cgmlp_conv_kernel=7)
-        conf["encoder_conf"]["cgmlp_weight"] = [0.5, 0.4, 0.3, 0.2]  # a value per layer
+        conf["encoder_conf"]["cgmlp_weight"] = [0.5, 0.4, 0.3, 0.2]  # one value per layer
     page = page_of(write_page, {"objective": "self_kd", "layer": 0.5}, teacher="none", ctc={"weight": 0.5})
     _, model = adopt(page, conf=conf)
     with torch.no_grad():
@@ -199,7 +199,7 @@ def test_the_export_of_self_kd_computes_what_its_head_computed(write_page, name,
     cls = OBJECTIVES.get_class("self_kd")
     exported, state = cls.export("self_kd", {"layer": 0.5}, conf, model.state_dict())
     plain = tiny_asr.build(exported, seed=5)
-    plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("kd_heads")})  # no key more or less
+    plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("kd_heads")})  # fails if keys differ
     assert len(plain.encoder.encoders) == 2 and plain.decoder is None
     encoded, encoded_lengths = plain.encode(*speech_of(batch))
     assert torch.equal(lengths, encoded_lengths)
@@ -251,7 +251,7 @@ def test_consistency_is_two_views_of_each_utterance(write_page, monkeypatch):
     page = page_of(write_page, {"objective": "consistency", "weight": 0.2}, teacher="none", ctc={"weight": 1.0})
     plain, model = adopt(page)
     batch = tiny_kd.batch()
-    assert run(model, batch)[1]["loss_consistency"] == 0  # validation: one view
+    assert run(model, batch)[1]["loss_consistency"] == 0  # validation has only one view
     encoded = []
     original = model.encode
 
@@ -263,7 +263,7 @@ def test_consistency_is_two_views_of_each_utterance(write_page, monkeypatch):
     model.train()
     torch.manual_seed(0)
     loss, stats, weight = model(**copy.deepcopy(batch))
-    assert weight == 3  # utterances, not views
+    assert weight == 3  # counts utterances, not views
     speech, (out, lengths) = encoded[0]
     assert torch.equal(speech[:3], speech[3:]) and torch.equal(lengths[:3], lengths[3:])
     assert not torch.allclose(out[:3], out[3:], atol=1e-3)  # SpecAugment masks the two views differently

@@ -225,7 +225,7 @@ HEAD = {"objective": "factorized_representation"}
     ],
 )
 def test_parameters_without_gradient_are_announced(write_page, stages, train, unused):
-    """DDP would wait for these gradients: a decoder without its attention loss, a head without its objective."""
+    """A decoder without its loss, or a head without its objective, gets no gradient, for which DDP would wait."""
     stages = [{"share": 1 / len(stages), "objectives": [{"objective": "kl"}], **stage} for stage in stages]
     assert load_page(str(write_page({"stages": stages, "train": train}))).train.get("unused_parameters") == unused
 

@@ -26,7 +26,7 @@ def test_every_option_that_is_allowed_exists():
     assert set(ALLOWED) <= set(ACTIONS) and set(RESERVED) <= set(ACTIONS) and not set(ALLOWED) & set(RESERVED)
 
 
-#: Options of ESPnet that open, unpickle, download or write the file they name, or that run.sh sets.
+#: Options that could make a training open, unpickle, download or write other files.
 DANGEROUS = (
     *("init_param", "train_data_path_and_name_and_type", "valid_data_path_and_name_and_type", "train_shape_file"),
     *("valid_shape_file", "token_list", "bpemodel", "non_linguistic_symbols", "rir_scp", "noise_scp", "frontend"),

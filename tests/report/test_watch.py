@@ -94,7 +94,7 @@ def test_half_written_files_are_as_if_not_there(exp, capsys):
         (exp / "plain" / name).write_text("{")
     (exp / "student/kd_stage1/kd_stage.json").write_text("[")
     lines = once(exp, capsys)
-    assert lines[0].startswith("plain: training, epoch 4 of ?")  # from the log
+    assert lines[0].startswith("plain: training, epoch 4 of ?")  # the epoch is read from the log
 
 
 @pytest.mark.parametrize("model", ["valid.loss.ave.pth", "valid.acc.ave_10best.pth", "model.pth"])

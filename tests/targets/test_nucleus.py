@@ -50,7 +50,7 @@ def test_as_many_tokens_as_carry_the_mass(mass):
     kept = in_nucleus(targets, mass)
     p = targets.log_probs.exp()
     total = targets.log_blank.exp() + (p * kept).sum(1)
-    less = total - (p * kept).where(kept, torch.inf).amin(1)  # without the last one
+    less = total - (p * kept).where(kept, torch.inf).amin(1)  # without the least likely kept token
     counts = kept.sum(1)
     assert (kept == (torch.arange(20) < counts[:, None])).all() and (counts >= 1).all()
     assert ((total >= mass - 1e-6) | (counts == 20)).all()
@@ -65,7 +65,7 @@ def test_codes_are_off_by_what_is_stated(span):
     log_p = (-below).log_softmax(0)
     codes, spans = quantise(log_p[None])
     assert codes.min() == 0 and 0.95 * LEVELS < codes.max() <= LEVELS
-    assert 0 <= spans.item() - span / SPAN * 255 <= 1 + 1e-6  # rounded up
+    assert 0 <= spans.item() - span / SPAN * 255 <= 1 + 1e-6  # spans are rounded up
     got = dequantise(codes, spans)[0]
     ratio = (got - got[0]) - (log_p - log_p[0])
     allowed = ((spans * SPAN / 255) * below).sqrt() / LEVELS + 0.25 * span / LEVELS**2

@@ -1,4 +1,4 @@
-"""The teacher that runs beside the student."""
+"""The online teacher, which runs beside the student in training."""
 
 import shutil
 

@@ -1,4 +1,4 @@
-"""Several teachers as one."""
+"""Several teachers that are used as one."""
 
 import pytest
 import tiny_kd
