@@ -1,7 +1,7 @@
-"""A device that is far away, without one: tensors that have their values on the CPU and say that they are elsewhere.
+"""A simulated accelerator: tensors that report another device, while their values are on the CPU.
 
-Everything that on a GPU would make the host wait is written down with the place in the code that asked for it. The
-device is called ``meta``, the only one but the CPU that torch always has.
+Every operation for which the host would wait for a GPU is recorded, with the place in the code that called it. The
+device is ``meta``, because that and the CPU are the only devices that torch always has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_map
 
 aten = torch.ops.aten
 DEVICE = torch.device("meta")
-#: Whose values decide about a number in Python or about a shape.
+#: Operations whose result is a Python number or has a shape that depends on values.
 ASKING = {
     aten._local_scalar_dense.default, aten.nonzero.default, aten.masked_select.default, aten.equal.default,
     aten.repeat_interleave.Tensor, aten._unique2.default, aten.is_nonzero.default, aten.unique_consecutive.default,
@@ -24,10 +24,10 @@ ASKING = {
 
 
 class Wait(NamedTuple):
-    """One wait: what was asked, by which package, where."""
+    """One wait: the operation, the package that called it, and the place in the code."""
 
     what: str
-    owner: str  #: espnet_kd, espnet, ctc (torch's CTC, which wants lengths on the host) or other
+    owner: str  #: espnet_kd, espnet, ctc (torch's CTC, which needs the lengths on the host) or other
     where: str
 
 
@@ -35,7 +35,7 @@ class Far(torch.Tensor):
     """A tensor on the far device."""
 
     inner: torch.Tensor
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are made by FarDevice
+    __torch_function__ = torch._C._disabled_torch_function_impl  # FarDevice wraps the results
 
     @staticmethod
     def __new__(cls, inner: torch.Tensor) -> Far:
@@ -50,29 +50,29 @@ class Far(torch.Tensor):
         return f"Far({self.inner!r})"
 
     def new(self, *content: Any) -> torch.Tensor:
-        """Of a list, or of sizes; torch's own passes FarDevice by."""
+        """Like torch's ``new`` with a list or with sizes; torch's own version bypasses FarDevice."""
         if isinstance(content[0], list):
             return torch.tensor(content[0], dtype=self.dtype).to(self.device)
         return self.new_empty(content)
 
     def tolist(self) -> Any:
-        """torch's own is not for subclasses."""
+        """torch's own version does not support subclasses."""
         return self.cpu().tolist()
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        return FarDevice().__torch_dispatch__(func, types, args, kwargs)  # nobody notes its waits
+        return FarDevice().__torch_dispatch__(func, types, args, kwargs)  # outside FarDevice nobody reads its waits
 
 
 class FarDevice(TorchDispatchMode):
-    """While it is on, far tensors may be computed with; ``waits`` are those that there were."""
+    """The mode in which far tensors work. ``waits`` is the list of waits since it was entered."""
 
     def __init__(self) -> None:
         super().__init__()
         self.waits: List[Wait] = []
 
     def __enter__(self) -> FarDevice:
-        # torch.tensor makes its tensor here, and has it copied, where FarDevice sees it.
+        # Then torch.tensor creates its tensor on the CPU and copies it in a second operation, which FarDevice records.
         self._lifts = torch._C._only_lift_cpu_tensors()
         torch._C._set_only_lift_cpu_tensors(True)
         return super().__enter__()
@@ -97,7 +97,7 @@ class FarDevice(TorchDispatchMode):
             return args[0]
         if not goes_far:
             return out
-        # What is worked on in place stays what it is.
+        # After an in-place operation the result must be the same far tensor.
         wrap = lambda x: owners[id(x)] if id(x) in owners else Far(x)  # noqa: E731
         return tree_map(lambda x: wrap(x) if type(x) is torch.Tensor else x, out)
 
@@ -128,10 +128,10 @@ class FarDevice(TorchDispatchMode):
 
 
 def send(x: Any) -> Any:
-    """Tensors in ``x`` on the far device."""
+    """A copy of ``x`` with its tensors on the far device."""
     return tree_map(lambda y: Far(y.detach().clone()) if isinstance(y, torch.Tensor) else y, x)
 
 
 def move(model: torch.nn.Module) -> None:
-    """Parameters and buffers of a model, and its teacher's, to the far device."""
+    """Move the parameters and buffers of a model and its teacher to the far device."""
     model._apply(lambda x: Far(x.detach().clone()))

@@ -1,4 +1,4 @@
-"""What does not fit is refused before training starts."""
+"""A student, teacher or page that do not fit together are refused before training starts."""
 
 from contextlib import nullcontext
 
@@ -90,9 +90,9 @@ def adopt_with_ctc_weight_0(fkl, teacher):
 
 
 def test_a_kind_of_ctc_that_takes_other_arguments(fkl, teacher):
-    """ESPnet's gtnctc and brctc want frames and labels in another shape."""
+    """ESPnet's gtnctc and brctc take frames and labels in another shape."""
     student = tiny_asr.build(tiny_kd.student_config())
-    student.ctc.ctc_type = "brctc"  # its library is not here
+    student.ctc.ctc_type = "brctc"  # set afterwards, because the library of brctc is not installed
     with pytest.raises(UserError, match="ctc_type brctc is not supported here; use ctc_type: builtin"):
         ESPnetASRKDModel.adopt(student, make_plan(fkl, 1), teacher, Progress(), 16000.0)
 
@@ -121,6 +121,6 @@ def test_an_objective_that_needs_a_teacher_on_a_page_without_one(write_page):
 
 def test_frames_that_cannot_be_aligned_are_refused_before_training(fkl, teacher_dir, monkeypatch):
     teacher = OnlineTeacher(teacher_dir)
-    monkeypatch.setattr(teacher, "frame_shift", 3 * teacher.frame_shift)  # claims lengths that it does not give
+    monkeypatch.setattr(teacher, "frame_shift", 3 * teacher.frame_shift)  # its frames do not fit this shift
     with pytest.raises(UserError, match="differ by more than two frames"):
         adopt(tiny_kd.student_config(), fkl, teacher=teacher)

@@ -1,4 +1,4 @@
-"""What is looked at before training begins."""
+"""Checks of data and disk space before training begins."""
 
 import shutil
 from collections import namedtuple
@@ -16,7 +16,7 @@ Usage = namedtuple("Usage", "total used free")
 
 @pytest.fixture
 def own(corpus, tmp_path):
-    """A copy of the tiny corpus that may be broken, and the command line of a training on it."""
+    """A copy of the tiny corpus, which a test may damage, and the command line of a training on it."""
     copy = tmp_path / "corpus"
     shutil.copytree(corpus.dir, copy)
     text = (copy / "train" / "wav.scp").read_text()
@@ -85,7 +85,7 @@ def test_a_full_disk_is_refused_before_training(corpus, teacher_dir, tmp_path, m
 
 
 def test_room_is_counted_as_it_is_taken(corpus, tmp_path, monkeypatch):
-    """What training leaves is no more than what was asked for, and not a small part of it; a resume needs less."""
+    """The required disk space is at least what training writes, and at most three times that; a resume needs less."""
     options = corpus.options(tmp_path / "out", "--use_tensorboard", "false", max_epoch=2)
     args = ASRKDTask.get_parser().parse_args(options)
     model = ASRKDTask.build_model(args)

@@ -1,4 +1,4 @@
-"""Packages, token models and parameters that options of training need: seen before the first step."""
+"""Packages, token models and parameters that training options need are checked before the first step."""
 
 import importlib.util
 
@@ -17,7 +17,7 @@ KL = ["--kd_config", "kl"]
 
 
 def refused(options, match, out):
-    """Before training, in one line."""
+    """Assert that the options are refused before training, with an error of one line."""
     with pytest.raises(UserError, match=match) as e:
         asr_kd_train.main(options)
     assert "\n" not in str(e.value) and not list(out.glob("**/*.pth"))
@@ -44,14 +44,14 @@ def test_packages_that_are_not_installed(corpus, tmp_path, monkeypatch, module, 
 
 
 def test_tokens_that_cannot_be_made(corpus, tmp_path):
-    """g2p_en without the data that it downloads."""
+    """g2p_en cannot work without the data that it downloads."""
     options = corpus.options(tmp_path / "out", "--token_type", "phn", "--g2p", "g2p_en")
     refused(options, "^--token_type phn, --g2p g2p_en: no tokens can be made of the transcripts: ", tmp_path)
 
 
 @pytest.fixture
 def bpe(tmp_path):
-    """(SentencePiece model, token list) of a corpus' letters."""
+    """(SentencePiece model, token list) of the letters of a corpus."""
     import sentencepiece
 
     text = tmp_path / "text"
@@ -71,7 +71,7 @@ def bpe_options(corpus, tmp_path, tokens, *more):
 
 
 def test_token_models(corpus, tmp_path, bpe):
-    """Absent, something else, or with more or fewer pieces than the list."""
+    """Refused: no model, a missing file, another kind of file, a model with more or fewer pieces than the list."""
     model, tokens = bpe
     refused(bpe_options(corpus, tmp_path, tokens), "^--token_type bpe needs --bpemodel", tmp_path)
     gone = str(tmp_path / "gone.model")
@@ -89,7 +89,7 @@ def test_token_models(corpus, tmp_path, bpe):
 
 @pytest.fixture
 def other(tmp_path):
-    """A model of another width, and one with statistics."""
+    """A directory with a model of another width, and a state without encoder but with an unknown parameter."""
     wide = tiny_asr.config(output_size=24)
     tiny_asr.save(tiny_asr.build(wide), wide, tmp_path / "wide")
     plain = tiny_asr.config()
@@ -111,7 +111,7 @@ def test_parameters_that_do_not_fit(corpus, other):
 
 
 def test_what_espnet_takes_of_a_file(other):
-    """The same names as ESPnet's own loader gives."""
+    """``selected`` finds the parameters that ESPnet's own loader changes."""
     from espnet2.torch_utils.load_pretrained_model import load_pretrained_model
 
     file = str(other / "wide/valid.loss.ave.pth")
@@ -132,7 +132,7 @@ def test_parameters_that_fit_are_taken(corpus, other):
 
 
 def test_audio_of_another_rate_is_refused(corpus, tmp_path, teacher_dir):
-    """Without a teacher, too: inference refuses it."""
+    """Also without a teacher, because inference would refuse such audio later."""
     for more in ([], ["--teacher", str(teacher_dir), *KL]):
         options = corpus.options(tmp_path / "out", "--frontend_conf", "fs=8000", *more)
         refused(options, r"train/wav.scp: utterance train0 has 16000 Hz, .* 8000 Hz; resample", tmp_path)
@@ -161,7 +161,7 @@ def test_loudness_that_the_teacher_does_not_know_is_refused(corpus, tmp_path, te
 
 
 def test_a_token_list_in_the_yaml(corpus, tmp_path):
-    """As a saved configuration has it."""
+    """The token list may be a list in the YAML, as in a configuration that ESPnet saved."""
     from espnet_kd.distill.checks.configuration import check_configuration
 
     content = yaml.safe_load(corpus.config().read_text())
@@ -177,7 +177,7 @@ def test_a_token_list_in_the_yaml(corpus, tmp_path):
 
 @pytest.mark.parametrize("content, message", [("nan", "2 of 40 features .* no number"), (None, "no such file")])
 def test_statistics_of_the_users_own(corpus, tmp_path, content, message):
-    """In whatever directory they lie."""
+    """A statistics file outside of the recipe's directories is checked too."""
     stats = tmp_path / "mine.npz"
     if content:
         total = np.zeros(40)

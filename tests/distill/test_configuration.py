@@ -1,4 +1,7 @@
-"""Student and teacher YAML: what ESPnet would let pass, or die of later, is refused with its place in the file."""
+"""Errors in a student's or teacher's YAML are refused with their place in the file.
+
+ESPnet would ignore them or fail later.
+"""
 
 from pathlib import Path
 
@@ -75,7 +78,7 @@ def test_refused(check, content, message):
 
 
 def test_taken(check):
-    """What ESPnet's recipes write though the signature says otherwise."""
+    """Values in ESPnet's recipes that differ from the type in the signature are accepted."""
     args = check({
         "optim": "adam", "optim_conf": {"lr": 1, "betas": [0.9, 0.98]}, "frontend_conf": {"fs": "16k"},
         "max_epoch": "7", "grad_clip": "1e-1", "patience": "none", "keep_nbest_models": 5, "encoder": "Conformer",

@@ -1,6 +1,6 @@
-"""Two processes on CPU (gloo): an epoch of each KD stage leaves both ranks with the same parameters, bit for bit.
+"""Two processes on CPU (gloo): after an epoch of each KD stage both ranks have the same parameters, bit for bit.
 
-The last of three KD stages begins with a fresh optimizer, in a new group of processes.
+The last of three KD stages begins with a fresh optimizer, in a new process group.
 """
 
 import json
@@ -15,7 +15,7 @@ from espnet_kd.experiments.models import load_state
 
 pytestmark = pytest.mark.trains
 
-# What a rank runs: the real command; the teacher of rank 1 is made to say blank everywhere.
+# The program of each rank: the real command, with a teacher that outputs blank everywhere on rank 1.
 DRIVER = """
 import hashlib, json, sys
 import torch
@@ -69,7 +69,10 @@ json.dump(result, open(out, "w"))
 
 
 def run_ranks(directory, cmd, name="rank", expected=0):
-    """What both ranks leave; ``expected``: the exit code of each, and their logs unless it is 0."""
+    """Run the command on two ranks and return the result of each. ``expected`` is their exit code.
+
+    If it is not 0, the result is the end of each log.
+    """
     cmd += ["--dist_backend", "gloo", "--dist_world_size", "2", "--dist_init_method", f"file://{directory}/meet"]
     cmd += ["--multiprocessing_distributed", "false", "--use_tensorboard", "false"]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -98,7 +101,7 @@ def ranks(tmp_path_factory, corpus, teacher_dir, restarting):
 
 
 def test_heads_views_decoder_and_a_rank_without_transcripts(tmp_path, corpus, write_page):
-    """All that a hybrid student may be trained with, where one rank's batches hold no transcript at all."""
+    """A hybrid student with many objectives, while the batches of one rank have no transcripts."""
     conf = {**tiny_asr.config("conformer", output_size=24), "model_conf": {"ctc_weight": 0.5}}
     teacher = tiny_asr.save(tiny_asr.build(conf, seed=1, sharpen=4.0), conf, tmp_path / "teacher")
     names = ("kl", "inter_kd", "self_kd", "consistency", "attention_kl", "weighted_representation")
@@ -119,13 +122,13 @@ def test_parameters_of_both_ranks_are_bit_equal(ranks):
     assert first["names"] == second["names"]
     assert any(n.startswith("kd_heads.") for n in first["names"][1])
     assert first["parameters"] == second["parameters"]
-    assert len(set(first["parameters"])) == 2  # of KD stages 1 and 2 together, and of 3
+    assert len(set(first["parameters"])) == 2  # one model for KD stages 1 and 2, one for 3
     ends = [load_state(directory / "student" / d / "student.pth") for d in ("kd_stage1", "kd_stage2", ".")]
-    assert len({str(state["ctc.ctc_lo.bias"].tolist()) for state in ends}) == 3  # each KD stage did train
+    assert len({str(state["ctc.ctc_lo.bias"].tolist()) for state in ends}) == 3  # each KD stage changed the student
 
 
 def test_the_case_was_the_hard_one(ranks):
-    """An odd number of utterances, and a rank that never saw a non-blank frame."""
+    """The number of utterances was odd, and on one rank the teacher had no non-blank frame."""
     _, (first, second) = ranks
     assert sum(first["sizes"] + second["sizes"]) == 3 * (9 + 3)  # three epochs, training and validation
     assert first["sizes"] != second["sizes"]
@@ -145,7 +148,7 @@ def test_only_the_first_rank_wrote(ranks):
 
 @pytest.mark.faults("losses that are no numbers")
 def test_an_epoch_without_an_update_is_taken_back(tmp_path, corpus, teacher_dir):
-    """By the first rank, before the other leaves with an error."""
+    """The first rank removes the epoch's files before the other rank ends with an error."""
     cmd = corpus.options(tmp_path / "student", "--teacher", str(teacher_dir), "--kd_config", "kl", max_epoch=1)
     for log in run_ranks(tmp_path, cmd, "broken", expected=1):
         assert "student: no step of epoch 1 had finite gradients" in log

@@ -1,4 +1,4 @@
-"""Export: a folder and a zip that stock ESPnet decodes wherever they lie."""
+"""Export: stock ESPnet decodes the folder and the zip from any directory."""
 
 import json
 import os
@@ -20,7 +20,7 @@ from espnet_kd.experiments.portable import PORTABLE
 
 
 def with_statistics(directory, **changes):
-    """An experiment with global_mvn in a recipe's directory, its paths relative to that."""
+    """Create a recipe directory with a global_mvn experiment whose paths are relative to the recipe."""
     recipe = directory / "recipe"
     (recipe / "exp").mkdir(parents=True)
     rng = np.random.default_rng(3)
@@ -48,7 +48,7 @@ import nltk
 nltk.download = lambda *a, **k: False
 import numpy, torch
 """
-#: After the lines of an export's README, which leave ``student``.
+#: Runs after the lines of an export's README, which define ``student``.
 LOGITS = """
 speech = torch.from_numpy(soundfile.read("speech.wav")[0].astype("float32"))[None]
 with torch.no_grad():
@@ -59,7 +59,7 @@ print("TEXT", repr(text))
 
 
 def stock(place, code):
-    """Run code in a directory with speech.wav, without this package; its text and logits."""
+    """Run code in a directory with speech.wav, without this package, and return its text and logits."""
     place.mkdir()
     soundfile.write(place / "speech.wav", tiny_asr.audio(1.5, 5), 16000, subtype="PCM_16")
     env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
@@ -83,7 +83,7 @@ def own_logits(experiment):
 
 @pytest.fixture
 def moved(tmp_path, monkeypatch):
-    """An export that has been moved elsewhere, what it was made from gone."""
+    """An export that was moved, while its experiment is no longer at the old path; and the student's logits."""
     recipe = with_statistics(tmp_path)
     monkeypatch.chdir(recipe)
     export("exp/student")
@@ -97,7 +97,7 @@ def moved(tmp_path, monkeypatch):
 
 @pytest.mark.trains
 def test_folder_and_zip_are_decoded_anywhere(moved, record_property):
-    """By the lines of the README, from a directory that has nothing to do with it."""
+    """The lines of the README work in an unrelated directory."""
     place, expected = moved
     text, logits = stock(place / "elsewhere", readme_lines(place / "folder"))
     zipped = (
@@ -198,7 +198,7 @@ def test_an_entry_that_was_changed_is_refused(moved, changes):
 
 @pytest.fixture
 def bpe(tmp_path, monkeypatch):
-    """A recipe whose student has BPE pieces."""
+    """A recipe whose student uses BPE tokens."""
     import sentencepiece
 
     (tmp_path / "text").write_text("one two three four five six seven eight nine ten\n" * 20)
@@ -222,7 +222,7 @@ def test_a_student_with_bpe_is_decoded_anywhere(bpe, tmp_path, monkeypatch):
     lines = readme_lines(bpe / "exp/student/export")
     plain = lines.replace('{**options, "bpemodel": str(folder / "bpe.model")}', "options")
     assert plain != lines
-    in_place, _ = stock(tmp_path / "here", plain)  # where it was made, decode.yaml is enough
+    in_place, _ = stock(tmp_path / "here", plain)  # in its recipe an export needs only decode.yaml
     (bpe / "exp/student/export").rename(tmp_path / "folder")
     (bpe / "exp/student/export.zip").rename(tmp_path / "export.zip")
     bpe.rename(tmp_path / "gone")

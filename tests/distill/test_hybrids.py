@@ -1,4 +1,4 @@
-"""Students and teachers with an attention decoder: KL on its posteriors, and every method beside it."""
+"""Students and teachers with an attention decoder: KL on the decoder's posteriors, and every method on their CTC."""
 
 import pytest
 import tiny_asr
@@ -34,7 +34,8 @@ def test_attention_kl(write_page, tmp_path, transcribed):
     loss, stats = run(model, batch)
     if not rows:
         assert stats["loss_attention_kl"] == 0 and loss == 0
-        # As a rank of a parallel run whose batch has no transcript: the same statistics, every parameter a gradient.
+        # Ranks of a parallel run must have the same statistics and a gradient for every parameter, even if the batch
+        # of one rank has no transcript.
         full, wanted = tiny_kd.batch(), set()
         for which, keys in ((full, wanted), (batch, set())):
             model.zero_grad()
@@ -45,7 +46,7 @@ def test_attention_kl(write_page, tmp_path, transcribed):
         assert keys == wanted
         return
     kl, labels, attention = 0.0, 0, 0.0
-    for row in rows:  # each alone
+    for row in rows:  # each utterance alone
         text, n = batch["text"][row : row + 1], batch["text_lengths"][row : row + 1]
         outs = []
         for m in (plain, teacher._model):
@@ -70,12 +71,12 @@ def test_attention_kl_needs_decoders(write_page, teacher, tmp_path):
 
 @pytest.mark.parametrize("method", [p for p in list_pages() if p not in ("layer_pruning", "delayed_kd")])
 def test_every_method_works_on_the_ctc_branch_of_a_hybrid(method, tmp_path):
-    """Hybrid student and teacher; a finite loss that reaches encoder and decoder wherever labels are on."""
+    """The loss is finite. It reaches the encoder always, and the decoder wherever the CTC weight is not 0."""
     page = load_page(method)
     batch = tiny_kd.batch()
     nbest = {u: [(-1.0, [3, 4])] for u in batch["utt_id"]}
     teacher = hybrid_teacher(tmp_path / "teacher") if page.teacher == "required" else None
-    if method == "self_kd":  # begins with the teacher's layers, and must be like it
+    if method == "self_kd":  # the student starts as a copy of the teacher and needs the same encoder
         conf = deeper(**HYBRID)
         teacher = OnlineTeacher(tiny_asr.save(tiny_asr.build(conf, seed=1), conf, tmp_path / "like"))
     for stage in page.stages:

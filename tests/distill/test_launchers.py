@@ -1,4 +1,4 @@
-"""KD training by two processes on CPU (gloo), started as on several machines: slurm by ESPnet's launcher, torchrun."""
+"""KD training in two processes on CPU (gloo), started as on several machines by ESPnet's slurm launcher or torchrun."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import yaml
 from espnet_kd.cli import UserError
 from espnet_kd.tasks.training import await_finish
 
-#: Stand-ins for Kaldi's slurm.pl and for slurm itself: each of the machines that are asked for is a process here.
+#: Replacements for Kaldi's slurm.pl and slurm's srun: each requested machine is a local process.
 SLURM_PL = """#!/usr/bin/env bash
 set -eu
 while [[ "$1" == --* ]]; do
@@ -47,7 +47,7 @@ def env(tmp_path):
 
 
 def check(out: Path, log: str) -> None:
-    """All KD stages were trained, in two groups of processes one after the other, of which one process logged."""
+    """Check that all KD stages were trained, and that only one of the processes logged the epochs."""
     record = json.loads((out / "kd_stage.json").read_text())
     assert record["finished"] and record["finished_kd_stage"] == 3
     for sub in ("kd_stage1", "kd_stage2", ""):

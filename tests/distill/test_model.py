@@ -1,4 +1,4 @@
-"""The KD model: ESPnet's own loss where no objective is on, a teacher that stays out of the way, one scale."""
+"""The KD model: without objectives its loss is ESPnet's, the teacher is not part of it, KD and CTC are on one scale."""
 
 import copy
 
@@ -24,10 +24,10 @@ def one_stage(*objectives, **stage):
 
 
 def adopt(conf, page, stage=None, teacher=None, progress=None, seed=0, sharpen=1.0, nbest=None):
-    """The plain student, and the same adopted; ``stage``: for this KD stage alone."""
+    """The plain student and a KD model of a copy. With ``stage``, the plan has only this KD stage."""
     plain = tiny_asr.build(conf, seed=seed, sharpen=sharpen)
     with torch.no_grad():
-        plain.ctc.ctc_lo.bias[-1] = 0.0  # tiny_asr's ban of <sos/eos> is for decoding
+        plain.ctc.ctc_lo.bias[-1] = 0.0  # undo tiny_asr's low bias of <sos/eos>, which is for decoding
     page = page if hasattr(page, "stages") else load_page(str(page))
     progress = progress or Progress()
     plan = make_plan(page, progress.max_epoch, stage and [stage])
@@ -35,7 +35,7 @@ def adopt(conf, page, stage=None, teacher=None, progress=None, seed=0, sharpen=1
 
 
 def in_stage(page, number, teacher, conf=None, **more):
-    """A student in training by a page, in the middle of a KD stage."""
+    """A KD model in training mode, with its progress in the middle of a KD stage."""
     progress = Progress(steps_per_epoch=10_000)
     model = adopt(conf or tiny_kd.student_config(), page, teacher=teacher, progress=progress, **more)[1]
     phase = model.plan.phase(number)
@@ -78,7 +78,7 @@ def test_without_objectives_it_is_espnets_model(write_page, training, model_conf
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-6 * max(1, expected.item()))
     torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
     for key, value in expected_stats.items():
-        # ESPnet's character error rates read the padding (cer_ctc), or are not kept (InterCTC's).
+        # ESPnet's character error rates count the padding (cer_ctc), or this model does not compute them (InterCTC).
         if value is not None and not key.startswith("cer_"):
             torch.testing.assert_close(stats[key], value, rtol=1e-6, atol=1e-6, check_dtype=False)
     assert ("loss_att" in stats) == (model_conf.get("ctc_weight", 1.0) < 1)
@@ -122,7 +122,7 @@ def test_the_optimiser_sees_the_heads(fkl, teacher):
     model(**tiny_kd.batch())[0].backward()
     optimizer.step()
     assert not torch.equal(head.weight, before)
-    # What is stepped is what the objective uses.
+    # The objective uses the very parameter that the optimizer updates.
     (objective,) = {id(o): o for terms in model.terms for spec, o, _ in terms if spec.has_head}.values()
     assert objective.heads[0].weight is head.weight
 
@@ -141,7 +141,7 @@ def spied(teacher, monkeypatch):
 
 
 def test_the_teacher_hears_unaugmented_audio(fkl, teacher_dir, monkeypatch):
-    """SpecAugment changes what the student says from call to call, and never what the teacher does."""
+    """SpecAugment changes the student's outputs from call to call, but never the teacher's."""
     teacher = OnlineTeacher(teacher_dir)
     alone = teacher.targets((), *(tiny_kd.batch()[k] for k in ("speech", "speech_lengths"))).logits
     model = in_stage(fkl, 3, teacher)
@@ -165,7 +165,7 @@ def test_the_teacher_moves_with_the_student(fkl, teacher_dir):
     floats = [p for p in teacher._model.state_dict().values() if p.is_floating_point()]
     assert {p.dtype for p in floats} == {torch.float64}
     assert model.kd_heads["factorized_representation"][0].weight.dtype == torch.float64
-    # In float64 the whole step runs, to the last statistic.
+    # A whole step works in float64, including every statistic.
     loss, stats, _ = model.eval()(**tiny_kd.batch(dtype=torch.float64))
     assert loss.dtype == torch.float64 and stats["loss_kd"].isfinite()
     loss.backward()
@@ -226,17 +226,17 @@ def keep_gradient(outputs):
 def with_ctc():
     pages = [load_page(str(p)) for p in sorted(METHODS_DIR.glob("*.yaml"))]
     losses_of = [(p, s) for p in pages for s in p.stages if s.ctc_weight and s.objectives]
-    # One has no loss; and two views of an untrained student hardly differ yet.
+    # layer_pruning has no loss, and for consistency two views of an untrained student hardly differ.
     return [(p, s) for p, s in losses_of if s.objectives[0].name not in ("layer_pruning", "consistency")]
 
 
 @pytest.mark.parametrize("page, stage", with_ctc(), ids=lambda x: getattr(x, "method", getattr(x, "name", "")))
 def test_kd_and_ctc_are_on_one_scale(page, stage, teacher):
-    """At initialisation their gradients on the logits are within a factor of 10, for every page."""
-    seconds = (5.0, 3.0, 4.0)  # of real utterances' length: per frame, KD would be far too weak
+    """At initialisation the gradients of KD and CTC on the logits are within a factor of 10, for every page."""
+    seconds = (5.0, 3.0, 4.0)  # as long as real utterances: a KD loss per frame would be far too weak
     batch = tiny_kd.batch(tuple(int(s * 16000) for s in seconds))
     nbest = {u: [(-1.0, [3, 4, 5, 6]), (-2.0, [3, 4, 5])] for u in batch["utt_id"]}
-    # In the middle of the KD stage: ramps have left their beginning, and what it keeps counts.
+    # In the middle of the KD stage, because there ramps are above their start and kept objectives count.
     model = in_stage(page, stage.number, teacher, nbest=nbest)
     phase = model.plan.phase(stage.number)
     heads = [m for m in (model.ctc, *getattr(model, "kd_heads", {}).values()) for m in m.modules()]
@@ -250,7 +250,7 @@ def test_kd_and_ctc_are_on_one_scale(page, stage, teacher):
         phase.stage = copy.copy(stage)
         if which == "kd":
             phase.stage.ctc_weight = 0.0
-            if stage.objectives[0].name in ("inter_kd", "self_kd"):  # their value holds CTC of other heads
+            if stage.objectives[0].name in ("inter_kd", "self_kd"):  # these include the CTC of other heads
                 model._ctc = lambda now, log_probs, *_: log_probs[..., :0].sum()
         else:
             model.terms = [[] for _ in terms]
@@ -307,7 +307,7 @@ def test_ctc_per_label(write_page):
 
 
 def test_character_errors_do_not_count_the_padding(write_page):
-    """ESPnet's own cer_ctc reads padded frames."""
+    """ESPnet's own cer_ctc would count padded frames."""
     _, model = adopt(tiny_kd.student_config(), write_page(PLAIN), sharpen=30.0)
     batch = tiny_kd.batch((16000, 6000))
     with torch.no_grad():
@@ -329,7 +329,7 @@ def test_character_errors_do_not_count_the_padding(write_page):
 
 
 def test_labels_that_do_not_fit_harm_nothing_with_ctc_weight_0(write_page, teacher):
-    """More labels than frames: CTC is infinite, and 0 · ∞ would be NaN."""
+    """With more labels than frames CTC is infinite, and a weight of 0 must not give 0 · ∞, which is NaN."""
     conf = tiny_kd.student_config()
     conf["ctc_conf"] = {"zero_infinity": False}
     _, model = adopt(conf, write_page(one_stage({"objective": "kl"}, ctc={"weight": 0.0})), teacher=teacher)
@@ -351,15 +351,15 @@ def test_ramped_weights_follow_progress(write_page, teacher):
     for progress.epoch in (2, 4, 5):
         stats = model.train()(**tiny_kd.batch())[1]
         ratios.append((stats["loss_kd"] / stats["loss_blank_kl"]).item())
-        stats = model.eval()(**tiny_kd.batch())[1]  # validation: what the training ends with
+        stats = model.eval()(**tiny_kd.batch())[1]  # validation uses the final weights
         assert stats["loss_kd"].item() == pytest.approx(4 * stats["loss_blank_kl"].item())
     assert ratios == pytest.approx([1, 3, 4])
-    progress.epoch = 1  # 0 at first: it is not computed
+    progress.epoch = 1  # the weight is 0 at first, and the loss is not computed
     assert "loss_blank_kl" not in model.train()(**tiny_kd.batch())[1]
 
 
 def test_a_slower_student(write_page, teacher):
-    """60 ms against the teacher's 40: aligned, and every objective runs."""
+    """Frames of 60 ms are aligned with the teacher's of 40 ms, and objectives of logits and hidden states work."""
     conf = tiny_kd.student_config()
     conf["encoder_conf"]["input_layer"] = "conv2d6"
     entry = [{"objective": "factorized_kl"}, {"objective": "factorized_representation"}]

@@ -1,4 +1,4 @@
-"""What objectives read of a teacher: what a target cache has to keep for them, and no more."""
+"""Each objective declares which teacher outputs it uses; a target cache keeps these and no more."""
 
 import numpy as np
 import pytest
@@ -19,13 +19,13 @@ ALL, NONBLANK = "all", "nonblank"
         ("blank_kl", {"temperature": 2.0}, Needs(NONBLANK, (2.0,))),
         ("factorized_kl", {}, Needs(NONBLANK)),
         ("factorized_kl", {"nonblank_on_blank_weight": 0.5}, Needs(ALL)),
-        # Of the guide the argmax alone, at temperature 1.
+        # guided_ctc uses only the teacher's argmax, at temperature 1.
         ("guided_ctc", {"temperature": 2.0}, Needs(NONBLANK)),
         ("factorized_representation", {"taps": [["encoder", "encoder.2"]]}, Needs(NONBLANK, (), ("encoder.2",))),
         ("weighted_representation", {}, Needs(NONBLANK, (), ("encoder",))),
         ("inter_kd", {"temperature": 4.0}, Needs(ALL, (4.0,))),
         ("attention_kl", {}, Needs(NONBLANK, (), ("decoder",))),
-        # No outputs of a teacher at all.
+        # These use no teacher outputs at all.
         ("inter_ctc", {}, Needs()),
         ("self_kd", {"temperature": 2.0}, Needs()),
         ("layer_pruning", {}, Needs()),

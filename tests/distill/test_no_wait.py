@@ -1,7 +1,7 @@
-"""No objective makes the host wait for a GPU: on tensors without values a step that needs one fails.
+"""No objective makes the host wait for a GPU: on tensors without values, a step that reads a value fails.
 
-Fake tensors have shapes alone. Whatever depends on a value, be it a shape, an ``if`` or a number in Python, is an
-error; copies between host and device, which fake tensors allow, are refused by ``NoCopies``.
+Fake tensors have only shapes. Anything that depends on a value (a shape, an ``if``, a Python number) is an error.
+Fake tensors allow copies between host and device, which ``NoCopies`` refuses.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from espnet_kd.inference.encode import EncoderOutputs
 from espnet_kd.topk import compress
 
 UTTS, FRAMES, WIDTH, VOCABULARY, LABELS = 4, 12, 8, 9, 3
-#: Objective → further options of the page, beside none.
+#: Objective → options to test in addition to the defaults.
 OPTIONS = {
     "kl": [{"frames": {"rule": rule, **options}} for rule, options in (
         ("elimination", {}), ("symmetric", {"n": 2}), ("trim", {}), ("threshold", {"theta": 0.1}),
@@ -56,7 +56,7 @@ class NoCopies(TorchDispatchMode):
 
 
 class TransformerEncoder(torch.nn.Module):
-    """So much of ESPnet's as objectives look at."""
+    """The part of ESPnet's encoder that objectives use."""
 
     def __init__(self):
         super().__init__()
@@ -67,7 +67,7 @@ class TransformerEncoder(torch.nn.Module):
 
 
 def models():
-    """What ``place`` and ``build`` look at, of the student and of the teacher."""
+    """The parts of the student and the teacher that ``place`` and ``build`` use."""
     head = SimpleNamespace(ctc_lo=SimpleNamespace(out_features=VOCABULARY))
     student = SimpleNamespace(encoder=TransformerEncoder(), ctc=head, token_list=["a"] * VOCABULARY)
     return student, SimpleNamespace(hidden_size=WIDTH, name="teacher")
@@ -82,13 +82,13 @@ def outputs(frames, shift, views=1):
 
 
 def ctc(log_probs, lengths, text=None, text_lengths=None, weights=None):
-    """Stands for the model's: reads all that it is given."""
+    """A replacement for the model's CTC that uses all its arguments."""
     total = log_probs.sum() + lengths.sum()
     return total if text is None else total + text.sum() + text_lengths.sum() + weights.sum()
 
 
 def step(name, options, cached):
-    """One step of an objective: the loss and the student's tensors. The teacher is at another frame rate."""
+    """Run one step of an objective; return the loss and the student's tensors. The teacher has another frame rate."""
     objective = OBJECTIVES.get_class(name)(**options)
     student_model, teacher_model = models()
     objective.place(student_model)
@@ -128,7 +128,7 @@ def test_nothing_is_copied_between_host_and_device(name, options, cached):
 @pytest.mark.parametrize("name", ["kl", "blank_kl", "factorized_kl"])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_kernels_are_launched_without_a_value(name, device, monkeypatch):
-    """What is around them; they themselves are replaced."""
+    """This covers the code around the kernels; the kernel launch itself is replaced."""
     fused = pytest.importorskip("espnet_kd.losses.fused", reason="needs Triton")
     launched = []
     monkeypatch.setattr(fused, "launch", lambda kernel, *args, **options: launched.append(kernel))
@@ -138,7 +138,7 @@ def test_the_kernels_are_launched_without_a_value(name, device, monkeypatch):
         student.logits.requires_grad_()
         frames = fr.select(target.logits, target.lengths, "symmetric", n=1)
         loss = getattr(losses, name)(student.logits, target.logits, target.lengths, frames=frames)
-        if device == "cpu":  # autograd wants a real device
+        if device == "cpu":  # autograd needs a real device
             loss.backward()
             assert student.logits.grad.shape == student.logits.shape
     assert len(launched) == (3 if device == "cpu" else 2)

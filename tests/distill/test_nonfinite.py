@@ -1,4 +1,4 @@
-"""Losses that are not finite: named, skipped, counted; too many end the training."""
+"""Batches with a non-finite loss are named, skipped and counted; too many end the training."""
 
 import math
 import shutil
@@ -22,7 +22,7 @@ from espnet_kd.targets.online import OnlineTeacher
 
 
 class Fragile(torch.nn.Module):
-    """Stands for an ESPnet model, with batch normalisation."""
+    """A replacement for an ESPnet model with batch normalisation."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,10 @@ def test_all_utterances_are_named_where_no_audio_is_at_fault(watched, caplog):
 
 @pytest.fixture
 def late_device(monkeypatch):
-    """Values are looked at when :func:`flush` is called, as on a GPU when they have come over; else in no way."""
+    """Simulate a GPU, whose values arrive later: they are read only once a test appends to the list that this gives.
+
+    On ``synchronize`` they arrive too.
+    """
     arrived = []
 
     class Event:
@@ -87,7 +90,7 @@ def late_device(monkeypatch):
 
 @pytest.mark.faults("losses that are no numbers")
 def test_where_looking_is_a_wait_a_step_is_told_of_later(late_device, caplog):
-    """With its own epoch and step; the running statistics are put back at once, without a look."""
+    """The message has the epoch and step of the batch. The running statistics are restored at once, without waiting."""
     model, progress = Fragile(), Progress()
     losses = NonFiniteLosses(2, progress)
     losses.watch(model)
@@ -127,7 +130,7 @@ def test_the_limit_is_of_an_epoch_and_of_validation_too(watched):
 
 @pytest.fixture
 def with_nan(corpus, tmp_path):
-    """The tiny corpus with an utterance of training whose samples are no numbers, as a broken float WAV has them."""
+    """The tiny corpus with a NaN sample in one training utterance, as in a damaged float WAV file."""
     copy = tmp_path / "corpus"
     shutil.copytree(corpus.dir, copy)
     waves = [line.split() for line in (copy / "train" / "wav.scp").read_text().splitlines()]
@@ -173,7 +176,7 @@ def test_a_teacher_that_says_nonsense_of_one_utterance(corpus, teacher_dir, tmp_
 
 
 def test_a_training_that_moves_nothing_does_not_count_as_finished(corpus, tmp_path, monkeypatch):
-    """ESPnet ends it after the epoch, without an error; called again, it would go on after that epoch."""
+    """ESPnet would end it after the epoch without an error, and a second call would continue after that epoch."""
     forward = ESPnetASRModel.forward
 
     def broken(self, *args, **kwargs):

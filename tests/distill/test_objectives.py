@@ -1,4 +1,4 @@
-"""What each objective adds up, from the pieces that are tested elsewhere: losses, taps, ESPnet's own CTC."""
+"""The value of each objective, compared with its parts that are tested elsewhere: losses, taps, ESPnet's CTC."""
 
 import copy
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from espnet_kd.targets.nbest import weights
 
 
 def ctc(plain, log_probs, lengths, batch):
-    """ESPnet's own CTC of other log-probabilities."""
+    """ESPnet's own CTC loss of the given log-probabilities."""
     labels = torch.cat([t[:n] for t, n in zip(batch["text"], batch["text_lengths"])])
     return plain.ctc.ctc_loss(log_probs.transpose(0, 1), labels, lengths, batch["text_lengths"]).mean()
 
@@ -33,7 +33,7 @@ def speech_of(batch):
 
 def test_every_objective_is_on_a_page_or_says_why():
     used = {o.name for p in list_pages() for s in load_page(p).stages for o in s.objectives}
-    assert set(OBJECTIVES.classes) - used == {"attention_kl"}  # an addition for hybrid students, to any page
+    assert set(OBJECTIVES.classes) - used == {"attention_kl"}  # may be added to any page for hybrid students
 
 
 @pytest.mark.parametrize(
@@ -41,7 +41,7 @@ def test_every_objective_is_on_a_page_or_says_why():
 )
 def test_without_ctc_every_frame_has_a_target(stage):
     target = torch.zeros(1, 40, 5)
-    target[:, :, 0], target[:, 3, 2] = 6.0, 9.0  # a single token, and then a long pause
+    target[:, :, 0], target[:, 3, 2] = 6.0, 9.0  # a single token, then a long pause
     logits, lengths = torch.zeros(1, 40, 5, requires_grad=True), torch.tensor([40])
     for objective in stage.objectives:
         made = objective.make()
@@ -174,7 +174,7 @@ def test_self_kd(write_page, frames):
     loss, stats = run(model, batch)
     torch.testing.assert_close(loss, expected, rtol=1e-5, atol=1e-4)
     assert stats["loss_ctc_student"].item() == pytest.approx(ctc(plain, q, lengths, batch).item(), rel=1e-5)
-    # The self-teacher is not pulled: its head learns from its own CTC alone.
+    # KD must not change the self-teacher: its head learns only from its own CTC, whose weight is 0 here.
     model.zero_grad()
     model.plan.phases[0].stage.ctc_weight = 0.0
     run(model, batch)[0].backward()
@@ -187,11 +187,11 @@ def test_the_export_of_self_kd_computes_what_its_head_computed(write_page, name,
     conf = {**tiny_asr.config(name, num_blocks=4), "model_conf": {"ctc_weight": ctc_weight}}
     if name == "branchformer":
         conf["encoder_conf"].update(cgmlp_linear_units=32, cgmlp_conv_kernel=7)
-        conf["encoder_conf"]["cgmlp_weight"] = [0.5, 0.4, 0.3, 0.2]  # a value per layer
+        conf["encoder_conf"]["cgmlp_weight"] = [0.5, 0.4, 0.3, 0.2]  # one value per layer
     page = page_of(write_page, {"objective": "self_kd", "layer": 0.5}, teacher="none", ctc={"weight": 0.5})
     _, model = adopt(page, conf=conf)
     with torch.no_grad():
-        for p in model.encoder.parameters():  # make after_norm count
+        for p in model.encoder.parameters():  # so that after_norm is no longer the identity
             p.add_(0.1 * torch.randn_like(p))
     batch = tiny_kd.batch()
     _, lengths, _, hidden = encode(model, *speech_of(batch), ["encoder.2"])
@@ -199,7 +199,7 @@ def test_the_export_of_self_kd_computes_what_its_head_computed(write_page, name,
     cls = OBJECTIVES.get_class("self_kd")
     exported, state = cls.export("self_kd", {"layer": 0.5}, conf, model.state_dict())
     plain = tiny_asr.build(exported, seed=5)
-    plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("kd_heads")})  # no key more or less
+    plain.load_state_dict({k: v for k, v in state.items() if not k.startswith("kd_heads")})  # fails if keys differ
     assert len(plain.encoder.encoders) == 2 and plain.decoder is None
     encoded, encoded_lengths = plain.encode(*speech_of(batch))
     assert torch.equal(lengths, encoded_lengths)
@@ -219,7 +219,7 @@ def test_sequence_kd(write_page):
         write_page, {"objective": "sequence_kd", "weight": 0.5, "nbest": 2}, teacher="none", ctc={"weight": 0.5}
     )
     batch = tiny_kd.batch()
-    # One with three hypotheses (the third is not read), one with an empty one, one with a single one.
+    # Utterances with three hypotheses (of which the third is not used), with an empty one, and with a single one.
     nbest = {
         "utt0": [(-1.0, [3, 4]), (-2.0, [3]), (-2.5, [9])],
         "utt1": [(-0.5, [5, 6, 7]), (-3.0, [])],
@@ -251,7 +251,7 @@ def test_consistency_is_two_views_of_each_utterance(write_page, monkeypatch):
     page = page_of(write_page, {"objective": "consistency", "weight": 0.2}, teacher="none", ctc={"weight": 1.0})
     plain, model = adopt(page)
     batch = tiny_kd.batch()
-    assert run(model, batch)[1]["loss_consistency"] == 0  # validation: one view
+    assert run(model, batch)[1]["loss_consistency"] == 0  # validation has only one view
     encoded = []
     original = model.encode
 
@@ -263,10 +263,10 @@ def test_consistency_is_two_views_of_each_utterance(write_page, monkeypatch):
     model.train()
     torch.manual_seed(0)
     loss, stats, weight = model(**copy.deepcopy(batch))
-    assert weight == 3  # utterances, not views
+    assert weight == 3  # counts utterances, not views
     speech, (out, lengths) = encoded[0]
     assert torch.equal(speech[:3], speech[3:]) and torch.equal(lengths[:3], lengths[3:])
-    assert not torch.allclose(out[:3], out[3:], atol=1e-3)  # SpecAugment masked them differently
+    assert not torch.allclose(out[:3], out[3:], atol=1e-3)  # SpecAugment masks the two views differently
     log_probs = model.ctc.ctc_lo(out).log_softmax(-1)
     twice = {k: torch.cat([batch[k], batch[k]]) for k in ("text", "text_lengths")}
     value = losses.consistency(log_probs[:3], log_probs[3:], lengths[:3]) * lengths[:3].sum() / 3
@@ -285,7 +285,7 @@ def test_layer_pruning_begins_with_the_teachers_layers(write_page, teacher, monk
         if name.startswith(("encoder.", "ctc.")):
             assert torch.equal(value, theirs[name]), name
     with monkeypatch.context() as m:
-        m.setattr(teacher, "targets", None)  # in training it is not asked
+        m.setattr(teacher, "targets", None)  # must not be called in training
         run(model, tiny_kd.batch())
     assert not torch.equal(plain.ctc.ctc_lo.weight, model.ctc.ctc_lo.weight)
     with pytest.raises(UserError, match=r"layer pruning .* encoder\.\S+ is \(\d.*in the teacher"):
@@ -312,7 +312,7 @@ def test_untranscribed_utterances_are_left_out_of_ctc(write_page, teacher):
         single = {k: v[row : row + 1] for k, v in batch.items()}
         each.append(run(plain, single)[0].item())
     batch["text_lengths"][1] = 0
-    batch["text"][1] = 7  # whatever stands there is not a transcript
+    batch["text"][1] = 7  # with length 0 these labels must not count
     loss, _ = run(model, batch)
     assert loss.item() == pytest.approx((each[0] + each[2]) / 3, rel=1e-4)
     batch["text_lengths"][:] = 0

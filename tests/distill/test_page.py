@@ -1,4 +1,4 @@
-"""Method pages: read strictly, every refusal naming the place and what was meant."""
+"""Method pages are read strictly: every error names the place in the page and, if there is one, a similar name."""
 
 import sys
 from copy import deepcopy
@@ -60,8 +60,8 @@ def test_the_main_page():
     ]
     assert [s.keep for s in page.stages] == [[], ["blank_kl"], ["factorized_representation"]]
     assert [(s.ctc_weight, s.restart) for s in page.stages] == [(1.0, False)] * 3
-    # The projection of the representation has a gradient in part of the training; CTC chooses the model, as in the
-    # student's own configuration.
+    # The projection of the representation gets a gradient in part of the training only. The page sets no criterion for
+    # the best model, because CTC chooses it in the student's own configuration.
     assert page.train == {"unused_parameters": True}
 
 
@@ -202,7 +202,7 @@ def test_refused(write_page, content, message):
 
 
 def test_the_good_page_is_good(write_page):
-    load_page(str(write_page(GOOD)))  # else the refusals above mean nothing
+    load_page(str(write_page(GOOD)))  # if this failed, the tests of refusals above would prove nothing
 
 
 HEAD = {"objective": "factorized_representation"}
@@ -225,7 +225,7 @@ HEAD = {"objective": "factorized_representation"}
     ],
 )
 def test_parameters_without_gradient_are_announced(write_page, stages, train, unused):
-    """A hybrid's decoder gets none where its branch is off, a head where its objective is: DDP would wait for it."""
+    """A decoder without its loss, or a head without its objective, gets no gradient, for which DDP would wait."""
     stages = [{"share": 1 / len(stages), "objectives": [{"objective": "kl"}], **stage} for stage in stages]
     assert load_page(str(write_page({"stages": stages, "train": train}))).train.get("unused_parameters") == unused
 
@@ -313,7 +313,7 @@ def test_an_objective_from_outside(write_page, outside, options, attributes):
     name = f"outside_kd.{'Needy' if 'size' in options else 'Short' if 'norm' in options else 'Mine'}"
     page = load_page(str(write_page(edited("stages", 0, "objectives", 0, {"objective": name, **options}))))
     spec = page.stages[0].objectives[0]
-    assert spec.key == name.split(".")[1]  # in statistics and under kd_heads, where dots are forbidden
+    assert spec.key == name.split(".")[1]  # the key of statistics and kd_heads must not contain dots
     assert attributes.items() <= vars(spec.make()).items()
 
 
@@ -335,7 +335,7 @@ def test_refused_from_outside(write_page, outside, entry, message):
 
 
 def test_a_page_is_read_without_what_it_names(write_page, outside, capsys, caplog):
-    """By asr_kd_page; with --import_objectives its module runs, and its options are checked."""
+    """asr_kd_page does not import objectives. With --import_objectives it does, and checks their options."""
     path = str(write_page(edited("stages", 0, "objectives", 0, {"objective": "outside_kd.Mine", "strenght": 1})))
     asr_kd_page.main([path])
     assert "outside_kd" not in sys.modules and "stages=" in capsys.readouterr().out
@@ -343,7 +343,8 @@ def test_a_page_is_read_without_what_it_names(write_page, outside, capsys, caplo
     with pytest.raises(UserError, match="unknown key 'strenght'; did you mean 'strength'"):
         asr_kd_page.main([path, "--import_objectives"])
     assert "outside_kd" in sys.modules
-    script = Path(__file__).resolve().parents[2] / "egs2/TEMPLATE/asr_kd1/kd_functions.sh"  # it imports what it trains
+    # The recipes do import them, because training does too.
+    script = Path(__file__).resolve().parents[2] / "egs2/TEMPLATE/asr_kd1/kd_functions.sh"
     calls = [line for line in script.read_text().splitlines() if "asr_kd_page" in line]
     assert calls and all("--import_objectives" in line for line in calls)
 

@@ -1,4 +1,4 @@
-"""Every page of conf/methods: two steps, an interruption, the rest, export, stock decoding."""
+"""Every page of conf/methods: one epoch of two steps, an interruption, the other epochs, export, stock decoding."""
 
 import json
 import os
@@ -19,10 +19,10 @@ from espnet_kd.distill.schedule import EpochHooks
 from espnet_kd.experiments.checkpoints import load_checkpoint
 
 PAGES = list_pages()
-#: What a page's student must be, where tiny_asr's will not do.
+#: Page → encoder options of its student, where the default of tiny_asr does not fit.
 STUDENTS = {
     "layer_pruning": {"output_size": 24, "num_blocks": 2},  # as wide as the teacher
-    "self_kd": {"output_size": 24, "num_blocks": 3},  # the teacher's encoder
+    "self_kd": {"output_size": 24, "num_blocks": 3},  # the same encoder as the teacher
     "inter_kd": {"num_blocks": 4},
 }
 STREAMING = dict(
@@ -49,12 +49,12 @@ def nbest(corpus, directory):
 
 
 def options(corpus, directory, page, teacher_dir, nbest):
-    """The command line of a student by ``page``, two steps an epoch and two epochs a KD stage."""
+    """The command line that trains a student with ``page``: two steps per epoch, two epochs per KD stage."""
     encoder = {"encoder_conf": {**tiny_kd.student_config()["encoder_conf"], **STUDENTS.get(page, {})}}
     if page == "delayed_kd":
         encoder = STREAMING
     config = yaml.safe_load(corpus.config().read_text())
-    if page in ("layer_pruning", "self_kd"):  # features like the teacher's too
+    if page in ("layer_pruning", "self_kd"):  # these need the features of the teacher too
         config.update(normalize="utterance_mvn", normalize_conf={})
     stages = len(load_page(page).stages)
     own = tiny_kd.write_yaml(directory / f"{page}.yaml", {**config, **encoder, "num_iters_per_epoch": 2})
@@ -86,7 +86,7 @@ def test_train_resume_and_export(corpus, directory, teacher_dir, nbest, page, mo
     assert list(out.rglob("1epoch.pth"))
     caplog.set_level("INFO")
     asr_kd_train.main(command)
-    assert "from epoch 2" in caplog.text  # gone on, not begun again
+    assert "from epoch 2" in caplog.text  # it resumed instead of starting again
     record = json.loads((out / "kd_stage.json").read_text())
     assert record["finished"]
     assert all(torch.isfinite(v).all() for v in torch.load(out / "student.pth", weights_only=True).values())
@@ -102,7 +102,7 @@ def test_train_resume_and_export(corpus, directory, teacher_dir, nbest, page, mo
 
 
 def test_stock_espnet_decodes_them_all(directory, corpus):
-    """In one process in which espnet_kd cannot be imported."""
+    """All exports are decoded in one process, in which espnet_kd cannot be imported."""
     exports = [p for p in PAGES if (directory / p / "export").is_dir()]
     if not exports:
         pytest.skip("nothing was exported: run the whole file")
@@ -135,7 +135,7 @@ def test_stock_espnet_decodes_them_all(directory, corpus):
 
 
 def test_a_method_of_your_own_as_the_readme_has_it(corpus, directory, teacher_dir, monkeypatch):
-    """The function, its test, the class and the page in conf/methods/README.md, from outside the package."""
+    """The function, its test, the class and the page of conf/methods/README.md work from outside the package."""
     readme = (METHODS_DIR / "README.md").read_text(encoding="utf-8")
     section = readme[readme.index("## A method of your own") :]
     code, page, test = re.findall(r"```(?:python|yaml)\n(.*?)```", section, re.DOTALL)

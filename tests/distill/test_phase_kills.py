@@ -1,11 +1,11 @@
-"""A kill in each KD stage and at each boundary: the same command ends with the bits of an unbroken training."""
+"""After a kill in each KD stage and at each boundary, the same command gives the student of an unbroken training."""
 
 import pytest
 from tiny_phases import MID, RESTART, Killed, assert_same, train, write_page
 
 pytestmark = pytest.mark.trains
 
-#: By step: in each KD stage, at the first step of each, and at the ends of epochs.
+#: (epoch, step) in each KD stage, at the first step of each, and at the last steps of epochs.
 STEPS = [(1, 0), (1, 2), (2, 0), (2, 1), (2, 2), (3, 0), (3, 1), (4, 0), (4, 2)]
 FILES = [
     *[("before", "checkpoint", 2), ("while", "checkpoint", 1), ("while", "checkpoint", 2), ("while", "checkpoint", 3)],
@@ -14,7 +14,7 @@ FILES = [
     *[("after", "hand-over", 2), ("after", "hand-over", 3), ("before", "hand-over", 4), ("after", "hand-over", 4)],
     *[("before", "record", 3), ("after", "record", 3)],
 ]
-#: Where a KD stage begins again with epoch 2: at the end of what is before, and until its first epoch is kept.
+#: For a KD stage that restarts with epoch 2: from the end of the stage before until its own first epochs are saved.
 ANEW = [
     *[("after", "model", 1), ("before", "hand-over", 1), ("after", "hand-over", 1), ("before", "record", 1)],
     *[("after", "record", 1), ("before", "restart"), ("while", "restart"), ("after", "restart"), ("step", 2, 0)],
@@ -25,7 +25,7 @@ MOMENTS = [*(("mid", ("step", *s)) for s in STEPS), *(("mid", f) for f in FILES)
 
 @pytest.fixture(scope="module")
 def unbroken(corpus, teacher_dir, tmp_path_factory):
-    """{name: (page, a training that nobody killed)}."""
+    """{name: (page, directory of a training without a kill)}."""
     runs = {}
     for name, page in (("mid", MID), ("restart", RESTART)):
         directory = tmp_path_factory.mktemp(name)
@@ -86,5 +86,5 @@ def test_killed_in_one_of_the_stages_of_run_sh(corpus, teacher_dir, unbroken, tm
         except Killed:
             kills += 1
             train(*command)
-    assert kills  # twice where the end of one process and the beginning of the next do the same
+    assert kills  # two kills where one process ends and the next begins at the same moment
     assert_same(whole, out)

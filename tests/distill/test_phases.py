@@ -1,4 +1,4 @@
-"""KD stages as one training: in one run or one after the other, by every kind of target and student."""
+"""KD stages in one run or one after the other give the same student, with every kind of target and student."""
 
 import json
 import shutil
@@ -24,7 +24,7 @@ PAGES = {"mid": MID, "restart": RESTART, "whole epochs": dict(shares=(0.25, 0.25
 
 @pytest.mark.parametrize("name", PAGES)
 def test_one_after_the_other_as_in_one_run(corpus, teacher_dir, tmp_path, name):
-    """Bit for bit; where a KD stage ends in the middle of an epoch, ``--kd_stage`` trains that epoch to its end."""
+    """The results agree bit for bit. If a KD stage ends within an epoch, ``--kd_stage`` trains that whole epoch."""
     page, one, other = write_page(tmp_path, **PAGES[name]), tmp_path / "one", tmp_path / "other"
     train(corpus, one, page, "--teacher", teacher_dir)
     ends = [stage["epochs"][1] for stage in json.loads((one / "kd_stage.json").read_text())["stages"]]
@@ -40,7 +40,7 @@ def test_one_after_the_other_as_in_one_run(corpus, teacher_dir, tmp_path, name):
 
 
 def test_each_kd_stage_trains_with_its_own(corpus, teacher_dir, tmp_path):
-    """The learning rate goes on over boundaries, and begins again only where the page says so."""
+    """Each KD stage has its own losses. The learning rate goes on across stages and restarts only with ``restart``."""
     rates = {}
     for name in ("mid", "restart"):
         out = tmp_path / name
@@ -51,10 +51,11 @@ def test_each_kd_stage_trains_with_its_own(corpus, teacher_dir, tmp_path):
         named = [{k for k in stats[e]["train"] if k.startswith("loss_f")} for e in range(1, 5)]
         representation, fkl = "loss_factorized_representation", "loss_factorized_kl"
         assert named == [set(), {representation}, {representation, fkl}, {representation, fkl}]
-    warm, again = rates["mid"], rates["restart"]
-    assert warm[0] < warm[1] < warm[2]  # eight steps of warm-up, three steps an epoch
-    # One epoch of four, hence 2 of its 8 steps of warm-up: higher at once; then 6, from the beginning.
-    assert again[0] > warm[0] and again[1] < again[0] and again[2] > again[1]
+    warm, anew = rates["mid"], rates["restart"]
+    assert warm[0] < warm[1] < warm[2]  # eight steps of warm-up, three steps per epoch
+    # KD stage 1 has one epoch of four, and therefore 2 of the 8 warm-up steps: its rate rises faster. After the
+    # restart the other 6 warm-up steps begin at 0.
+    assert anew[0] > warm[0] and anew[1] < anew[0] and anew[2] > anew[1]
 
 
 def test_two_of_three(corpus, teacher_dir, tmp_path, caplog):
@@ -69,7 +70,7 @@ def test_two_of_three(corpus, teacher_dir, tmp_path, caplog):
     assert not (one / "kd_stage2").exists()
     record = json.loads((one / "kd_stage.json").read_text())
     assert record["kd_stages"] == json.loads((one / "experiment.json").read_text())["kd_stages"] == [1, 3]
-    # The representation would be kept of KD stage 2, which is not trained; so would its projection.
+    # KD stage 3 keeps the representation of stage 2. As stage 2 is left out, neither it nor its projection exists.
     assert [[o["objective"] for o in s["objectives"]] for s in record["stages"]] == [
         ["blank_kl"],
         ["blank_kl", "factorized_kl"],
@@ -78,12 +79,12 @@ def test_two_of_three(corpus, teacher_dir, tmp_path, caplog):
 
 
 def test_a_kd_stage_that_training_has_left_long_ago(corpus, teacher_dir, tmp_path):
-    """One command of all KD stages was killed in the third; then each is given for itself, as run.sh does."""
+    """A command for all KD stages was killed in the third. Then each stage has its own command, as in run.sh."""
     page, one, other = write_page(tmp_path, **MID), tmp_path / "one", tmp_path / "other"
     train(corpus, one, page, "--teacher", teacher_dir)
     with pytest.raises(Killed):
         train(corpus, other, page, "--teacher", teacher_dir, kill_at=("step", 4, 1))
-    (other / "2epoch.pth").rename(tmp_path / "2epoch.pth")  # as if it were not among the best
+    (other / "2epoch.pth").rename(tmp_path / "2epoch.pth")  # as if it had been removed because it is not among the best
     for number in (1, 2, 3):
         train(corpus, other, page, "--teacher", teacher_dir, "--kd_stage", number)
         assert json.loads((other / "kd_stage.json").read_text())["finished_kd_stage"] == number
@@ -92,7 +93,7 @@ def test_a_kd_stage_that_training_has_left_long_ago(corpus, teacher_dir, tmp_pat
 
 
 def test_a_restart_of_what_comes_first(corpus, teacher_dir, tmp_path):
-    """There is no KD stage before it whose optimizer could be forgotten."""
+    """If a KD stage with ``restart`` is trained first, there is no optimizer to restart."""
     page, out = write_page(tmp_path, **RESTART), tmp_path / "student"
     train(corpus, out, page, "--teacher", teacher_dir, "--kd_stages", 2, 3)
     assert [s["epochs"] for s in json.loads((out / "kd_stage.json").read_text())["stages"]] == [[1, 2], [2, 4]]
@@ -108,7 +109,7 @@ def by_cache(corpus, teacher_dir, directory):
 
 
 def in_half_precision(corpus, teacher_dir, directory):
-    """Without a GPU ESPnet's scaler is there, and does nothing."""
+    """On a CPU ESPnet's gradient scaler exists but does nothing."""
     return dict(more=["--teacher", teacher_dir, "--use_amp", "true"])
 
 
@@ -119,7 +120,7 @@ def hybrid(corpus, teacher_dir, directory):
 
 
 def by_nbest(corpus, teacher_dir, directory):
-    """A KD stage without, one with, and one that keeps the N-best."""
+    """KD stage 1 uses no N-best, stage 2 does, and stage 3 keeps that objective."""
     ids = [line.split()[0] for n in ("train", "valid") for line in (corpus.dir / n / "text").read_text().splitlines()]
     (directory / "nbest").write_text("".join(f"{u} {r} {-r}.5 {' '.join('abcde'[r:])}\n" for u in ids for r in (1, 2)))
     stages = [
@@ -132,7 +133,7 @@ def by_nbest(corpus, teacher_dir, directory):
 
 
 def untranscribed(corpus, teacher_dir, directory):
-    """Three of nine have no transcript."""
+    """Three of nine training utterances have no transcript."""
     own = tiny_kd.Corpus(directory / "corpus")
     for file, empty in (("text", ""), ("text_shape.char", f"0,{len(tiny_asr.TOKENS)}")):
         lines = (own.dir / "train" / file).read_text().splitlines()
@@ -142,7 +143,7 @@ def untranscribed(corpus, teacher_dir, directory):
 
 
 def unlabelled(corpus, teacher_dir, directory):
-    """No text at all, and no CTC."""
+    """There is no text at all, and therefore no CTC."""
     page = write_page(directory, **MID, ctc={"weight": 0.0})
     return dict(page=page, text=False, more=["--teacher", teacher_dir])
 
@@ -153,7 +154,7 @@ CASES = [by_cache, in_half_precision, hybrid, by_nbest, untranscribed, unlabelle
 @pytest.mark.faults("a training killed in each KD stage and at each boundary")
 @pytest.mark.parametrize("case", CASES, ids=lambda f: f.__name__)
 def test_every_kind_of_target_and_student(corpus, teacher_dir, tmp_path, case, record_property):
-    """Through all KD stages; killed in the second and in the third, it ends with the same bits."""
+    """A training that is killed in KD stages 2 and 3 gives the same student, bit for bit, as one without a kill."""
     setting = {"corpus": corpus, "page": write_page(tmp_path, **MID), **case(corpus, teacher_dir, tmp_path)}
     own, page, more = (setting.pop(k) for k in ("corpus", "page", "more"))
     command, changes = (page, *more), setting
@@ -163,7 +164,7 @@ def test_every_kind_of_target_and_student(corpus, teacher_dir, tmp_path, case, r
         with pytest.raises(Killed):
             train(own, other, *command, kill_at=moment, **changes)
     train(own, other, *command, **changes)
-    if case is unlabelled:  # chosen by KD
+    if case is unlabelled:  # the best model is chosen by loss_kd
         for out in (one, other):
             shutil.copy(out / "valid.loss_kd.ave.pth", out / "valid.loss_ctc.ave.pth")
     assert_same(one, other)
@@ -185,7 +186,7 @@ def test_what_is_kept_counts_with_its_last_weight(fkl, teacher):
 
 
 def test_one_loss_goes_while_the_other_comes(fkl, teacher):
-    """FKL contains the binary loss: within the first 4 % of the last KD stage their weights add up to its last."""
+    """FKL contains the binary KL: in the first 4 % of the last KD stage their weights always add up to FKL's last."""
     model = in_stage(fkl, 3, teacher)
     phase, progress, found = model.plan.phase(3), model.progress, []
     for done in (0.0, 0.01, 0.02, 0.03, 0.05):
@@ -199,7 +200,7 @@ def test_one_loss_goes_while_the_other_comes(fkl, teacher):
 
 
 def test_the_teacher_runs_where_an_objective_reads_it(write_page_of, teacher, monkeypatch):
-    """Not where its objectives have weight 0: in the KD stages without it, before a ramp, after one."""
+    """The teacher does not run where its objectives have weight 0: in a KD stage without one, or before a ramp."""
     ramp = {"objective": "kl", "weight": {"start": 0.0, "end": 1.0, "begin": 0.5}}
     page = write_page_of({"share": 0.4}, {"share": 0.4, "objectives": [ramp]}, {"share": 0.2, "keep": "all"})
     progress = Progress(steps_per_epoch=10)
@@ -217,7 +218,7 @@ def write_page_of(write_page):
 
 
 def test_validation_is_the_same_in_every_epoch(fkl, teacher):
-    """It counts with what the training ends with, so that epochs can be compared: all that changes is the student."""
+    """Validation uses the final weights in every epoch, so that a difference between epochs comes from the student."""
     progress = Progress(max_epoch=100, steps_per_epoch=10)
     model = adopt(tiny_kd.student_config(), fkl, teacher=teacher, progress=progress)[1].eval()
     found = []
@@ -234,7 +235,7 @@ def test_validation_is_the_same_in_every_epoch(fkl, teacher):
 
 
 def test_ctc_of_a_later_kd_stage_alone(write_page_of, teacher):
-    """In training CTC is off at first; validation has it from the beginning."""
+    """In training CTC is off at first, but validation includes it from the beginning."""
     kl = {"objectives": [{"objective": "kl"}]}
     page = write_page_of({"share": 0.5, "ctc": {"weight": 0.0}, **kl}, {"share": 0.5, **kl})
     model = in_stage(load_page(str(page)), 1, teacher)
@@ -245,7 +246,7 @@ def test_ctc_of_a_later_kd_stage_alone(write_page_of, teacher):
 
 
 def test_a_head_is_the_same_in_all_kd_stages(fkl, teacher):
-    """Made once: the projection of KD stage 2 goes on in KD stage 3, with what it has learnt."""
+    """The projection of KD stage 2 is created once, and KD stage 3 continues to train it."""
     _, model = adopt(tiny_kd.student_config(), fkl, teacher=teacher)
     objectives = {spec.key: set() for terms in model.terms for spec, *_ in terms}
     for terms in model.terms:
@@ -260,14 +261,14 @@ def test_patience_may_end_the_last_kd_stage_only(corpus, teacher_dir, tmp_path, 
     monkeypatch.setattr(Reporter, "check_early_stopping", lambda self, patience, *criterion: True)
     page, out = write_page(tmp_path, **MID), tmp_path / "student"
     train(corpus, out, page, "--teacher", teacher_dir, "--patience", 1, max_epoch=6)
-    # KD stage 2 ends in epoch 4; epoch 5 is the first that may be the last.
+    # KD stage 2 ends in epoch 4, so that patience may end the training after epoch 5 at the earliest.
     assert sorted(read_checkpoint(out / "checkpoint.pth")["reporter"]["stats"]) == [1, 2, 3, 4, 5]
     record = json.loads((out / "kd_stage.json").read_text())
     assert record["finished"] and [s["epochs"] for s in record["stages"]] == [[1, 2], [2, 4], [4, 6]]
     last, student = load_state(out / "5epoch.pth"), load_state(out / "student.pth")
     assert all(torch.equal(v, last[k]) for k, v in student.items())
     assert (out / "kd_stage1/student.pth").is_file() and (out / "kd_stage2/student.pth").is_file()
-    # The stages of run.sh: the same.
+    # One command per KD stage, as in run.sh, gives the same.
     other = tmp_path / "other"
     for number in (1, 2, 3):
         train(corpus, other, page, "--teacher", teacher_dir, "--patience", 1, "--kd_stage", number, max_epoch=6)
@@ -275,7 +276,7 @@ def test_patience_may_end_the_last_kd_stage_only(corpus, teacher_dir, tmp_path, 
 
 
 def test_an_end_before_the_end_of_a_kd_stage_is_an_error(corpus, teacher_dir, tmp_path, monkeypatch):
-    """Whatever ends ESPnet's training without an error."""
+    """If ESPnet ends a training too early without an error, for any reason, the error is raised here."""
     from espnet2.train.reporter import Reporter
 
     from espnet_kd.tasks import training

@@ -1,4 +1,4 @@
-"""KD stages as parts of one training: where each begins and ends, and what counts at a step."""
+"""KD stages as parts of one training: where each begins and ends, and which objectives count at a step."""
 
 import math
 
@@ -14,7 +14,7 @@ KL = {"objective": "kl", "weight": 2.0}
 
 @pytest.fixture
 def page(write_page):
-    """A page of KD stages with these shares and, of each, what else it says."""
+    """Function that makes a page from the shares of its KD stages and the other entries of each."""
 
     def make(shares, *more):
         stages = [{"share": share, **extra} for share, extra in zip(shares, [*more, *[{}] * len(shares)])]
@@ -30,7 +30,7 @@ def restarts(number):
 @pytest.mark.parametrize("shares", [(1.0,), (0.02, 0.03, 0.95), (0.1, 0.2, 0.7), (1 / 3, 1 / 3, 1 / 3), (0.5, 0.5)])
 @pytest.mark.parametrize("restart", [False, True])
 def test_they_follow_each_other_from_0_to_1(page, shares, restart):
-    """Also where decimal fractions do not add up: 0.1 + 0.2 + 0.7 is below 1, 0.1 + 0.2 above 0.3."""
+    """This includes shares whose floating-point sum is not exact: 0.1 + 0.2 + 0.7 < 1 and 0.1 + 0.2 > 0.3."""
     plan = make_plan(page(shares, *(restarts(len(shares)) if restart else [])), 100)
     ends = [phase.end for phase in plan.phases]
     assert [phase.begin for phase in plan.phases] == [0.0, *ends[:-1]]
@@ -56,7 +56,7 @@ def test_they_follow_each_other_from_0_to_1(page, shares, restart):
     ],
 )
 def test_whole_epochs_where_each_begins_with_a_restart(page, max_epoch, chosen, epochs):
-    """Those that are left out give their share to the last one: every student trains ``max_epoch`` epochs."""
+    """The last KD stage gets the share of those left out, so that every student trains ``max_epoch`` epochs."""
     plan = make_plan(page((0.1, 0.1, 0.8), *restarts(3)), max_epoch, chosen)
     assert plan.numbers == sorted(epochs)
     first, expected = 1, []
@@ -72,7 +72,7 @@ def test_whole_epochs_where_each_begins_with_a_restart(page, max_epoch, chosen, 
 def test_too_few_epochs(page):
     with pytest.raises(UserError, match="max_epoch 2 is too few for 3 KD stages of .*page.yaml"):
         make_plan(page((0.1, 0.1, 0.8), *restarts(3)), 2)
-    assert len(make_plan(page((0.1, 0.1, 0.8)), 1).phases) == 3  # without restarts each begins at any step
+    assert len(make_plan(page((0.1, 0.1, 0.8)), 1).phases) == 3  # without restarts a KD stage may begin at any step
 
 
 @pytest.mark.parametrize("wanted", [[1, 4], [0], [-1, 2]])
@@ -102,7 +102,7 @@ def test_epochs_in_which_they_begin_and_end(page, shares, max_epoch, epochs):
 @pytest.mark.parametrize("steps", [1, 7, 10])
 @pytest.mark.parametrize("shares", [(0.1, 0.2, 0.7), (0.7, 0.1, 0.2), (1 / 3, 1 / 3, 1 / 3), (0.02, 0.03, 0.95)])
 def test_each_step_is_in_one_of_them(page, shares, steps, max_epoch):
-    """That of the share of steps before it, computed in whole numbers; and its epoch is one of the phase's."""
+    """The KD stage of a step follows from the number of steps before it, and its epochs include the step's epoch."""
     plan = make_plan(page(shares), max_epoch)
     seen = []
     for done in range(max_epoch * steps):
@@ -118,20 +118,20 @@ def test_each_step_is_in_one_of_them(page, shares, steps, max_epoch):
 
 
 def test_a_restart_and_a_boundary_in_the_middle_of_an_epoch(page):
-    """The KD stage before one with ``restart`` ends with an epoch, other boundaries lie where the shares are."""
+    """Before a KD stage with ``restart`` the boundary is at the end of an epoch; others are exactly at the shares."""
     plan = make_plan(page((0.13, 0.2, 0.67), {}, {}, {"restart": True}), 10)
     assert [p.end for p in plan.phases] == [0.13, 0.3, 1.0]
     assert [[p.stage.number for p in part] for part in plan.parts()] == [[1, 2], [3]]
     plan = make_plan(page((0.13, 0.2, 0.67), {}, {"restart": True}), 10)
     assert [p.end for p in plan.phases] == pytest.approx([0.1, 0.3, 1.0])
     assert [[p.stage.number for p in part] for part in plan.parts()] == [[1], [2, 3]]
-    # Left out, the first gives the second no KD stage to begin again after, but it is the first part all the same.
+    # Without KD stage 1, stage 2 has nothing to restart after, and stages 2 and 3 are one part.
     assert [[p.stage.number for p in part] for part in make_plan(plan.page, 10, [2, 3]).parts()] == [[2, 3]]
 
 
 def weights(plan, index):
     terms = [(spec.key, weight) for spec, weight in plan.phases[index].terms]
-    assert len(dict(terms)) == len(terms)  # each objective once
+    assert len(dict(terms)) == len(terms)  # each objective occurs once
     return dict(terms)
 
 
@@ -140,9 +140,9 @@ def test_keep(page):
     stages = [{"objectives": [KL, ramp]}, {"keep": ["blank_kl"], "objectives": [{"objective": "softmax_l2"}]}]
     plan = make_plan(page((0.3, 0.3, 0.4), *stages, {"keep": "all", "objectives": [{**ramp, "weight": 0.25}]}), 10)
     assert weights(plan, 0) == {"kl": 2.0, "blank_kl": Ramp(0.5, 3.0)}
-    assert weights(plan, 1) == {"blank_kl": 3.0, "softmax_l2": 1.0}  # at its last weight
-    assert weights(plan, 2) == {"softmax_l2": 1.0, "blank_kl": 0.25}  # its own entry counts, once
-    # Without the second what it would keep for the third does not exist; nor does anything before a single one.
+    assert weights(plan, 1) == {"blank_kl": 3.0, "softmax_l2": 1.0}  # kept at the last weight of its ramp
+    assert weights(plan, 2) == {"softmax_l2": 1.0, "blank_kl": 0.25}  # the stage's own entry replaces the kept one
+    # If KD stage 2 is left out, stage 3 keeps nothing of it; if stage 3 is alone, it keeps nothing.
     assert weights(make_plan(plan.page, 10, [1, 3]), 1) == {"kl": 2.0, "blank_kl": 0.25}
     assert weights(make_plan(plan.page, 10, [3]), 0) == {"blank_kl": 0.25}
 
@@ -153,7 +153,7 @@ def test_nothing_is_kept_unless_a_page_says_so(page):
 
 
 def test_weights_at_a_step(page):
-    """A ramp counts in shares of its KD stage."""
+    """The positions of a ramp are fractions of its KD stage."""
     ramp = {"objective": "kl", "weight": {"start": 0.0, "end": 4.0, "begin": 0.5}}
     plan = make_plan(page((0.25, 0.5, 0.25), {}, {"objectives": [ramp], "ctc": {"weight": {"start": 1, "end": 0}}}), 4)
     found = []
@@ -177,11 +177,11 @@ def test_last_is_the_end_of_the_training(page):
     plan = make_plan(page((0.5, 0.5), {"objectives": [KL]}, {"objectives": [ramp]}), 4)
     now = plan.last
     assert now.phase is plan.phases[1] and [now(w) for _, w in now.phase.terms] == [4.0]
-    assert plan.at(Progress(5, 4, 0, 10)).phase is plan.phases[1]  # a step past the end counts as it does
+    assert plan.at(Progress(5, 4, 0, 10)).phase is plan.phases[1]  # a step past the end has the last KD stage
 
 
 def test_before_the_length_of_an_epoch_is_known(page):
-    """The whole first epoch counts with what it begins with."""
+    """The whole first epoch belongs to the KD stage with which it begins."""
     plan = make_plan(page((0.02, 0.98)), 10)
     assert [plan.at(Progress(e, 10, s, None)).phase.index for e, s in ((1, 0), (1, 99), (2, 0))] == [0, 0, 1]
 

@@ -1,4 +1,4 @@
-"""The record of a distillation: what a directory holds, and what may be trained into it."""
+"""The record of a distillation: the settings of a directory's student, and which trainings may continue it."""
 
 import copy
 import json
@@ -26,14 +26,14 @@ from espnet_kd.targets.online import OnlineTeacher
 
 PARSER = asr_kd_train.get_parser()
 OPTIONS = sorted({a.dest for a in PARSER._actions} - {"help"})
-#: Options whose content is compared, and the length of the training: each has a test of its own below.
+#: Options whose content is compared, and those that set the training's length. Each has its own test below.
 BY_CONTENT = {option for option, rule in OWN.items() if rule != "refused"} | {"kd_stages"}
 PAGE = Path(__file__).parents[2] / "docs/resume.md"
 
 
 @pytest.fixture
 def recorded(corpus, teacher_dir, tmp_path):
-    """A directory in which something was trained, its options, its plan."""
+    """A directory with a started training, its options and its plan."""
     command = corpus.options(tmp_path / "out", "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")
     args = PARSER.parse_args(command)
     plan = make_plan(load_page("progressive_fkl"), args.max_epoch)
@@ -83,7 +83,7 @@ def test_every_option_of_a_plain_training_is_accepted_or_refused(corpus, tmp_pat
     # A token list is compared by its tokens.
     setattr(changed, option, ["x"] if option == "token_list" else other(getattr(args, option)))
     if rule_of(option) != "refused":
-        claim_plain(changed, PARSER)  # max_epoch: one more
+        claim_plain(changed, PARSER)  # ``other`` makes max_epoch larger, which is accepted
         return
     with pytest.raises(UserError, match=rf"out holds a model of other settings \(.*{option}"):
         claim_plain(changed, PARSER)
@@ -102,7 +102,7 @@ def test_an_n_best_of_other_content(recorded, tmp_path):
 
 
 def test_a_cache_of_another_teacher(recorded, monkeypatch):
-    """With one, --teacher is only compared with it, and may be spelled in any way."""
+    """With a cache, the path in --teacher may change; the cache must be of the same teacher."""
     from espnet_kd.distill import record as module
     from espnet_kd.targets.cache import Policy
 
@@ -119,12 +119,12 @@ def test_a_cache_of_another_teacher(recorded, monkeypatch):
 
 
 def test_what_is_harmless_exists():
-    """A name that ESPnet gave up would hide a new option of that name."""
+    """Every accepted option exists. If ESPnet removed one, a new option of the same name would be accepted unseen."""
     assert ACCEPTED | set(OWN) <= set(OPTIONS) and not ACCEPTED & set(OWN)
 
 
 def test_the_page_has_every_rule():
-    """docs/resume.md lists every option that is not simply refused."""
+    """docs/resume.md lists every option that is accepted or compared."""
     sections = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[1:]
     listed = {part.split("\n", 1)[0].split()[0].lower(): set(re.findall(r"`--(\w+)`", part)) for part in sections}
     assert listed["accepted"] == ACCEPTED and listed["compared"] == set(OWN)
@@ -143,7 +143,7 @@ def test_what_decides_is_not_called_harmless():
     [
         (3, "progressive_fkl", None, None),
         (2, "progressive_fkl", None, "epochs: 3 → 2"),
-        (4, "progressive_fkl", None, "epochs: 3 → 4"),  # it has not ended
+        (4, "progressive_fkl", None, "epochs: 3 → 4"),  # refused, because the training is not finished
         (3, "progressive_fkl", [1, 3], r"kd_stages: \[1, 2, 3\] → \[1, 3\]"),
         (3, "kl", None, "method: progressive_fkl → kl"),
     ],
@@ -175,7 +175,7 @@ def test_pages_kd_stages_and_epochs(recorded, max_epoch, page, wanted, key):
     ],
 )
 def test_a_page_that_was_edited(recorded, write_page, edit, key):
-    """Under the same name."""
+    """The edited page has the same name, so that only its content tells them apart."""
     import yaml
 
     out, args, plan = recorded
@@ -190,7 +190,7 @@ def test_a_page_that_was_edited(recorded, write_page, edit, key):
 
 @pytest.mark.parametrize("file", ["tokens.txt", "train/wav.scp", "train/text", "train/speech_shape"])
 def test_data_that_changed(recorded, tmp_path, corpus, file):
-    """The same path, other content: tokens, audio, transcripts, and which utterances are trained on."""
+    """A file of the same path has other content: tokens, audio, transcripts or the list of training utterances."""
     out, args, plan = recorded
     own = tmp_path / "corpus"
     shutil.copytree(corpus.dir, own)
@@ -235,7 +235,7 @@ def test_a_foreign_training(recorded, trace):
 
 
 def test_nothing_was_trained_yet(recorded):
-    """A mended command goes on."""
+    """If nothing was trained yet, a corrected command may use the directory."""
     out, args, plan = recorded
     (out / "checkpoint.pth").unlink()
     args.optim_conf = {"lr": 0.5}
@@ -251,7 +251,7 @@ def test_differences():
 
 @pytest.mark.parametrize("foreign", ["espnet", "ours"])
 def test_a_plain_training_lies_there(corpus, teacher_dir, tmp_path, foreign):
-    """Of asr.sh with the same tag, or of a student that was distilled, when the method is left out later."""
+    """The plain training comes from asr.sh with the same tag, or from asr_kd_train without a method."""
     from espnet_kd.offline import ASRTask
 
     out, page = tmp_path / "student", write_page(tmp_path, **MID)
@@ -281,7 +281,7 @@ def test_a_plain_training_into_a_distilled_student(corpus, teacher_dir, tmp_path
     [
         ([], None),
         (["--num_workers", "1"], None),
-        (["--max_epoch", "3"], None),  # it goes on
+        (["--max_epoch", "3"], None),  # a longer training continues
         (["--max_epoch", "1"], "max_epoch: 2 → 1"),
         (["--encoder_conf", "num_blocks=3"], "encoder_conf.num_blocks: 2 → 3"),
         (["--seed", "5"], "seed: 0 → 5"),
@@ -289,7 +289,7 @@ def test_a_plain_training_into_a_distilled_student(corpus, teacher_dir, tmp_path
     ],
 )
 def test_a_plain_training_of_other_options(corpus, tmp_path, monkeypatch, more, what):
-    """Refused by their names, before ESPnet compares tensors."""
+    """The error names the options, before ESPnet would fail on tensors of another size."""
     from espnet_kd.tasks.asr_kd import ASRKDTask
 
     out = tmp_path / "plain"
@@ -308,7 +308,7 @@ def test_a_plain_training_of_other_options(corpus, tmp_path, monkeypatch, more, 
 
 
 def test_a_finished_training_goes_on(corpus, teacher_dir, tmp_path, caplog):
-    """With more epochs, in its last KD stage; killed on the way, it ends with the same bits."""
+    """More epochs extend the last KD stage. After a kill the result is the same, bit for bit."""
     page, outs = write_page(tmp_path, **MID), [tmp_path / "one", tmp_path / "other"]
     for out in outs:
         train(corpus, out, page, "--teacher", teacher_dir)
@@ -318,34 +318,34 @@ def test_a_finished_training_goes_on(corpus, teacher_dir, tmp_path, caplog):
         train(corpus, outs[1], page, "--teacher", teacher_dir, max_epoch=6, kill_at=("step", 6, 1))
     record = json.loads((outs[1] / "kd_stage.json").read_text())
     assert (record["finished"], record["finished_kd_stage"], record["epochs"]) == (False, 2, 6)
-    # Not to be mistaken for one of four epochs any more.
+    # It is no longer a training of four epochs.
     with pytest.raises(UserError, match="epochs: 6 → 4"):
         train(corpus, outs[1], page, "--teacher", teacher_dir)
     train(corpus, outs[1], page, "--teacher", teacher_dir, max_epoch=6)
     assert_same(*outs)
     record = json.loads((outs[0] / "kd_stage.json").read_text())
     assert sorted(read_checkpoint(outs[0] / "checkpoint.pth")["reporter"]["stats"]) == [1, 2, 3, 4, 5, 6]
-    # Where KD stages were trained stays as it was.
+    # The boundaries of the earlier KD stages have not moved.
     assert [s["epochs"] for s in record["stages"]] == [[1, 2], [2, 3], [3, 6]]
     assert all(torch.equal(v, early[k]) for k, v in load_state(outs[0] / "kd_stage1/student.pth").items())
     with caplog.at_level("INFO"):
         train(corpus, outs[0], page, "--teacher", teacher_dir, max_epoch=6)
     assert "KD stage 1 and 2 and 3 is finished" in caplog.text
-    # The last KD stage would begin after what is trained.
+    # Refused: with 40 epochs the last KD stage would begin later than the epochs that are already trained.
     with pytest.raises(UserError, match="epochs: 6 → 40"):
         train(corpus, outs[0], page, "--teacher", teacher_dir, max_epoch=40)
 
 
 @pytest.fixture
 def broken(monkeypatch):
-    """A teacher whose outputs are no numbers from an epoch on, until it is mended."""
+    """The teacher's outputs are NaN from epoch ``since[0]`` on, which a test can change."""
     from espnet_kd.tasks.asr_kd import ASRKDTask
 
     since, targets = [1], OnlineTeacher.targets
 
     def poisoned(self, utt_ids, *args, **kwargs):
         result = targets(self, utt_ids, *args, **kwargs)
-        if len(utt_ids) and ASRKDTask.progress.epoch >= since[0]:  # not where it is tried before training
+        if len(utt_ids) and ASRKDTask.progress.epoch >= since[0]:  # not in the trial before training
             result.logits.fill_(float("nan"))
         return result
 
@@ -356,7 +356,7 @@ def broken(monkeypatch):
 @pytest.mark.faults("losses that are no numbers")
 @pytest.mark.parametrize("patience", [[], ["--patience", "3"]])
 def test_an_epoch_without_an_update(corpus, teacher_dir, tmp_path, broken, patience):
-    """It is not finished, not on the second call either; a mended command begins again."""
+    """The training does not count as finished, not even on a second call. A corrected command starts again."""
     out, page = tmp_path / "student", "kl"
     for _ in range(2):
         with pytest.raises(
@@ -373,7 +373,7 @@ def test_an_epoch_without_an_update(corpus, teacher_dir, tmp_path, broken, patie
 
 @pytest.mark.faults("losses that are no numbers")
 def test_a_later_epoch_without_an_update(corpus, teacher_dir, tmp_path, broken):
-    """What was trained before stays, and goes on as if that epoch had not been."""
+    """The epochs before stay, and a later training continues after them."""
     out, page = tmp_path / "student", write_page(tmp_path, **MID)
     broken[0] = 3
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Resuming after a kill, also one in the middle of a checkpoint's writing."""
+"""Resuming after a kill, also if it came while a checkpoint was written."""
 
 import datetime
 import shutil
@@ -13,7 +13,7 @@ from espnet_kd.experiments.checkpoints import keep_previous, mend, read_checkpoi
 
 
 def checkpoint(path, epoch):
-    """What ESPnet's trainer writes, and the epoch's model."""
+    """Write a checkpoint and an epoch's model as ESPnet's trainer does."""
     model = {"weight": torch.full((50,), float(epoch))}
     stats = {e: {"train": {"loss": 1.0, "time": datetime.timedelta(seconds=e)}} for e in range(1, epoch + 1)}
     optimizer = {"state": {0: {"step": torch.tensor(3.0)}}, "param_groups": [{"lr": 0.1, "params": [0]}]}
@@ -61,7 +61,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_previous_one(two, share, caplog):
     assert "checkpoint.pth is damaged" in caplog.text
     assert f"going back to {two / 'checkpoint.prev.pth'}, epoch 1" in caplog.text
     assert read_checkpoint(two / "checkpoint.pth")["reporter"]["epoch"] == 1
-    # The second epoch will be trained again; the first's model stays.
+    # The second epoch will be trained again; the model of the first stays.
     assert not (two / "2epoch.pth").exists() and (two / "1epoch.pth").exists()
     assert mend(two) == 1
 
@@ -107,7 +107,7 @@ class Malicious:
 
 @pytest.mark.faults("half-written and foreign checkpoints")
 def test_a_checkpoint_with_code_is_not_run(tmp_path, monkeypatch):
-    """Nor taken for a damaged one, which would cost its user all that was trained."""
+    """It is not treated as damaged either, because then the user would lose the whole training."""
     checkpoint(tmp_path, 1)
     states = torch.load(tmp_path / "checkpoint.pth", weights_only=False)
     torch.save({**states, "x": Malicious(tmp_path / "ran")}, tmp_path / "checkpoint.pth")
@@ -120,7 +120,7 @@ def test_a_checkpoint_with_code_is_not_run(tmp_path, monkeypatch):
 
 @pytest.mark.faults("half-written and foreign checkpoints")
 def test_a_damaged_name_is_no_code(two):
-    """One byte of the pickle changed, and the archive's checksum with it no longer right."""
+    """If one byte of a class name has changed, the file is damaged, as its checksum shows, and holds no code."""
     content = bytearray((two / "checkpoint.pth").read_bytes())
     content[content.index(b"timedelta")] ^= 1
     (two / "checkpoint.pth").write_bytes(content)
@@ -130,12 +130,12 @@ def test_a_damaged_name_is_no_code(two):
 @pytest.mark.faults("half-written and foreign checkpoints")
 @pytest.mark.parametrize("method", [None, "kl"])
 def test_espnet_is_not_let_at_a_checkpoint_with_code(corpus, teacher_dir, tmp_path, method):
-    """Its own resume would run it."""
+    """ESPnet's own resume would run the code."""
     out = tmp_path / "out"
     out.mkdir()
     more = ["--use_tensorboard", "false", "--resume", "true"]
     if method:
-        with pytest.raises(Killed):  # there is a record, and nothing trained yet
+        with pytest.raises(Killed):  # leaves a record, but no trained step
             train(corpus, out, method, "--teacher", teacher_dir, *more, kill_at=("step", 1, 0))
     torch.save({"model": {}, "reporter": {"epoch": 1}, "x": Malicious(tmp_path / "ran")}, out / "checkpoint.pth")
     with pytest.raises(UserError, match="could run code"):
@@ -164,7 +164,7 @@ def test_something_else_is_no_checkpoint(tmp_path):
 
 @pytest.fixture(scope="module")
 def unbroken(corpus, teacher_dir, tmp_path_factory):
-    """A run that nobody killed."""
+    """The page and directory of a training without a kill."""
     directory = tmp_path_factory.mktemp("runs")
     page = write_page(directory, **MID)
     train(corpus, directory / "whole", page, "--teacher", teacher_dir)
@@ -173,7 +173,7 @@ def unbroken(corpus, teacher_dir, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def killed(corpus, teacher_dir, unbroken):
-    """The same, killed in its third epoch."""
+    """The directory of the same training, killed in its third epoch."""
     page, whole = unbroken
     out = whole.with_name("killed")
     with pytest.raises(Killed):
@@ -184,7 +184,7 @@ def killed(corpus, teacher_dir, unbroken):
 @pytest.mark.faults("a training that ends in the middle of an epoch")
 @pytest.mark.parametrize("damage", ["none", "checkpoint", "model"])
 def test_training_resumes_to_the_same_student(corpus, teacher_dir, unbroken, killed, tmp_path, caplog, damage):
-    """The same command again ends as if nothing had happened."""
+    """After a kill, the same command gives the student of an unbroken training."""
     page, whole = unbroken
     out = tmp_path / "student"
     shutil.copytree(killed, out, symlinks=True)
@@ -204,7 +204,7 @@ def test_training_resumes_to_the_same_student(corpus, teacher_dir, unbroken, kil
 
 @pytest.mark.faults("half-written and foreign checkpoints")
 def test_nothing_readable_is_left_of_the_kd_stages_before(corpus, teacher_dir, tmp_path):
-    """Trained on from nothing, the last KD stage would count as one that begins where the record has it."""
+    """This is an error: otherwise the last KD stage would start from an untrained student, against the record."""
     page, out = write_page(tmp_path, **RESTART), tmp_path / "student"
     train(corpus, out, page, "--teacher", teacher_dir, "--kd_stage", 1)
     truncate(out / "checkpoint.pth")

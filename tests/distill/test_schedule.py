@@ -1,4 +1,4 @@
-"""Where training stands, by the wrapper of the iterator factory."""
+"""The progress of a training, which the wrapper of the iterator factory counts."""
 
 import pytest
 
@@ -49,7 +49,7 @@ def test_ramp_reaches_both_ends():
 @pytest.mark.parametrize("by", ["step", "epoch"])
 @pytest.mark.parametrize("told", ["num_iters_per_epoch", "sampler"])
 def test_a_ramp_goes_on_after_a_resume(by, told):
-    """Where the factory tells the length of an epoch, also within the first one of the new process."""
+    """If the factory has the length of an epoch, this includes the first epoch of the new process."""
     ramp = Ramp(0.3, 0.7, 0.3, 0.7, by)
 
     def weights(epochs):
@@ -60,6 +60,6 @@ def test_a_ramp_goes_on_after_a_resume(by, told):
 
     whole = weights([1, 2, 3, 4])
     assert weights([3, 4]) == whole[2:]
-    # The clip of self-KD's α: progress itself, between 0.3 and 0.7.
+    # This ramp is the α of self-KD: the progress, clipped to 0.3 and 0.7.
     done = [[(e + (s / 5 if by == "step" else 0)) / 4 for s in range(5)] for e in range(4)]
     assert whole == [pytest.approx([min(max(x, 0.3), 0.7) for x in epoch]) for epoch in done]

@@ -1,4 +1,4 @@
-"""A page's ``train:`` block: how a student is trained, and nothing that names a file."""
+"""The ``train:`` block of a page may set how a student is trained, but nothing that names a file."""
 
 import pytest
 import yaml
@@ -14,7 +14,7 @@ ACTIONS = {a.dest: a for a in asr_kd_train.get_parser()._actions}
 
 @pytest.mark.parametrize("option", sorted(ACTIONS))
 def test_an_option_is_a_pages_or_refused(option):
-    """All that ESPnet's parser has, so that one of a later version is refused."""
+    """The test covers all options of ESPnet's parser, so that a new option of a later version is refused."""
     if option in ALLOWED:
         assert check_train_options({option: 1}, WHERE) == {option: 1}
     else:
@@ -26,7 +26,7 @@ def test_every_option_that_is_allowed_exists():
     assert set(ALLOWED) <= set(ACTIONS) and set(RESERVED) <= set(ACTIONS) and not set(ALLOWED) & set(RESERVED)
 
 
-#: Options of ESPnet's that open, unpickle, download or write what they name.
+#: Options that could make a training open, unpickle, download or write other files.
 DANGEROUS = (
     *("init_param", "train_data_path_and_name_and_type", "valid_data_path_and_name_and_type", "train_shape_file"),
     *("valid_shape_file", "token_list", "bpemodel", "non_linguistic_symbols", "rir_scp", "noise_scp", "frontend"),

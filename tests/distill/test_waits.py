@@ -1,4 +1,4 @@
-"""Which waits for a GPU a training step has: those of ESPnet and of torch's CTC, and none of this package."""
+"""In a training step only ESPnet and torch's CTC make the host wait for a GPU, never this package."""
 
 import contextlib
 import copy
@@ -19,7 +19,7 @@ from espnet_kd.targets.teacher import SeveralTeachers
 
 
 def step(model, batch, count=1):
-    """The waits of a step of ``model``, which is moved; and its loss."""
+    """Move ``model`` to the far device and run steps; return the waits and the loss of the last one."""
     far_device.move(model)
     far = FarDevice()
     with far:
@@ -32,7 +32,7 @@ def step(model, batch, count=1):
 
 @pytest.fixture(autouse=True)
 def no_autocast(monkeypatch):
-    """Which the stand-in for a device has not."""
+    """Disable autocast on the simulated device, which does not have it."""
     autocast = torch.autocast
     here = lambda device, **more: contextlib.nullcontext() if device == "meta" else autocast(device, **more)  # noqa: E731
     monkeypatch.setattr(torch, "autocast", here)
@@ -75,7 +75,7 @@ def test_of_a_plain_step_ours_are_none_and_fewer_than_espnets(write_page, model_
     ours, loss = step(model.train(), batch_with_lengths())
     assert loss.shape == expected.shape and loss.isfinite().all()
     assert owners(theirs) <= {"espnet", "ctc"} and "espnet_kd" not in owners(ours)
-    # ESPnet cuts every utterance's labels out, and copies both lengths for torch's CTC.
+    # ESPnet selects the labels of every utterance, and copies both kinds of lengths to the host for torch's CTC.
     assert len(ours) < len(theirs)
     assert sum(w.owner == "ctc" for w in ours) == 1 < sum(w.owner == "ctc" for w in theirs) == 2
 
@@ -83,14 +83,14 @@ def test_of_a_plain_step_ours_are_none_and_fewer_than_espnets(write_page, model_
 @pytest.mark.parametrize("cached", [False, True], ids=["online", "cached"])
 @pytest.mark.parametrize("name", list_pages())
 def test_no_page_makes_the_host_wait(name, cached, teacher_dir, tmp_path):
-    """In every KD stage; with the teacher beside, and with its targets as the data loader brings them."""
+    """Tested in every KD stage, with the teacher running and with cached targets from the data loader."""
     page = load_page(name)
     if cached and (page.teacher == "none" or not any(
         o.make().uses_teacher for s in page.stages for o in s.objectives
     )):  # fmt: skip
         pytest.skip("the page reads no targets")
     directory = teacher_dir
-    if name in ("layer_pruning", "self_kd"):  # its layers are what the student begins with
+    if name in ("layer_pruning", "self_kd"):  # the student starts from the teacher's layers
         directory = tiny_kd.save_teacher(tmp_path / "teacher", output_size=16, num_blocks=6)
     hypotheses = [(-1.0, (2, 3)), (-2.0, (2, 4, 3))]
     nbest = {utt_id: hypotheses for utt_id in tiny_kd.batch()["utt_id"]}
@@ -101,8 +101,8 @@ def test_no_page_makes_the_host_wait(name, cached, teacher_dir, tmp_path):
         if cached:
             batch[BROUGHT]["targets"] = to_plain(compressed(teacher, tiny_kd.batch(), model))
             model.teacher = copy.copy(teacher)
-            model.teacher.targets = None  # not asked
-        # The second step: in the first the teacher's targets of these utterances are not yet kept.
+            model.teacher.targets = None  # must not be called
+        # The second step counts, because in the first the teacher's targets are not yet in memory.
         waits, loss = step(model, batch, count=2)
         assert loss.isfinite().all() and "espnet_kd" not in owners(waits), [w for w in waits if w.owner == "espnet_kd"]
 
@@ -137,7 +137,7 @@ def test_several_teachers(write_page, teacher_dir, tmp_path):
 
 
 def test_lengths_that_are_not_at_hand_are_waits(write_page):
-    """Of a batch that was not loaded by `espnet_kd.targets.loading`: the loss is the same."""
+    """A batch that `espnet_kd.targets.loading` did not load has the same loss, but more waits."""
     model = adopt(tiny_kd.student_config(**HYBRID), write_page(PLAIN))[1].train()
     with_lengths, loss = step(copy.deepcopy(model), batch_with_lengths())
     without, same = step(model, tiny_kd.batch())

@@ -21,7 +21,7 @@ def write_yaml(path: Path, content: Any) -> Path:
 
 
 def student_config(encoder: str = "conformer", **model_conf) -> dict:
-    """tiny_asr's, with SpecAugment on, as a student has it in training."""
+    """The configuration of tiny_asr, with SpecAugment as in the training of a student."""
     conf = tiny_asr.config(encoder)
     conf["model_conf"] = {"ctc_weight": 1.0, **model_conf}
     conf["specaug"] = "specaug"
@@ -33,7 +33,7 @@ def student_config(encoder: str = "conformer", **model_conf) -> dict:
 
 
 def batch(lengths=(16000, 12345, 9000), dtype=torch.float32, seed=0) -> dict:
-    """What the trainer hands to forward()."""
+    """The arguments that the trainer passes to forward()."""
     g = torch.Generator().manual_seed(seed)
     speech = torch.zeros(len(lengths), max(lengths), dtype=dtype)
     for row, n in zip(speech, lengths):
@@ -61,7 +61,7 @@ def save_teacher(directory: Path, seed: int = 1, blank_share: float = 0.6, **enc
 
 
 class Corpus:
-    """Data dirs ``train`` and ``valid`` with shape files; a random transcript each."""
+    """Data dirs ``train`` and ``valid`` with shape files and random transcripts."""
 
     def __init__(self, directory: Path):
         self.dir = directory
@@ -74,7 +74,7 @@ class Corpus:
             self._write(f"{name}/speech_shape", {u: len(w) for u, w in waves.items()})
             self._write(f"{name}/text_shape.char", {u: f"{len(t)},{len(TOKENS)}" for u, t in texts.items()})
         (directory / "tokens.txt").write_text("\n".join(TOKENS) + "\n", encoding="utf-8")
-        # Statistics as ESPnet's collect_stats leaves them: mean 0, variance 4.
+        # Statistics in the format of ESPnet's collect_stats: mean 0, variance 4.
         np.savez(directory / "feats_stats.npz", count=100, sum=np.zeros(40), sum_square=np.full(40, 400.0))
 
     def _write(self, name: str, lines: dict) -> None:
@@ -95,7 +95,7 @@ class Corpus:
         return write_yaml(self.dir / f"{name}.yaml", content)
 
     def options(self, output_dir: Path, *more: str, text: bool = True, **changes: Any) -> List[str]:
-        """Command line of asr_kd_train, but for teacher and page."""
+        """The command line of asr_kd_train, without teacher and page."""
         own = ["--config", str(self.config(**changes)), "--output_dir", str(output_dir), "--token_type", "char"]
         own += ["--token_list", str(self.dir / "tokens.txt")]
         for name in ("train", "valid"):

@@ -1,4 +1,4 @@
-"""A training of three KD stages on the tiny corpus that can be killed at any moment, and what two must share."""
+"""A training of three KD stages on the tiny corpus that can be killed at any moment, and a comparison of two."""
 
 import json
 from pathlib import Path
@@ -15,20 +15,20 @@ from espnet_kd.experiments import checkpoints
 from espnet_kd.experiments.checkpoints import read_checkpoint
 from espnet_kd.tasks import asr_kd, training
 
-#: Twelve steps, three an epoch.
+#: Three steps per epoch, so twelve in all.
 EPOCHS = 4
 #: KD stages end with the first step of epoch 2 and of epoch 3.
 MID = dict(shares=(0.3, 0.25, 0.45))
-#: The second begins again with epoch 2, and ends with the second step of epoch 3.
+#: KD stage 2 restarts with epoch 2, and ends with the second step of epoch 3.
 RESTART = dict(shares=(0.3, 0.38, 0.32), restart=2)
 
 
 class Killed(BaseException):
-    """Nobody catches it, as nobody catches kill -9."""
+    """A BaseException, because no code may catch it, as with ``kill -9``."""
 
 
 def write_page(directory: Path, shares, restart=None, **more) -> Path:
-    """The main method with other shares, and perhaps a KD stage that begins again."""
+    """Write the main method's page with other shares and, if ``restart`` is given, ``restart`` in that KD stage."""
     page = yaml.safe_load((METHODS_DIR / "progressive_fkl.yaml").read_text(encoding="utf-8"))
     for number, (stage, share) in enumerate(zip(page["stages"], shares), 1):
         stage["share"] = share
@@ -38,9 +38,9 @@ def write_page(directory: Path, shares, restart=None, **more) -> Path:
 
 
 def train(corpus, out, page, *more, kill_at=None, text=True, **changes):
-    """Train by a page, with a warm-up of the learning rate; all epochs' models are kept.
+    """Train with a page and a warm-up of the learning rate; the models of all epochs are kept.
 
-    ``kill_at``: the end comes at a moment of those that :class:`Moments` knows.
+    ``kill_at``: one of the moments of :class:`Moments`, at which the training is killed.
     """
     own = ["--kd_config", str(page), "--use_tensorboard", "false", "--keep_nbest_models", "9"]
     own += ["--scheduler", "warmuplr", "--scheduler_conf", "warmup_steps=8"]
@@ -52,11 +52,12 @@ def train(corpus, out, page, *more, kill_at=None, text=True, **changes):
 
 
 class Moments:
-    """Kills a training at one moment, given as a tuple.
+    """Kills a training at one moment, which is a tuple.
 
-    ("step", epoch, step): before this step · (when, file, epoch), when ``before``, ``while`` or ``after`` a file
-    (``checkpoint``, ``model``) of this epoch is written · ("after", "hand-over", epoch) · (when, "record", KD stage) ·
-    (when, "restart")
+    ("step", epoch, step): before this step.
+    (when, file, epoch): ``before``, ``while`` or ``after`` a file (``checkpoint``, ``model``) of this epoch is written.
+    (when, "hand-over", epoch), (when, "record", KD stage): ``before`` or ``after`` it.
+    (when, "restart"): ``before``, ``while`` or ``after`` the optimizer is forgotten.
     """
 
     def __init__(self, at):
@@ -67,7 +68,7 @@ class Moments:
             raise Killed
 
     def around(self, function, *name):
-        """``function``, with a moment before and one after it."""
+        """Return ``function`` with one moment before and one after it."""
 
         def wrapped(*args, **kwargs):
             moment = [n(*args) if callable(n) else n for n in name]
@@ -79,7 +80,7 @@ class Moments:
         return wrapped
 
     def watch(self, patch):
-        """Put the moments into the code."""
+        """Patch the code so that it passes every moment."""
         count, save, at = EpochHooks._count, torch.save, self.at
 
         def stepping(hooks, batches):
@@ -88,7 +89,7 @@ class Moments:
                 yield batch
 
         def saving(states, place, *args, **kwargs):
-            if not isinstance(place, Path):  # a file that will be renamed: atomic
+            if not isinstance(place, Path):  # a file that is renamed when complete
                 return save(states, place, *args, **kwargs)
             if place.name == checkpoints.CHECKPOINT:
                 moment = ("checkpoint", states["reporter"]["epoch"])
@@ -115,7 +116,7 @@ class Moments:
 
 
 def assert_same(one, other, ends=("kd_stage1", "kd_stage2", ".")):
-    """Two trainings that ended alike, bit for bit: models of all epochs, optimizer, statistics, what is handed over."""
+    """Assert that two trainings agree bit for bit: models of all epochs, optimizer, losses, each stage's student."""
     first, second = (read_checkpoint(x / "checkpoint.pth") for x in (one, other))
     for part in ("model", "optimizers", "schedulers"):
         assert equal(first[part], second[part]), part
@@ -130,7 +131,7 @@ def assert_same(one, other, ends=("kd_stage1", "kd_stage2", ".")):
 
 
 def equal(one, other):
-    """Whether two states, of tensors and whatever holds them, are the same."""
+    """Whether two nested states of tensors and other values are the same."""
     if isinstance(one, torch.Tensor):
         return torch.equal(one, other)
     if isinstance(one, dict):

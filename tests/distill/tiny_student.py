@@ -1,4 +1,4 @@
-"""A plain student, and the same adopted for a page of one KD stage: for the tests of objectives."""
+"""A plain student, and a KD model of a copy for a page of one KD stage, for the tests of objectives."""
 
 import copy
 
@@ -11,7 +11,7 @@ from espnet_kd.distill.page import load_page
 from espnet_kd.distill.plan import make_plan
 from espnet_kd.distill.schedule import Progress
 
-#: model_conf of a student with an attention decoder.
+#: The model_conf of a student with an attention decoder.
 HYBRID = dict(ctc_weight=0.3)
 
 
@@ -22,7 +22,7 @@ def page_of(write_page, *objectives, teacher="required", **stage):
 
 
 def adopt(page, teacher=None, conf=None, progress=None, **more):
-    """The plain student in eval mode, and the same adopted."""
+    """The plain student and a KD model of a copy, both in eval mode."""
     plain = tiny_asr.build(conf or tiny_kd.student_config(), sharpen=1.0)
     with torch.no_grad():
         plain.ctc.ctc_lo.bias[-1] = 0.0

@@ -1,4 +1,4 @@
-"""Every test of the losses on each backend that a CPU has, but those that ask for what is chosen by itself."""
+"""Run every test of the losses on each CPU backend, except the tests that use the fixture ``chosen``."""
 
 import contextlib
 
@@ -14,7 +14,7 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(autouse=True)
 def backend(request):
-    """The backend that is forced, if any."""
+    """The forced backend, or None if the library chooses."""
     name = getattr(request, "param", None)
     with using(name) if name else contextlib.nullcontext():
         yield name
@@ -22,4 +22,4 @@ def backend(request):
 
 @pytest.fixture
 def chosen():
-    """Whoever asks for it runs once, by the backend that is chosen for its tensors."""
+    """A test with this fixture runs once, on the backend that the library chooses for its tensors."""

@@ -1,12 +1,12 @@
-"""One grid of cases for every way in which the losses are computed, against the slow reference and float64.
+"""One grid of cases for every backend of the losses, compared with the slow reference and with float64.
 
     TRITON_INTERPRET=1 python tests/losses/grid.py
 
-checks the Triton kernels on a CPU, in Triton's interpreter, which has to be chosen before Triton is imported;
+checks the Triton kernels on a CPU, in Triton's interpreter. The variable must be set before Triton is imported.
 
     python tests/losses/grid.py cuda
 
-all losses on a device, as chosen for it and in plain torch. Both need torch alone.
+checks all losses on a device, with the backend chosen for it and in plain torch. Both commands need only torch.
 """
 
 import functools
@@ -35,35 +35,35 @@ LOSSES = {
     "delayed_kl": functools.partial(losses.delayed_kl, max_delay=2),
     "consistency": losses.consistency,
 }
-#: Those for which there are kernels.
+#: The losses that have Triton kernels.
 FUSED = [name for name in LOSSES if "kl" in name.split("_") and name != "delayed_kl"]
 REFERENCES = {
     "factorized_kl_all": functools.partial(reference.factorized_kl, weights=(1.0, 1.0, 1.0)),
     "factorized_kl_tokens": functools.partial(reference.factorized_kl, weights=(0.0, 0.5, 0.0)),
 }
 INFINITY = math.inf
-#: Relative errors that are allowed: of the value, and of the gradient against its largest element.
+#: Allowed relative errors: of the value, and of the gradient relative to its largest element.
 VALUE = 1e-5
 GRADIENT = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
 @dataclass
 class Case:
-    """A batch, and with what it is computed."""
+    """A batch and the options of the loss."""
 
     lengths: tuple = (5, 3, 1)
     width: int = 6
     dtype: torch.dtype = torch.float32
     scale: float = 3.0
-    change: object = None  #: changes student, teacher (B, T, V) in float32 and lengths in place
-    #: Give student and teacher, the same numbers, another layout in memory.
+    change: object = None  #: function that changes student, teacher (B, T, V) and lengths in place
+    #: Functions that give student and teacher another memory layout, with the same numbers.
     storage: tuple = (lambda x: x, lambda x: x)
     frames: object = None  #: (teacher, lengths) → (B, T) bool
     options: dict = field(default_factory=dict)
     exact: bool = True  #: whether the slow reference can compute it (it divides by 1 − b)
 
     def make(self, device="cpu"):
-        """student, teacher, lengths, frames or None, and which frames count at all."""
+        """Return student, teacher, lengths, frames or None, and a mask of the frames that count."""
         student, teacher, lengths, mask = reference.batch(self.lengths, self.width, self.scale)
         blank_id = self.options.get("blank_id", 0)
         teacher[..., [0, blank_id]] = teacher[..., [blank_id, 0]]
@@ -105,7 +105,7 @@ def _certain(whose, token):
 
 
 def _wrong(student, teacher, lengths):
-    """The student sure of blank by 20, the teacher of a token: loss 16.6, gradient 1."""
+    """Give the student a blank logit of 20 and the teacher a certain token: the loss is 16.6, the gradient 1."""
     student.zero_()
     teacher.zero_()
     student[..., 0] = 20.0
@@ -126,7 +126,7 @@ def _selection(rule, **options):
 
 
 def _beyond(teacher, lengths):
-    """Frames past the lengths too, on every second frame: of these padding never counts."""
+    """Select every second frame, also in the padding, which must not count even when selected."""
     return (torch.arange(teacher.size(1)) % 2 == 0).expand(teacher.shape[:2]).clone()
 
 
@@ -188,7 +188,7 @@ CASES = {
 
 
 def with_gradient(name, student, teacher, lengths, frames, options):
-    """Loss and its gradient on the student."""
+    """The loss and its gradient with respect to the student."""
     student = student.detach().requires_grad_()
     loss = LOSSES[name](student, teacher, lengths, frames=frames, **options)
     loss.backward()
@@ -196,9 +196,10 @@ def with_gradient(name, student, teacher, lengths, frames, options):
 
 
 def check(name, case, backend, device="cpu", kept=None):
-    """Value and gradient of one loss in one case: against float64, and the value against the slow reference.
+    """Compare value and gradient of one loss in one case with float64, and the value with the slow reference.
 
-    ``backend`` None: what is chosen for the device. ``kept``: of the teacher so many tokens, as a cache has them.
+    With ``backend`` None, the library chooses for the device. ``kept`` is the number of teacher tokens per frame that
+    are kept, as in a cache.
     """
     student, teacher, lengths, frames, counted = case.make(device)
     exact = [x.cpu().double().contiguous() for x in (student, teacher)]
@@ -212,7 +213,7 @@ def check(name, case, backend, device="cpu", kept=None):
         with using(backend):
             got, grad = with_gradient(name, student, teacher, lengths, frames, case.options)
     assert got.dtype == torch.promote_types(case.dtype, torch.float32) and grad.dtype == case.dtype
-    # The numbers are exact in float64, whatever their type: the error is the arithmetic's.
+    # float64 holds the inputs exactly, whatever their type, so that any difference is an error of the arithmetic.
     with using("rows"):
         moved = None if frames is None else frames.cpu()
         expected, expected_grad = with_gradient(name, *exact, lengths.cpu(), moved, case.options)
@@ -226,25 +227,26 @@ def check(name, case, backend, device="cpu", kept=None):
         torch.testing.assert_close(got.double(), torch.tensor(slow, dtype=torch.float64), rtol=tolerance, atol=1e-7)
     assert grad.isfinite().all()
     assert (grad[~fr.valid(lengths.cpu(), grad.size(1))] == 0).all()
-    # A gradient is a difference of numbers of about 1 / frames, whose rounding is left where it cancels.
+    # A gradient is a difference of numbers of about 1 / frames. Where they cancel, their rounding error remains, so
+    # that the largest element is taken as 1e-2 at least.
     largest = expected_grad.abs().max().clamp(min=1e-2)
     error = ((grad.double() - expected_grad).abs().max() / largest).item()
     assert error <= GRADIENT[case.dtype], f"relative error of the gradient {error:.1e}"
 
 
 def pairs(names):
-    """(loss, case) of all cases, without those in which both views of ``consistency`` are infinitely wrong."""
+    """All (loss, case) pairs, except those in which ``consistency`` would be infinite."""
     wrong = {k for k in CASES if k.startswith("certain_teacher") or k.endswith("of_the_teacher")}
     return [(name, key) for name in names for key in CASES if name != "consistency" or key not in wrong]
 
 
 def cached_pairs(names):
-    """As ``pairs``, of those that can be read from a cache, which has blank as token 0."""
+    """The ``pairs`` whose teacher can come from a cache, in which blank is token 0."""
     return [(n, key) for n, key in pairs(names) if n != "consistency" and not CASES[key].options.get("blank_id")]
 
 
 def failures(names, backend=None, device="cpu", kept=None):
-    """What is wrong, a line each."""
+    """One line for each case that fails."""
     wrong = []
     for name, key in pairs(names) if kept is None else cached_pairs(names):
         try:
@@ -255,9 +257,10 @@ def failures(names, backend=None, device="cpu", kept=None):
 
 
 def interpreted():
-    """Cases through the kernels, with a row whole, in two parts and in blocks: how many, and what is wrong.
+    """Run the cases through the kernels, with each row whole, in two parts or in blocks.
 
-    Of the losses three to each case, two of them in turn, for the interpreter is slow.
+    Returns the number of checks and one line for each that fails. The interpreter is slow, so that each case runs only
+    three checks: one with a fixed loss and two with a loss that changes from case to case.
     """
     from espnet_kd.losses import fused
 
@@ -281,7 +284,7 @@ def interpreted():
 
 
 def main(device=None):
-    """In the interpreter; or, of a device, as chosen and in plain torch."""
+    """Check in the interpreter without a device; else on the device, with the chosen backend and in plain torch."""
     torch.set_num_threads(1)
     if device is None:
         count, wrong = interpreted()

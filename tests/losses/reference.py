@@ -1,10 +1,10 @@
-"""Slow, obvious float64 references: Python loops over utterances and frames, one exponential after the other."""
+"""Slow, obvious float64 references: Python loops over utterances and frames."""
 
 import math
 
 import torch
 
-#: With these factorized KL is plain KL, in sums.
+#: With these weights factorized KL equals plain KL, if both are summed over frames instead of averaged.
 ALL_WEIGHTS = dict(blank_weight=1.0, nonblank_weight=1.0, nonblank_on_blank_weight=1.0)
 
 
@@ -21,7 +21,7 @@ def divergence(p, q):
 
 
 def rows(student, teacher, counted, temperature=1.0):
-    """(p, q, teacher argmax) of the frames that count."""
+    """Yield (p, q, teacher argmax) of each frame that counts."""
     for s, t, c in zip(student.tolist(), teacher.tolist(), counted.tolist()):
         for s_frame, t_frame, counts in zip(s, t, c):
             if counts:
@@ -33,7 +33,7 @@ def binary(p, q, blank):
 
 
 def tokens(p, q, blank):
-    """NKL, without the factor 1 − b."""
+    """The non-blank KL of one frame, without the factor 1 − b."""
     rest = [k for k in range(len(p)) if k != blank]
     return divergence([p[k] / (1 - p[blank]) for k in rest], [q[k] / (1 - q[blank]) for k in rest])
 
@@ -77,7 +77,7 @@ def consistency(first, second, counted, blank_id=0, temperature=1.0):
 
 
 def delays(student, teacher, counted, lengths, temperature=1.0, max_delay=4):
-    """Per utterance: {delay: mean KL}, of the delays that leave it a frame."""
+    """Yield {delay: mean KL} of each utterance, for the delays that leave it at least one frame."""
     for s, t, c, length in zip(student.tolist(), teacher.tolist(), counted.tolist(), lengths.tolist()):
         means = {}
         for d in range(max_delay + 1):
@@ -134,7 +134,7 @@ def batch(lengths=(7, 4, 1), width=6, scale=3.0, seed=0, dtype=torch.float64):
     g = torch.Generator().manual_seed(seed)
     shape = (len(lengths), max(lengths), width)
     student, teacher = (torch.randn(shape, generator=g, dtype=torch.float64) * scale for _ in range(2))
-    # Blank wins on every other frame, so that both halves are there, and not by much.
+    # Blank wins on every other frame by a small margin, so that both blank and non-blank frames occur.
     teacher[:, ::2, 0] = teacher[:, ::2].amax(-1) + 0.3
     lengths = torch.tensor(lengths)
     mask = torch.tensor([[t < n for t in range(shape[1])] for n in lengths.tolist()])

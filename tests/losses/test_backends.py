@@ -1,4 +1,4 @@
-"""One grid of cases (``grid.py``) on every way to compute the losses: rows, masked, kernels; and which is chosen."""
+"""The grid of cases (``grid.py``) on every backend (rows, masked, kernels), and the choice of the backend."""
 
 import os
 import subprocess
@@ -29,13 +29,13 @@ def test_grid(name, key, backend):
 
 @pytest.mark.parametrize("name, key", grid.cached_pairs(grid.LOSSES))
 def test_grid_of_cached_targets(name, key, backend):
-    """Three kept tokens and the remainder; on rows this is the reference, in a narrower type."""
+    """Three tokens per frame are kept. On ``rows`` only the type differs from the expected value's computation."""
     grid.check(name, grid.CASES[key], backend, kept=3)
 
 
 @pytest.mark.trains
 def test_grid_of_the_kernels_in_the_interpreter(chosen):
-    """In a process of its own: Triton is for the interpreter or for a GPU, from its import on."""
+    """This needs a separate process, because the import of Triton decides between its interpreter and a GPU."""
     run = subprocess.run(
         [sys.executable, str(ROOT / "tests/losses/grid.py")],
         env={**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "PYTHONWARNINGS": "ignore"},
@@ -53,7 +53,7 @@ class TestOnGPU:
     @pytest.mark.parametrize("forced", [None, "masked"])
     @pytest.mark.parametrize("kept", [None, 3])
     def test_grid(self, name, forced, kept, chosen):
-        """All cases at once: as tests of their own they would take longer to report than to run."""
+        """One test runs all cases of a loss, because separate tests would take longer to report than to run."""
         assert not grid.failures([name], forced, "cuda", kept)
 
     @pytest.mark.parametrize("width", [1000, 5000, 5001, 9000])
@@ -64,7 +64,7 @@ class TestOnGPU:
         grid.check(name, grid.Case((40, 13), width, dtype, exact=False), None, "cuda", kept)
 
     def test_more_numbers_than_31_bits_count(self, chosen):
-        """Places in (B, T, V) past 2³¹: the last utterance alone has the same loss."""
+        """Offsets in (B, T, V) past 2³¹ do not overflow: the gradient lands in the last utterance, not before it."""
         if torch.cuda.mem_get_info()[0] < 30 * 2**30:
             pytest.skip("needs 30 GB of free GPU memory")
         generator = torch.Generator("cuda").manual_seed(0)
@@ -85,7 +85,7 @@ class TestOnGPU:
     @pytest.mark.parametrize("name", grid.LOSSES)
     @pytest.mark.parametrize("cached", [False, True])
     def test_nothing_waits(self, name, cached, chosen):
-        """Forward and backward, with a selection: torch refuses every wait of the host for the device."""
+        """With its sync debug mode "error", torch raises if selection, forward or backward waits for the device."""
         if cached and name == "consistency":
             pytest.skip("its second view is a student, never cached")
         student, teacher, lengths, frames, _ = grid.CASES["symmetric"].make("cuda")
@@ -135,7 +135,7 @@ class TestChoice:
 
 @pytest.mark.parametrize("name", grid.LOSSES)
 def test_frames_past_the_lengths_never_count(name):
-    """Whatever ``frames`` says: one True everywhere is as none at all."""
+    """Frames that are True everywhere, also in the padding, give the same result as no ``frames``."""
     student, teacher, lengths, _ = reference.batch()
     everywhere = torch.ones(student.shape[:2], dtype=torch.bool)
     got = grid.with_gradient(name, student, teacher, lengths, everywhere, {})

@@ -1,4 +1,4 @@
-"""The kernels compile for a GPU on a machine without one: Triton brings its compiler along."""
+"""The kernels compile for a GPU on a machine without one, because Triton includes its compiler."""
 
 import os
 import subprocess
@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton", reason="needs Triton")
 ROOT = Path(__file__).resolve().parents[2]
-#: Of one launch each: student and teacher (B, T, V) as they are given to the loss, and options.
+#: Student and teacher (B, T, V) of one loss call each.
 CASES = {
     "float32": "torch.zeros(3, 7, 5000), torch.zeros(3, 7, 5000)",
     "half": "torch.zeros(3, 7, 500).bfloat16(), torch.zeros(3, 7, 500).half()",
@@ -21,8 +21,8 @@ CASES = {
     "cached, one token": "torch.zeros(1, 1, 2), compress(torch.zeros(1, 1, 2), 1, (2.0,))",
     "cached, a row in blocks": "torch.zeros(3, 7, 9001), compress(torch.zeros(3, 7, 9001), 96, (2.0,))",
 }
-#: Compiles whatever would be launched, as Triton's launcher specialises it: numbers equal to 1, and addresses and
-#: numbers divisible by 16.
+#: Compiles each kernel instead of launching it, with the specialisations of Triton's launcher: for numbers equal to 1,
+#: and for addresses and numbers divisible by 16.
 PROGRAM = """
 import torch, triton
 from triton.backends.compiler import GPUTarget
@@ -67,7 +67,7 @@ with using("fused"):
 @pytest.mark.trains
 @pytest.mark.parametrize("key, capability", [("float32", 80), *((key, 90) for key in CASES)])
 def test_kernels_compile(key, capability, chosen, tmp_path):
-    """In a process of its own, with a compiler cache of its own."""
+    """A separate process and compiler cache make sure that the kernels are really compiled."""
     if torch.version.cuda is None:
         pytest.skip("this torch is not made for CUDA")
     head = "import torch\nfrom espnet_kd.topk import compress\n"

@@ -1,4 +1,4 @@
-"""Factorized KL alone: its identity with KL, its weights, and what it reads on blank frames."""
+"""Factorized KL alone: its identity with KL, its weights, and the probabilities that it uses on blank frames."""
 
 import pytest
 import reference
@@ -18,7 +18,7 @@ def test_weights_of_factorized_kl(weights):
 
 
 def test_identity_over_a_batch():
-    """With each half's share as its weight the means become one sum: plain KL."""
+    """If each weight is the share of its frames, the weighted means add up to plain KL."""
     student, teacher, lengths, mask = reference.batch()
     share = (teacher.argmax(-1) != 0)[mask].double().mean().item()
     assert 0.2 < share < 0.8
@@ -28,7 +28,7 @@ def test_identity_over_a_batch():
 
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 def test_identity_frame_by_frame(temperature):
-    """KL = BKL + (1−b)·NKL: with all weights 1, a frame at a time, so that means are sums."""
+    """KL = BKL + (1−b)·NKL with all weights 1. One frame at a time, because then a mean is a sum."""
     student, teacher, lengths, mask = reference.batch((20, 20), scale=4.0)
     one = torch.tensor([1])
     kinds = set()
@@ -52,7 +52,7 @@ def test_factorized_kl_ignores_which_token_on_blank_frames(temperature):
     before = factorized_kl(student, teacher, lengths, temperature=temperature)
     after = factorized_kl(student, permuted, lengths, temperature=temperature)
     torch.testing.assert_close(after, before, rtol=1e-12, atol=0)
-    # The plain KL and the third weight do see it.
+    # The permutation does change plain KL, and factorized KL with its third weight.
     assert (kl(student, teacher, lengths) - kl(student, permuted, lengths)).abs() > 1e-3
     seen = [factorized_kl(student, x, lengths, nonblank_on_blank_weight=1.0) for x in (teacher, permuted)]
     assert (seen[0] - seen[1]).abs() > 1e-3
@@ -62,7 +62,7 @@ def test_factorized_kl_reads_blank_mass_only_on_blank_frames_at_temperature_1():
     student, teacher, lengths, _ = reference.batch()
     p = teacher.softmax(-1)
     blank = teacher.argmax(-1) == 0
-    # Redistribute what is not blank: halfway to uniform, so that blank keeps both its mass and the lead.
+    # Move the other tokens halfway to uniform: blank keeps its mass and stays the most likely token.
     flat = p.clone()
     flat[..., 1:] = 0.5 * p[..., 1:] + 0.5 * (1 - p[..., :1]) / 5
     moved = torch.where(blank[..., None], flat, p).log()
@@ -70,11 +70,11 @@ def test_factorized_kl_reads_blank_mass_only_on_blank_frames_at_temperature_1():
     one = [factorized_kl(student, x, lengths) for x in (teacher, moved)]
     torch.testing.assert_close(one[0], one[1], rtol=1e-12, atol=0)
     two = [factorized_kl(student, x, lengths, temperature=2.0) for x in (teacher, moved)]
-    assert (two[0] - two[1]).abs() > 1e-4  # at τ ≠ 1 it moves the blank mass itself
+    assert (two[0] - two[1]).abs() > 1e-4  # at τ ≠ 1 this changes the blank mass too
 
 
 def test_nonblank_rule_is_at_temperature_1():
-    """At a high temperature no token beats another by much, but NB and BL stay what they were."""
+    """The temperature does not change which frames are non-blank: they are chosen at temperature 1."""
     student, teacher, lengths, mask = reference.batch()
     got = factorized_kl(student, teacher, lengths, temperature=50.0, **reference.ALL_WEIGHTS)
     expected = reference.factorized_kl(student, teacher, mask, temperature=50.0, weights=(1, 1, 1))

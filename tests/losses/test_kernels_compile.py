@@ -1,4 +1,4 @@
-"""The kernels are compiled for GPUs that are not there: what the interpreter takes, a compiler may refuse."""
+"""The kernels compile for GPUs that this machine lacks. The compiler can reject code that the interpreter accepts."""
 
 import contextlib
 
@@ -19,7 +19,7 @@ POINTERS = {
 
 
 def launches(name, width, dtype, kept, framed, monkeypatch):
-    """(kernel, arguments, options) of a loss and its gradient, on tensors without values."""
+    """(kernel, arguments, options) of each launch of a loss and its gradient, on tensors without values."""
     found = []
     monkeypatch.setattr(fused, "launch", lambda kernel, programs, *args, **more: found.append((kernel, args, more)))
     monkeypatch.setattr(fused, "_on", lambda x: contextlib.nullcontext())
@@ -32,7 +32,7 @@ def launches(name, width, dtype, kept, framed, monkeypatch):
 
 
 def compiled(kernel, args, options, capability):
-    """The size of the machine code."""
+    """Compile a launch and return the size of its machine code."""
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
@@ -52,7 +52,7 @@ def compiled(kernel, args, options, capability):
     (30, torch.float32, False), (5000, torch.bfloat16, True), (9001, torch.float16, False),
 ])  # fmt: skip
 def test_for_a_gpu_that_is_not_there(width, dtype, framed, kept, capability, monkeypatch):
-    """Rows whole, in two parts, in blocks; alone and with selected frames."""
+    """The widths give rows that are whole, in two parts and in blocks."""
     kept = kept and min(kept, width - 1)
     for name in ("kl", "blank_kl", "factorized_kl"):
         found = launches(name, width, dtype, kept, framed, monkeypatch)
@@ -66,7 +66,7 @@ def test_a_kernel_that_no_compiler_takes_is_noticed(monkeypatch):
 
     @triton.jit
     def broken(x, BLOCK: tl.constexpr):
-        tl.store(x, tl.arange(0, BLOCK))  # a block at one place
+        tl.store(x, tl.arange(0, BLOCK))  # an error: stores a block to a single address
 
     with pytest.raises(Exception, match="shape|block|pointer|Value argument"):
         compiled(broken, (torch.zeros(3),), {"BLOCK": 8}, 90)

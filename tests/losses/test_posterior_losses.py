@@ -1,4 +1,4 @@
-"""The losses of posteriors: against a slow reference, and the traps of methods.md."""
+"""The losses of posteriors, compared with a slow reference, and in the known pitfalls of methods.md."""
 
 import functools
 import math
@@ -21,15 +21,15 @@ LOSSES = {
     "delayed_kl": delayed_kl,
     "consistency": consistency,
 }
-GUIDED = ["guided_ctc", "guided_ctc_log"]  # read NB frames only, and are not a distance
+GUIDED = ["guided_ctc", "guided_ctc_log"]  # these use non-blank frames only and are not distances
 each_loss = pytest.mark.parametrize("name", LOSSES)
-# consistency has two students: no gradcheck, and its own tests.
+# consistency has no teacher: both its inputs get gradients, which test_variant_losses.py checks.
 each_with_teacher = pytest.mark.parametrize("name", [n for n in LOSSES if n != "consistency"])
 each_distance = pytest.mark.parametrize("name", [n for n in LOSSES if n not in GUIDED])
 
 
 def with_gradient(name, student, teacher, lengths, **options):
-    """Loss and its gradient on the student."""
+    """The loss and its gradient with respect to the student."""
     student = student.detach().clone().requires_grad_()
     loss = LOSSES[name](student, teacher, lengths, **options)
     loss.backward()
@@ -75,7 +75,7 @@ def test_gradcheck(name, blank_id, temperature):
 def test_sums_over_the_vocabulary(name):
     """``kl_div(reduction="mean")`` would divide by V too. Neither V nor copies of the batch may scale the loss."""
     student, teacher, lengths, _ = reference.batch()
-    # Splitting every token's mass in two equal tokens leaves every divergence as it was.
+    # Splitting the mass of every token into two equal tokens does not change any divergence.
     wide_s, wide_t = (torch.cat([x, x[..., 1:]], -1) for x in (student, teacher))
     wide_s[..., 0] += math.log(2)
     wide_t[..., 0] += math.log(2)
@@ -113,7 +113,7 @@ def test_impossible_tokens_and_copies_of_the_batch_scale_nothing(name):
 def test_one_frame_utterance(name):
     student, teacher, lengths, mask = reference.batch((1,))
     if name in GUIDED:
-        teacher[..., 3] = teacher.amax(-1) + 1  # a blank frame tells them nothing
+        teacher[..., 3] = teacher.amax(-1) + 1  # these losses skip blank frames
     got, grad = with_gradient(name, student, teacher, lengths)
     assert got.item() == pytest.approx(getattr(reference, name)(student, teacher, mask), rel=1e-12)
     assert grad.abs().sum() > 0
@@ -122,7 +122,7 @@ def test_one_frame_utterance(name):
 @each_loss
 @pytest.mark.parametrize("winner", [0, 1])
 def test_a_half_may_be_empty(name, winner):
-    """All blank, or no blank at all: the other half counts 0, nothing is NaN."""
+    """All frames are blank, or none is: the empty half adds 0, and nothing is NaN."""
     student, teacher, lengths, mask = reference.batch()
     teacher[..., winner] = teacher.amax(-1) + 1
     options = reference.ALL_WEIGHTS if name == "factorized_kl" else {}
@@ -148,7 +148,7 @@ def test_no_frame_gives_zero_with_a_gradient_path(name, broken):
 
 
 def one_hot(token, width=5, dtype=torch.float64):
-    """(1, 1, V) log-probabilities that are certain."""
+    """(1, 1, V) log-probabilities with all mass on one token."""
     return torch.full((1, 1, width), -math.inf, dtype=dtype).index_fill(2, torch.tensor([token]), 0.0)
 
 
@@ -156,7 +156,7 @@ def one_hot(token, width=5, dtype=torch.float64):
 @pytest.mark.parametrize("token", [0, 2])
 @pytest.mark.parametrize("blank_id", [0, 2, 4])
 def test_certain_teacher(name, token, blank_id):
-    """Posteriors of exactly 0 and 1."""
+    """The teacher's posteriors are exactly 0 and 1."""
     student = reference.batch((1,), width=5)[0]
     options = dict(blank_id=blank_id, **(reference.ALL_WEIGHTS if name == "factorized_kl" else {}))
     got, grad = with_gradient(name, student, one_hot(token), torch.tensor([1]), **options)
@@ -179,14 +179,14 @@ def test_certain_teacher(name, token, blank_id):
 @each_with_teacher
 @pytest.mark.parametrize("big, dtype", [(1e4, torch.float64), (1e4, torch.float16), (6e4, torch.bfloat16)])
 def test_certain_student_who_is_wrong(name, big, dtype):
-    """Gradients by hand: q − p of the divergences and of log q; 0 of a saturated softmax."""
+    """The expected gradients are derived by hand: q − p for divergences and log q, 0 for a saturated softmax."""
     student = torch.full((1, 1, 5), -big, dtype=dtype).index_fill(2, torch.tensor([1]), big)
     teacher = torch.tensor([[[1.0, -2.0, 3.0, 0.5, 0.0]]], dtype=dtype)
     options = reference.ALL_WEIGHTS if name == "factorized_kl" else {}
     got, grad = with_gradient(name, student, teacher, torch.tensor([1]), **options)
     p, q = teacher.double().softmax(-1), student.double().softmax(-1)
     expected = {
-        # d/dz of log((1−b)/b) per blank, shared among tokens as the student's: all of it on token 1.
+        # −b for blank. The other tokens share +b in proportion to the student's posterior, which is all on token 1.
         "blank_kl": torch.cat([-p[..., :1], p[..., :1] * q[..., 1:]], -1),
         "softmax_l2": torch.zeros_like(p),
         "guided_ctc": torch.zeros_like(p),
@@ -199,10 +199,10 @@ def test_certain_student_who_is_wrong(name, big, dtype):
 @each_loss
 @pytest.mark.parametrize("token", [0, 2])
 def test_certain_student_and_teacher_who_agree(name, token):
-    """−∞ on both sides is agreement: no loss, and no NaN in the gradient."""
+    """Where student and teacher are both −∞ they agree: the loss is 0 and the gradient has no NaN."""
     options = reference.ALL_WEIGHTS if name == "factorized_kl" else {}
     got, grad = with_gradient(name, one_hot(token), one_hot(token), torch.tensor([1]), **options)
-    assert got == (-1 if name == "guided_ctc" and token else 0)  # −q at its least
+    assert got == (-1 if name == "guided_ctc" and token else 0)  # the minimum of −q
     assert torch.equal(grad, torch.zeros_like(grad))
 
 
@@ -227,7 +227,7 @@ def test_half_precision_is_computed_in_float32(name, dtype):
     got, grad = with_gradient(name, student, teacher, lengths, **options)
     assert got.dtype == torch.float32
     assert grad.dtype == dtype
-    # The inputs are exact in float64: 1e-5 is float32's arithmetic; half's would be off by 1e-3 and more.
+    # float64 holds the inputs exactly. 1e-5 allows for float32 arithmetic; half precision would be off by 1e-3 or more.
     reference_value = getattr(reference, name)(student.double(), teacher.double(), mask, **expected)
     assert got.item() == pytest.approx(reference_value, rel=1e-5)
 
@@ -235,7 +235,7 @@ def test_half_precision_is_computed_in_float32(name, dtype):
 @each_loss
 @pytest.mark.parametrize("dtype, big", [(torch.float16, 60000), (torch.bfloat16, 60000), (torch.float16, 1e4)])
 def test_half_precision_with_big_logits(name, dtype, big):
-    """Masks of ±1e4 and logits near the largest half: differences overflow in half, not in float32."""
+    """With masks of ±1e4 or logits near the largest half, differences overflow in half but not in float32."""
     student, teacher, lengths, mask = reference.batch((6,), dtype=dtype)
     teacher[0, 1] = torch.tensor([-big, big, -big, 0, 0, 0], dtype=dtype)
     teacher[0, 2] = torch.tensor([big, -big, -big, -big, -big, -big], dtype=dtype)
@@ -243,7 +243,7 @@ def test_half_precision_with_big_logits(name, dtype, big):
     options = reference.ALL_WEIGHTS if name == "factorized_kl" else {}
     got, grad = with_gradient(name, student, teacher, lengths, **options)
     assert got.isfinite() and grad.isfinite().all()
-    if name not in ("factorized_kl", "consistency"):  # whose references would divide by 0
+    if name not in ("factorized_kl", "consistency"):  # the references of these two would divide by 0
         expected = getattr(reference, name)(student.double(), teacher.double(), mask)
         assert got.item() == pytest.approx(expected, rel=1e-4)
     else:
@@ -264,7 +264,7 @@ def test_no_gradient_to_the_teacher(name):
 @each_loss
 @pytest.mark.parametrize("rule, options", [("all", {}), ("symmetric", {"n": 1}), ("threshold", {"theta": 0.3})])
 def test_selected_frames(name, rule, options):
-    """What ``select`` gives goes into ``frames``; under ``all`` nothing changes."""
+    """The result of ``select`` works as ``frames``; the rule ``all`` changes nothing."""
     student, teacher, lengths, mask = reference.batch((9, 5, 1), scale=1.0)
     frames = select(teacher, lengths, rule, **options)
     got, grad = with_gradient(name, student, teacher, lengths, frames=frames)
@@ -325,14 +325,17 @@ def test_student_and_teacher_of_different_types(name, cached):
 
 @pytest.mark.parametrize("name", ["kl", "blank_kl", "factorized_kl", "softmax_l2", *GUIDED])
 def test_other_numbers_of_frames_are_refused(name):
-    """A frame must not be taken for another."""
+    """Otherwise a student frame would be compared with a different teacher frame."""
     student, teacher, lengths, _ = reference.batch()
     with pytest.raises((ValueError, IndexError)):
         LOSSES[name](student[:, :-1], teacher, (lengths - 1).clamp(min=0))
 
 
 def test_student_most_wrong_still_learns():
-    """Student sure of blank by 20, teacher of a token: BKL 16.6, gradient 1; log1p(-exp) would give NaN or 0."""
+    """The student's blank logit is 20, the teacher is certain of a token: BKL is 16.6 and its gradient 1.
+
+    ``log1p(-exp)`` would give NaN or 0.
+    """
     student, teacher = torch.zeros(1, 1, 31), torch.zeros(1, 1, 31)
     student[..., 0] = 20.0
     teacher[..., 3] = 60.0

@@ -1,4 +1,4 @@
-"""Losses on hidden states: non-blank and blank frames apart, or each frame with a weight of its own."""
+"""Losses on hidden states: non-blank and blank frames averaged separately, or every frame with its own weight."""
 
 import math
 
@@ -9,7 +9,7 @@ import torch
 from espnet_kd.losses import activation_energy, factorized_representation, nonblank_mass, weighted_representation
 
 each_distance = pytest.mark.parametrize("distance", ["cosine", "l2"])
-# The third one takes frame weights from the teacher's posteriors.
+# "weighted" is weighted_representation, with frame weights from the teacher's posteriors.
 each_loss = pytest.mark.parametrize("distance", ["cosine", "l2", "weighted"])
 
 
@@ -78,7 +78,7 @@ def test_few_nonblank_frames_count_as_much_as_many_blank_ones(distance):
         reference.factorized_representation(student, teacher, logits, half[None], distance) for half in (lone, ~lone)
     ]
     got = factorized_representation(student, teacher, logits, lengths, distance=distance)
-    assert got.item() == pytest.approx(sum(expected), rel=1e-12)  # each already carries its ½
+    assert got.item() == pytest.approx(sum(expected), rel=1e-12)  # each reference already includes its factor ½
     assert grad[0, 11].norm() > 5 * grad[0, ~lone].norm(dim=-1).mean()
 
 
@@ -125,7 +125,7 @@ def test_all_zero_vectors_are_finite(distance, whose, dtype):
         teacher.zero_()
     got, grad = with_gradient(student, teacher, logits, lengths, distance=distance)
     assert got.isfinite() and grad.isfinite().all()
-    assert grad.abs().max() <= 10  # and not 1/ε
+    assert grad.abs().max() <= 10  # a division by a tiny norm would give about 1/ε
     if distance == "cosine":
         assert got == 1.0
 
@@ -186,7 +186,7 @@ def test_equal_weights_give_the_mean():
     student, teacher, _, lengths, mask = hidden()
     got = weighted_representation(student, teacher, lengths, weights=torch.full(mask.shape, 7.0))
     torch.testing.assert_close(got, (student - teacher)[mask].square().mean(), rtol=1e-6, atol=0)
-    # Mean over D: twice as wide is not twice as far.
+    # The distance is a mean over D, so that twice the width gives the same loss.
     wide = [x.repeat(1, 1, 2) for x in (student, teacher)]
     again = weighted_representation(*wide, lengths, weights=torch.full(mask.shape, 7.0))
     torch.testing.assert_close(again, got, rtol=1e-12, atol=0)
@@ -241,7 +241,7 @@ def test_weight_functions_equal_reference(blank_id):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 def test_nonblank_mass_does_not_round_to_zero(dtype):
-    """p(blank) = 1 − 3e-13 is 1 in float32; 1 − p must not be 0."""
+    """p(blank) = 1 − 3e-13 rounds to 1 in float32, but the non-blank mass must not become 0."""
     logits = torch.tensor([[[30.0, 0.0, 0.0, 0.0], [-math.inf, 0.0, 0.0, 0.0], [0.0, *[-math.inf] * 3]]], dtype=dtype)
     got = nonblank_mass(logits)
     assert got.dtype == torch.float32

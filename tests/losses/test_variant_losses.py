@@ -1,4 +1,4 @@
-"""What delayed_kl, consistency, guided_ctc and softmax_l2 do beyond the tests that all losses share."""
+"""Properties of delayed_kl, consistency, guided_ctc and softmax_l2 beyond the tests that all losses share."""
 
 import math
 
@@ -37,12 +37,12 @@ def test_every_largest_delay(max_delay, temperature):
     expected = reference.delayed_kl(student, teacher, mask, temperature=temperature, max_delay=max_delay)
     got = delayed_kl(student, teacher, lengths, temperature=temperature, max_delay=max_delay)
     assert got.item() == pytest.approx(expected, rel=1e-12)
-    # Random posteriors: some utterances gain by a delay, so that the choice is not idle.
+    # With random posteriors a delay lowers the loss of some utterances, so that the choice of the delay matters.
     assert got < kl(student, teacher, lengths, temperature=temperature)
 
 
 def spoken_later(delays, lengths):
-    """A student whose frame t + d says what the teacher's frame t says; its first d frames are a guess of its own."""
+    """A student whose frame t + d equals the teacher's frame t. Its first d frames are random."""
     student, teacher, lengths, mask = reference.batch(lengths)
     for b, d in enumerate(delays):
         student[b, d:] = teacher[b, : teacher.size(1) - d]
@@ -55,7 +55,7 @@ def test_each_utterance_has_its_own_delay():
     too_late = delayed_kl(student, teacher, lengths, max_delay=1)
     assert too_late > 0.1
     alone = delayed_kl(student[2:, :4], teacher[2:, :4], lengths[2:], max_delay=1)
-    # The frames of the utterance, not those its delay leaves, are its weight.
+    # The weight of an utterance is its number of frames, not the number that remains after the delay.
     assert too_late.item() == pytest.approx(alone.item() * 4 / (8 + 6 + 4), rel=1e-9)
 
 
@@ -72,11 +72,11 @@ def test_gradient_flows_through_the_chosen_delay_alone():
             difference = student[b, t + d].softmax(-1) - teacher[b, t].softmax(-1)
             expected[b, t + d] = difference / (length - d) * length / lengths.sum()
     torch.testing.assert_close(grad, expected, rtol=1e-9, atol=1e-15)
-    assert (grad[0, :2] == 0).all()  # no teacher frame lies two frames before them
+    assert (grad[0, :2] == 0).all()  # with delay 2 these have no teacher frame
 
 
 def test_a_delay_as_long_as_the_utterance_is_not_used():
-    """One frame, a second one in the padding that would fit better: it is not read."""
+    """The utterance has one frame. The student's next frame would fit better, but it is padding and is not read."""
     student, teacher, lengths, _ = spoken_later((1, 0), (2, 3))
     lengths = torch.tensor([1, 3])
     expected = (kl(student[:1], teacher[:1], torch.tensor([1])) * 1 + 0) / 4
@@ -86,10 +86,10 @@ def test_a_delay_as_long_as_the_utterance_is_not_used():
 def test_frames_choose_the_teachers_frames():
     student, teacher, lengths, mask = spoken_later((2,), (8,))
     frames = torch.zeros_like(mask)
-    frames[0, [1, 5, 7]] = True  # 7 + 2 is past the end
+    frames[0, [1, 5, 7]] = True  # frame 7 + 2 is past the end
     assert delayed_kl(student, teacher, lengths, frames=frames).item() == pytest.approx(0, abs=1e-12)
     last = torch.zeros_like(mask)
-    last[0, 7] = True  # only delay 0 leaves it a frame
+    last[0, 7] = True  # with any delay but 0 no frame remains
     torch.testing.assert_close(
         delayed_kl(student, teacher, lengths, frames=last), kl(student, teacher, lengths, frames=last)
     )
@@ -155,14 +155,14 @@ def test_guided_ctc_leaves_blank_frames_alone(log):
     _, grad = gradient(guided_ctc, student, teacher, lengths, log=log)
     assert (grad[blank | ~mask] == 0).all()
     assert (grad[~blank & mask].abs().sum(-1) > 0).all()
-    # Nor is their number in the mean.
+    # Blank frames do not count in the denominator of the mean either.
     got = guided_ctc(student, teacher, lengths, log=log)
     torch.testing.assert_close(guided_ctc(student, teacher, lengths, log=log, frames=mask & ~blank), got)
 
 
 def test_guided_ctc_takes_the_guides_spikes_at_temperature_1():
     student, teacher, lengths, _ = reference.batch()
-    flat = teacher * 1e-3  # the same argmax everywhere, all that is read of the teacher
+    flat = teacher * 1e-3  # the same argmax, the only thing that is used of the teacher
     for log in (False, True):
         a, b = (guided_ctc(student, x, lengths, temperature=5.0, log=log) for x in (teacher, flat))
         assert a == b
@@ -171,7 +171,10 @@ def test_guided_ctc_takes_the_guides_spikes_at_temperature_1():
 @pytest.mark.parametrize("log", [False, True])
 @pytest.mark.parametrize("scale", [1.0, 3.0, 10.0])
 def test_every_element_of_the_guided_gradient_is_exact_in_float32(log, scale):
-    """To 1e-5 of itself: of a student that agrees, q(k*) · (1 − q(k*)) as q − q² is wrong in the fourth digit."""
+    """Each element has a relative error below 1e-5.
+
+    If q(k*) is near 1, q(k*) · (1 − q(k*)) computed as q − q² would be wrong in the fourth digit.
+    """
     _, teacher, lengths, _ = reference.batch((100, 60), width=30, scale=scale)
     noise = torch.randn(teacher.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     student = (teacher + 0.3 * scale * noise).float()

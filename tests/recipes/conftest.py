@@ -1,4 +1,4 @@
-"""A copy of the recipes to run in."""
+"""A copy of the recipes in which the tests run them."""
 
 import os
 import shutil

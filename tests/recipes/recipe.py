@@ -1,4 +1,4 @@
-"""A recipe's stage script as a function."""
+"""Running a recipe's run.sh from Python."""
 
 import os
 import subprocess
@@ -9,12 +9,13 @@ import psutil
 
 ROOT = Path(__file__).resolve().parents[2]
 
-#: Models that train in seconds, and may recognise nothing; the recipes' own YAML is read first, and is thus checked.
+#: Options for models that train in seconds and may recognise nothing. The recipe's own YAML is read before them, and
+#: is thus tested too.
 STOCK = (
     "--encoder_conf num_blocks=1 --encoder_conf output_size=16 --encoder_conf linear_units=32 "
     "--encoder_conf attention_heads=2 --batch_bins 1000000 --use_tensorboard false --use_matplotlib false"
 )
-#: The same of asr_kd_train, which refuses a teacher that recognises nothing.
+#: The same for asr_kd_train, which otherwise refuses a teacher that recognises nothing.
 TINY = f"{STOCK} --blank_teacher true"
 
 
@@ -27,7 +28,7 @@ class Recipe:
             **os.environ,
             "OMP_NUM_THREADS": "1",
             "ESPNET_KD_INSTALLED": "1",
-            # The interpreter of these tests and this checkout's package, whatever was activated.
+            # The interpreter of these tests and the package of this checkout, whichever environment is active.
             "VIRTUAL_ENV": sys.prefix,
             "PATH": f"{sys.prefix}/bin:{os.environ['PATH']}",
             "PYTHONPATH": str(ROOT),
@@ -52,12 +53,12 @@ class Recipe:
 
 
 def sleepers(directory: Path, seconds: str) -> list:
-    """The processes that sleep for this time in a recipe's directory."""
+    """The processes ``sleep SECONDS`` that run in a recipe's directory."""
     found = []
     for process in psutil.process_iter():
         try:
             if process.cmdline() == ["sleep", seconds] and process.cwd() == str(directory.resolve()):
                 found.append(process)
-        except psutil.Error:  # it has ended meanwhile, or is somebody else's
+        except psutil.Error:  # it has ended meanwhile, or belongs to another user
             continue
     return found

@@ -1,4 +1,4 @@
-"""--dry_run: what the stages would run, on a machine that has neither the data nor the GPUs; and several machines."""
+"""--dry_run shows the commands of the stages without data and GPUs, also for several machines; and wrong options."""
 
 import re
 import shlex
@@ -23,10 +23,10 @@ def files(recipe: Recipe) -> set:
 
 @pytest.fixture(scope="module")
 def cluster(egs2):
-    """What ./run.sh --dry_run says for two machines of a slurm cluster."""
+    """The output of ./run.sh --dry_run for two machines of a slurm cluster, the recipe and the options."""
     recipe = Recipe(egs2, "an4")
     cmd = recipe.dir / "cmd.sh"
-    cmd.unlink()  # a link: the other recipes keep theirs
+    cmd.unlink()  # only the link, so that the other recipes keep the file
     cmd.write_text('train_cmd="slurm.pl --mem 4G"\ncuda_cmd="slurm.pl --config conf/slurm.conf"\n')
     before = files(recipe)
     scale = ["--use_amp", "true", "--batch_bins", "8000000", "--accum_grad", "2"]
@@ -67,7 +67,7 @@ def test_training_goes_through_the_launcher_with_options_that_espnet_takes(clust
         assert launch["--init_file_prefix"].startswith(directory)
         args = parser.parse_args(words[at + 4 :])
         assert args.output_dir == directory
-        # The scale is that of teacher and students alike; what is given to one of them comes after it.
+        # The options of scale hold for teacher and students. Options for one of them come later and win.
         assert (args.use_amp, args.batch_bins, args.accum_grad) == (True, 8000000, 2)
         assert (args.max_epoch == 7) == (directory != "exp/teacher")
     assert [parser.parse_args(w[w.index("--") + 4 :]).kd_stage for w in launches] == [None, None, 3]
@@ -99,7 +99,7 @@ def test_one_machine_and_an_espnet_recipe(egs2):
     ],
 )
 def test_what_librispeech_decodes(egs2, options, sets):
-    # The corpus need not be there.
+    # A dry run does not need the corpus.
     done = Recipe(egs2, "librispeech").run("--librispeech", "/no/such/place", *options, "--stage", "13", "--dry_run")
     said = commands(done.stdout)[0]
     assert said[said.index("--data_dir") + 1 :] == [f"dump/raw/{name}" for name in sets]
@@ -184,14 +184,14 @@ def test_a_given_teacher_is_decoded_where_the_results_lie(egs2, given, decoded):
 
 
 def words_after(option: str, said: list, verb: str) -> list:
-    """What follows an option in each command of asr_kd_data with this verb."""
+    """The value of an option in each command that contains ``verb``."""
     found = [words for words in said if verb in words]
     return [words[words.index(option) + 1] for words in found]
 
 
 @pytest.mark.parametrize("test_sets", ["valid test", "test valid", "valid"])
 def test_the_validation_set_as_a_test_set(egs2, test_sets):
-    """It is formatted a second time, with all its utterances, and decoded from there."""
+    """It is formatted a second time with all its utterances, and this copy is decoded."""
     said = commands(Recipe(egs2, "mini").run("--test_sets", test_sets, "--dry_run").stdout)
     formats = [words for words in said if "format" in words]
     whole = [words for words in formats if "dump/raw/whole/valid" in words]
@@ -208,7 +208,7 @@ def test_the_validation_set_as_a_test_set(egs2, test_sets):
 
 
 def test_a_token_list_belongs_to_what_it_was_made_of(egs2):
-    """Another training set, or another formatting, gets its own: that of finished experiments is not written again."""
+    """Another training set or dumpdir has its own list, so that the list of finished experiments is not overwritten."""
     recipe, places = Recipe(egs2, "an4"), []
     own = ("", "--train_set tr", "--dumpdir d2", "--dumpdir d2 --train_set tr", "--token_type bpe")
     for options in (*own, "--teacher exp/t", "--teacher exp/t --dumpdir d2"):
@@ -222,7 +222,7 @@ def test_a_token_list_belongs_to_what_it_was_made_of(egs2):
 
 @pytest.mark.parametrize("escaped", [False, True])
 def test_paths_with_blanks(egs2, tmp_path, escaped):
-    """One that exists is taken as it is; among several, a backslash stands before a blank."""
+    """One existing path is used as it is; in a list of paths a backslash must precede a blank."""
     places = {}
     for name in ("my exp", "my data"):
         path = tmp_path / name
@@ -269,7 +269,7 @@ def test_an_options_value_may_go_over_several_lines(egs2):
 def test_decoding_goes_where_cmd_sh_sends_it(egs2):
     recipe = Recipe(egs2, "tedlium2")
     cmd = recipe.dir / "cmd.sh"
-    cmd.unlink()  # a link: the other recipes keep theirs
+    cmd.unlink()  # only the link, so that the other recipes keep the file
     cmd.write_text('train_cmd=run.pl cuda_cmd=run.pl decode_cmd="slurm.pl --mem 8G"\n')
     said = commands(recipe.run("--stage", "7", "--method", "sequence_kd", "--ngpu", "2", "--dry_run").stdout)
     for words, log, verb in (
@@ -300,7 +300,7 @@ def test_a_machine_without_espnet_is_told_what_to_do(egs2, tmp_path):
 
 @pytest.fixture(scope="module")
 def prepared(egs2):
-    """The embedded recipe as if its stages 1 to 4 were done."""
+    """The embedded recipe with fabricated results of stages 1 to 4."""
     recipe = Recipe(egs2, "mini")
     for name in ("dump/raw/train/wav.scp", "dump/raw/train/text", "dump/raw/valid/text", "exp/stats_train_word/.done"):
         path = recipe.dir / name
@@ -318,8 +318,8 @@ def test_several_machines_need_a_cluster(prepared):
 
 
 def test_a_model_of_other_settings(prepared, tmp_path, monkeypatch):
-    """Of other data it is refused; other options are left to the training command, which names those that matter."""
-    python = tmp_path / "python"  # trains nothing
+    """Stage 6 refuses other data. Other options are checked by the training command, which names those that differ."""
+    python = tmp_path / "python"  # a replacement for Python that trains nothing
     record = f'case "$*" in *asr_kd_record*) exec {sys.executable} "$@" ;; esac'
     python.write_text(f'#!/bin/sh\n{record}\nexit "${{CODE:-0}}"\n')
     python.chmod(0o755)
@@ -332,7 +332,7 @@ def test_a_model_of_other_settings(prepared, tmp_path, monkeypatch):
         done = prepared.run(*options, *other, check=False)
         assert done.returncode == 1 and "is trained" not in done.stdout
     monkeypatch.delitem(prepared.env, "CODE")
-    assert "the plain is trained" in prepared.run(*options).stdout  # as before
+    assert "the plain is trained" in prepared.run(*options).stdout  # the original options still work
     (prepared.dir / "dump/raw/train/wav.scp").write_text("x z\n")
     done = prepared.run(*options, check=False)
     (prepared.dir / "dump/raw/train/wav.scp").write_text("x y\n")
@@ -341,7 +341,7 @@ def test_a_model_of_other_settings(prepared, tmp_path, monkeypatch):
 
 
 def test_advice_keeps_the_users_options(egs2):
-    """As a shell takes them; a stage that asks for an earlier one names that which makes its input."""
+    """The advised command can be pasted into a shell, and begins with the stage that makes the missing input."""
     options = ["--dumpdir", "none", "--expdir", "no_such", "--train_args", "--max_epoch 3"]
     done = Recipe(egs2, "mini").run(*options, "--stage", "11", "--stop_stage", "11", check=False)
     advice = done.stdout.split("stage 10 makes it: ")[1].splitlines()[0]
@@ -361,7 +361,7 @@ def test_advice_keeps_the_users_options(egs2):
     ],
 )
 def test_what_cannot_be_is_refused_before_any_work(egs2, options, message, monkeypatch):
-    """In stage 1, which comes first, and once."""
+    """The error appears once and before stage 1."""
     recipe = Recipe(egs2, "mini")
     recipe.env["CUDA_VISIBLE_DEVICES"] = ""
     done = recipe.run(*options, check=False)
@@ -373,7 +373,7 @@ FAILING = ["bash", "-c", "echo 1epoch results; echo a line; echo error: $0; exit
 
 
 def test_an_error_is_shown_once_and_an_earlier_one_is_not(egs2, tmp_path):
-    """Of a single job, whose log is continued, and of jobs side by side that fail alike."""
+    """Tested with one job that continues its log, and with parallel jobs that fail with the same error."""
     run = str(egs2 / "TEMPLATE/asr_kd1/run_local.sh")
 
     def said(*arguments):
@@ -385,7 +385,7 @@ def test_an_error_is_shown_once_and_an_earlier_one_is_not(egs2, tmp_path):
     first, second = said(log, *FAILING, "the first"), said(log, *FAILING, "the second")
     assert first.count("error: the first") == 1 and first.count("error:") == 1 and log in first
     assert second.count("error: the second") == 1 and "the first" not in second
-    # Without an error of its own, the end of what this run wrote.
+    # A run without an error line shows the end of its own output.
     third = said(log, "bash", "-c", "echo Traceback; echo KeyError; exit 3")
     assert "the second" not in third and third.endswith("Traceback\nKeyError\n")
     assert third.count("error:") == 1 and "exit code 3" in third

@@ -1,4 +1,4 @@
-"""The environment that run_all.sh and tests/run.sh make, or use."""
+"""The Python environment that run_all.sh and tests/run.sh create or use."""
 
 import os
 import subprocess
@@ -33,7 +33,7 @@ def test_what_pip_says_goes_into_a_log(tmp_path, code):
         assert not list(tmp_path.glob(".espnet_kd.*"))
     else:
         assert done.stdout == "ready\n" and "installed" in done.stderr and "Collecting" not in done.stderr
-        assert len(list(tmp_path.glob(".espnet_kd.*"))) == 2  # it is not installed again
+        assert len(list(tmp_path.glob(".espnet_kd.*"))) == 2  # these marks prevent a second installation
 
 
 @pytest.mark.parametrize("code", [0, 2])
@@ -69,7 +69,7 @@ def test_a_mistake_is_found_before_anything_is_installed(tmp_path, code):
     ],
 )  # fmt: skip
 def test_which_environment_is_used(tmp_path, own, used, activate):
-    """Conda's base only where that is asked for; what a new shell has to run is known."""
+    """Conda's base is used only on request, and ``ACTIVATE`` is the command that a new shell needs."""
     (tmp_path / "setup.py").touch()
     (tmp_path / "code").write_text("0")
     venv = f"{tmp_path}/.venv"

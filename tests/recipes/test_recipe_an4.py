@@ -1,4 +1,4 @@
-"""AN4: real speech, with a teacher trained by stock ESPnet, a stock decoder where espnet_kd is absent, pack, unpack."""
+"""AN4, which is real speech: a teacher of stock ESPnet, stock decoding without espnet_kd, pack and unpack."""
 
 import json
 import os
@@ -17,7 +17,7 @@ def recipe(egs2, corpora, tmp_path_factory):
     source = corpora / "an4"
     if not source.is_dir():
         pytest.skip(f"no AN4 in {corpora} (ESPNET_KD_TEST_CORPORA)")
-    # A few utterances of it, in the original layout.
+    # A few of its utterances, in the original layout.
     few = tmp_path_factory.mktemp("an4")
     (few / "etc").mkdir()
     (few / "wav").symlink_to(source / "wav")
@@ -32,7 +32,7 @@ def recipe(egs2, corpora, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def student(recipe):
-    """Distilled from a teacher that stock ESPnet trained outside the recipe, by way of the plain student."""
+    """A student distilled from a teacher that stock ESPnet trained outside the recipe; a plain student comes first."""
     teacher = recipe.dir / "elsewhere"
     data = [f"dump/raw/{d}/{f}" for d in ("train", "valid") for f in ("wav.scp,speech,sound", "text,text,text")]
     stats = recipe.dir / "exp/stats_train_char"
@@ -69,7 +69,7 @@ def test_report(recipe, student, tmp_path):
 
 
 def decode_without_espnet_kd(tmp_path, cwd, config, model) -> str:
-    """Text that stock espnet2.bin.asr_inference finds, in a process that cannot import espnet_kd."""
+    """The text from stock espnet2.bin.asr_inference in a process that cannot import espnet_kd."""
     (tmp_path / "sitecustomize.py").write_text(
         "import sys\n"
         "class Absent:\n"
@@ -114,7 +114,7 @@ def test_stock_decoding_and_pack(recipe, student, tmp_path):
         check=True,
         capture_output=True,
     )
-    export.rename(student / "moved")  # nothing may be found at the old place
+    export.rename(student / "moved")  # the unpacked model must not use files of the old place
     try:
         code = (
             "import json, sys; from espnet2.main_funcs.pack_funcs import unpack\n"

@@ -1,7 +1,7 @@
 """LibriSpeech, AISHELL-1 and TED-LIUM 2 in miniature, from the original layout to the results table.
 
-What the data dirs hold is compared with what the corpus says, read here by other code than the package's; what
-``tests/data/`` holds of the same layouts is not repeated.
+The data dirs are compared with the corpus, which these tests read with their own code instead of the package's. The
+tests in ``tests/data/`` of the same layouts are not repeated.
 """
 
 import json
@@ -15,14 +15,14 @@ import soundfile
 from recipe import ROOT, TINY, Recipe
 
 FACTORS = (0.9, 1.0, 1.1)
-#: TINY, without what the recipes' YAML has for GPUs.
+#: TINY, with the GPU settings of the recipes' YAML switched off.
 SMALL = f"{TINY} --num_workers 0 --use_amp false --accum_grad 1"
 TEACHER = f"{SMALL} --encoder_conf cgmlp_linear_units=32 --max_epoch 1"
-Expected = Dict[str, List[str]]  # file of a data dir: its lines
+Expected = Dict[str, List[str]]  # file name in a data dir → its lines
 
 
 def as_files(rows: List[Tuple[str, str, str, str]]) -> Expected:
-    """Files of utterances (id, speaker, audio file, text)."""
+    """The data dir's files for utterances (id, speaker, audio file, text)."""
     rows = sorted(rows)
     return {
         "text": [f"{utt} {text}" for utt, _, _, text in rows],
@@ -65,7 +65,7 @@ def tedlium2(root: Path) -> Dict[str, Expected]:
                 words = re.sub(r"<sil>|</?s>|\(2\)", "", lines[i][6]).replace(" '", "'")
                 texts.append(f"{utt} {' '.join(words.split())}")
                 talks[utt] = talk
-                if name == "train":  # as much air as there is, up to half of what parts it from its neighbours
+                if name == "train":  # widened by at most half of the pause to each neighbour
                     before = (start - times[i - 1][1]) / 2 if i else start
                     after = (times[i + 1][0] - end) / 2 if i + 1 < len(times) else soundfile.info(sph).duration - end
                     start, end = start - min(0.15, before), end + min(0.1, after)
@@ -82,7 +82,7 @@ def tedlium2(root: Path) -> Dict[str, Expected]:
 
 @dataclass
 class Corpus:
-    """One recipe: its miniature, how it is run, and what is to come of it."""
+    """One recipe: its miniature corpus, its options and the expected results."""
 
     name: str
     layout: str
@@ -91,7 +91,7 @@ class Corpus:
     epochs: int
     method: str
     kd_stages: List[int]
-    tokens: int  # length of the token list; 0: of the training text's characters
+    tokens: int  # length of the token list; 0: it follows from the characters of the training text
     left_out: Dict[str, str] = field(default_factory=dict)
 
 
@@ -114,7 +114,7 @@ CORPORA = [
 
 @pytest.fixture(scope="module", params=CORPORA, ids=lambda c: c.name)
 def finished(request, egs2, corpora):
-    """The recipe after its stages 1 to 13, with what they said."""
+    """A corpus, its recipe after stages 1 to 13, the expected data dirs and the output of the stages."""
     corpus: Corpus = request.param
     root = (corpora / "layouts" / corpus.layout).resolve()
     if not root.is_dir():
@@ -144,7 +144,7 @@ def test_data_dirs_hold_what_the_corpus_says(finished):
 
 def test_formatted_audio_adds_up(finished):
     _, recipe, expected, said = finished
-    assert "outside" not in said  # none too short or too long
+    assert "outside" not in said  # no utterance is too short or too long
     for name in expected:
         seconds = {}
         audio = dict(x.split(" ") for x in lines_of(recipe.dir / "data" / name / "wav.scp"))

@@ -1,7 +1,7 @@
-"""An experiment directory of an earlier version is finished, resumed, decoded and reported by this one.
+"""This version resumes, finishes, decodes and reports an experiment directory of an earlier version.
 
-``earlier/mini.tar.xz`` holds ``exp`` and ``conf`` of the embedded recipe as version 0.1.0 of 2026-11-26 left them: a
-finished teacher and plain student, decoded, and a student stopped after KD stage 2. The models are tiny.
+``earlier/mini.tar.xz`` holds ``exp`` and ``conf`` of the embedded recipe, written by version 0.1.0 of 2026-11-26: a
+finished and decoded teacher and plain student, and a student stopped after KD stage 2. The models are tiny.
 """
 
 import json
@@ -23,7 +23,7 @@ def earlier(egs2):
     recipe.run("--stage", "1", "--stop_stage", "3", *OPTIONS[:2])
     with tarfile.open(ARCHIVE) as archive:
         archive.extractall(recipe.dir, filter="data")
-    os.utime(recipe.dir / "exp/stats_train_word/.done")  # it was made after the data, which are made again here
+    os.utime(recipe.dir / "exp/stats_train_word/.done")  # statistics must be newer than the data, made just now
     return recipe
 
 

@@ -1,4 +1,4 @@
-"""Beside an ESPnet recipe: its dump and its finished experiment as the teacher, from --espnet_data to the results."""
+"""A recipe that uses the dump of an ESPnet recipe, and its experiment as the teacher: --espnet_data to the results."""
 
 import json
 
@@ -12,7 +12,7 @@ from espnet_kd.data.tokens import make_token_list
 
 
 def make_espnet_recipe(directory):
-    """What asr.sh leaves: a set of each kind, a BPE model, a teacher that names it from the recipe's directory."""
+    """Imitate the output of asr.sh: data sets of each kind, a BPE model, and a teacher with a relative path to it."""
     for name, kind, number in (("train_nodev", "flac.ark", 10), ("train_dev", "flac", 3), ("eval", "pipe", 3)):
         tiny_espnet.add_set(directory, name, kind, [0.8 + 0.1 * i for i in range(number)])
     bpe = directory / "data/token_list/bpe_unigram11"
@@ -46,5 +46,5 @@ def test_from_an_espnet_recipe(egs2, tmp_path):
     assert set(rows) == {"teacher", "student"} and all(row["testset"] == "eval" for row in rows.values())
     config = yaml.safe_load((recipe.dir / "exp/student_kl/config.yaml").read_text())
     assert config["token_list"] == tokens and config["accum_grad"] == 1
-    # Nothing was written where the teacher is.
+    # Nothing was written into the teacher's directory.
     assert {p.name for p in (espnet / "exp/asr_train_raw_bpe11").iterdir()} == {"config.yaml", "valid.loss.ave.pth"}

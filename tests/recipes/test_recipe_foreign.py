@@ -1,4 +1,4 @@
-"""run.sh with teachers of other makers: stages 2 to 13 from hf: and from onnx:, and a changed source refused."""
+"""run.sh with teachers of other toolkits: stages 2 to 13 with hf: and onnx:, and a changed source is refused."""
 
 import json
 import shutil
@@ -42,10 +42,10 @@ def test_hugging_face(mini, tmp_path_factory):
     assert (exp / "student_progressive_fkl/export/model.pth").is_file()
     results = (exp / "RESULTS.md").read_text()
     assert "imported_tiny_model" in results or "teacher" in results
-    # Again: nothing is imported or trained again.
+    # A second run imports and trains nothing.
     again = mini.run("--stage", "3", "--stop_stage", "8", "--teacher", source, "--method", "progressive_fkl", *SMALL)
     assert "is imported already" in again.stdout and "loses" not in again.stdout
-    # The N-best and the cache are made of it like of any teacher.
+    # N-best and target cache work as with any teacher.
     options = ["--stage", "7", "--teacher", source, *SMALL, "--method"]
     mini.run(*options, "kl", "--stop_stage", "9", "--target_cache", "true")
     mini.run(*options, "sequence_kd", "--stop_stage", "7")
@@ -56,14 +56,14 @@ def test_hugging_face(mini, tmp_path_factory):
 
 
 def test_hugging_face_with_pieces(mini, tmp_path_factory):
-    """A vocabulary of SentencePiece's: the recipe takes the token type and bpe.model from the teacher."""
+    """With a SentencePiece vocabulary, the recipe takes the token type and bpe.model from the teacher."""
     texts = [line.partition(" ")[2].upper() for line in (mini.dir / "data/train/text").read_text().splitlines()]
     tokenizer = tiny_hf.tokenizer_of(tiny_hf.pieces_of("bpe", 60, [*texts, LETTERS]), "bpe")
     home = tmp_path_factory.mktemp("hf") / "pieces"
     directory = tiny_hf.save_with_pieces(home, "wav2vec2", "bpe", tokenizer=tokenizer)
     options = ["--teacher", f"hf:{directory}", "--dumpdir", "dump_pieces", "--expdir", "exp_pieces", "--method", "kl"]
     done = mini.run("--stage", "2", *options, *SMALL[:2], *SMALL[4:])
-    assert "its token error rate" in done.stdout  # of the ceiling: the references are cut into pieces
+    assert "its token error rate" in done.stdout  # references are split into its pieces
     exp = mini.dir / "exp_pieces"
     conf = yaml.safe_load((exp / "student_kl/export/config.yaml").read_text())
     assert conf["token_type"] == "bpe" and (exp / "student_kl/export/bpe.model").is_file()
@@ -96,7 +96,7 @@ def test_onnx(mini, tmp_path_factory):
 
 
 def test_audio_without_transcripts(egs2, tmp_path_factory):
-    """egs2/foundation: a directory of audio and a teacher of another maker, one command."""
+    """egs2/foundation needs one command for a directory of audio and a teacher of another toolkit."""
     home = tmp_path_factory.mktemp("audio")
     for i in range(20):
         soundfile.write(home / f"{i}.flac", tiny_asr.audio(1.0 + 0.1 * (i % 5), i), 16000)
@@ -111,7 +111,7 @@ def test_audio_without_transcripts(egs2, tmp_path_factory):
 
 
 def test_a_student_with_pieces_of_a_teacher_with_characters(mini, tmp_path_factory):
-    """--student_tokens own: the teacher's N-best by their text; a method that goes by frames is refused by name."""
+    """With --student_tokens own, the N-best are converted by their text; a method that needs frames is refused."""
     directory = tiny_hf.save(tmp_path_factory.mktemp("hf") / "letters", "wav2vec2", letters=LETTERS)
     options = ["--teacher", f"hf:{directory}", "--student_tokens", "own", "--token_type", "bpe", "--nbpe", "50"]
     options += ["--dumpdir", "dump_own", "--expdir", "exp_own", *SMALL[:2], *SMALL[4:]]
@@ -121,7 +121,7 @@ def test_a_student_with_pieces_of_a_teacher_with_characters(mini, tmp_path_facto
     done = mini.run("--stage", "2", *options, "--method", "sequence_kd")
     assert "by their text" in done.stdout
     pieces = (mini.dir / "dump_own/token_list/bpe_unigram50/tokens.txt").read_text().split()
-    assert len(pieces) == 50 and not any(c.islower() for p in pieces[2:-1] for c in p)  # the teacher's characters
+    assert len(pieces) == 50 and not any(c.islower() for p in pieces[2:-1] for c in p)  # in the teacher's case
     nbest = (mini.dir / "exp_own/nbest5_imported_letters_train_bpe_unigram50").read_text().splitlines()
     assert nbest and all(set(line.split()[3:]) <= set(pieces) for line in nbest)
     assert (mini.dir / "exp_own/student_sequence_kd/export/bpe.model").is_file()
@@ -129,8 +129,8 @@ def test_a_student_with_pieces_of_a_teacher_with_characters(mini, tmp_path_facto
 
 
 def test_a_recognisers_transcripts_beside_transcribed_audio(mini, monkeypatch):
-    """asr_kd_pseudo, then --pseudo: one training set of both."""
-    monkeypatch.chdir(mini.dir)  # from which the paths of its data dirs count
+    """asr_kd_pseudo and then --pseudo give one training set of both."""
+    monkeypatch.chdir(mini.dir)  # the paths in its data dirs are relative to it
     text = (mini.dir / "data/train/text").read_text().splitlines()
     home = mini.dir / "data/extra_audio"
     home.mkdir()

@@ -1,9 +1,9 @@
-"""kill -9 in every stage of the embedded recipe; the same command again ends as if nothing had been.
+"""kill -9 in every stage of the embedded recipe; the same command then gives the same results as without a kill.
 
-Every stage is run unbroken, its events counted (killing.py), and undone; then begun again, killed twice, each time
-before a random event, and given again until it ends. What the recipe's directory then holds is compared with what the
-unbroken stage left, but for times and logs: data, statistics, every parameter, texts, scores. The commands' processes
-are forks of a warm one (zygote.py).
+Every stage first runs without a kill, while its events are counted (killing.py), and is undone. Then it is killed
+twice, each time before a random event, and run once more to its end. The recipe's directory is compared with that of
+the first run, except times and logs: data, statistics, every parameter, texts, scores. The commands' processes are
+forks of one that has already imported ESPnet (zygote.py).
 """
 
 import contextlib
@@ -31,17 +31,17 @@ SMALL = ["--local_data_opts", "--train 24 --valid 6 --test 8", "--nj", "1"]
 SMALL += ["--teacher_args", f"{TINY} --num_workers 0 --max_epoch 3"]
 SMALL += ["--train_args", f"{TINY} --num_workers 0 --max_epoch 5"]
 CACHED = ["--target_cache", "true", "--tag", "cached"]
-#: In this order, each from what the ones before it left.
+#: (stage, options) in this order, because each step uses the results of the earlier ones.
 STEPS = [
     *((stage, []) for stage in range(1, 7)),
     (7, ["--method", "sequence_kd"]),
     *((stage, CACHED) for stage in (7, 8, 9, 10)),
     *((stage, []) for stage in range(8, 14)),
 ]
-KILLS = 2  # of each step
-#: What a killed writer leaves beside the file that it did not replace; it is no result, and some commands remove it.
+KILLS = 2  # kills in each step
+#: Temporary files that a killed command leaves. They are no results, and some commands remove them.
 LEFTOVER = re.compile(r"(^|/)(\.[^/]+\.[a-z0-9_]{8}|checkpoint\.damaged\.pth)$")
-#: Of runs and their speed, not of what they made.
+#: Entries that describe a run and its speed, not its results.
 PASSING = {"train_seconds", "load_seconds", "decode_seconds", "read_seconds", "rtf", "date"}
 
 
@@ -52,7 +52,7 @@ def leave_out_times(content):
 
 
 def contents(directory: Path) -> dict:
-    """What a recipe has made, by file."""
+    """The results of a recipe by file name."""
     found = {}
     for path in sorted(p for top in ("data", "dump", "exp") for p in (directory / top).rglob("*")):
         name = str(path.relative_to(directory))
@@ -82,7 +82,7 @@ def differing(one: dict, other: dict) -> list:
 
 
 class Killed:
-    """The recipe, run by processes that fork from a warm one."""
+    """The recipe, whose processes are forks of one that has already imported ESPnet."""
 
     def __init__(self, egs2: Path, directory: Path):
         self.recipe = Recipe(egs2, "mini")
@@ -94,21 +94,21 @@ class Killed:
         )  # fmt: skip
         zygote.write_client(directory / "bin/python3", address)
         self.recipe.env["PATH"] = f"{directory / 'bin'}:{self.recipe.env['PATH']}"
-        assert b"ready\n" in self.server.stdout  # after what ESPnet has to say when it is imported
+        assert b"ready\n" in self.server.stdout  # skips the output of ESPnet's import
 
     def close(self) -> None:
         self.server.stdin.close()
         self.server.wait(10)
 
     def keep(self) -> None:
-        """Remember what is there."""
+        """Copy the current results."""
         shutil.rmtree(self.kept, ignore_errors=True)
         for name in ("data", "dump", "exp"):
             if (self.dir / name).exists():
                 shutil.copytree(self.dir / name, self.kept / name, symlinks=True)
 
     def undo(self) -> None:
-        """Put back what :meth:`keep` remembered, times too."""
+        """Restore the copy of :meth:`keep`, including the times of files."""
         for name in ("data", "dump", "exp"):
             shutil.rmtree(self.dir / name, ignore_errors=True)
             if (self.kept / name).exists():
@@ -156,7 +156,7 @@ def test_killed_in_every_stage(killed, record_property):
         moments = [draw.randint(1, events)]
         assert killed.run(options, moments[0]) == -1
         for _ in range(KILLS - 1):
-            # Of what is left. A moment that the stage does not live to see is none.
+            # Among the events that remain. If the stage ends before this one, it is not killed and does not count.
             moment = draw.randint(1, max(1, events - moments[-1]))
             if killed.run(options, moment) == -1:
                 moments.append(moment)

@@ -1,4 +1,4 @@
-"""Many methods in one command: run_all.sh --methods, and the students that some methods need of their own."""
+"""Many methods in one command: run_all.sh --methods, and the student configurations that some methods need."""
 
 import argparse
 import json
@@ -32,7 +32,7 @@ def run_all(egs2, *options: str) -> subprocess.CompletedProcess:
 def test_one_table_compares_methods(egs2):
     done = run_all(egs2, "--methods", "kl cr_ctc", "--seeds", "1", *SMALL)
     assert done.returncode == 0, done.stdout[-6000:]
-    for number, name in ((2, "plain, seed 1"), (4, "kl, seed 1")):  # a line for each finished run
+    for number, name in ((2, "plain, seed 1"), (4, "kl, seed 1")):  # one line for each finished run
         assert f"{number} of 4: " in done.stdout and f" of 4: {name}, " in done.stdout
     exp = egs2 / "mini/asr_kd1/exp"
     rows = json.loads((exp / "results.json").read_text())
@@ -41,7 +41,7 @@ def test_one_table_compares_methods(egs2):
     assert all(r["wer"] is not None and r["epochs"] == 1 for r in rows)
     assert len({r["params"] for r in rows if r["role"] != "teacher"}) == 1
     table = (exp / "RESULTS.md").read_text().split("## Comparison of methods")[1].split("##")[0]
-    *lines, where, _ = [line for line in done.stdout.splitlines() if line]  # a verdict for each, then the report
+    *lines, where, _ = [line for line in done.stdout.splitlines() if line]  # a verdict for each method, then the report
     assert where == f"The whole report: {exp.resolve() / 'report.html'}"
     assert {line.split(":")[0] for line in lines[-2:]} == {"kl", "cr_ctc"}
     for method in ("kl", "cr_ctc"):
@@ -49,7 +49,7 @@ def test_one_table_compares_methods(egs2):
         assert cells[3] == "1" and cells[8][0] in "+-" and 0 < float(cells[9]) <= 1
 
 
-#: A recipe that writes down how it is called, and trains nothing.
+#: The run.sh of a recipe that records its calls and trains nothing.
 RUN = """#!/usr/bin/env bash
 set -eu
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -97,7 +97,7 @@ def calls(stub) -> list:
 
 
 def decoded(stub) -> list:
-    """The experiments that the last call, and no other, decodes."""
+    """The experiments that the last call decodes, which must be the only call with stage 12."""
     (number,) = (i for i, c in enumerate(calls(stub)) if "--stage 12" in c)
     assert number == len(calls(stub)) - 1
     return calls(stub)[number].split("--stage 12 --experiments ")[1].split()
@@ -127,9 +127,9 @@ def test_every_method_runs_for_every_seed_beside_a_plain_student_like_it(egs2, s
     order += [said.index("--stage 7 --stop_stage 7 --method sequence_kd")]
     order += [said.index(f"--stage 8 --stop_stage 11 --method sequence_kd --seed {seed}") for seed in (0, 1)]
     assert order == sorted(order)
-    # The data without labels: all but text, and the audio once.
+    # The data without labels have no text and no second copy of the audio.
     assert {p.name for p in (stub / "dump/raw/train_without_text").iterdir()} == {"wav.scp", "utt2spk"}
-    # In the end everything at once, beside the teacher.
+    # The last call decodes all students.
     expected = set()
     for tag in ("", "_seed1"):
         expected |= {f"exp/student_plain{tag}", f"exp/student_plain_layer_pruning{tag}"}
@@ -189,7 +189,7 @@ def test_failed_decoding_is_named(egs2, stub):
 def test_a_given_teacher_is_decoded_beside_the_students(egs2, stub):
     done = run_all(egs2, "--recipe", "stub", "--methods", "kl", "--teacher", "exp/big")
     assert done.returncode == 0, done.stdout
-    assert calls(stub)[-1].startswith("--teacher exp/big ")  # as run.sh does it
+    assert calls(stub)[-1].startswith("--teacher exp/big ")  # run.sh gets the teacher and decodes it too
     assert decoded(stub) == ["exp/student_plain", "exp/student_kl/export"]
 
 
@@ -209,7 +209,7 @@ def test_runs_may_share_a_gpu_where_that_is_asked_for(egs2, stub):
 
 
 def test_a_distilled_student_starts_as_soon_as_its_teacher_is_there(egs2, stub):
-    """Plain students fill the other place while the teacher trains; they are not waited for."""
+    """Plain students use the free place while the teacher trains, but a distilled student does not wait for them."""
     (stub / "seconds").write_text("2")  # a plain student takes four times as long as the teacher
     done = run_all(egs2, "--recipe", "stub", "--methods", "kl", "--seeds", "0 1 2", "--jobs", "2")
     assert done.returncode == 0, done.stdout
@@ -224,7 +224,7 @@ def test_the_console_is_short_and_names_the_logs(egs2, stub):
     assert f"logs in {logs}" in done.stdout
     assert f"kl, seed 0 FAILED; the end of {logs / 'kl_seed_0.log'}:" in done.stdout
     assert (logs / "kl_seed_0.log").read_text() == "it is broken\n"
-    # What is to do, data, the number of runs, four runs and the end of a log, decoding, the error.
+    # Lines: the task, the data, the number of runs, four runs, the end of a log, decoding and the error.
     assert done.stdout.split("methods: cr_ctc kl; seeds: 0")[1].count("\n") == 10
     (stub / "broken").write_text("--stage 5\n")
     done = run_all(egs2, "--recipe", "stub")
@@ -278,7 +278,7 @@ def test_so_many_run_side_by_side_and_end_with_the_script(egs2, stub, jobs):
         time.sleep(2.5)
         assert len(sleepers(stub, "987")) == jobs
     finally:
-        os.kill(run.pid, signal.SIGTERM)  # the script alone
+        os.kill(run.pid, signal.SIGTERM)  # only the script, not its children
     assert run.wait(timeout=20) == 143
     time.sleep(0.5)
     assert not sleepers(stub, "987")
@@ -291,7 +291,7 @@ def test_stopped_while_decoding(egs2, stub, number, code):
         [str(egs2.parent / "run_all.sh"), "--recipe", "stub", "--methods", "cr_ctc"],
         env=Recipe(egs2, "mini").env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
         start_new_session=True, text=True,
-        # Tests that run in the background ignore Ctrl-C, and what is ignored stays so.
+        # Tests that run in the background ignore Ctrl-C, and a child process would inherit that.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     deadline = time.time() + 120
@@ -300,7 +300,7 @@ def test_stopped_while_decoding(egs2, stub, number, code):
             assert time.time() < deadline and run.poll() is None
             time.sleep(0.2)
     finally:
-        os.kill(run.pid, number)  # the script alone
+        os.kill(run.pid, number)  # only the script, not its children
     _, said = run.communicate(timeout=20)
     assert run.returncode == code and not sleepers(stub, "987")
     assert said.splitlines()[-1] == "error: stopped; the same command continues where it stopped"
@@ -376,7 +376,7 @@ def test_the_streaming_student_learns_and_hears_little_of_what_comes(recipe):
         optimizer.step()
         losses.append(loss.item())
     assert losses[2] < losses[0]
-    # Five seconds: what is said in the last two changes nothing of the first two.
+    # Of five seconds, the last two do not change the outputs of the first two.
     model.eval()
     first, other = torch.randn(2, 1, 80000)
     other[:, :48000] = first[:, :48000]

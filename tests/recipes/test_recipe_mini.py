@@ -1,4 +1,4 @@
-"""The embedded recipe end to end: the main job's stages, a kill in the middle, stages that ask for earlier ones."""
+"""The embedded recipe end to end: the stages of the main job, a kill in the middle, stages that need earlier ones."""
 
 import json
 import os
@@ -23,7 +23,7 @@ SMALL = ["--local_data_opts", SIZES, "--teacher_args", TEACHER, "--train_args", 
 
 @pytest.fixture(scope="module")
 def finished(egs2):
-    """The main job in little: run_all.sh with tiny models."""
+    """The main job, run_all.sh, with tiny models."""
     recipe = Recipe(egs2, "mini")
     done = subprocess.run(
         [str(egs2.parent / "run_all.sh"), *SMALL],
@@ -34,7 +34,7 @@ def finished(egs2):
         timeout=1200,
     )
     assert done.returncode == 0, done.stdout[-6000:]
-    # What ESPnet warns of is in the logs.
+    # ESPnet's warnings go to the logs only.
     assert not [w for w in ("Flash", "Set decoder", "Warning", "WARNING", "Traceback") if w in done.stdout], done.stdout
     return recipe
 
@@ -59,7 +59,7 @@ def test_results_table(finished):
 
 
 def test_every_kd_stage_has_its_epochs_and_statistics(finished):
-    """One training in one process: the first two end within epoch 1."""
+    """All KD stages are one training in one process, in which the first two end within epoch 1."""
     exp = finished.dir / "exp/student_progressive_fkl"
     record = json.loads((exp / "kd_stage.json").read_text())
     assert record["finished"] and record["epochs"] == 6
@@ -86,7 +86,7 @@ def test_stage_11_writes_measures_and_reports_other_forms(finished):
     assert [(row["format"], row["testset"], row["same_text"]) for row in shown] == [
         ("espnet", "test", 8), ("onnx", "test", 8),
     ]  # fmt: skip
-    # the text of the recipe's own decoding
+    # The exported model gives the same text as the recipe's decoding.
     decoded = read_map(student / "decode_test/1best_recog/text")
     transcriber = Transcriber(student / "export_onnx")
     for utt_id, path in read_map(finished.dir / "dump/raw/test/wav.scp").items():
@@ -105,13 +105,13 @@ def test_finished_stages_are_harmless(finished):
 
 
 def test_a_model_of_other_settings_is_refused(finished):
-    """In one line that names the option, of a plain student and of a distilled one."""
+    """The error is one line with the name of the option, for a plain and for a distilled student."""
     other = ["--train_args", f"{STUDENT} --encoder_conf num_blocks=3"]
     for stages in (["--stage", "6", "--stop_stage", "6"], ["--stage", "8", "--stop_stage", "10"]):
         done = finished.run(*SMALL, *stages, *other, check=False)
         assert done.returncode == 1 and done.stdout.count("error:") == 1
         assert "encoder_conf.num_blocks: 1 → 3" in done.stdout
-    finished.run(*SMALL, "--stage", "6", "--stop_stage", "6")  # is still there
+    finished.run(*SMALL, "--stage", "6", "--stop_stage", "6")  # the model is unchanged and still accepted
 
 
 def test_a_stage_names_the_one_that_makes_its_input(egs2, finished):
@@ -131,7 +131,7 @@ def test_wrong_options_are_refused(egs2, arguments):
 
 @pytest.mark.faults("kill -9 of a stage of run.sh")
 def test_kill_in_stage_10_and_half_a_checkpoint(finished):
-    """kill -9 in KD stage 3 and a checkpoint cut in half: the same command goes on from the epoch before."""
+    """After kill -9 in KD stage 3 and a truncated checkpoint, the same command resumes from the epoch before."""
     options = [*SMALL[:5], f"{TINY} --max_epoch 30", "--tag", "killed"]
     finished.run(*options, "--stage", "8", "--stop_stage", "9")
     directory = finished.dir / "exp/student_progressive_fkl_killed"
@@ -145,7 +145,7 @@ def test_kill_in_stage_10_and_half_a_checkpoint(finished):
         start_new_session=True,
     )
     deadline = time.time() + 300
-    while (directory / "checkpoint.prev.pth").stat().st_mtime_ns == previous:  # it has begun
+    while (directory / "checkpoint.prev.pth").stat().st_mtime_ns == previous:  # until an epoch of this run has ended
         assert time.time() < deadline and run.poll() is None
         time.sleep(0.05)
     os.killpg(run.pid, signal.SIGKILL)
@@ -163,7 +163,7 @@ def test_kill_in_stage_10_and_half_a_checkpoint(finished):
 
 @pytest.fixture
 def without_text(finished):
-    """data/silent is data/train without its text, and no text of data/train is left to be found."""
+    """data/silent is data/train without text, and every text of data/train is hidden."""
     silent, train = finished.dir / "data/silent", finished.dir / "data/train"
     silent.mkdir(exist_ok=True)
     for name in ("wav.scp", "utt2spk", "spk2utt"):
@@ -211,7 +211,7 @@ def test_untranscribed_audio_beside_transcribed(finished):
     for name in ("wav.scp", "utt2spk"):
         lines = (finished.dir / "data/test" / name).read_text().splitlines()
         (extra / name).write_text("".join(f"x-{line}\n" for line in lines))
-    (extra / "text").write_bytes(b"\xff\n")  # to be left closed
+    (extra / "text").write_bytes(b"\xff\n")  # invalid UTF-8, because this file must not be read
     options = ["--untranscribed", "data/extra", "--kd_stages", "3", "--train_args", f"{TINY} --max_epoch 1"]
     finished.run(*options, "--stage", "2", "--stop_stage", "4")
     both = finished.dir / "dump/raw/train_and_untranscribed"
@@ -227,7 +227,7 @@ def test_untranscribed_audio_beside_transcribed(finished):
     assert (student / "student.pth").exists(), done.stdout
     train = (student / "train.kd_stage3.log").read_text().split("1epoch results: ")[1].split("[valid]")[0]
     assert "loss_ctc=" in train and "nan" not in train and "inf" not in train
-    # Teacher and plain student are as they were: they train on the transcribed part.
+    # Teacher and plain student train on the transcribed part only, and therefore need no new training.
     done = finished.run(*SMALL, *options[:2], "--stage", "5", "--stop_stage", "6")
     assert done.stdout.count("is trained") == 2
 

@@ -1,4 +1,4 @@
-"""Ctrl-C and kill: one line says how to go on, and no process is left behind."""
+"""After Ctrl-C or kill, one line tells the user how to continue, and no process is left."""
 
 import os
 import signal
@@ -13,11 +13,11 @@ SECONDS = "98765"
 
 @pytest.fixture
 def recipe(egs2):
-    """Data as stages 1 to 4 leave them, and a Python that sleeps, as does a child of its own."""
+    """A recipe with fabricated data of stages 1 to 4, and a replacement for Python that sleeps, as does its child."""
     recipe = Recipe(egs2, "mini")
     files = {f"dump/raw/{s}/{f}": "u1 x\nu2 x\n" for s in ("train", "valid", "test") for f in ("wav.scp", "text")}
     files |= {"data/train/wav.scp": "u1 x\n", "data/token_list/word/tokens.txt": "x\n"}
-    # Nothing is finished, so that the stage begins its work.
+    # asr_kd_record fails, so that no training counts as finished and the stage begins its work.
     fake = f'#!/usr/bin/env bash\ncase "$*" in *asr_kd_record*) exit 3 ;; esac\nsleep {SECONDS} &\nsleep {SECONDS}\n'
     for name, content in {**files, "fake_python": fake}.items():
         path = recipe.dir / name
@@ -27,7 +27,7 @@ def recipe(egs2):
     return recipe
 
 
-#: Preparation, jobs side by side, a training run: how many processes sleep in each.
+#: Stages with preparation, parallel jobs and a training, and the number of sleeping processes in each.
 @pytest.mark.faults("Ctrl-C and kill")
 @pytest.mark.parametrize("stage, asleep", [(2, 2), (4, 4), (6, 2)])
 @pytest.mark.parametrize("how, code", [("Ctrl-C", 130), ("kill", 143)])
@@ -39,7 +39,7 @@ def test_nothing_is_left_behind(recipe, stage, asleep, how, code):
     run = subprocess.Popen(
         [*command, "--expdir", "exp" if stage == 6 else f"exp_{how}"], cwd=recipe.dir, env=recipe.env,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
-        # Tests that run in the background ignore Ctrl-C, and bash cannot trap what was ignored when it began.
+        # Tests that run in the background ignore Ctrl-C, and bash cannot trap a signal that was ignored at its start.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     try:
@@ -48,9 +48,9 @@ def test_nothing_is_left_behind(recipe, stage, asleep, how, code):
             assert time.time() < deadline and run.poll() is None, run.communicate()
             time.sleep(0.1)
         if how == "kill":
-            os.kill(run.pid, signal.SIGTERM)  # the script alone
+            os.kill(run.pid, signal.SIGTERM)  # only the script, not its children
         else:
-            os.killpg(run.pid, signal.SIGINT)  # as a terminal does
+            os.killpg(run.pid, signal.SIGINT)  # the whole group, as from a terminal
         said, _ = run.communicate(timeout=20)
         left = sleepers(recipe.dir, SECONDS)
     finally:

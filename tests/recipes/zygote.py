@@ -1,11 +1,11 @@
-"""Python processes that begin with ESPnet imported: a server that forks, and a ``python3`` for a recipe's PATH.
+"""Python processes that start with ESPnet already imported: a server that forks, and a ``python3`` for a recipe.
 
     python zygote.py SOCKET
 
-What the ``python3`` written by :func:`write_client` is given goes to the server, which forks a process that runs it as
-``python3 -m MODULE …`` would, with the caller's directory, environment, files and process group: SIGKILL to the group
-ends it with the rest. A recipe is then run some eighty times without as many imports of ESPnet, 4 s of CPU each.
-Events are counted where the environment asks for it (killing.py).
+The ``python3`` from :func:`write_client` sends its arguments to the server. The server forks a process that does the
+same as ``python3 -m MODULE …``, with the caller's directory, environment, files and process group, so that SIGKILL to
+the group ends it too. The tests run a recipe about eighty times, and each import of ESPnet would take 4 s of CPU.
+Events are counted if the environment requests it (killing.py).
 """
 
 from __future__ import annotations
@@ -41,27 +41,27 @@ assert server.recv(1) == b"r", "the server is gone"  # the process is in this gr
 server.sendall(b"g")
 sys.exit(int(server.makefile().readline() or 1))
 """
-#: What the commands of a recipe import sooner or later.
+#: Modules that the commands of a recipe import.
 MODULES = ["espnet_kd.offline", "matplotlib.pyplot", "torch.utils.tensorboard", "kaldiio", "soundfile", "sentencepiece"]
 MODULES += ["jiwer", "tqdm", "espnet2.bin.aggregate_stats_dirs", "espnet2.train.trainer"]
 
 
 def write_client(path: Path, address: Path) -> None:
-    """Write the ``python3`` that asks the server at ``address``."""
+    """Write the ``python3`` that sends its arguments to the server at ``address``."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(CLIENT.format(python=sys.executable, address=str(address)))
     path.chmod(0o755)
 
 
 def run(argv: list, cwd: str, env: dict) -> int:
-    """As ``python3 -m argv…`` in ``cwd``; the exit code."""
+    """Do the same as ``python3 -m argv…`` in ``cwd``, and return the exit code."""
     os.chdir(cwd)
     os.environ.clear()
     os.environ.update(env)
     sys.path[0] = cwd
     sys.argv[1:] = argv[1:]
     sys.modules.pop(argv[0], None)
-    # Beginning and end are events too: between them and those of the process before lies what the shell does.
+    # Beginning and end are events too, so that a kill can also come between two processes, while the shell works.
     on_event = killing.watch_group()
     on_event()
     try:
@@ -80,7 +80,7 @@ def run(argv: list, cwd: str, env: dict) -> int:
 
 
 def serve_one(client: socket.socket) -> None:
-    """Fork for one caller, and tell it the exit code."""
+    """Fork a process for one caller, and send it the exit code."""
     head, told_fds, *_ = client.recvmsg(8, socket.CMSG_SPACE(3 * array.array("i").itemsize))
     fds = array.array("i", told_fds[0][2])
     size, told = int.from_bytes(head, "big"), b""
@@ -102,7 +102,7 @@ def serve_one(client: socket.socket) -> None:
                 os.dup2(fd, target)
                 os.close(fd)
             os._exit(run(argv, cwd, env))
-        finally:  # the group is gone, or so is the caller
+        finally:  # reached only if the group or the caller is gone
             os._exit(1)
     for fd in fds:
         os.close(fd)
@@ -111,7 +111,7 @@ def serve_one(client: socket.socket) -> None:
 
 
 def main(address: str) -> None:
-    """Import, listen, fork; ends when its standard input does."""
+    """Import the modules and fork for each caller, until standard input ends."""
     for name in MODULES:
         importlib.import_module(name)
     import espnet_kd.bin
@@ -121,7 +121,7 @@ def main(address: str) -> None:
     server = socket.socket(socket.AF_UNIX)
     server.bind(address)
     server.listen(16)
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for those that serve
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # nobody waits for the forks that serve a caller
     print("ready", flush=True)
     while server in select.select([server, sys.stdin], [], [])[0]:
         client, _ = server.accept()

@@ -1,4 +1,4 @@
-"""Where students put tokens: counted on posteriors made by hand, then with tiny models in a tiny recipe."""
+"""At which frames students put tokens: counts on hand-made posteriors, then tiny models in a tiny recipe."""
 
 import json
 import re
@@ -22,7 +22,7 @@ TOKENS = ["<blank>", *"abcdef"]
 
 
 def said(*paths: str, frame_shift=0.04, token_list=TOKENS):
-    """A model whose likeliest tokens are these, ``-`` for blank; utterances u0, u1, …."""
+    """Posteriors with the given most likely tokens (``-`` for blank), one path for each utterance u0, u1, …."""
     ids = [torch.tensor(["-abcdef".index(c) for c in path], dtype=torch.long) for path in paths]
     posteriors = {
         f"u{i}": compress(5.0 * torch.nn.functional.one_hot(x, len(TOKENS)).float(), 1) for i, x in enumerate(ids)
@@ -40,7 +40,7 @@ def test_counts_of_a_case_done_by_hand():
     teacher = said("-a--bb-c--", "--d-", "-f--")
     student = said("--a-b--e-f", "--d-", "----")
     found = compare_frames(teacher, student)
-    assert found.tokens == 5 and found.offsets == {0: 2, 1: 1}  # a is late by one, b and d are in place
+    assert found.tokens == 5 and found.offsets == {0: 2, 1: 1}  # a is late by one frame, b and d have no offset
     assert found.frames == {
         "all": 18, "teacher_all": 18, "teacher_blank": 12, "blank": 13, "nb": 6, "nb_same": 2, "bl": 12, "bl_same": 10,
     }  # fmt: skip
@@ -82,7 +82,7 @@ def test_models_that_do_not_fit(student, words):
 
 @pytest.fixture(scope="module")
 def decoded(tmp_path_factory):
-    """A teacher, a plain and a distilled student of another frame rate, decoded; paths are the recipe's."""
+    """A recipe with a teacher and students of another frame rate, all decoded; paths are relative to the recipe."""
     home = tmp_path_factory.mktemp("recipe")
     ids = [f"u{i}" for i in range(4)]
     (home / "dump/raw").mkdir(parents=True)
@@ -106,7 +106,7 @@ def decoded(tmp_path_factory):
 
 @pytest.fixture
 def recipe(decoded, tmp_path, monkeypatch):
-    """A copy to damage, which is the working directory."""
+    """A copy of the recipe for a test to damage; it is the working directory."""
     home = tmp_path / "recipe"
     shutil.copytree(decoded, home)
     monkeypatch.chdir(home)
@@ -129,7 +129,7 @@ def test_models_are_run_and_drawn(recipe):
     assert rows["teacher"]["frames"] is None and "|teacher|" not in section
     assert section.count("](report/spikes_") == 3 and "](report/offsets_1.png)" in section
     assert "most improved" in section or "typical" in section
-    # All are of one size and nothing was trained: no other pictures.
+    # There are no other pictures, because all models have one size and nothing was trained.
     assert "Missing" not in section and page.count("data:image/png") == section.count("](report/")
 
 
@@ -144,7 +144,7 @@ def test_teacher_against_itself_agrees_everywhere(recipe):
 
 def test_works_from_elsewhere(recipe, tmp_path_factory, monkeypatch):
     here = tmp_path_factory.mktemp("here")
-    monkeypatch.chdir(here)  # where dump/raw/test/u0.wav, as wav.scp has it, is not
+    monkeypatch.chdir(here)  # a relative path of wav.scp does not exist here
     asr_kd_report.main([str(recipe / "exp"), "--output_dir", "report"])
     assert "|student_kl|" in (here / "report/RESULTS.md").read_text().split("## Alignment")[1]
 

@@ -1,4 +1,4 @@
-"""report.html: whole by itself, every picture with something in it, foreign texts shown as they are."""
+"""report.html needs no other file, every picture has content, and texts from users are escaped."""
 
 import base64
 import re
@@ -16,7 +16,7 @@ EVIL = '<script src="//evil.example/x.js"></script>'
 
 @pytest.fixture
 def exp(tmp_path):
-    """A recipe whose utterances, texts and names are not to be trusted."""
+    """A recipe whose utterances, texts and names contain HTML and Markdown."""
     exp = tmp_path / "exp"
     for name, role, errors in (("teacher", "teacher", [0, 1, 1]), ("plain", "plain", [1, 3, 1]),
                                ("kl", "student", [2, 1, 1])):  # fmt: skip
@@ -34,7 +34,7 @@ def test_page_is_whole_and_shows_everything(exp):
     for name in ("curves_9.png", "my_thesis.png"):
         (exp / "report" / name).write_text("")
     _, markdown = report(exp)
-    assert not (exp / "report/curves_9.png").exists()  # of an earlier report
+    assert not (exp / "report/curves_9.png").exists()  # a picture of an earlier report is removed
     assert (exp / "report/my_thesis.png").exists()
     source = (exp / "report.html").read_text()
     page = check_static(source)
@@ -42,8 +42,8 @@ def test_page_is_whole_and_shows_everything(exp):
     titles += ["Training curves", "Worst utterances"]
     assert re.findall("<h2>(.*?)</h2>", source) == [*titles, "Environments"]
     assert re.findall("^## (.*)", markdown, re.MULTILINE) == [*titles, "Environments"]
-    assert len(page.all("img")) == 2 == markdown.count("](report/")  # all are of one size: no picture of that
-    assert len(page.all("table")) == 2  # comparison, and runs, which are folded
+    assert len(page.all("img")) == 2 == markdown.count("](report/")  # none of sizes: all models are equal
+    assert len(page.all("table")) == 2  # the comparison, and the folded table of runs
     assert len(page.all("details")) == 1 and "<details><summary>3 lines</summary>" in markdown
     assert re.findall("<h1>(.*?)</h1>", source) == re.findall("<title>(.*?)</title>", source)
     assert re.findall("^# Knowledge distillation: .*/exp$", markdown, re.MULTILINE)

@@ -1,4 +1,4 @@
-"""Learning curves of all methods, and who is ahead when."""
+"""Learning curves of all methods, and which method is ahead at each time."""
 
 import math
 from pathlib import Path
@@ -21,7 +21,7 @@ def history(cers, seconds=10.0):
 
 
 def gathered(*experiments, alone=True):
-    """(name, role, seed, label, histories of its KD stages) each, one trained after the other or all at once."""
+    """Gather experiments (name, role, seed, label, histories of KD stages), trained one by one or at the same time."""
     rows = [{"experiment": name, "role": role, "seed": seed, "params": 1000} for name, role, seed, *_ in experiments]
     curves = [Curve(label, stages, name) for name, _, _, label, stages in experiments]
     spans = {row["experiment"]: (10.0 * i, 10.0 * i + (9 if alone else 11)) for i, row in enumerate(rows)}
@@ -54,7 +54,7 @@ def test_who_is_ahead_by_epochs_and_by_time(found):
         ["plain", "85.0", "65.0", "45.0", "25.0"], ["kl", "70.0", "50.0", "40.0", "35.0"],
         ["ahead", "kl", "kl", "kl", "plain"],
     ]  # fmt: skip
-    head, body = rank_by_time(learned)  # a plain student's epoch takes half as long
+    head, body = rank_by_time(learned)  # an epoch of the plain student takes half as long
     assert head[1] == "25 % (0.2 min)"
     assert body == [
         ["plain", "85.0", "65.0", "45.0", "25.0"], ["kl", "–", "70.0", "60.0", "50.0"],
@@ -63,7 +63,7 @@ def test_who_is_ahead_by_epochs_and_by_time(found):
 
 
 def test_only_students_of_one_size_can_be_ahead(found):
-    """A plain student beside a method of another size is shown, and wins nothing; nor does its time count."""
+    """A plain student of another size is shown, but cannot be ahead, and its training time does not count."""
     found.rows.insert(0, {"experiment": "big", "role": "plain", "seed": 0, "params": 5000})
     found.curves.insert(0, Curve("plain, 5,000 parameters", [history([0.1, 0.1, 0.1, 0.1], 1.0)], "big"))
     found.spans["big"] = (-9.0, -1.0)

@@ -1,4 +1,4 @@
-"""What is drawn: every picture says what it holds, and holds it."""
+"""Each drawing function returns the names of what it drew, and the picture is not empty."""
 
 import math
 from collections import Counter
@@ -16,7 +16,7 @@ from espnet_kd.report.tradeoff import draw_tradeoff
 
 
 def check(path: Path) -> None:
-    """As wide as a page, in type of its size, and not blank."""
+    """Assert that a picture has the width of a page and is not blank."""
     pixels = imread(path)
     assert abs(pixels.shape[1] - WIDTH * DPI) <= 1 and pixels[..., :3].std() > 0.05
 
@@ -36,9 +36,9 @@ def test_curves(tmp_path):
         Curve("kl, $x$ 漢", [history(3, loss=1e-3), history(6, loss=900.0, loss_kd=math.nan)]),
     ]
     names = draw_curves(curves, ["plain", "kl, $x$ 漢"], tmp_path / "a.png")
-    assert names == ["loss", "loss_ctc"]  # neither what is no loss, nor what has no finite value
+    assert names == ["loss", "loss_ctc"]  # only losses, and only with a finite value
     check(tmp_path / "a.png")
-    for curve in (Curve("a"), Curve("a", [history(2, loss=3.0)])):  # no point, or one, is no curve
+    for curve in (Curve("a"), Curve("a", [history(2, loss=3.0)])):  # fewer than two points are no curve
         assert draw_curves([curve], ["a"], tmp_path / "b.png") == [] and not (tmp_path / "b.png").exists()
 
 
@@ -50,7 +50,7 @@ def test_tradeoff(tmp_path, key):
     drawn = draw_tradeoff(kinds, key, labels, tmp_path / "a.png")
     assert drawn == {"test": labels}  # the other test set has a single point
     check(tmp_path / "a.png")
-    for few in (kinds[-1:], kinds[1:3]):  # nothing known; all of one size and speed
+    for few in (kinds[-1:], kinds[1:3]):  # first: size and speed unknown; then: all the same
         assert draw_tradeoff(few, key, labels, tmp_path / "b.png") == {} and not (tmp_path / "b.png").exists()
 
 
@@ -64,7 +64,7 @@ def test_spikes(tmp_path):
     assert draw_spikes(tracks, samples, 16000, tmp_path / "a.png") == {"teacher": 3, "kl": 1}
     check(tmp_path / "a.png")
     assert draw_spikes(tracks, samples[:0], 16000, tmp_path / "b.png") == {} and not (tmp_path / "b.png").exists()
-    draw_spikes(tracks, np.zeros(100, dtype=np.float32), 16000, tmp_path / "c.png")  # shorter than a window, silent
+    draw_spikes(tracks, np.zeros(100, dtype=np.float32), 16000, tmp_path / "c.png")  # silence, shorter than a window
     check(tmp_path / "c.png")
 
 
@@ -98,4 +98,4 @@ def test_legends_fit_the_picture(label, tmp_path):
         figure.draw_without_rendering()
         box = figure.legends[0].get_window_extent()
         assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y0 >= 0
-        assert axes[0, 0].get_window_extent().height > 0.5 * 72  # the panel keeps its room
+        assert axes[0, 0].get_window_extent().height > 0.5 * 72  # the panel stays large enough

@@ -1,4 +1,4 @@
-"""The report of fabricated experiments, whole and with parts missing."""
+"""The report of fabricated experiments, complete and with parts missing."""
 
 import json
 import os
@@ -18,14 +18,14 @@ ISSUE_KEYS = {
 
 
 def table(page, title):
-    """{first cell: {head: cell}} of the table after a heading, in its order."""
+    """The table after a heading as {first cell: {column: cell}}, in its order."""
     lines = [line.strip("|").split("|") for line in page.split(f"# {title}\n")[1].split("\n#")[0].splitlines()
              if line.startswith("|")]  # fmt: skip
     return {cells[0]: dict(zip(lines[0], cells)) for cells in lines[2:]}
 
 
 def comparison(page):
-    """The comparison of methods."""
+    """The table "Comparison of methods"."""
     return table(page, "Comparison of methods")
 
 
@@ -75,7 +75,7 @@ def test_rows_table_and_picture(exp, tmp_path):
 
 
 def test_kd_stages_of_one_training(exp):
-    """Their epochs, and the error rates of what each ended with; beside a student whose KD stages were trainings."""
+    """The table has the epochs and final error rates of each KD stage, also if each was a training of its own."""
     student = exp / "fkl1"
     for k in (1, 2):
         shutil.rmtree(student / f"kd_stage{k}")
@@ -164,21 +164,21 @@ def test_a_student_is_compared_with_the_plain_one_of_its_seed_and_size(tmp_path)
     experiment(tmp_path / "teacher", "teacher", [1] * MANY, params=9000)
     _, page = report(tmp_path)
     rates = comparison(page)
-    # Teacher, plain students by size, students by what they gain, then those without anything to compare with.
+    # The order: teacher, plain students by size, students by their gain, students without a plain one to compare with.
     assert list(rates) == ["teacher", "plain, 1,000 parameters", "plain, 5,000 parameters", "kl", "wide", "odd"]
     kl, wide = rates["kl"], rates["wide"]
     assert (kl["seeds"], kl["parameters"], kl["epochs"]) == ("0 1 2", "1,000", "2/4")
-    # Mean of two and four epochs of 64.5 s; of seed 1 alone the plain student's time is known, too.
+    # Mean of two and four epochs of 64.5 s. The factor uses seed 1 alone, as only there the plain one's time is known.
     assert kl["training"] == "3 min 14 s (2.00 ×)"
     assert kl["Sub/Del/Ins"] == "20.0/0.0/0.0"
     assert kl["WER"].startswith("20.00 [")  # mean of 25, 35 and 0
     assert kl["WER to plain"].startswith("-5.00 [-6.") and kl["WER to plain"].endswith("] (seeds 0 1)")
     assert kl["CER to plain"].startswith("-1.00 [") and float(kl["p"]) < 0.01
-    assert wide["WER to plain"] == "+10.00 [+10.00, +10.00]"  # the small plain student would have made it -15
+    assert wide["WER to plain"] == "+10.00 [+10.00, +10.00]"  # compared with the small plain student it would be -15
     assert rates["odd"]["WER to plain"] == "no plain student of this size"
     assert rates["teacher"]["WER to plain"] == rates["plain, 1,000 parameters"]["WER to plain"] == "–"
-    assert rates["plain, 1,000 parameters"]["WER"] == "35.00 [30.00, 40.00]"  # the seeds' spread
-    # The same of each run.
+    assert rates["plain, 1,000 parameters"]["WER"] == "35.00 [30.00, 40.00]"  # the range over the seeds
+    # The table of runs agrees with it.
     runs = {k: (run["CER to plain"], run["WER to plain"]) for k, run in table(page, "Every run").items()}
     assert runs["student_kl"] == runs["student_kl_seed1"] == ("-2.50", "-5.00")
     assert runs["student_wide"] == ("+5.00", "+10.00")
@@ -279,7 +279,7 @@ def test_cost_is_told_where_nothing_else_was_trained_at_the_same_time(tmp_path):
 
 
 def test_speed_is_a_mean_over_models_of_one_size(tmp_path):
-    """Plain and distilled students of one architecture do the same work; a difference is the machine's noise."""
+    """Students of one architecture do the same work, so that a difference in speed is noise of the machine."""
     for name, role, params, rtf in (("a", "plain", 1000, 0.01), ("b", "student", 1000, 0.03), ("t", "teacher", 9, 0.5)):
         experiment(tmp_path / name, role, [1, 2], method="kl" if role == "student" else None, params=params)
         facts = tmp_path / name / "decode_test/decode.json"

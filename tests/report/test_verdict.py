@@ -1,4 +1,4 @@
-"""What came out, in plain words: first on the page, last on the console."""
+"""The verdict in plain words, which is first on the page and last on the console."""
 
 import pytest
 from tiny_results import experiment, report
@@ -7,7 +7,7 @@ from espnet_kd.bin import asr_kd_report
 
 
 def students(exp, *found, seed=0):
-    """A teacher of 9,000,000 parameters, and students of 1,000,000 with errors in each utterance of ten words."""
+    """Write a teacher (9,000,000 parameters) and students (1,000,000) with these word errors in each utterance."""
     experiment(exp / "teacher", "teacher", [0, 0, 1, 0], params=9_000_000)
     for name, role, errors in found:
         method = name if role == "student" else None
@@ -50,7 +50,7 @@ def test_several_seeds_and_several_directories(exp, tmp_path, capsys):
 
 
 def test_without_words_the_characters_count(tmp_path, capsys):
-    """Each reference is one word, as in languages that do not part them."""
+    """Each reference is one word, as in languages that are written without blanks."""
     for name, role, wrong in (("plain", "plain", 4), ("kl", "student", 2)):
         experiment(tmp_path / name, role, [wrong, wrong], method="kl" if role == "student" else None)
         path = tmp_path / name / "decode_test/per_utt.tsv"

@@ -1,4 +1,4 @@
-"""A line for each run: what it trains, how far it is, how long it will take."""
+"""One line for each run: what it trains, its epoch and the remaining time."""
 
 import json
 import os
@@ -29,13 +29,13 @@ def age(run, seconds):
 
 @pytest.fixture
 def exp(tmp_path):
-    """A finished teacher, a plain student that runs, a distilled one in its second KD stage, which has just begun."""
+    """A finished teacher, a plain student in training, and a distilled student whose second KD stage has just begun."""
     exp = tmp_path / "exp"
     begin(exp / "teacher", 2)
     train(exp / "teacher", 2, ["loss"])
     describe(exp / "teacher", "teacher")
     begin(exp / "plain")
-    train(exp / "plain", 4, ["loss"])  # 64.5 s an epoch
+    train(exp / "plain", 4, ["loss"])  # 64.5 s per epoch
     age(exp / "plain", 20)
     student = exp / "student"
     begin(student / "kd_stage1", 3, method="kl", kd_stage=1, epochs=3, finished=True)
@@ -62,7 +62,7 @@ def test_lines(exp, capsys):
 
 
 def test_one_training_of_several_kd_stages(tmp_path, capsys):
-    """One line, with the KD stage that it is in; the directories of what KD stages ended with are no runs."""
+    """One line shows the current KD stage. The directories with the students of KD stages do not count as runs."""
     student = tmp_path / "exp/student"
     begin(student, 25)
     (student / "kd_stage1").mkdir()
@@ -94,17 +94,17 @@ def test_half_written_files_are_as_if_not_there(exp, capsys):
         (exp / "plain" / name).write_text("{")
     (exp / "student/kd_stage1/kd_stage.json").write_text("[")
     lines = once(exp, capsys)
-    assert lines[0].startswith("plain: training, epoch 4 of ?")  # from the log
+    assert lines[0].startswith("plain: training, epoch 4 of ?")  # the epoch is read from the log
 
 
 @pytest.mark.parametrize("model", ["valid.loss.ave.pth", "valid.acc.ave_10best.pth", "model.pth"])
 def test_a_finished_experiment_without_checkpoint_and_log_is_finished(tmp_path, capsys, model):
-    """As one that was downloaded, or whose checkpoint was removed to save room."""
+    """Such an experiment was downloaded, or its checkpoint was removed to save disk space."""
     begin(tmp_path / "teacher", 30)
     assert once(tmp_path, capsys) == ["teacher: training, epoch 0 of 30, first epoch"]
     (tmp_path / "teacher" / model).touch()
     assert once(tmp_path, capsys) == ["teacher: training, finished"]
-    (tmp_path / "teacher/checkpoint.pth").touch()  # it goes on
+    (tmp_path / "teacher/checkpoint.pth").touch()  # with a checkpoint it counts as in training again
     assert "finished" not in once(tmp_path, capsys)[0]
 
 

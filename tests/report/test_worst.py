@@ -1,4 +1,4 @@
-"""Which utterances the report shows."""
+"""The choice of utterances that the report shows."""
 
 import pytest
 from tiny_results import describe, score
@@ -11,7 +11,7 @@ COLUMNS = [f"{unit}_{k}" for unit in ("cer", "wer") for k in ("corr", "sub", "de
 
 
 def scored(expdir, role, rows, method=None):
-    """A scored experiment, with (characters, wrong characters, words, wrong words) of each utterance."""
+    """Write a scored experiment from (characters, wrong characters, words, wrong words) of each utterance."""
     describe(expdir, role, method, [1] if method else None)
     score(expdir, 10.0)
     lines = ["\t".join(["utt_id", *COLUMNS])]

@@ -1,4 +1,4 @@
-"""Fabricated experiments: what training, decoding and scoring leave on disk."""
+"""Fabricated experiments: the files that training, decoding and scoring write."""
 
 import json
 import math
@@ -8,7 +8,7 @@ import torch
 
 
 def train(run_dir, epochs, names, log_only=False):
-    """Leave what an ESPnet run of so many epochs leaves: 61.5 s of training and 3 s of validation in each."""
+    """Write the files of an ESPnet run with this number of epochs, each 61.5 s of training and 3 s of validation."""
     from espnet2.train.reporter import Reporter
 
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def train(run_dir, epochs, names, log_only=False):
 
 
 def record(expdir, *epochs, finished=True, method="progressive_fkl", **more):
-    """The record of a distillation, one training with KD stages in these epochs."""
+    """Write the record of a distillation: one training with KD stages in these epochs."""
     expdir.mkdir(parents=True, exist_ok=True)
     stages = [{"kd_stage": k, "name": f"s{k}", "epochs": list(e)} for k, e in enumerate(epochs, 1)]
     facts = {"method": method, "epochs": epochs[-1][1], "stages": stages, "finished": finished, **more}
@@ -49,7 +49,7 @@ def score(expdir, wer, testset="test", params=1234567):
 
 
 def experiment(expdir, role, errors, *, method=None, seed=0, params=1000, testset="test", kd_stages=None, prefix="u"):
-    """A finished experiment that made so many word errors in each utterance of ten words (and five characters each)."""
+    """Write a finished experiment with this number of word errors in each utterance of ten words (50 characters)."""
     describe(expdir, role, method, kd_stages or ([1] if role == "student" else None), seed)
     score(expdir, 100.0 * sum(errors) / (10 * len(errors)), testset, params)
     lines = ["\t".join(["utt_id", *(f"{u}_{k}" for u in ("cer", "wer") for k in ("corr", "sub", "del", "ins"))])]
@@ -59,14 +59,14 @@ def experiment(expdir, role, errors, *, method=None, seed=0, params=1000, testse
 
 
 def texts(expdir, said, testset="test"):
-    """What was recognised, {utterance: text}."""
+    """Write the recognised texts, {utterance: text}."""
     directory = expdir / f"decode_{testset}" / "1best_recog"
     directory.mkdir(parents=True)
     (directory / "text").write_text("".join(f"{u} {t}\n" for u, t in said.items()))
 
 
 def report(exp, *options):
-    """Run the command without models; rows and Markdown page."""
+    """Run asr_kd_report without models; return its rows and Markdown page."""
     from espnet_kd.bin import asr_kd_report
 
     asr_kd_report.main([str(exp), "--no_frames", *map(str, options)])

@@ -1,4 +1,4 @@
-"""Which steps a job has, and the command line of run_all.sh; the recipes' tests run it as a whole."""
+"""The steps of a job and the command line of run_all.sh. The tests of recipes run whole jobs."""
 
 import subprocess
 import sys
@@ -43,7 +43,7 @@ def test_the_steps_of_one_method(job):
     assert [s.directory.name for s in (teacher, plain, last)] == [
         "teacher", "student_plain_seed2", "student_kl_13_untranscribed_seed2"
     ]  # fmt: skip
-    assert plan.one_method(job(teacher="exp/big"))[1].epochs == 0  # it is given
+    assert plan.one_method(job(teacher="exp/big"))[1].epochs == 0  # a given teacher is not trained
 
 
 def test_stage_7_is_run_once_for_each_method_and_one_after_the_other(job):
@@ -69,7 +69,7 @@ def test_a_student_of_its_own_configuration_has_a_plain_one_like_it(job):
     (one.recipe / "conf/train_student_layer_pruning.yaml").write_text("max_epoch: 9\n")
     methods = [plan.Method(name, True, True, 0) for name in ("self_kd", "layer_pruning")]
     steps = {step.name: step for step in plan.comparison(one, methods)}
-    # self_kd exports a student like that of layer_pruning: the same plain student serves both, once.
+    # self_kd exports a student like that of layer_pruning, so that one plain student is enough for both.
     assert list(steps)[1:] == [
         "plain, seed 0", "plain like layer_pruning, seed 0", "self_kd, seed 0", "layer_pruning, seed 0"
     ]  # fmt: skip

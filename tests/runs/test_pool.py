@@ -1,4 +1,4 @@
-"""The pool of a job's steps: what starts when, failures, signals, the line of progress."""
+"""The pool that runs the steps of a job: order, failures, signals and the progress line."""
 
 import os
 import pty
@@ -26,11 +26,11 @@ exit "$3"
 """
 
 
-OTHERS = set()  #: children of these tests before each of them, such as Python's resource tracker
+OTHERS = set()  #: child processes that exist before a test, such as Python's resource tracker
 
 
 def children():
-    """Processes that the pool has started, and theirs."""
+    """The processes that the pool has started, and their children."""
     return [p for p in psutil.Process().children(recursive=True) if p.pid not in OTHERS]
 
 
@@ -106,7 +106,7 @@ def test_no_more_than_so_many_side_by_side(place, limit):
 
 
 def in_terminal(place, steps):
-    """What a pool writes to its standard error, which is a terminal."""
+    """The output of a pool on a standard error that is a terminal."""
     ours, theirs = pty.openpty()
     read = f"from pathlib import PosixPath; from espnet_kd.runs.steps import Step; steps = {steps!r}"
     job = f"with Pool(['{place}/run.sh'], PosixPath('{place}/logs'), 2, Console()) as pool: pool.run(steps)"
@@ -124,14 +124,14 @@ def in_terminal(place, steps):
 
 def test_a_terminal_has_one_line_of_progress_with_the_time_left(place):
     (place / "exp").mkdir()
-    (place / "exp/train.log").write_text("1epoch results: loss=1\n")  # of an earlier call
+    (place / "exp/train.log").write_text("1epoch results: loss=1\n")  # an epoch of an earlier call
     teacher = Step("teacher", ("teacher", "6", "0", "2", "exp"), directory=place / "exp", epochs=5)
     said = in_terminal(place, [teacher, step("kl", needs=("teacher",), epochs=5)])
     progress = [line for line in said.split("\r\x1b[K") if "running" in line]
     assert progress and all("\n" not in line and len(line) < 200 for line in progress)
-    # Three of ten epochs are done, two of them now, in 2 to 6 seconds or more: seven are left.
+    # Three of ten epochs are done. The two of this call, in 2 to 6 seconds or more, give the time of the other seven.
     assert progress[0].startswith("0 of 2 done, about ") and " of training left; running: teacher" in progress[0]
-    assert said.count("\n") == 2  # of the steps that have ended
+    assert said.count("\n") == 2  # one line for each finished step
 
 
 def test_a_single_step_shows_that_it_goes_on(place):
@@ -150,9 +150,9 @@ def test_a_step_that_fails_shows_the_end_of_its_log(place, capsys):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_the_whole_tree(place, number, monkeypatch, request):
-    """Also a process that ignores SIGTERM, and what a step has started."""
+    """This includes a process that ignores SIGTERM and the children of a step."""
     monkeypatch.setattr("espnet_kd.runs.pool.GRACE", 1.0)
-    # A shell starts its background jobs with SIGINT ignored, perhaps these tests as well.
+    # The default handler is needed, because a shell may have started these tests in the background with SIGINT ignored.
     before = signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     request.addfinalizer(lambda: signal.signal(number, before))
     tree = "trap '' TERM; sleep 98 & sleep 98 & : >ready; wait"
@@ -170,12 +170,12 @@ def test_a_signal_ends_the_whole_tree(place, number, monkeypatch, request):
     with pytest.raises(Stopped) as stopped, Pool([str(place / "run.sh")], place / "logs", 1, Watching()) as pool:
         pool.run([step("long"), step("next")])
     assert stopped.value.number == number and len(seen) == 3
-    assert not psutil.wait_procs(seen, timeout=10)[1]  # the children of what was killed are not ours to wait for
+    assert not psutil.wait_procs(seen, timeout=10)[1]  # psutil can wait for grandchildren too
     assert handlers == [signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)]
 
 
 def test_an_ignored_signal_stays_ignored(place):
-    """As nohup asks for."""
+    """nohup relies on this."""
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
         with Pool([str(place / "run.sh")], place / "logs", 1, Console()) as pool:

@@ -1,4 +1,4 @@
-"""Shared by the tests of the target cache."""
+"""Fixtures for the tests of the target cache."""
 
 import pytest
 from tiny_cache import command
@@ -6,7 +6,7 @@ from tiny_cache import command
 
 @pytest.fixture(scope="session")
 def unbroken(corpus, teacher_dir, tmp_path_factory):
-    """A cache that was made without trouble, which nobody changes."""
+    """A cache that was made without an interruption. Tests must not change it."""
     from espnet_kd.bin import asr_kd_cache
 
     cache = tmp_path_factory.mktemp("cache") / "targets"

@@ -1,4 +1,4 @@
-"""The target cache: what it holds is what the teacher says, and a student learns from it as from the teacher."""
+"""The target cache holds the teacher's outputs, and a student learns from it as from the teacher."""
 
 import json
 import os
@@ -50,7 +50,7 @@ def test_holds_what_the_teacher_says(corpus, teacher_dir, unbroken):
         torch.testing.assert_close(got.logits.argmax(-1), best)
         spoken = best != 0
         assert spoken.any() and not spoken.all()
-        assert (got.logits.log_probs[spoken] > -torch.inf).sum(-1).eq(TOP_K).all()  # a random teacher's: all it may
+        assert (got.logits.log_probs[spoken] > -torch.inf).sum(-1).eq(TOP_K).all()  # top_k, as this teacher is unsure
         kept = log_probs.gather(-1, got.logits.tokens)[spoken][:, :TOP_K]
         assert (kept.amin(-1) >= log_probs[..., 1:].topk(TOP_K, -1).values[spoken].amin(-1) - 1e-6).all()
         torch.testing.assert_close(got.logits.log_probs[spoken][:, :TOP_K].exp(), kept.exp(), atol=6e-3, rtol=0)
@@ -58,7 +58,7 @@ def test_holds_what_the_teacher_says(corpus, teacher_dir, unbroken):
         assert (got.logits.log_probs[..., TOP_K:] == -torch.inf).all()
         span = expected.hidden["encoder"].amax() - expected.hidden["encoder"].amin()
         error = (got.hidden["encoder"] - expected.hidden["encoder"]).abs().max()
-        assert 0 < error < 0.02 * span  # a byte a number
+        assert 0 < error < 0.02 * span  # one byte per number
 
 
 def test_batches_may_be_shuffled(corpus, unbroken):
@@ -91,7 +91,7 @@ def test_jobs_together_write_the_same(corpus, teacher_dir, unbroken, tmp_path):
 
 
 def test_batches_at_the_same_time_keep_their_own_hidden_states(corpus, teacher_dir, tmp_path):
-    """Hooks on one model, and its attention's own memory, would mix up what threads compute: wrong targets, unseen."""
+    """If threads shared one model, its hooks and attention state could mix up batches and give wrong targets."""
     waves = {f"utt{i:02}": tiny_asr.audio(0.7 + 0.05 * (i % 9), i) for i in range(36)}
     data = tiny_asr.data_dir(tmp_path / "data", waves)
     page = tmp_path / "page.yaml"
@@ -105,7 +105,7 @@ def test_batches_at_the_same_time_keep_their_own_hidden_states(corpus, teacher_d
 
 
 def test_too_short_for_the_encoder(teacher_dir, tmp_path):
-    """Alone in its batch, and read beside one that is not: no frames, and no width of its own."""
+    """Such an utterance has no frames, whether it was alone in its batch or not, and can be read beside others."""
     waves = {"a": tiny_asr.audio(1.0, 1), "b": tiny_asr.audio(0.9, 2), "short": tiny_asr.audio(0.1, 3)[:400]}
     data = tiny_asr.data_dir(tmp_path / "data", waves)
     for size in ("2", "3"):
@@ -118,7 +118,7 @@ def test_too_short_for_the_encoder(teacher_dir, tmp_path):
 
 
 def test_teacher_with_inter_ctc(corpus, unbroken, tmp_path):
-    """Its encoder gives the inner layers' outputs along with the last one's."""
+    """The encoder of such a teacher returns the outputs of inner layers too, which the cache must ignore."""
     encoder = {"output_size": 24, "num_blocks": 3, "interctc_layer_idx": [1], "interctc_use_conditioning": True}
     conf = tiny_asr.config("conformer", **encoder)
     conf["model_conf"] = {"ctc_weight": 1.0, "interctc_weight": 0.3}
@@ -131,7 +131,7 @@ def test_teacher_with_inter_ctc(corpus, unbroken, tmp_path):
 
 
 def test_half_precision_where_the_device_has_it(corpus, teacher_dir, unbroken, tmp_path, monkeypatch):
-    """As with the teacher beside the student (test_online.py): near, not the same."""
+    """As with an online teacher (test_online.py), the targets are close to those in float32, but not equal."""
     monkeypatch.setattr(encode, "has_bf16", lambda device: True)
     asr_kd_cache.main(command(teacher_dir, corpus, tmp_path / "targets"))
     ids = ["train0", "train1"]
@@ -159,14 +159,17 @@ def test_others_may_read_what_the_umask_lets_them(unbroken):
 
 @pytest.fixture(scope="module")
 def trainings(corpus, teacher_dir, thirds, tmp_path_factory):
-    """The same run with the teacher beside it and with a cache of all tokens; without padding, which a cache lacks."""
+    """The same training with an online teacher and with a cache of all tokens.
+
+    Batches have one utterance, because an online teacher also sees the padding of a batch, and a cache does not.
+    """
     out = tmp_path_factory.mktemp("trainings")
     asr_kd_cache.main(command(teacher_dir, corpus, out / "targets", "--top_k", "1000", "--mass", "1"))
     runs = {"online": ["--teacher", str(teacher_dir)], "cached": ["--target_cache", str(out / "targets")]}
     adopt = ESPnetASRKDModel.adopt
 
     def adopt_with_seed(*args):
-        torch.manual_seed(0)  # loading a teacher draws random numbers; heads, dropout and SpecAugment are to be equal
+        torch.manual_seed(0)  # loading a teacher uses random numbers, but both trainings must have the same
         return adopt(*args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -178,10 +181,7 @@ def trainings(corpus, teacher_dir, thirds, tmp_path_factory):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_training_from_the_cache_is_training_with_the_teacher(trainings, stage):
-    """The same statistics and the same student, but for what 8 and 16 bits lose of the targets.
-
-    Each KD stage takes an epoch.
-    """
+    """The statistics agree, except for the rounding of targets to 8 and 16 bits. Each KD stage takes one epoch."""
     both = [
         read_checkpoint(trainings / name / "checkpoint.pth")["reporter"]["stats"][stage]
         for name in ("online", "cached")
@@ -192,11 +192,11 @@ def test_training_from_the_cache_is_training_with_the_teacher(trainings, stage):
         assert cached["nonblank_share"] == pytest.approx(online["nonblank_share"], rel=1e-6)
         for key in online:
             if key.startswith("loss"):
-                assert cached[key] == pytest.approx(online[key], rel=0.02), (phase, key)  # 0.008 is the most seen
+                assert cached[key] == pytest.approx(online[key], rel=0.02), (phase, key)  # at most 0.008 so far
 
 
 def test_finished_training_from_the_cache_is_skipped(corpus, teacher_dir, trainings, thirds, caplog):
-    """The same command again, the teacher spelled in any way: the cache says whose it is."""
+    """The same command is skipped with any path of the teacher, or without it, because the cache identifies it."""
     out = trainings / "cached"
     run = ["--target_cache", str(trainings / "targets"), "--kd_config", str(thirds)]
     file = next(teacher_dir.glob("*.pth"))
@@ -218,7 +218,7 @@ def test_padding_of_cached_targets_is_inside_no_length(unbroken):
 
 
 def test_a_student_fed_with_features(corpus, unbroken):
-    """Its test signal has other units than the teacher's audio; the cache goes by utterances."""
+    """Features have other units than the teacher's audio, but a cache is read by utterance id, so that it works."""
     conf = tiny_kd.student_config()
     conf.update(input_size=40, frontend=None, frontend_conf={}, normalize="global_mvn")
     conf["normalize_conf"] = {"stats_file": str(corpus.dir / "feats_stats.npz")}
@@ -230,7 +230,7 @@ def test_a_student_fed_with_features(corpus, unbroken):
 
 
 def write_index(cache, manifest: Manifest, size=200):
-    """A cache with an index of ``manifest``'s utterances, and arks of nothing."""
+    """Write a cache with an index of as many utterances as ``manifest`` has, and with empty arks."""
     cache.mkdir()
     names, utterances = ark_names(manifest.policy), manifest.counts["utterances"]
     manifest = replace(manifest, shards=utterances // size)
@@ -248,14 +248,14 @@ def write_index(cache, manifest: Manifest, size=200):
 
 
 def test_memory_of_a_large_index(unbroken, tmp_path):
-    """Bytes an utterance while it is read; as tuples of Python's numbers it would be above 400."""
+    """Reading takes less than 200 bytes per utterance; tuples of Python numbers would take more than 400."""
     utterances = 10_000
     write_index(
         tmp_path / "large",
         replace(read_manifest(unbroken), counts={"utterances": utterances, "frames": 0, "rows": 0, "bytes": 0}),
     )
     shutil.copy(unbroken / "tokens.txt", tmp_path / "large")
-    CachedTeacher(tmp_path / "large")  # pathlib interns names, in a table of the whole process that now and then grows
+    CachedTeacher(tmp_path / "large")  # fills pathlib's table of interned names, which would count below
     tracemalloc.start()
     cached = CachedTeacher(tmp_path / "large")
     peak = tracemalloc.get_traced_memory()[1]

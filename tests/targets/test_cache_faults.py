@@ -1,4 +1,4 @@
-"""Kills, damage, two runs at once, other teachers and what was not kept: a target cache never teaches wrongly."""
+"""Kills, damage, simultaneous runs, other teachers, targets that were not kept: a cache never gives wrong targets."""
 
 import json
 import os
@@ -24,7 +24,7 @@ from espnet_kd.targets.teacher import Needs
 
 @pytest.fixture
 def cache(unbroken, tmp_path):
-    """A copy to damage."""
+    """A copy for a test to damage."""
     return shutil.copytree(unbroken, tmp_path / "targets")
 
 
@@ -60,7 +60,7 @@ def test_output_that_is_a_file_is_refused(corpus, teacher_dir, tmp_path):
 
 @pytest.mark.faults("kill -9 of a target cache being made")
 def test_killed_at_any_event(corpus, teacher_dir, unbroken, tmp_path, record_property):
-    """20 kills, each followed by the same command; then bit-equal to an unbroken run's."""
+    """After 20 kills, each followed by the same command, the cache equals one that was made without a kill."""
     cache, draw = tmp_path / "targets", random.Random(0)
 
     def make(out):
@@ -71,7 +71,7 @@ def test_killed_at_any_event(corpus, teacher_dir, unbroken, tmp_path, record_pro
     kills = 0
     while kills < 20:
         if (cache / "manifest.json").exists():
-            # Else the last kills would find a finished cache.
+            # Otherwise the next command would find a finished cache and have nothing to do.
             shutil.rmtree(shard_dir(cache, draw.randrange(4)), ignore_errors=True)
         kills += run_forked(lambda: make(cache), draw.randint(1, events)) == -1
     record_property("faults", kills)
@@ -117,7 +117,7 @@ def empty(path):
     path.write_text("")
 
 
-#: What, where, how, and how it is told; those after the line only when the utterance is read.
+#: Damage → (file, function, message). The damages after the line are found only when the utterance is read.
 DAMAGES = {
     "cut ark": ("blank.ark", cut, "blank.ark has [0-9]+ bytes, not [0-9]+"),
     "cut tokens": ("tokens.ark", cut, "tokens.ark has"),
@@ -155,7 +155,7 @@ def test_damage_is_refused_and_mended(damage, corpus, teacher_dir, cache, unbrok
 
 
 class Trap:
-    """Unpickled, it would leave a file."""
+    """An object that creates a directory when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -166,7 +166,7 @@ class Trap:
 
 @pytest.mark.faults("damaged and foreign target caches")
 def test_nothing_is_unpickled(cache, tmp_path, monkeypatch):
-    """kaldiio would, where an ark says so."""
+    """kaldiio would unpickle an ark that begins with ``PKL``."""
     ark, trap = shard_dir(cache, 0) / "blank.ark", tmp_path / "trap"
     utt_id, place = (shard_dir(cache, 0) / "blank.scp").read_text().splitlines()[0].split()
     offset, size = int(place.rpartition(":")[2]), ark.stat().st_size
@@ -198,7 +198,7 @@ def test_full_disk(corpus, teacher_dir, unbroken, tmp_path, monkeypatch):
 
 @pytest.mark.faults("damaged and foreign target caches")
 def test_a_shard_of_another_cache_is_refused_and_made_again(corpus, teacher_dir, cache, unbroken, tmp_path):
-    """As it may lie there after somebody removed the manifest: of the same utterances, and whole."""
+    """The shard is complete and has the same utterances, as may happen after somebody removed the manifest."""
     other = tmp_path / "other" / "targets"
     asr_kd_cache.main(command(tiny_kd.save_teacher(tmp_path / "teacher", seed=5), corpus, other))
     shutil.rmtree(shard_dir(cache, 2))
@@ -227,13 +227,13 @@ def test_two_equal_commands_at_once(corpus, teacher_dir, cache, unbroken):
 
 @pytest.mark.faults("two runs at once")
 def test_jobs_of_another_number_of_parts(corpus, teacher_dir, unbroken, tmp_path):
-    """Parts 1/2 and 2/3 share shards: one run would fail where the other has just put its own."""
+    """Parts 1/2 and 2/3 share shards, so that one run would fail on a shard that the other has just written."""
     cache = tmp_path / "targets"
     with holding(cache, 1, 2):
         with pytest.raises(UserError, match="targets is being made in 2 parts, and this is --job I/3"):
             asr_kd_cache.main(command(teacher_dir, corpus, cache, "--job", "2/3"))
         asr_kd_cache.main(command(teacher_dir, corpus, cache, "--job", "2/2"))
-    for job in ("1/3", "2/3", "3/3"):  # one after the other is well
+    for job in ("1/3", "2/3", "3/3"):  # one after the other they are allowed
         asr_kd_cache.main(command(teacher_dir, corpus, cache, "--job", job))
     asr_kd_cache.main(command(teacher_dir, corpus, cache))
     assert_equal(cache, unbroken)
@@ -259,7 +259,7 @@ def test_another_format_is_refused(corpus, teacher_dir, cache, unbroken):
 
 
 def test_a_teacher_with_another_configuration_is_another(corpus, teacher_dir, cache, tmp_path):
-    """The same parameters say other things behind other features."""
+    """The same parameters give other outputs with other features."""
     other = shutil.copytree(teacher_dir, tmp_path / "other")
     path = other / "config.yaml"
     path.write_text(path.read_text().replace("hop_length: 160", "hop_length: 128"))
@@ -326,7 +326,7 @@ def test_missing_utterances_are_counted_and_named_before_training(corpus, teache
     ],
 )
 def test_pages_that_need_the_teacher_itself(corpus, teacher_dir, unbroken, tmp_path, key, message):
-    """Told before a cache is made, and before training."""
+    """The error comes before a cache is made and before training."""
     page = {**key, "stages": [{"share": 1.0, "objectives": [{"objective": "factorized_kl"}]}]}
     path = tiny_kd.write_yaml(tmp_path / "page.yaml", page)
     with pytest.raises(UserError, match=message):
@@ -336,7 +336,7 @@ def test_pages_that_need_the_teacher_itself(corpus, teacher_dir, unbroken, tmp_p
 
 
 def test_objective_that_does_not_say_what_it_reads(corpus, unbroken, tmp_path, monkeypatch):
-    """As one from outside may: it is told at the first batch, not in a traceback."""
+    """An objective from outside may declare wrong needs. The error at the first batch is one line, not a traceback."""
     from espnet_kd.distill.objectives.posteriors import KL
 
     monkeypatch.setattr(KL, "nonblank_only", True)

@@ -1,4 +1,4 @@
-"""Odd target caches, read and made again (fuzzing.py says what may come of them)."""
+"""Damaged target caches are read and made again; fuzzing.py lists the allowed outcomes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def make_cache(teacher_dir: Path, corpus: tiny_kd.Corpus, output: Path) -> None:
 
 
 def read_cache(cache: Path, ids: List[str]) -> List[np.ndarray]:
-    """What it says of each utterance, as arrays."""
+    """The targets of each utterance, as arrays."""
     teacher = CachedTeacher(cache)
     teacher.check(Needs(taps=("encoder",)))
     said = []
@@ -57,7 +57,7 @@ def test_caches(what, teacher_dir, corpus, tmp_path, record_property):
     counts = [0, 0]
 
     def check(same: bool) -> None:
-        """``same``: what it says, if anything, is what it said."""
+        """Read the cache and count the outcome. With ``same``, any targets must equal those before the damage."""
         before = contents(tmp_path)
         said: List[np.ndarray] = []
         if what == "made again":
@@ -83,7 +83,7 @@ def test_caches(what, teacher_dir, corpus, tmp_path, record_property):
         check(same=name != "manifest.json")
 
     damaged()
-    if what == "read":  # each entry of the manifest, and each odd value
+    if what == "read":  # every entry of the manifest with every odd value
         shutil.rmtree(cache)
         shutil.copytree(base, cache)
         manifest = json.loads((base / "manifest.json").read_text())

@@ -1,4 +1,4 @@
-"""Cached targets are read and laid out in ESPnet's data-loader workers, and nothing else changes by it."""
+"""ESPnet's data-loader workers read and collate cached targets, which changes nothing else in a training."""
 
 import gc
 import multiprocessing
@@ -33,7 +33,7 @@ def targets(hidden=("encoder",), temperatures=(2.0,)):
 
 
 class Cached:
-    """Stands for a cached teacher."""
+    """A replacement for a cached teacher."""
 
     def __init__(self, error=None):
         self.error, self.asked = error, []
@@ -57,7 +57,7 @@ def test_an_epoch_brings_what_its_parts_read(epoch, epochs, taps):
     brought = Brought(to_device(batch)[BROUGHT])
     assert brought.label_counts(2) == [3, 0] and brought.label_counts(1) is None
     assert (brought.targets(taps or ()) is None) == (taps is None)
-    assert brought.targets(("encoder.1",)) is None  # the step has it read
+    assert brought.targets(("encoder.1",)) is None  # such a tap is read in the step
 
 
 def test_nothing_came_along():
@@ -72,7 +72,7 @@ def test_what_is_wrong_is_told_by_the_step():
 
 
 def test_targets_come_over_as_they_are():
-    """As they go through the loader, ESPnet's ``to_device``, and a batch that is repeated for two views."""
+    """Targets are unchanged after the conversion to plain values, ESPnet's ``to_device`` and the conversion back."""
     one = targets()
     other = from_plain(to_device(to_plain(one), "cpu"))
     assert (other.frame_shift, other.logits.num_tokens) == (0.04, 9) and other.logits.norms.keys() == {2.0}
@@ -95,7 +95,7 @@ def train(corpus, out, cache, thirds, workers):
 
 
 def test_training_reads_nothing_and_learns_the_same(corpus, cache, thirds, tmp_path, monkeypatch):
-    """From workers, from the loader without workers, and read by the step as it was before."""
+    """The student is the same whether workers, the loader without workers, or the training step read the targets."""
     home, read, places = os.getpid(), CachedTeacher.read, tmp_path / "places"
     places.touch()
 
@@ -112,7 +112,7 @@ def test_training_reads_nothing_and_learns_the_same(corpus, cache, thirds, tmp_p
         places.write_text("")
         found[name] = train(corpus, tmp_path / name, cache, thirds, workers)
         seen = places.read_text().split()
-        assert seen[:9] == ["False"] * 9  # before training it is seen whether the teacher recognises anything
+        assert seen[:9] == ["False"] * 9  # the check before training that the teacher recognises anything
         assert set(seen[9:]) == asked
     for name in ("here", "step"):
         for key, value in found["workers"]["model"].items():
@@ -122,7 +122,7 @@ def test_training_reads_nothing_and_learns_the_same(corpus, cache, thirds, tmp_p
 
 @pytest.mark.parametrize("workers", [0, 1])
 def test_damage_ends_the_training_in_one_line(corpus, cache, thirds, tmp_path, workers):
-    """Found when it is read; the worker's traceback is not shown, and no worker is left."""
+    """Damage is found when it is read. The error shows no traceback of a worker, and no worker is left running."""
     for number in range(len(list(cache.glob("shard.*")))):
         ark = shard_dir(cache, number) / "log_probs.ark"
         content = bytearray(ark.read_bytes())
@@ -131,7 +131,7 @@ def test_damage_ends_the_training_in_one_line(corpus, cache, thirds, tmp_path, w
     with pytest.raises(UserError, match="shard.*are damaged|cannot be read") as e:
         train(corpus, tmp_path / "exp", cache, thirds, workers)
     assert "Traceback" not in str(e.value) and "\n" not in str(e.value)
-    del e  # whose traceback holds the loader
+    del e  # its traceback refers to the loader and would keep it alive
     gc.collect()
     assert multiprocessing.active_children() == []
 

@@ -1,4 +1,4 @@
-"""Targets are found again by utterance id, whatever the batch, and a device is never waited for."""
+"""Targets are kept by utterance id and found again in any batch, and the host never waits for a device."""
 
 import pytest
 import tiny_kd
@@ -13,20 +13,20 @@ TAPS = ["encoder", "encoder.2"]
 
 
 def counted(teacher):
-    """How often the model itself ran."""
+    """A list that gets an entry each time the model itself runs."""
     runs = []
     teacher._model.encoder.register_forward_hook(lambda m, i, o: runs.append(1))
     return runs
 
 
 def part(batch, rows):
-    """Some utterances of a batch as a batch of their own, padded as it needs."""
+    """Some utterances of a batch as a batch of their own, without superfluous padding."""
     lengths = batch["speech_lengths"][rows]
     return [batch["utt_id"][i] for i in rows], batch["speech"][rows][:, : lengths.max()], lengths
 
 
 def assert_like(found, fresh, tolerance=0.0):
-    """The same frames, to the last bit where they were computed in the same batch."""
+    """Assert equal frames, bit for bit unless a tolerance is given."""
     assert torch.equal(found.lengths, fresh.lengths) and found.frame_shift == fresh.frame_shift
     for mine, theirs in ((found.logits, fresh.logits), *((found.hidden[t], fresh.hidden[t]) for t in fresh.hidden)):
         for a, b, n in zip(mine, theirs, fresh.lengths):
@@ -54,11 +54,11 @@ def test_utterances_come_back_in_any_batch(teacher_dir, rows):
     for i, row in enumerate(rows):
         n = found.lengths[i]
         assert n == first.lengths[row] and torch.equal(found.logits[i, :n], first.logits[row, :n])
-    # A teacher that is run on that batch sees other padding, and here up to two more frames, behind each utterance.
+    # A teacher that runs on that batch gets other padding after each utterance, and here up to two more frames.
     fresh = OnlineTeacher(teacher_dir).targets(*some, TAPS)
     assert (found.lengths - fresh.lengths).abs().max() <= 2
     for a, b, n in zip(found.logits, fresh.logits, fresh.lengths):
-        torch.testing.assert_close(a[: n - 8], b[: n - 8], rtol=0, atol=0.5)  # of logits between -20 and 20
+        torch.testing.assert_close(a[: n - 8], b[: n - 8], rtol=0, atol=0.5)  # for logits between -20 and 20
 
 
 def test_utterances_of_several_batches_come_together(teacher_dir):
@@ -102,7 +102,7 @@ def test_fingerprints_do_not_see_padding():
 
 
 def test_nothing_is_copied_to_the_host():
-    """Fake tensors have no values to look at: whatever would wait for a GPU is an error with them."""
+    """Fake tensors have no values, so that any operation that would wait for a GPU is an error."""
     with FakeTensorMode():
         memory, taps = Memory(1e9), ("encoder",)
         speech, lengths, ids = torch.randn(4, 100), torch.full((4,), 90), ["a", "b", "c", "d"]
@@ -116,7 +116,7 @@ def test_nothing_is_copied_to_the_host():
 
 
 def test_other_audio_under_the_same_id_is_told_of(monkeypatch):
-    """As on a GPU, where it is seen too late to run the teacher instead."""
+    """On a GPU it is found too late to run the teacher instead, so that it must be an error."""
     monkeypatch.setattr("espnet_kd.targets.memory.may_look", lambda x: False)
     memory, speech, lengths = Memory(1e9), torch.randn(2, 10), torch.tensor([10, 10])
     said = EncoderOutputs(torch.randn(2, 3, 4), torch.tensor([3, 3]), 0.04)

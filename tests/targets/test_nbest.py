@@ -1,4 +1,4 @@
-"""The N-best file: what is written is read back, what is wrong is named by its line."""
+"""The N-best file can be read back as it was written, and an error names its line."""
 
 import math
 from array import array
@@ -88,7 +88,7 @@ def test_weights_are_the_scores_renormalised():
 
 @pytest.mark.parametrize("token", ["", " ", "a b", "\t", "\u3000", "\u00a0", "<id:3>"])
 def test_every_token_comes_back(tmp_path, token):
-    """Also one that ESPnet strips to nothing (U+3000 in tokens.txt), which blanks around it would swallow."""
+    """This includes tokens of blanks only, such as U+3000, which reading by blanks would lose."""
     tokens = ["<blank>", "<unk>", "a", "b", token, "<sos/eos>"]
     nbest = {"u": [(-1.0, [2, 4, 3]), (-2.0, [4]), (-3.0, [4, 4, 2]), (-4.0, [])]}
     write_nbest(tmp_path / "nbest", nbest, tokens)
@@ -97,7 +97,7 @@ def test_every_token_comes_back(tmp_path, token):
 
 
 def test_the_same_texts_in_other_tokens():
-    """A hypothesis with the text of a better one adds its probability; a text's piece that is no token is <unk>."""
+    """Hypotheses with the same text are merged and their probabilities added; a piece that is no token is <unk>."""
     letters = {2: "a", 3: " ", 4: "b", 5: "c"}
     pieces = {"<unk>": 1, "ab": 7, "a": 8, "b": 9}
 
@@ -112,7 +112,7 @@ def test_the_same_texts_in_other_tokens():
     found, merged, unknown = retokenise(nbest, lambda ids: "".join(letters[i] for i in ids), to_ids, 1)
     assert [(round(math.exp(s), 6), list(ids)) for s, ids in found["u"]] == [(0.5, [7]), (0.3, [8, 9]), (0.05, [1])]
     assert [(s, list(ids)) for s, ids in found["v"]] == [(-1.0, [])]
-    assert [(s, list(ids)) for s, ids in found["w"]] == [(-1.0, [1])]  # alike, once unknown
+    assert [(s, list(ids)) for s, ids in found["w"]] == [(-1.0, [1])]  # merged, as both are <unk>
     assert (merged, unknown) == (1, 3)
 
 

@@ -1,4 +1,4 @@
-"""What a target cache keeps of a frame: as many tokens as carry its mass, in few bytes, with the stated error."""
+"""A target cache keeps the tokens of a frame that carry its mass, in few bytes and with a known error."""
 
 import math
 
@@ -26,7 +26,7 @@ from espnet_kd.topk import compress
 
 
 def logits(frames, num_tokens, seed=0, scale=3.0):
-    """Of a teacher that is sure of some frames and unsure of others; NB and BL frames take turns."""
+    """Logits of a teacher that is sure of some frames and unsure of others; blank and non-blank frames alternate."""
     torch.manual_seed(seed)
     x = torch.randn(frames, num_tokens) * torch.linspace(0.5, scale, frames)[:, None]
     x[::2, 0] += 12
@@ -34,7 +34,7 @@ def logits(frames, num_tokens, seed=0, scale=3.0):
 
 
 def written_and_read(targets, policy, place):
-    """Through Kaldi's arks, and the bytes that each of them takes."""
+    """Write targets to Kaldi arks and read them back; return them and the size of each ark."""
     back, sizes = [], {}
     for name, x in zip(ark_names(policy), pack_targets(targets, [], policy)):
         file = place / name
@@ -50,7 +50,7 @@ def test_as_many_tokens_as_carry_the_mass(mass):
     kept = in_nucleus(targets, mass)
     p = targets.log_probs.exp()
     total = targets.log_blank.exp() + (p * kept).sum(1)
-    less = total - (p * kept).where(kept, torch.inf).amin(1)  # without the last one
+    less = total - (p * kept).where(kept, torch.inf).amin(1)  # without the least likely kept token
     counts = kept.sum(1)
     assert (kept == (torch.arange(20) < counts[:, None])).all() and (counts >= 1).all()
     assert ((total >= mass - 1e-6) | (counts == 20)).all()
@@ -65,7 +65,7 @@ def test_codes_are_off_by_what_is_stated(span):
     log_p = (-below).log_softmax(0)
     codes, spans = quantise(log_p[None])
     assert codes.min() == 0 and 0.95 * LEVELS < codes.max() <= LEVELS
-    assert 0 <= spans.item() - span / SPAN * 255 <= 1 + 1e-6  # rounded up
+    assert 0 <= spans.item() - span / SPAN * 255 <= 1 + 1e-6  # spans are rounded up
     got = dequantise(codes, spans)[0]
     ratio = (got - got[0]) - (log_p - log_p[0])
     allowed = ((spans * SPAN / 255) * below).sqrt() / LEVELS + 0.25 * span / LEVELS**2
@@ -85,7 +85,7 @@ def test_none_is_none():
     ("num_tokens", "frames"), [(500, 300), (1024, 40), (1025, 40), (65536, 40), (65537, 40), (60, 33000)]
 )
 def test_ids_and_frames_come_back_as_they_were(num_tokens, frames, tmp_path):
-    """Also where they need more bits, and the largest of all."""
+    """The numbers of tokens include those that need more bytes, and the largest id occurs."""
     x = logits(frames, num_tokens)
     x[1, num_tokens - 1] = 30.0
     targets = compress(x, 16)
@@ -94,7 +94,7 @@ def test_ids_and_frames_come_back_as_they_were(num_tokens, frames, tmp_path):
     spoken = targets.argmax() != 0
     assert torch.equal(got.argmax(), targets.argmax()) and 0.3 < spoken.float().mean() < 0.7
     kept = in_nucleus(targets[spoken], policy.mass)
-    assert torch.equal(got.tokens[spoken][:, 0], targets.tokens[spoken][:, 0])  # the likeliest
+    assert torch.equal(got.tokens[spoken][:, 0], targets.tokens[spoken][:, 0])  # the most likely token
     p = kept * targets.log_probs[spoken].exp()
     expected = torch.zeros(int(spoken.sum()), num_tokens).scatter(1, targets.tokens[spoken], p)
     found = torch.zeros_like(expected).scatter(1, got.tokens[spoken], got.log_probs[spoken].exp())
@@ -109,7 +109,7 @@ def test_ids_and_frames_come_back_as_they_were(num_tokens, frames, tmp_path):
 
 @pytest.mark.parametrize("num_tokens", [4, 255, 256, 257, 511, 512, 1024])
 def test_ids_in_bytes(num_tokens):
-    """Rows of all sizes, with the least and the largest id."""
+    """The rows have all sizes and include the smallest and the largest id."""
     draw = torch.Generator().manual_seed(0)
     rows = [torch.randperm(num_tokens - 1, generator=draw)[:n] + 1 for n in (1, 2, num_tokens - 1, 3, 1)]
     rows += [torch.tensor([num_tokens - 1]), torch.tensor([1]), torch.tensor([num_tokens - 1, 1, 2])]
@@ -133,7 +133,7 @@ def test_what_is_read_sums_to_one(tokens_on, temperature, tmp_path):
     there = got[got.log_probs[:, 0] > -torch.inf]
     assert len(there.log_blank) == (200 if tokens_on == "all" else int((targets.argmax() != 0).sum()))
     parts = there.log_blank_at(temperature).exp(), there.log_tokens_at(temperature).exp().sum(1)
-    # Of what is rounded apart, log-odds at the two temperatures, a thousandth is left.
+    # The log-odds at the two temperatures are rounded separately, which leaves an error of about 0.001.
     torch.testing.assert_close(sum(parts) + there.remainder_at(temperature), torch.ones(len(there.log_blank)),
                                atol=2e-3 if temperature != 1 else 1e-5, rtol=0)  # fmt: skip
     torch.testing.assert_close(
@@ -154,7 +154,7 @@ def test_losses_and_gradients_are_nearly_those_of_the_logits(loss, tokens_on, te
         values.append(loss(leaf, teacher, torch.tensor([300]), temperature=temperature))
         values[-1].backward()
         gradients.append(leaf.grad)
-    # At temperature 2 what is not kept weighs more.
+    # At temperature 2 the tokens that are not kept have more weight.
     assert values[1].item() == pytest.approx(values[0].item(), rel=0.01 * temperature)
     assert (gradients[1] - gradients[0]).norm() < 0.01 * temperature * gradients[0].norm()
 
@@ -163,7 +163,7 @@ def test_losses_and_gradients_are_nearly_those_of_the_logits(loss, tokens_on, te
 @pytest.mark.parametrize("tokens_on", ["nonblank", "all"])
 def test_few_frames_and_certain_ones(tokens_on, frames, certain, tmp_path):
     x = logits(frames, 9) if frames else torch.zeros(0, 9)
-    if certain:  # of blank, of a token
+    if certain:  # certain of blank and of a token in turn
         x = torch.full((frames, 9), -torch.inf)
         x[::2, 0], x[1::2, 3] = 0.0, 0.0
     targets = compress(x, 5)
@@ -179,7 +179,7 @@ def test_few_frames_and_certain_ones(tokens_on, frames, certain, tmp_path):
 
 
 def test_blank_is_the_likeliest_after_rounding_exactly_where_it_was(tmp_path):
-    """Where a token and blank are nearly equal."""
+    """Tested on frames in which a token and blank are nearly equal."""
     x = torch.full((400, 9), -6.0)
     x[:, 0] = 0.0
     x[:, 2] = torch.linspace(-1e-3, 1e-3, 400)
@@ -206,12 +206,12 @@ def test_arrays_that_do_not_belong_together_are_refused(name, index, value):
 
 
 def test_several_utterances_at_once():
-    """Of different lengths, one without a row and one without a frame between."""
+    """The utterances differ in length; between them are one without a row and one without a frame."""
     policy = Policy(12, 0.98, temperatures=(2.0,))
     targets = [compress(logits(n, 40, seed=n), 12, (2.0,)) for n in (30, 1, 7)]
     arrays = [pack_targets(x, [], policy) for x in targets]
     empty = [a[:0] for a in arrays[0]]
-    assert len(arrays[1][1]) == 0  # a blank frame alone
+    assert len(arrays[1][1]) == 0  # only a blank frame
     together = unpack_targets([arrays[0], empty, arrays[1], arrays[2]], policy, 40)
     start = 0
     for x in (unpack_targets([a], policy, 40) for a in arrays):

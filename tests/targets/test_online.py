@@ -1,4 +1,4 @@
-"""The teacher that runs beside the student."""
+"""The online teacher, which runs beside the student in training."""
 
 import shutil
 
@@ -28,7 +28,7 @@ def test_targets_are_what_the_model_says(teacher_dir):
     assert got.frame_shift == pytest.approx(0.04)
     assert (teacher.hidden_size, teacher.sampling_rate) == (24, 16000)
     assert teacher.token_list == tiny_asr.TOKENS
-    # Usable in a graph, without being part of one.
+    # They can be used in a graph of autograd, but are not part of one.
     assert not got.logits.requires_grad and not got.logits.is_inference()
 
 
@@ -43,14 +43,14 @@ def test_dropout_and_batch_normalisation_stay_off(tmp_path):
 
 
 def counted(teacher):
-    """How often the model itself ran."""
+    """A list that gets an entry each time the model itself runs."""
     runs = []
     teacher._model.encoder.register_forward_hook(lambda m, i, o: runs.append(1))
     return runs
 
 
 def test_memory(teacher_dir):
-    """The same batch again is not computed again; another batch, other taps or other audio are."""
+    """The same batch is not computed again, but another batch, other taps or other audio are."""
     teacher = OnlineTeacher(teacher_dir, memory=1e8)
     plain = OnlineTeacher(teacher_dir)
     runs = counted(teacher)
@@ -99,7 +99,7 @@ def test_a_teacher_without_ctc_is_refused(tmp_path):
 
 
 def test_a_teacher_of_nan_is_refused_before_training(teacher_dir, tmp_path):
-    """As blank, which it looks like to an argmax, a student would learn it."""
+    """The argmax of NaN is blank, so that a student would learn blank everywhere."""
     broken = shutil.copytree(teacher_dir, tmp_path / "broken")
     for path in broken.glob("*.pth"):
         state = torch.load(path, weights_only=True)
@@ -124,7 +124,7 @@ def test_sampling_rate(fs, hz):
 
 
 def test_half_precision_where_the_device_has_it(teacher_dir, monkeypatch):
-    """A GPU's bf16, stood in for by a CPU's: the encoder computes in it, the CTC head does not."""
+    """In bf16, here of the CPU instead of a GPU, the encoder computes, but the CTC head does not."""
     teacher, batch = OnlineTeacher(teacher_dir), tiny_kd.batch()
     kinds = {"encoder": set(), "head": set()}
     layer, head = teacher._model.encoder.encoders[0].feed_forward.w_1, teacher._model.ctc.ctc_lo

@@ -1,4 +1,4 @@
-"""Of any configuration of the supported kinds: posteriors are the same online, from the cache and at inference."""
+"""For any configuration of a supported kind, posteriors are the same online, from the cache and at inference."""
 
 import math
 import os
@@ -22,10 +22,10 @@ from espnet_kd.targets.cached import CachedTeacher
 from espnet_kd.targets.nucleus import LEVELS, SPAN
 from espnet_kd.targets.online import OnlineTeacher
 
-#: So many in a run of all tests; more with ESPNET_KD_TEST_CONFIGURATIONS=N.
+#: The number of configurations, which ESPNET_KD_TEST_CONFIGURATIONS=N can raise.
 EXAMPLES = int(os.environ.get("ESPNET_KD_TEST_CONFIGURATIONS", "12"))
-NUMBERS = 2e-4  #: nats by which two ways to compute the same may differ
-BLANK = 1e-3  #: nats by which p(blank) in the cache may differ, as log-odds (espnet_kd.targets.nucleus)
+NUMBERS = 2e-4  #: allowed difference in nats between two ways to compute the same
+BLANK = 1e-3  #: allowed difference of p(blank) in the cache, in nats of log-odds (espnet_kd.targets.nucleus)
 KINDS = ["conformer", "transformer", "e_branchformer", "branchformer", "contextual_block_conformer"]
 KINDS += ["contextual_block_transformer", "rnn", "vgg_rnn"]
 DROPOUT = st.sampled_from([0.0, 0.2])
@@ -33,13 +33,13 @@ SUBSAMPLING = st.sampled_from(["conv2d", "conv2d2", "conv2d6", "conv2d8"])
 
 
 def some(draw, **choices: Any) -> Dict[str, Any]:
-    """Each option with one of its values, or left out."""
+    """Each option is left out or gets one of its values."""
     return {k: draw(st.sampled_from(v), label=k) for k, v in choices.items() if draw(st.booleans())}
 
 
 @st.composite
 def encoders(draw):
-    """(encoder, encoder_conf) of small models, with what changes lengths, normalisation or the output's form."""
+    """(encoder, encoder_conf) of small models, with options that change lengths, normalisation or the output's form."""
     kind = draw(st.sampled_from(KINDS))
     event(kind)
     if kind == "vgg_rnn":
@@ -66,14 +66,14 @@ def encoders(draw):
     if kind == "e_branchformer":
         conf.update(cgmlp_linear_units=32, cgmlp_conv_kernel=7, merge_conv_kernel=3, rel_pos_type="latest")
         conf.update(some(draw, use_ffn=[True], macaron_ffn=[True]))
-    if kind != "branchformer" and draw(st.booleans(), label="InterCTC"):  # its output is a pair then
+    if kind != "branchformer" and draw(st.booleans(), label="InterCTC"):  # then its output is a pair
         conf.update(interctc_layer_idx=[1], interctc_use_conditioning=draw(st.booleans()))
     return kind, conf
 
 
 @st.composite
 def configurations(draw):
-    """A config.yaml, but for where statistics of features lie."""
+    """A config.yaml without the path of the feature statistics."""
     kind, encoder_conf = draw(encoders())
     n_fft = draw(st.sampled_from([256, 400, 512]))
     fs = draw(st.sampled_from([8000, 16000, "16k", 22050]))
@@ -100,10 +100,10 @@ def configurations(draw):
 
 @pytest.mark.trains
 def test_posteriors_are_the_same_online_cached_and_at_inference(tmp_path):
-    """Of each utterance alone, of one shorter than any window, and of silence."""
+    """Each utterance is alone in its batch; one is shorter than any window and one is silent."""
     numbers = np.random.default_rng(0)
 
-    @settings(examples(EXAMPLES), phases=[Phase.generate])  # a smaller one costs more than it tells
+    @settings(examples(EXAMPLES), phases=[Phase.generate])  # shrinking a failure takes too long
     @given(configurations(), st.lists(st.integers(3000, 30000), min_size=1, max_size=2), st.integers(0, 99))
     def check(conf, sizes, seed):
         shutil.rmtree(tmp_path / "exp", ignore_errors=True)
@@ -144,8 +144,9 @@ def test_posteriors_are_the_same_online_cached_and_at_inference(tmp_path):
             kept = kept.logits[0]
             torch.testing.assert_close(kept.log_blank[:count], expected[:, 0], rtol=0, atol=BLANK + NUMBERS)
             there = kept.log_probs[:count] > -math.inf
-            below = expected[:, 1:].amax(1, keepdim=True) - expected  # nats below the likeliest token of a frame
-            off = (SPAN * below.clamp(0, SPAN)).sqrt() / LEVELS  # of a token's code; what is read sums to 1 again
+            below = expected[:, 1:].amax(1, keepdim=True) - expected  # nats below the frame's most likely token
+            off = (SPAN * below.clamp(0, SPAN)).sqrt() / LEVELS  # error of a token's code
+            # After reading, probabilities are scaled to sum to 1 again, which adds the errors of the other tokens.
             off = off + (off * expected.exp())[:, 1:].sum(1, keepdim=True) / (1 - expected[:, :1].exp()).clamp(min=1e-9)
             same, bound = (x.gather(1, kept.tokens[:count])[there] for x in (expected, off))
             assert ((kept.log_probs[:count][there] - same).abs() <= bound + 2 * (BLANK + NUMBERS)).all()

@@ -1,4 +1,4 @@
-"""Several teachers as one."""
+"""Several teachers that are used as one."""
 
 import pytest
 import tiny_kd
@@ -17,7 +17,7 @@ def test_several_teachers_average_probabilities(teacher, tmp_path):
     a, b = (t.targets((), batch["speech"], batch["speech_lengths"], ["encoder"]) for t in (teacher, other))
     expected = 0.75 * a.logits.softmax(-1) + 0.25 * b.logits.softmax(-1)
     torch.testing.assert_close(said.logits.exp(), expected, rtol=1e-5, atol=1e-7)
-    assert torch.equal(said.hidden["encoder"], a.hidden["encoder"])  # the first's
+    assert torch.equal(said.hidden["encoder"], a.hidden["encoder"])  # hidden states of the first
     assert both.frame_shift == teacher.frame_shift and both.hidden_size == teacher.hidden_size
 
 

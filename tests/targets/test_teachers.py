@@ -1,6 +1,6 @@
-"""Teachers that people have, by what is done with one: each works, or is refused in one line before any work.
+"""Each kind of teacher in each use works, or is refused in one line before any work.
 
-The table of tests/README.md is what this test asserts.
+The table in tests/README.md shows what this test asserts.
 """
 
 import json
@@ -32,7 +32,7 @@ def changed(encoder="conformer", encoder_conf=None, **more):
     return {**conf, "encoder_conf": encoder_conf or conf["encoder_conf"], **more}
 
 
-#: Configurations of kinds that work.
+#: Configurations of the kinds of teachers that work.
 WORKS = {
     "conformer": changed(),
     "transformer": changed("transformer"),
@@ -58,9 +58,9 @@ WORKS = {
     "wav2vec2 loudness": changed("wav2vec2", dict(w2v_url="w2v.pt", w2v_dir_path=".", output_size=24), frontend=None,
                                  frontend_conf={}, input_size=1, normalize=None, speech_volume_normalize=0.5),
 }  # fmt: skip
-#: Fed with features: works in training and is no reader of audio.
+#: A model that takes features: it works as a teacher in training, but cannot read audio.
 FEATURES = changed(frontend=None, frontend_conf={}, input_size=40)
-#: Kinds that are refused, and what the message has in it.
+#: The kinds that are refused, and a part of the message.
 UNTRUSTED = "ESPNET_KD_TRUST_PICKLE=1"
 REFUSED = {
     "wav2vec2 encoder": (dict(encoder="wav2vec2", frontend=None, frontend_conf={}, input_size=1), UNTRUSTED),
@@ -79,7 +79,7 @@ REFUSED = {
 
 @pytest.fixture
 def with_lora(monkeypatch):
-    """loralib, or what ESPnet needs of it."""
+    """loralib or, if it is not installed, a replacement for the part that ESPnet uses."""
     from espnet2.layers import create_adapter_fn
 
     if create_adapter_fn.is_lora_available:
@@ -90,7 +90,7 @@ def with_lora(monkeypatch):
         pass
 
     class Linear(torch.nn.Linear, LoRALayer):
-        """x W + x A B, merged into W in eval mode, as loralib has it."""
+        """x W + x A B, where A B is merged into W in eval mode, as in loralib."""
 
         def __init__(self, inputs, outputs, bias=True, r=0, lora_alpha=1, lora_dropout=0.0):
             super().__init__(inputs, outputs, bias=bias)
@@ -113,7 +113,7 @@ def with_lora(monkeypatch):
 
 @pytest.fixture
 def with_fairseq(monkeypatch, tmp_path):
-    """A stand-in for fairseq and a file of its, for teachers with its encoder, which are trusted."""
+    """A replacement for fairseq and one of its files, for teachers with its encoder, which are trusted here."""
     names = ("fairseq", "fairseq.models", "fairseq.models.wav2vec", "fairseq.models.wav2vec.wav2vec2")
     modules = {name: types.ModuleType(name) for name in names}
 
@@ -152,7 +152,7 @@ def build(kind):
                 if "lora_" in name:
                     p.normal_()
         state = model.state_dict()
-    if kind == "old checkpoint":  # of before May 2021: its decoder is there, and unused
+    if kind == "old checkpoint":  # from before May 2021: it has a decoder, which is not used
         hybrid = tiny_asr.build({**base, "model_conf": {"ctc_weight": 0.3}})
         state = {**state, **{k: v for k, v in hybrid.state_dict().items() if k.startswith("decoder.")}}
     return conf, {"module": state} if kind == "DeepSpeed" else state
@@ -177,7 +177,7 @@ kinds = pytest.mark.parametrize("experiment", WORKS, indirect=True)
 
 @kinds
 def test_training(experiment, corpus, tmp_path):
-    """Online, with batches in no order."""
+    """Training with an online teacher and unsorted batches."""
     options = ["--teacher", str(experiment), "--kd_config", "kl", "--max_epoch", "1"]
     asr_kd_train.main(corpus.options(tmp_path / "out", *options))
     assert (tmp_path / "out/student.pth").is_file()
@@ -185,7 +185,7 @@ def test_training(experiment, corpus, tmp_path):
 
 @kinds
 def test_online_cache_and_inference_say_the_same(experiment, corpus, tmp_path):
-    """Of each utterance alone: whatever changes the audio is the same everywhere."""
+    """Each utterance is alone in its batch. Options that change the audio must have the same effect in all three."""
     data = corpus.dir / "valid"
     argv = ["--teacher", str(experiment), "--kd_config", "kl", "--data_dir", str(data), "--output", str(tmp_path / "c")]
     asr_kd_cache.main([*argv, "--batch_seconds", "0.1"])
@@ -206,13 +206,13 @@ def test_online_cache_and_inference_say_the_same(experiment, corpus, tmp_path):
 
 @kinds
 def test_a_batch_is_what_its_utterances_are(experiment):
-    """Online, in any order, but for ESPnet's own padding: lengths are off by two frames at most."""
+    """An online teacher gives the same in an unsorted batch, except for ESPnet's padding: at most two frames more."""
     teacher, batch = OnlineTeacher(experiment), tiny_kd.batch(lengths=(9000, 16000, 12345))
     together = teacher.targets((), batch["speech"], batch["speech_lengths"])
     for row, n in enumerate(batch["speech_lengths"].tolist()):
         alone = teacher.targets((), batch["speech"][row : row + 1, :n], torch.tensor([n]))
         assert abs(int(together.lengths[row]) - int(alone.lengths[0])) <= 2
-        inside = slice(0, int(alone.lengths[0]) - 6)  # the last frames depend on what stands behind
+        inside = slice(0, int(alone.lengths[0]) - 6)  # the last frames depend on the padding after them
         first, second = (x[inside].argmax(-1) for x in (together.logits[row], alone.logits[0]))
         assert (first == second).float().mean() > 0.85
 
@@ -272,7 +272,7 @@ def test_other_kinds_are_refused_before_training(corpus, tmp_path, changes, word
 
 
 def test_a_teacher_fed_with_features(corpus, tmp_path):
-    """Normalised by utterance, so that only its configuration knows their width."""
+    """It normalises by utterance, so that the width of features is only in its configuration."""
     exp = save(tmp_path / "exp", *build("features"))
     teacher = OnlineTeacher(exp)
     assert teacher.frame_shift == pytest.approx(0.04)
@@ -311,7 +311,7 @@ def test_a_student_fed_with_the_features_of_its_teacher(corpus, tmp_path):
 @pytest.mark.parametrize("lengths", [(300, 200), (1500, 1900), (16000, 1500), (1500, 16000), (100, 16000)])
 @pytest.mark.parametrize("layer", ["conv2d", "conv2d8"])
 def test_utterances_too_short_for_the_teacher_have_no_frame(tmp_path, lengths, layer):
-    """As in the cache and at inference; the others of the batch are what they are without them."""
+    """They have no frame at inference either, and the outputs of the other utterances stay finite."""
     conf = tiny_asr.config(input_layer=layer)
     exp = tiny_asr.save(tiny_asr.build(conf), conf, tmp_path)
     teacher = OnlineTeacher(exp)
@@ -346,7 +346,7 @@ def test_an_adapter_without_its_package(tmp_path, monkeypatch):
 
 
 def test_old_names_of_an_s3prl_frontend():
-    """ESPnet renames them where it loads such a file; s3prl itself is not needed for that."""
+    """They are renamed when such a file is loaded, as in ESPnet. This test does not need s3prl."""
     from espnet_kd.experiments.states import fit_state
 
     model = torch.nn.Module()
@@ -361,7 +361,7 @@ def test_old_names_of_an_s3prl_frontend():
 
 @pytest.mark.parametrize("experiment", ["wav2vec2"], indirect=True)
 def test_an_encoder_that_takes_samples(experiment, monkeypatch):
-    """wav2vec 2.0 without frontend (input_size: 1): trusted, it is a teacher like any other; else it is refused."""
+    """wav2vec 2.0 without frontend (input_size: 1) works like any teacher if it is trusted, else it is refused."""
     teacher = OnlineTeacher(experiment)
     assert teacher.frame_shift == pytest.approx(0.02) and teacher._least == 400
     recogniser = Recogniser(*load_model(*find_experiment(experiment)), experiment)
@@ -372,7 +372,7 @@ def test_an_encoder_that_takes_samples(experiment, monkeypatch):
 
 
 def test_a_cache_that_was_forged_is_not_noticed(corpus, tmp_path):
-    """Whoever hands on a cache decides what a student learns: another teacher's, under this one's name."""
+    """A cache with the targets of another teacher under this one's name is accepted: users must trust its source."""
     exp, other = (tiny_kd.save_teacher(tmp_path / name, seed=seed) for name, seed in (("mine", 1), ("other", 2)))
     argv = ["--kd_config", "kl", "--data_dir", str(corpus.dir / "valid"), "--output", str(tmp_path / "cache")]
     asr_kd_cache.main(["--teacher", str(other), *argv])

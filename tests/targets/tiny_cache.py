@@ -1,4 +1,4 @@
-"""What the tests of the target cache share: the command that makes one, and what lies in it."""
+"""Shared by the tests of the target cache: the command that makes a cache, and its contents."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The task: its options, and what it refuses before anything is trained."""
+"""The task: its options, and the settings that it refuses before training."""
 
 import multiprocessing
 import os
@@ -39,7 +39,10 @@ def test_kd_options_are_those_that_export_drops():
 
 
 def test_print_config_goes_in_again(corpus, teacher_dir, tmp_path):
-    """What ESPnet's own tasks promise; and augmentation that is named but off does not count as one."""
+    """The output of --print_config is a valid configuration, as in ESPnet's tasks.
+
+    Its options of augmentation are present but off, which must not count as augmentation.
+    """
     with pytest.raises(SystemExit) as e:
         asr_kd_train.main(["--print_config"])
     assert e.value.code == 0
@@ -64,7 +67,7 @@ def test_builds_the_kd_model(corpus, teacher_dir, tmp_path):
     assert (model.plan.numbers, model.progress.max_epoch) == ([1, 2, 3], 3)
     assert model.plan is ASRKDTask.plan
     assert model.progress is ASRKDTask.progress
-    # What is saved names a plain ESPnet model, and its tokens.
+    # The saved configuration is that of a plain ESPnet model, with its tokens.
     assert args.model == "espnet" and args.token_list == tiny_kd.TOKENS
 
 
@@ -126,7 +129,7 @@ def test_ctc_needs_text(corpus, teacher_dir, tmp_path, write_page):
         build("progressive_fkl", "--kd_stage", "3")
     silent = {"share": 0.3, "ctc": {"weight": 0.0}, "objectives": [{"objective": "kl"}]}
     page = write_page({"stages": [silent, silent, {"share": 0.4}]}, "late.yaml")
-    with pytest.raises(UserError, match=r"KD stage 3 .* has no text"):  # now, not after the first two have trained
+    with pytest.raises(UserError, match=r"KD stage 3 .* has no text"):  # before KD stages 1 and 2 are trained
         build(page, "--kd_stage", "1")
     build(page, "--kd_stage", "1", "--kd_stages", "1", "2")
     build(write_page(LABEL_FREE))
@@ -159,7 +162,7 @@ def test_a_stage_left_out_has_nothing_to_do(corpus, teacher_dir, tmp_path, caplo
     with caplog.at_level("INFO"):
         asr_kd_train.main(corpus.options(tmp_path / "out", *base))
     assert "KD stage 2: nothing to do" in caplog.text
-    assert not list((tmp_path / "out").glob("[!.]*"))  # nothing but the lock
+    assert not list((tmp_path / "out").glob("[!.]*"))  # only the lock is there
 
 
 @pytest.mark.faults("two runs at once")
@@ -184,14 +187,14 @@ def test_a_pages_train_block_as_options():
     assert [list(c) for c in args.best_model_criterion] == block["best_model_criterion"]
     assert args.unused_parameters is True and args.freeze_param == block["freeze_param"] and args.accum_grad == 2
     assert args.optim_conf == block["optim_conf"]
-    # In front of the user's options, so that these win.
+    # They come before the user's options, so that the user's win.
     cmd = [*to_options(block), "--accum_grad", "4", "--unused_parameters", "false"]
     args = ASRKDTask.get_parser().parse_args(cmd)
     assert args.accum_grad == 4 and args.unused_parameters is False
 
 
 def test_an_n_best_of_other_utterances_is_refused(corpus, tmp_path):
-    """A speed-perturbed copy is an utterance of its own, and does not take the original's hypotheses."""
+    """A speed-perturbed copy is a separate utterance and must have its own hypotheses."""
     original = (corpus.dir / "train" / "wav.scp").read_text()
     (tmp_path / "wav.scp").write_text(original + original.replace("train0 ", "sp0.9-train0 ").splitlines()[0] + "\n")
     ids = {line.split()[0] for line in original.splitlines()}

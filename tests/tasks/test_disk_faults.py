@@ -1,4 +1,4 @@
-"""A disk that is full or may not be written: one message of every command, and the same command goes on later."""
+"""On a disk that is full or not writable, every command ends with one message, and works when it is repeated."""
 
 import resource
 
@@ -22,7 +22,7 @@ KD = ["--kd_config", "kl", "--max_epoch", "3", "--use_tensorboard", "false"]
 
 @pytest.fixture
 def commands(corpus, teacher_dir, trained, tmp_path):
-    """Each command with all it needs, but for where it writes."""
+    """Each command with all its arguments except the output directory."""
     teacher, text = str(teacher_dir), str(corpus.dir / "valid/text")
     tiny_asr.data_dir(tmp_path / "data", {f"u{i}": tiny_asr.audio(0.8, i) for i in range(3)})
     for name in ("utt2spk", "text"):
@@ -50,7 +50,7 @@ NAMES = ["train", "plain training", "cache", "nbest", "inference", "score", "exp
 
 
 def refused(capsys, command, out) -> None:
-    """One line, exit code 1."""
+    """Assert that the command ends with an error line, exit code 1 and no traceback."""
     with pytest.raises(SystemExit) as e:
         run(lambda _: command(out))
     error = capsys.readouterr().err.splitlines()
@@ -62,13 +62,13 @@ def refused(capsys, command, out) -> None:
 @pytest.mark.parametrize("place", ["/sys/espnet_kd", "below a file"])
 def test_a_place_that_cannot_be_written(commands, name, place, tmp_path, capsys):
     (tmp_path / "file").touch()
-    refused(capsys, commands[name], tmp_path / "file/out" if place == "below a file" else place)  # not even by root
+    refused(capsys, commands[name], tmp_path / "file/out" if place == "below a file" else place)  # even root cannot
 
 
 @pytest.mark.faults("a full disk")
 @pytest.mark.parametrize("name", NAMES)
 def test_a_full_disk(commands, name, tmp_path, capsys):
-    """A limit on a file's size refuses real writes; without it, the same command goes on."""
+    """A limit on the size of files makes writes fail. Without the limit, the same command then works."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     limit = 20_000 if name in ("train", "plain training") else 20
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))

@@ -26,7 +26,7 @@ def test_the_example(tmp_path, corpus, teacher_dir):
     assert [n.name for n in (out / "export").iterdir() if n.suffix == ".pth"] == ["model.pth"]
     samples, _ = soundfile.read(corpus.dir / "valid/valid0.wav")
     assert isinstance(student(samples)[0][0], str)
-    # Again: everything is there.
+    # A second run finds everything finished.
     before = (out / "student.pth").stat().st_mtime_ns
     example.main(*where, **QUICK)
     assert (out / "student.pth").stat().st_mtime_ns == before

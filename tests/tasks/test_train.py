@@ -1,4 +1,4 @@
-"""Training by the main method, in this process: KD stages of an epoch each; then export and stock ESPnet."""
+"""Training with the main method in this process, one epoch per KD stage; then export and decoding by stock ESPnet."""
 
 import json
 import subprocess
@@ -39,15 +39,15 @@ def test_it_is_an_ordinary_espnet_run(trained):
 @each_stage
 @pytest.mark.parametrize("phase", ["train", "valid"])
 def test_statistics_are_kept(trained, stage, phase):
-    """Of each KD stage what it trains with; in validation of every epoch what the training ends with."""
+    """Training has the losses of its KD stage; validation has those of the last KD stage in every epoch."""
     kept = stats(trained, phase, stage)
     trained_with = [
         {"blank_kl"},
         {"blank_kl", "factorized_representation"},
-        {"blank_kl", "factorized_representation", "factorized_kl"},  # the first of them on its way to 0
+        {"blank_kl", "factorized_representation", "factorized_kl"},  # blank_kl is ramped to 0
     ]
     own = trained_with[2 if phase == "valid" else stage - 1]
-    names = {k for k in kept if k.startswith("loss_")} - {"loss_scale"}  # ESPnet's
+    names = {k for k in kept if k.startswith("loss_")} - {"loss_scale"}  # loss_scale is ESPnet's
     assert names == {f"loss_{o}" for o in own} | {"loss_ctc", "loss_kd"}
     assert 0 < kept["nonblank_share"] < 1 and 0 <= kept["agreement"] <= 1
     assert all(np.isfinite(v) and v > 0 for k, v in kept.items() if k.startswith("loss"))
@@ -72,7 +72,7 @@ def test_what_a_kd_stage_ends_with_is_a_plain_student(trained, stage):
     assert heads and set(model) - heads == set(student)
     assert all(torch.equal(student[k], model[k]) for k in student) == (stage == 3)
     assert (directory / "config.yaml").read_text() == (trained / "config.yaml").read_text()
-    load_model(directory / "config.yaml", directory / "student.pth")  # every key, no more
+    load_model(directory / "config.yaml", directory / "student.pth")  # fails on missing or additional keys
     if stage < 3:
         assert sorted(p.name for p in directory.iterdir()) == ["config.yaml", "student.pth"]
         assert find_experiment(directory)[1] == directory / "student.pth"
@@ -107,7 +107,7 @@ def test_other_settings_in_the_same_directory_are_refused(trained, corpus, teach
 
 
 def test_two_stages_and_no_labels(corpus, teacher_dir, tmp_path, write_page):
-    """--kd_stages leaves one out; a page without CTC trains on audio alone."""
+    """--kd_stages leaves out a KD stage, and a page without CTC trains on audio alone."""
     stage = {"share": 0.5, "ctc": {"weight": 0.0}, "objectives": [{"objective": "kl"}]}
     page = {"stages": [stage, {**stage, "name": "left out"}]}
     more = ["--teacher", str(teacher_dir), "--kd_config", str(write_page(page)), "--kd_stages", "1", "--max_epoch", "2"]
@@ -129,7 +129,7 @@ def test_without_a_page_it_is_espnets_training(corpus, tmp_path):
 
 @pytest.mark.parametrize("page", [None, "kl"])
 def test_statistics_of_other_features_are_refused_by_name(corpus, teacher_dir, tmp_path, page):
-    """ESPnet's own error is one of tensor sizes, in the first step."""
+    """ESPnet would fail in the first step, with an error about tensor sizes."""
     more = ["--kd_config", page, "--teacher", str(teacher_dir)] if page else []
     with pytest.raises(UserError, match=r"feats_stats.npz has statistics of 40 .* makes 32 .*n_mels") as caught:
         asr_kd_train.main(corpus.options(tmp_path / "exp", *more, "--frontend_conf", "n_mels=32"))
@@ -150,7 +150,7 @@ def test_export(exported, trained, corpus):
     config = yaml.safe_load((exported / "config.yaml").read_text())
     assert not set(KD_OPTIONS) & set(config)
     state = student_only(load_state(find_experiment(trained)[1]))
-    # Of stock ESPnet's model the normalisation is a layer before the encoder; here it is the student again.
+    # In stock ESPnet the normalisation is a layer before the encoder; load_model gives the original student again.
     stock, _ = ASRTask.build_model_from_file(str(exported / "config.yaml"), str(exported / "model.pth"), "cpu")
     model, _ = load_model(exported / "config.yaml", exported / "model.pth")
     kept = {k for k in state if not k.startswith("normalize.")}
@@ -158,7 +158,8 @@ def test_export(exported, trained, corpus):
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(v, state[k]) for m in (stock, model) for k, v in m.state_dict().items() if k in state)
     assert find_experiment(exported)[1] == exported / "model.pth"
-    # Again, and of a model with heads: whole, without them, nothing left over; then what KD stage 2 ended with.
+    # A second export, exports of a model with heads and of the student of KD stage 2: complete, without heads, and no
+    # temporary files are left.
     asr_kd_export.main(["--expdir", str(trained), "--output_dir", str(exported)])
     out = exported.parent / "export2"
     assert any(k.startswith("kd_heads") for k in load_state(trained / "3epoch.pth"))
@@ -170,7 +171,7 @@ def test_export(exported, trained, corpus):
 
 
 def test_export_replaces_nothing_but_an_export(trained, tmp_path):
-    """The experiment itself, given for where to write, would be gone."""
+    """If the output directory is the experiment itself, replacing it would delete the experiment."""
     before = sorted(trained.iterdir())
     with pytest.raises(UserError, match="student holds .*, which is no part of an export; give another --output_dir"):
         asr_kd_export.main(["--expdir", str(trained), "--output_dir", str(trained)])

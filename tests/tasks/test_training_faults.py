@@ -1,4 +1,4 @@
-"""Trainings that seem to end well: into a place that holds another one, without a step, by a criterion that is none."""
+"""Trainings that would only seem to succeed: into another one's directory, without a step, with a useless criterion."""
 
 import json
 import shutil
@@ -33,13 +33,13 @@ def other_page(corpus, out, teacher):
 
 
 def without_record(corpus, out, teacher):
-    """What is left where somebody removed the record."""
+    """Make a training whose record somebody removed."""
     other_page(corpus, out, teacher)
     (out / "kd_stage.json").unlink()
 
 
 def downloaded(corpus, out, teacher):
-    """A finished experiment without checkpoint."""
+    """Make a finished experiment without a checkpoint."""
     shutil.copytree(teacher, out)
 
 
@@ -55,7 +55,7 @@ THERE = {
 @pytest.mark.parametrize("make", THERE.values(), ids=THERE)
 @pytest.mark.parametrize("page", ["kl", "progressive_fkl"])
 def test_a_directory_that_holds_something_else_is_refused_and_kept(corpus, teacher_dir, tmp_path, make, page):
-    """Without a record of ours it is not free: it is neither taken as finished nor continued."""
+    """A directory without a matching record is neither treated as finished nor continued nor overwritten."""
     out = tmp_path / "out"
     make(corpus, out, str(teacher_dir))
     before = contents(out)
@@ -75,7 +75,7 @@ def test_a_plain_training_is_not_put_over_a_distilled_one(corpus, teacher_dir, t
 
 @pytest.fixture
 def nan_teacher(teacher_dir, tmp_path):
-    """Whose posteriors are no numbers; their argmax is blank everywhere."""
+    """A teacher whose posteriors are NaN; their argmax is blank everywhere."""
     broken = shutil.copytree(teacher_dir, tmp_path / "broken")
     for path in broken.glob("*.pth"):
         state = torch.load(path, weights_only=True)
@@ -111,13 +111,13 @@ def test_a_plain_training_without_a_single_step_is_not_finished(corpus, tmp_path
 
     monkeypatch.setattr(ASRKDTask, "build_model", classmethod(build_broken))
     out = tmp_path / "out"
-    for _ in range(2):  # nor on the second call, which finds what the first one left
+    for _ in range(2):  # not even on a second call, which finds the files of the first
         with pytest.raises(UserError, match="out: no step of epoch 1 had finite gradients"):
             asr_kd_train.main(corpus.options(out, "--max_nonfinite", "999", max_epoch=1))
         assert not (out / "checkpoint.pth").exists() and not (out / "1epoch.pth").exists()
 
 
-#: Statistics that a pure CTC student's epochs do not have.
+#: Statistics that no epoch of a pure CTC student has.
 CRITERIA = {
     "acc": ["valid", "acc", "max"],
     "of training": ["train", "acc", "max"],
@@ -130,7 +130,7 @@ CRITERIA = {
 
 @pytest.mark.parametrize("criterion", CRITERIA.values(), ids=CRITERIA)
 def test_a_criterion_that_no_epoch_has(corpus, teacher_dir, tmp_path, criterion):
-    """By it no model would be chosen, and every epoch's but the last deleted."""
+    """With such a criterion no model would be chosen, and all but the last epoch's would be deleted."""
     options = ["--teacher", str(teacher_dir), "--kd_config", "kl", "--keep_nbest_models", "2"]
     with pytest.raises(UserError, match=rf"best_model_criterion.*{criterion[1]}"):
         asr_kd_train.main(corpus.options(tmp_path / "out", *options, max_epoch=2, best_model_criterion=[criterion]))
@@ -139,7 +139,7 @@ def test_a_criterion_that_no_epoch_has(corpus, teacher_dir, tmp_path, criterion)
 
 @pytest.fixture
 def long_texts(corpus, tmp_path):
-    """Make so many transcripts of a part longer than their frames; return the options of a training with them."""
+    """Function that makes ``count`` transcripts of a part longer than their frames and returns training options."""
 
     def make(part, count):
         copy = tmp_path / "corpus"
@@ -159,7 +159,7 @@ def long_texts(corpus, tmp_path):
 @pytest.mark.parametrize("part", ["train", "valid"])
 @pytest.mark.parametrize("count", [1, 3])
 def test_transcripts_longer_than_their_frames_are_counted_and_named(long_texts, caplog, part, count):
-    """CTC gives them 0, in training and in what chooses the model."""
+    """The CTC loss of such utterances is 0, in training and in the criterion that chooses the model."""
     options = long_texts(part, count)
     with caplog.at_level("WARNING"):
         try:
@@ -177,7 +177,7 @@ def test_all_transcripts_longer_than_their_frames_are_refused(long_texts):
 
 @pytest.mark.parametrize("kept", [False, True], ids=["online", "cache"])
 def test_a_teacher_that_recognises_nothing_is_refused_before_training(corpus, tmp_path, kept):
-    """Blank on all frames; with --blank_teacher it is trained with all the same."""
+    """The teacher outputs blank on all frames. With --blank_teacher it is accepted."""
     exp, out = tiny_kd.save_teacher(tmp_path / "blank"), tmp_path / "out"
     state = torch.load(exp / "valid.loss.ave.pth", weights_only=True)
     state["ctc.ctc_lo.bias"][0] += 1e3
