@@ -131,5 +131,8 @@ def test_stock_decoding_and_pack(recipe, student, tmp_path):
 
 
 def test_no_corpus_audio_is_committed():
-    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True).stdout
+    if not (ROOT / ".git").exists():
+        pytest.skip("the list of committed files needs a git checkout")
+    names = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "README.md" in names.splitlines()
     assert not [n for n in names.splitlines() if n.endswith((".wav", ".flac", ".opus", ".sph", ".pth", ".ark"))]
