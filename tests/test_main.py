@@ -1,4 +1,4 @@
-"""``python -m espnet_kd`` in the place of ``python``: KD training is started for ESPnet's, and nothing else changes."""
+"""``python -m espnet_kd`` in the place of ``python`` runs KD training instead of ESPnet's, and changes nothing else."""
 
 import json
 import os

@@ -59,7 +59,7 @@ print("found", json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What a fresh process finds after the import of the task, with the libraries of ``FAKES`` on its path."""
+    """The findings of a fresh process after the import of the task, with the libraries of ``FAKES`` on its path."""
     place = tmp_path_factory.mktemp("fakes")
     for name, text in FAKES.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)

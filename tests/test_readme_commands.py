@@ -40,7 +40,7 @@ THIRD_PARTY = {
     "srun": "slurm",
     "torchrun": "PyTorch's launcher",
 }
-#: The directory where the fences below a heading start, by the beginning of "README#heading"; a recipe's start in it.
+#: Where the fences below a heading start, by the beginning of "README#heading"; a recipe's fences start in the recipe.
 HOMES = {
     "README.md": ".", "tests/": ".", "conf/": "egs2/an4/asr_kd1",
     "egs2/TEMPLATE/README.md#Inside an ESPnet checkout": "espnet/egs2/an4/asr1",
@@ -152,7 +152,7 @@ class Sandbox:
         script = []
         for fence in fences:
             script.append(f"cd {shlex.quote(str(self.stubs / fence.home))}; export FENCE={fence.line}")
-            # `<its options>` is a placeholder, which bash would take for redirections.
+            # `<its options>` becomes `…`, because bash would take it for redirections.
             script.append(re.sub(r"<[a-z ]+>", "…", fence.text))
         done = self.bash("\n".join(script), ".", stubs=True)
         assert done.returncode == 0, f"{readme}: bash does not get through: {done.stdout}"

@@ -209,7 +209,7 @@ def test_threshold_with_certain_posteriors(dtype, big):
 
 
 def test_threshold_is_computed_in_full_precision():
-    """Of 2048 equal tokens each has 2e-4; their sum in half precision would give a wrong p(blank)."""
+    """Each of 2048 equal tokens has 2e-4; their sum in half precision would give a wrong p(blank)."""
     logits = torch.zeros(1, 1, 2049)
     logits[..., 0] = 8.0  # exact in float16: p(blank) = e⁸ / (e⁸ + 2048) = 0.59274
     for dtype in (torch.float16, torch.bfloat16, torch.float32):

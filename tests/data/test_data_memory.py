@@ -98,7 +98,7 @@ def test_the_writing_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_benchmark_runs(tmp_path: Path) -> None:
-    """It measures whole processes with their children. Libraries take most of their memory, so few lines are enough."""
+    """The script measures whole processes with children. Libraries take most of the memory, so few lines are enough."""
     command = [sys.executable, BENCHMARKS / "data_scale.py", "--lines", "100", "--nbpe", "100", "--dir", tmp_path / "d"]
     done = subprocess.run([*map(str, command), "--json", str(tmp_path / "rows")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -169,7 +169,7 @@ def test_a_sample_of_the_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Counted(list):
-    """Counts how many of its items were asked for."""
+    """A list that counts how many of its items were requested."""
 
     taken = 0
 

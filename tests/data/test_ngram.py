@@ -29,7 +29,7 @@ def made(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 @pytest.mark.parametrize("made", [2, 3, 6], indirect=True)
 def test_probabilities_sum_to_one(made: Path) -> None:
-    """They sum to one after every history, seen or not, as KenLM reads the model."""
+    """Probabilities sum to one after every history, seen or not, as KenLM reads the model."""
     from espnet_kd.decode.beam import load_ngram
 
     tokens = (made / "tokens/tokens.txt").read_text().split("\n")[1:-2]  # without blank and <sos/eos>

@@ -28,7 +28,7 @@ CONFIG = {
 
 
 class Place(NamedTuple):
-    """Where a fault is made: a data dir, and one of its utterances."""
+    """The place of a fault: a data dir, and one of its utterances."""
 
     data_dir: Path
     utt_id: str

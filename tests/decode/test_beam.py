@@ -229,7 +229,7 @@ def test_nbest_in_the_tokens_of_a_student_with_another_list(tmp_path, expdir, di
     for utt_id, hypotheses in mine.items():
         best = " ".join(text[utt_id].replace("<unk>", "").split())
         assert model.decode_pieces([pieces[i] for i in hypotheses[0][1]]) == best
-    assert not (tmp_path / "mine.log_prior.npy").exists()  # it would be of other tokens
+    assert not (tmp_path / "mine.log_prior.npy").exists()  # a prior of the teacher's tokens would not fit
     before = (tmp_path / "mine").stat().st_mtime_ns
     asr_kd_nbest.main(options(expdir, dirs, tmp_path / "mine", *more))
     assert (tmp_path / "mine").stat().st_mtime_ns == before

@@ -61,7 +61,7 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 def open_page(folder, audio, scratch, *, microphone=None, seconds=180):
-    """Give the page each file of ``audio`` {name: bytes}; ``microphone``: a WAV file that the microphone plays.
+    """Give the page each file of ``audio`` {name: bytes}; ``microphone``: a WAV file, as the microphone's sound.
 
     Returns:
         {name: "text\\nstate"}, the paths requested from the server, and the URLs that the browser requested elsewhere

@@ -17,7 +17,7 @@ from espnet_kd.transcribe import Transcriber
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
 
-FORMATS = [f for f in asr_kd_export.FORMATS if f != "stream"]  # needs another encoder
+FORMATS = [f for f in asr_kd_export.FORMATS if f != "stream"]  # a stream needs another encoder
 
 
 @pytest.fixture

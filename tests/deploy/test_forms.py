@@ -196,7 +196,7 @@ def test_int8_recognises_and_says_where_it_saves_little(tmp_path, caplog):
         for q in ("none", "int8")
     ]
     assert "--quantize int8: " in caplog.text  # a small student saves little
-    assert not [r for r in caplog.records if "onnxruntime" in r.pathname]  # it would log a line for every product
+    assert not [r for r in caplog.records if "onnxruntime" in r.pathname]  # it logs a line for every product
     sizes = [(o / "model.onnx").stat().st_size for o in outs]
     waves = [tiny_asr.audio(4.0, 7)]
     one, other = (session.run_of(session.onnx_session(str(o / "model.onnx")))(waves)[0] for o in outs)

@@ -146,7 +146,7 @@ def test_no_wait_of_ours_in_a_step(name, teacher_dir, tmp_path):
         model = in_stage(page, stage.number, teacher, conf=deeper(), nbest=found).cuda()
         batch[BROUGHT] = {"text_lengths": batch["text_lengths"].tolist()}
         batch = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        for number in range(3):  # the first step compiles, and fills the teacher's memory
+        for number in range(3):  # the first two compile, and fill the teacher's memory
             with waits() if number == 2 else contextlib.nullcontext([]) as noted:
                 loss = model(**batch)[0]
                 loss.sum().backward()

@@ -45,7 +45,7 @@ def speech():
 def test_a_tap_is_what_the_encoder_cut_there_computes(name):
     """The tap after layer n equals the output of an encoder with n layers, so that such an export is exact."""
     whole = tiny_asr.build(config(name, num_blocks=LAYERS))
-    for p in whole.encoder.parameters():  # else after_norm would be an identity and have no effect
+    for p in whole.encoder.parameters():  # LayerNorms start as identities, and after_norm must have an effect
         p.add_(0.1 * torch.randn_like(p))
     taps = ["encoder"] + [f"encoder.{n}" for n in range(1, LAYERS + 1)]
     assert taps_of(whole.encoder) == taps
