@@ -130,7 +130,7 @@ def test_again(src: Path, tmp_path: Path) -> None:
     assert set(times()) == set(first)
     kept = dump / "audio/sp0.9-a/sp0.9-a-0.flac"
     assert times()[kept] == first[kept]
-    # Files of the same names with other audio are made anew.
+    # Files of the same names with other audio are made again.
     time.sleep(0.01)
     tone(tmp_path / "0.flac", 1.0, hz=600)
     format_data(src, dump, speed_factors=(0.9,))
