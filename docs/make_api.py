@@ -79,7 +79,7 @@ def describe(thing: Any, name: str) -> str:
 
 
 def class_body(source: str, kind: type) -> List[Any]:
-    """The nodes of a kind that a class has in its own source."""
+    """The nodes of type ``kind`` in the class's own source."""
     return [node for node in ast.parse(source).body[0].body if isinstance(node, kind)]
 
 
@@ -99,7 +99,7 @@ class _Unquoted(str):
 
 
 def signature(thing: Any) -> str:
-    """Parameters and result of a function or class, over several lines where they are long."""
+    """Parameters and result of a function or class, over several lines if they are long."""
     found = inspect.signature(thing)
     parameters = [
         p.replace(annotation=_Unquoted(p.annotation)) if isinstance(p.annotation, str) else p

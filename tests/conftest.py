@@ -1,4 +1,4 @@
-"""Shared by the tests: tiny ESPnet models, a tiny corpus, and what it takes to train on it in this process."""
+"""Fixtures that many tests share: tiny ESPnet models, a tiny corpus, and students trained on it in this process."""
 
 import logging
 import os
@@ -10,8 +10,8 @@ from pathlib import Path
 
 # Two OpenMP threads on a busy machine are several times slower than one.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
-# Helpers that several directories use: tiny_asr.py (one random experiment), tiny_kd.py (a corpus and a training run),
-# tiny_espnet.py (data as ESPnet leaves it).
+# Directories of helper modules that several test directories import: tiny_asr.py (one random experiment), tiny_kd.py
+# (a corpus and a training run), tiny_espnet.py (data in the layout that ESPnet writes).
 for helpers in ("data", "decode", "distill", "foreign", "report"):
     sys.path.insert(0, str(Path(__file__).parent / helpers))
 
@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def log_state():
-    """No test, and no command called in one, changes what later tests of the same process log."""
+    """Check that no test, and no command called in one, changes what later tests of the same process log."""
     before = logging.getLogger().level, logging.root.manager.disable
     yield
     after = logging.getLogger().level, logging.root.manager.disable
@@ -42,7 +42,7 @@ def corpus(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def teacher_dir(tmp_path_factory):
-    """A finished experiment: random, wider than the student, both blank and non-blank frames."""
+    """A finished experiment: a random teacher, wider than the student, with both blank and non-blank frames."""
     return tiny_kd.save_teacher(tmp_path_factory.mktemp("teacher"))
 
 
@@ -66,7 +66,7 @@ def write_page(tmp_path):
 
 @pytest.fixture(scope="session")
 def thirds(tmp_path_factory):
-    """The page of the main method with KD stages of equal length: an epoch each, of three."""
+    """The page of the main method with KD stages of equal length, so that each lasts one of three epochs."""
     from espnet_kd.distill.page import METHODS_DIR
 
     page = yaml.safe_load((METHODS_DIR / "progressive_fkl.yaml").read_text(encoding="utf-8"))
@@ -77,7 +77,7 @@ def thirds(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def restarting(thirds):
-    """The same, with a fresh optimizer in the last KD stage."""
+    """The page of ``thirds`` with a fresh optimizer in the last KD stage."""
     page = yaml.safe_load(thirds.read_text(encoding="utf-8"))
     page["stages"][2]["restart"] = True
     return tiny_kd.write_yaml(thirds.with_name("restarting.yaml"), page)
@@ -85,7 +85,7 @@ def restarting(thirds):
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory, corpus, teacher_dir, thirds):
-    """A student after all three KD stages of the main method, an epoch each."""
+    """A student after all three KD stages of the main method, each of one epoch."""
     from espnet_kd.bin import asr_kd_train
 
     out = tmp_path_factory.mktemp("trained") / "student"
@@ -103,7 +103,7 @@ def fkl():
 
 @pytest.fixture
 def elsewhere(tmp_path, monkeypatch):
-    """In an empty directory, in which nothing is to be left; without the log of hundreds of examples."""
+    """Run the test in an empty directory, which must stay empty, and without the log of hundreds of examples."""
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     logging.disable(logging.CRITICAL)
@@ -120,7 +120,7 @@ def pytest_configure(config):
 
 def pytest_collection_modifyitems(items):
     for item in items:
-        # What a module needs to train: the command, a recipe, or a student that a fixture has trained.
+        # A test trains if its module has the training command or a recipe, or if it uses a trained student.
         if {"asr_kd_train", "Recipe"} & vars(item.module).keys() or "trained" in item.fixturenames:
             item.add_marker("trains")
         if marker := item.get_closest_marker("faults"):
@@ -128,7 +128,7 @@ def pytest_collection_modifyitems(items):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """What passing tests have to say (``record_property("summary", …)``), and faults; also from xdist's workers."""
+    """Print figures of passing tests (``record_property("summary", …)``) and counts of faults, also under xdist."""
     reports = [r for r in terminalreporter.getreports("passed") if r.when == "call"]
     lines = sorted(text for r in reports for key, text in r.user_properties if key == "summary")
     kinds = {}
@@ -143,7 +143,7 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def fault_table(kinds):
-    """Markdown: how many faults of each kind were made, in how many tests."""
+    """A Markdown table of how many faults of each kind were made, in how many tests."""
     if not kinds:
         return []
     rows = [(kind, len(counts), sum(counts)) for kind, counts in sorted(kinds.items())]

@@ -1,7 +1,7 @@
-"""What the tests with odd input share: what may come of it, and how to damage trees, lines and bytes.
+"""Shared by the tests with odd input: a check of the outcome, and damage to trees, lines and bytes.
 
-Each input ends in success, a UserError or wrong options, soon, and nothing but the output is touched. Examples are the
-same in every run; hypothesis prints the smallest that fails.
+Each input must end soon, in success, a UserError or wrong options, and change no file but the output. The examples are
+the same in every run; hypothesis prints the smallest one that fails.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 
 from espnet_kd.cli import UserError
 
-SECONDS = 30  # for one example
+SECONDS = 30  # limit for one example
 
 
 def examples(number: int) -> settings:
@@ -31,12 +31,12 @@ def examples(number: int) -> settings:
 
 
 class TooLong(BaseException):
-    """Nobody catches it by mistake."""
+    """A BaseException, so that no ``except Exception`` in the program catches it by mistake."""
 
 
 @contextlib.contextmanager
 def limited() -> Iterator[None]:
-    """A hang is a failure of its own."""
+    """Raise TooLong after ``SECONDS``, so that a hang fails the test."""
 
     def stop(*_: object) -> None:
         raise TooLong(f"more than {SECONDS} s")
@@ -51,7 +51,7 @@ def limited() -> Iterator[None]:
 
 
 def survives(do: Callable[[], Any]) -> bool:
-    """Whether ``do`` ends well; a UserError or wrong options are no failure, anything else is."""
+    """Whether ``do`` succeeds; False after a UserError or wrong options. Any other error fails the test."""
     with limited():
         try:
             do()
@@ -65,7 +65,7 @@ def survives(do: Callable[[], Any]) -> bool:
 
 
 def contents(directory: Path) -> Dict[str, Any]:
-    """Every file, link and directory below."""
+    """Every file, link and directory below ``directory``, with its bytes, its target or its mode."""
 
     def what(path: Path) -> Any:
         if path.is_symlink():
@@ -99,7 +99,7 @@ TREES = st.recursive(
 
 
 def places(tree: Any, path: Tuple = ()) -> Iterator[Tuple]:
-    """The path of everything below the root."""
+    """Yield the path of every entry below the root."""
     for key in tree if isinstance(tree, dict) else range(len(tree) if isinstance(tree, list) else 0):
         yield (*path, key)
         yield from places(tree[key], (*path, key))
@@ -120,7 +120,7 @@ def damaged_trees(draw: Callable, trees: List[Any]) -> Any:
             parent[key] = draw(TREES)
         elif kind == "drop":
             del parent[key]
-        elif kind == "copy":  # from elsewhere in the tree
+        elif kind == "copy":  # a value from elsewhere in the tree
             parent[key] = copy.deepcopy(functools.reduce(operator.getitem, draw(st.sampled_from(found)), tree))
         elif isinstance(parent, list):
             parent.insert(key, draw(st.sampled_from(parent)) if kind == "add" else draw(TREES))
@@ -132,7 +132,7 @@ def damaged_trees(draw: Callable, trees: List[Any]) -> Any:
 
 @st.composite
 def damaged_bytes(draw: Callable, content: bytes, odd: List[bytes]) -> bytes:
-    """``content`` cut, overwritten, or with something put in."""
+    """``content`` with one to three changes: a part cut out, overwritten, or inserted."""
     for _ in range(draw(st.integers(1, 3))):
         start = draw(st.integers(0, len(content)))
         end = draw(st.one_of(st.just(start), st.integers(start, len(content)), st.just(len(content))))
@@ -142,7 +142,7 @@ def damaged_bytes(draw: Callable, content: bytes, odd: List[bytes]) -> bytes:
 
 @st.composite
 def damaged_lines(draw: Callable, lines: List[bytes], odd: List[bytes]) -> bytes:
-    """Lines with some dropped, doubled, moved, or with a field changed."""
+    """``lines`` with one to three changes: lines dropped, doubled, moved or added, or a field changed."""
     lines = list(lines)
     for _ in range(draw(st.integers(1, 3))):
         i = draw(st.integers(0, len(lines) - 1)) if lines else 0
@@ -168,7 +168,7 @@ def damaged_lines(draw: Callable, lines: List[bytes], odd: List[bytes]) -> bytes
 
 
 def damage_file(draw: Callable, path: Path, odd: List[bytes], lines: bool) -> None:
-    """Change one file: its lines, its bytes, or what it is."""
+    """Damage one file: change its lines or bytes, cut, empty or delete it, or put a directory in its place."""
     content = path.read_bytes()
     kind = draw(st.sampled_from(["lines"] * 8 * lines + ["bytes"] * 2 + ["gone", "empty", "directory", "cut"]))
     path.unlink()

@@ -1,7 +1,7 @@
-"""Kills at counted events: what a process does is counted, and before number N it ends itself with SIGKILL.
+"""Kills at counted events: a process counts its events, and kills itself by SIGKILL before event number N.
 
-An event is an operation on files that changes something, a step of an optimizer, or a batch that goes into an encoder.
-A moment is thus the same on a slow machine and on a fast one, and falls into the work rather than between.
+An event is an operation that changes files, a step of an optimizer, or a batch that goes into an encoder. The kill thus
+happens at the same point on slow and on fast machines, and in the middle of the work.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ def watch(on_event: Callable[[], None]) -> None:
             on_event()
 
     sys.addaudithook(audit)
-    if "torch" in sys.modules:  # else there is nothing to train, or to run
+    if "torch" in sys.modules:  # without torch, there is no optimizer and no encoder
         import torch
         from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -38,7 +38,7 @@ def watch(on_event: Callable[[], None]) -> None:
 
 
 def run_forked(work: Callable[[], None], kill_at: Optional[int]) -> int:
-    """Work in a fork; return the number of its events, or -1 if it was killed before number ``kill_at``."""
+    """Run ``work`` in a fork; return the number of its events, or -1 if it was killed before event ``kill_at``."""
     readable, writable = os.pipe()
     pid = os.fork()
     if not pid:
@@ -68,16 +68,16 @@ def run_forked(work: Callable[[], None], kill_at: Optional[int]) -> int:
     return int(counted)
 
 
-#: Of a process group whose processes count together: a file that grows by a byte with each event, and the number of
-#: the event before which all of them are killed (0: none).
+#: Environment variables for a process group whose processes count together: a file that grows by a byte with each
+#: event, and the number of the event before which all of them are killed (0: none).
 COUNTER, KILL_AT = "TEST_KILL_COUNTER", "TEST_KILL_AT"
 
 
 def watch_group() -> Callable[[], None]:
-    """Count the events of this process with those of its group, as the environment asks for.
+    """Count the events of this process together with its group's, if the environment has ``COUNTER``.
 
     Returns:
-        What counts one more event.
+        A function that counts one more event.
     """
     if COUNTER not in os.environ:
         return lambda: None
@@ -94,6 +94,6 @@ def watch_group() -> Callable[[], None]:
 
 
 def group_environment(counter: Path, kill_at: int = 0) -> dict:
-    """What a process group needs in its environment to count from 0."""
+    """Environment variables for a process group that counts from 0."""
     counter.unlink(missing_ok=True)
     return {COUNTER: str(counter), KILL_AT: str(kill_at)}

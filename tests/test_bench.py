@@ -1,4 +1,4 @@
-"""The benchmark command: that what it compares is equal, and that its figures come out; not the figures."""
+"""The benchmark command: the compared computations are equal, and figures are printed. The figures are not tested."""
 
 import json
 import os
@@ -29,7 +29,7 @@ def gradient(function, step):
 
 @pytest.mark.parametrize("nonblank", [0.2, 0.5])
 def test_both_ways_to_write_factorized_kl_are_equal(nonblank):
-    """To 1e-5 relative in float32."""
+    """Values and gradients agree to 1e-5 relative in float32."""
     step = loss.LossStep("ctc", nonblank, SMALL)
     torch.manual_seed(1)
     ours = gradient(factorized_kl, step)
@@ -53,7 +53,7 @@ def test_loss_part(monkeypatch, capsys):
 def test_steps_part(capsys):
     found = steps.measure(30, 1, student=(1, 16), teacher=(1, 24), utts=2, seconds=1.0)
     assert found["cached_step"] > 0 and found["online_step"] > 0 and found["cache_bytes"] > 0
-    # 40 ms a frame, less the one or two that a second of audio loses at its ends.
+    # A frame is 40 ms, and a second of audio loses one or two of 25 frames at its ends.
     assert found["cache_bytes_per_hour"] / found["cache_bytes"] in (23 * 3600, 24 * 3600)
     printed = table([{"vocabulary": 30, **found}])
     assert "KD step from the cache / plain step | vocabulary = 30 |" in printed
@@ -62,7 +62,7 @@ def test_steps_part(capsys):
 
 @pytest.mark.parametrize("ours", [0.9, 1.0])
 def test_what_noise_hides_is_no_ratio(ours, monkeypatch):
-    """A negative or an infinite one would pass for a result."""
+    """Noise can make the ratio negative or infinite, which would pass for a result."""
     monkeypatch.setattr(loss, "interleaved", lambda runs, rounds: {"ctc": [1.0], "ours": [ours], "plain": [1.5]})
     monkeypatch.setattr(loss, "peak_memory_of", lambda run: 2**20)
     monkeypatch.setattr(loss, "bandwidth_share", lambda step, rounds: 0.5)
@@ -72,7 +72,7 @@ def test_what_noise_hides_is_no_ratio(ours, monkeypatch):
 
 
 def test_a_process_that_dies_is_told():
-    """Instead of being waited for."""
+    """The parent raises an error, instead of waiting without end."""
     with pytest.raises(UserError, match="ended with exit code 3 "):
         timing.peak_memory_of(os._exit, 3)
 
@@ -96,7 +96,7 @@ def test_neighbours_are_joined():
 
 
 def test_decoding_part(tmp_path, capsys):
-    """Each of the four decodes every utterance once; against our own greedy texts only the others can be wrong."""
+    """Each of four decoders decodes every utterance once; references are our greedy texts, so only others can err."""
     conf = tiny_asr.config()
     exp = tiny_asr.save(tiny_asr.build(conf, sharpen=20.0), conf, tmp_path / "exp")
     data = tiny_asr.data_dir(tmp_path / "test", {f"u{i}": tiny_asr.audio(0.5 + 0.1 * i, i) for i in range(5)})
@@ -106,7 +106,7 @@ def test_decoding_part(tmp_path, capsys):
         asr_kd_bench.main(argv)
     greedy = (exp / "decode_test/1best_recog/text").read_text().replace("<unk>", "")
     (data / "text").write_text(greedy)
-    capsys.readouterr()  # what ESPnet printed above
+    capsys.readouterr()  # drop what ESPnet has printed
     asr_kd_bench.main([*argv, "--json"])
     found = json.loads(capsys.readouterr().out)
     measured = found["measured"][0]

@@ -1,4 +1,4 @@
-"""How every command ends."""
+"""How commands end (exit codes and messages), empty values of options, and the names of installed commands."""
 
 import importlib
 import re
@@ -78,7 +78,7 @@ def test_a_mistake_of_the_program_is_not_hidden():
     ],
 )
 def test_an_empty_value_is_refused(tmp_path, monkeypatch, command, option):
-    """As an unset variable leaves it; nothing is written."""
+    """An unset shell variable leaves an empty value. The command refuses it and writes nothing."""
     monkeypatch.chdir(tmp_path)
     name, *options = command.split()
     module = importlib.import_module(f"espnet_kd.bin.asr_kd_{name}")
@@ -89,7 +89,7 @@ def test_an_empty_value_is_refused(tmp_path, monkeypatch, command, option):
 
 
 def commands(monkeypatch) -> dict:
-    """Names that are installed, and what they call."""
+    """Names of the installed commands, and the functions that they call."""
     given = {}
     monkeypatch.setattr("setuptools.setup", given.update)
     runpy.run_path(str(ROOT / "setup.py"))
@@ -97,7 +97,7 @@ def commands(monkeypatch) -> dict:
 
 
 def test_every_command_is_installed(monkeypatch, capsys):
-    """Also those that messages and READMEs name."""
+    """The commands in messages and READMEs are among the installed ones."""
     found = commands(monkeypatch)
     assert set(found) == {p.stem for p in (ROOT / "espnet_kd/bin").glob("asr_kd_*.py")}
     assert set(found.values()) == {"espnet_kd.cli:command"}

@@ -1,7 +1,7 @@
-"""Every shipped training YAML builds its model, optimizer and scheduler, and the READMEs say how big the model is.
+"""Every shipped training YAML builds its model, optimizer and scheduler, and a README states the model's size.
 
-A README states it in a table row that begins with the file's name, from the README's directory, the length of the token
-list and the parameters in millions: ``| `conf/train_teacher.yaml` | 500 | 25.28 M | …``.
+The README states it in a table row: the file's path from the README's directory, the length of the token list, and the
+parameters in millions: ``| `conf/train_teacher.yaml` | 500 | 25.28 M | …``.
 """
 
 import re
@@ -13,7 +13,7 @@ from espnet2.tasks.asr import ASRTask
 
 ROOT = Path(__file__).resolve().parents[1]
 ROW = re.compile(r"^\| `([^`]+\.yaml)` \| (\d+) \| (\d+\.\d\d) M \|", re.MULTILINE)
-#: A directory with a README, and the YAML files it has to know.
+#: Directories with a README, and the YAML files that the README must list.
 FILES = {
     home: sorted(str(p.relative_to(home)) for p in (home / below).rglob("*.yaml"))
     for home, below in [(ROOT / "conf/models", "."), *((p.parent, "conf") for p in ROOT.glob("egs2/*/asr_kd1/conf"))]
@@ -48,6 +48,6 @@ def test_model_builds_and_has_the_size_stated(home, name, tmp_path, record_prope
     assert f"{parameters / 1e6:.2f}" == millions
     (optimizer,) = ASRTask.build_optimizers(args, model)
     scheduler_classes[args.scheduler](optimizer, **args.scheduler_conf)
-    # What KD and greedy decoding rest on: a CTC head, alone, and models chosen on true frames.
+    # KD and greedy decoding need a CTC head without a decoder, and models chosen by the CTC loss.
     assert args.model_conf["ctc_weight"] == 1.0 and model.decoder is None
     assert args.best_model_criterion == [["valid", "loss_ctc", "min"]]

@@ -1,4 +1,4 @@
-"""docs/api.md is what the docstrings give, and the README's tree is the project's."""
+"""docs/api.md agrees with the docstrings, and the tree in the README with the project's files."""
 
 import importlib.util
 import re
@@ -42,7 +42,7 @@ def test_docstrings_as_markdown(make_api):
 
 
 def tree() -> list:
-    """Paths of the README's tree; after a comma, a path is below the directory of the one before it."""
+    """Paths of the README's tree; a path after a comma lies in the directory of the first path of its line."""
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     block = re.search(r"## Where things are\n+```text\n(.*?)```", text, re.DOTALL)[1]
     paths = []

@@ -1,4 +1,4 @@
-"""Frames that count, and a teacher's frames laid on a student's."""
+"""Valid and non-blank frames, and the alignment of a teacher's frames with a student's."""
 
 import math
 
@@ -32,7 +32,7 @@ def test_nearest_multiple(shift, other, ratio):
 
 
 def teacher(lengths, spikes=(), padding=math.nan, seed=0):
-    """Logits sure of blank but at ``spikes`` {(utterance, frame): token}, hidden states, and padding as given."""
+    """Logits sure of blank but at ``spikes`` {(utterance, frame): token}, and hidden states, both with ``padding``."""
     g = torch.Generator().manual_seed(seed)
     num = max(lengths) + 2
     logits = torch.rand(len(lengths), num, WIDTH, generator=g)
@@ -46,7 +46,7 @@ def teacher(lengths, spikes=(), padding=math.nan, seed=0):
 
 
 def covered_frames(i, ratio, length):
-    """By the definition: the teacher frames in [i·r, (i+1)·r); for r < 1 the one that holds the middle."""
+    """The definition: the teacher frames in [i·r, (i+1)·r); for r < 1, the frame that holds the middle."""
     if ratio < 1:
         return [t for t in [int((i + 0.5) * ratio)] if t < length]
     return [t for t in range(length) if i * ratio <= t < (i + 1) * ratio]
@@ -67,7 +67,7 @@ each_ratio = pytest.mark.parametrize("ratio", RATIOS)
 @each_ratio
 @pytest.mark.parametrize("short", [0, 1])
 def test_align_by_its_definition(ratio, short):
-    """Every student frame, for all lengths from 1: the covered frame with the least blank, the mean hidden state."""
+    """Each student frame gets the covered frame with the least blank, and the mean hidden state; lengths from 1."""
     lengths = list(range(1, 14))
     logits, hidden = teacher(lengths)
     student_lengths = [max(1, math.ceil(n / ratio) - short) for n in lengths]
@@ -84,7 +84,7 @@ def test_align_by_its_definition(ratio, short):
             least = min(frames, key=lambda t: p_blank[b, t])
             assert torch.equal(got[b, i], logits[b, least]), (b, i)
             torch.testing.assert_close(got_hidden["encoder"][b, i], hidden[b, frames].mean(0))
-        # The frames both have: those that cover a teacher frame, so that padding (NaN here) is never chosen.
+        # ``both`` counts the student frames that cover a teacher frame, so that padding (NaN here) is never chosen.
         assert both[b] == filled
         assert filled >= m - 1
     inside = fr.valid(both, got.size(1))
@@ -101,7 +101,7 @@ def test_every_spike_survives(ratio, blank_id):
     logits[..., [0, blank_id]] = logits[..., [blank_id, 0]]
     got, _, both = lay(logits, hidden, [length], ratio, [math.ceil(length / ratio)], blank_id=blank_id)
     best = got[0, : both[0]].argmax(-1)
-    # Spikes at least r apart: none shares a student frame with another.
+    # Spikes are at least r frames apart, so no two of them share a student frame.
     assert best[best != blank_id].tolist() == list(spikes.values())
 
 
@@ -171,7 +171,7 @@ def test_a_shorter_padded_teacher_is_filled_up_outside_the_common_lengths():
 
 @pytest.mark.parametrize("ratio", [1, 2, 1.5, 0.5])
 def test_rounding_of_the_shifts_does_not_matter(ratio):
-    """Shifts are measured: 39.9 and 80.1 ms are a ratio of 2."""
+    """Frame shifts are measured values: 39.9 and 80.1 ms must count as a ratio of 2."""
     lengths, student = [400], [math.ceil(400 / ratio)]
     logits, hidden = teacher(lengths)
     exact = lay(logits, hidden, lengths, ratio, student)
@@ -186,7 +186,7 @@ def test_best(dtype):
     x = torch.randn(3, 5, 7, requires_grad=True).to(dtype)
     assert torch.equal(fr.best(x), x.argmax(-1))
     assert torch.equal(fr.best(x[0, 0]), x[0, 0].argmax(-1)) and fr.best(x[:0]).shape == (0, 5)
-    assert fr.best(torch.zeros(2, 4)).tolist() == [0, 0]  # of equals the first
+    assert fr.best(torch.zeros(2, 4)).tolist() == [0, 0]  # of equal values, the first is the best
 
 
 @pytest.mark.gpu
@@ -223,7 +223,7 @@ def test_lengths_too_far_apart_name_the_utterances():
 
 
 def test_ends_of_80_ms_are_no_fault_whatever_the_frame_rate():
-    """A convolution without padding loses 60 ms: three frames of 20 ms, but one and a half of 40 ms."""
+    """A convolution without padding loses 60 ms, which are three frames of 20 ms but only one and a half of 40 ms."""
     logits = torch.randn(1, 126, 5)
     out, _, both = fr.align(logits, {}, torch.tensor([126]), 0.02, 123, torch.tensor([123]), 0.02)
     assert out.shape == (1, 123, 5) and both.tolist() == [123]

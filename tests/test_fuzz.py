@@ -1,4 +1,4 @@
-"""Odd method pages and checkpoints (fuzzing.py says what may come of them)."""
+"""Odd method pages and checkpoints end in one of the ways that fuzzing.py allows."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from espnet_kd.experiments.checkpoints import read_checkpoint
 pytestmark = pytest.mark.usefixtures("elsewhere")
 
 PAGES = sorted(METHODS_DIR.glob("*.yaml"))
-#: Of YAML, what its readers trip over.
+#: YAML that parsers often fail on.
 YAML = [
     "&a [*a]",
     "!!python/object/apply:os.getcwd []",
@@ -70,7 +70,7 @@ def test_pages(tmp_path, record_property):
     for page in pages:
         for *above, key in places(page):
             value = functools.reduce(operator.getitem, above, page)[key]
-            if (*above[-1:], key, repr(value)) not in seen:  # pages are much alike
+            if (*above[-1:], key, repr(value)) not in seen:  # pages have many entries in common
                 seen.add((*above[-1:], key, repr(value)))
                 for other in odd[len(seen) % 4 :: 4]:
                     tree = copy.deepcopy(page)
@@ -79,12 +79,12 @@ def test_pages(tmp_path, record_property):
     trees()
     texts()
     record_property("faults", sum(counts))
-    assert min(counts) > 20, counts  # some are still pages, many are not
+    assert min(counts) > 20, counts  # some of the damaged pages are still valid, many are not
 
 
 @pytest.mark.faults("odd checkpoints (fuzz)")
 def test_checkpoints(trained, tmp_path, record_property):
-    """Cut anywhere, it is known for damaged; with other bytes in it, it is that, or refused, or can be read."""
+    """A checkpoint cut anywhere counts as damaged; one with changed bytes counts as damaged, is refused, or is read."""
     content, path = (trained / "checkpoint.pth").read_bytes(), tmp_path / "checkpoint.pth"
     cuts = range(0, len(content) - 1, len(content) // 300)
     for length in cuts:

@@ -1,4 +1,4 @@
-"""Values on a GPU that are looked at when they have come over."""
+"""Checks of values on a GPU that wait until the values have been copied to the CPU."""
 
 import pytest
 import torch
@@ -10,7 +10,7 @@ from espnet_kd.late import LateCheck, Later
 
 
 class Event:
-    """Stands for CUDA's: whether a copy is done."""
+    """Stand-in for a CUDA event, which shows whether a copy is done."""
 
     def __init__(self, done=False):
         self.done = done
@@ -24,7 +24,7 @@ class Event:
 
 @pytest.fixture
 def events(monkeypatch):
-    """A device that is not the CPU, as far as this can be had: of every copy its event."""
+    """Replace copies from the device by stand-ins; give the event of each copy, in order."""
     events = []
 
     def bring_over(flag):
@@ -52,7 +52,7 @@ def test_what_has_not_come_over_is_not_looked_at(events):
     events[1].done = True
     with pytest.raises(ValueError, match="^wrong$"):
         check(torch.tensor(False), lambda: "fine")
-    check.look()  # said once
+    check.look()  # the error is raised only once
 
 
 def test_all_are_looked_at_in_the_end_and_in_order(events):
@@ -75,7 +75,7 @@ def test_shapes_alone_are_passed_over():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: torch.cuda.is_available() is False")
 def test_on_a_gpu_it_is_late_and_without_a_wait():
     check, wrong = LateCheck(), torch.tensor(True, device="cuda")
-    check(torch.zeros_like(wrong), lambda: "fine")  # the first pinned memory may be a wait
+    check(torch.zeros_like(wrong), lambda: "fine")  # the first allocation of pinned memory may wait
     torch.cuda.set_sync_debug_mode("error")
     try:
         check(wrong, lambda: "wrong")

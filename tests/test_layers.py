@@ -1,4 +1,4 @@
-"""Imports point one way: no module imports a room above its own, no module imports a command, no cycles."""
+"""Imports point one way: no module imports from a higher layer (a "room"), none imports a command, no cycles."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import espnet_kd
 
 ROOT = Path(espnet_kd.__file__).parent
-#: Rooms from the lowest to the highest. A module imports from rooms to the left of its own, and from its own.
+#: Rooms from the lowest to the highest. A module imports only from its own room and from rooms listed before it.
 ROOMS = (
     *("cli", "strict", "safe_yaml", "files", "pieces", "lazy", "offline", "environment"),
     *("backend", "topk", "late", "frames", "losses"),
@@ -87,7 +87,7 @@ def test_an_import_that_points_up_is_found(graph):
 
 
 def test_no_cycles_between_modules():
-    # Imports within functions count as well. A package and its modules are one another's: only modules are nodes.
+    # Imports within functions count as well. A package and its modules import each other, so only modules are nodes.
     packages = {name_of(p) for p in modules() if p.name == "__init__.py"}
     graph = {name: {o for o in others if o not in packages} for name, others in GRAPH.items() if name not in packages}
     list(graphlib.TopologicalSorter(graph).static_order())

@@ -1,4 +1,4 @@
-"""Imports that wait: the stand-in is where it was asked for and nowhere else, and gives way to the real thing."""
+"""Deferred imports: only the listed importers get a stand-in, which gives way to the real module when it is used."""
 
 import builtins
 import importlib
@@ -27,7 +27,7 @@ MODULES = {
 
 @pytest.fixture
 def packages(tmp_path, monkeypatch):
-    """A big library, three packages that import it, and who says what is loaded of them."""
+    """A big library, packages that import it, and a function that returns the library's loaded modules."""
     for name, text in MODULES.items():
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)

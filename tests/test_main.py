@@ -1,4 +1,4 @@
-"""``python -m espnet_kd`` in the place of ``python``: what it changes, and that it changes nothing else."""
+"""``python -m espnet_kd`` in the place of ``python`` runs KD training instead of ESPnet's, and changes nothing else."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def test_kd_training(args):
     "args",
     [
         ["-m", TRAIN, "--config", "x.yaml"],
-        ["-m", TRAIN, "--kd_configuration", "kl"],  # not ours: let ESPnet's parser say so
+        ["-m", TRAIN, "--kd_configuration", "kl"],  # not our option, so ESPnet's parser must refuse it
         ["-m", "espnet2.bin.lm_train", "--teacher", "exp/t"],
         ["-m", "espnet2.bin.launch", "--", "python3", "-m", "espnet_kd", "-m", TRAIN, "--teacher", "exp/t"],
         ["script.py", "-m", TRAIN, "--teacher", "exp/t"],
@@ -67,7 +67,7 @@ def test_usage(args, code, monkeypatch, capsys):
         main()
     out, err = capsys.readouterr()
     assert e.value.code == code
-    # Standard output may be somebody's transcript: without being asked, nothing is written there.
+    # Standard output may hold a recipe's data, so usage is written there only on request (--help).
     assert '--python "python3 -m espnet_kd"' in (err if code else out) and not (out if code else err)
 
 
@@ -79,7 +79,7 @@ def test_imports_nothing_of_weight():
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory):
-    """A directory with an ESPnet recipe's folders, each of which is a package that must not be taken for ours."""
+    """A directory with an ESPnet recipe's folders, each a package that must not be imported in place of ours."""
     directory = tmp_path_factory.mktemp("recipe")
     for name in ("bin", "conf", "data", "decode", "local", "pyscripts", "scripts", "steps", "tasks", "utils"):
         (directory / name).mkdir()
@@ -137,8 +137,8 @@ def test_signals_reach_what_runs(recipe, number):
         assert process.wait(30) == 40 + number
 
 
-#: Statistics and training as a recipe of ESPnet has them: PYTHON and ARGS stand unquoted, the same ARGS reach both, and
-#: training is started by ESPnet's launcher.
+#: Statistics and training as an ESPnet recipe starts them: PYTHON and ARGS are unquoted, both get the same ARGS, and
+#: ESPnet's launcher starts the training.
 STAND_IN = r"""
 set -euo pipefail
 python=$1 run=$2 config=$3 data=$4 args=$5
@@ -171,7 +171,7 @@ ${python} -m espnet2.bin.launch --cmd "${run} --name exp/student/train.log" --lo
 
 
 def test_statistics_and_training_as_espnets_scripts_start_them(recipe, corpus, teacher_dir, monkeypatch):
-    # A student with an attention decoder, chosen by its accuracy: what a recipe of ESPnet has unless told otherwise.
+    # The student has an attention decoder and is chosen by its accuracy, as in ESPnet's recipes by default.
     student = yaml.safe_load(corpus.config().read_text())
     student.update(normalize="utterance_mvn", normalize_conf={}, model_conf={"ctc_weight": 0.3})
     student.update(decoder="transformer", decoder_conf={"attention_heads": 2, "linear_units": 16, "num_blocks": 1})
@@ -193,7 +193,7 @@ def test_statistics_and_training_as_espnets_scripts_start_them(recipe, corpus, t
     assert record["finished"] and record["finished_kd_stage"] == 3 and record["teacher"] == [str(teacher_dir)]
     for directory in (student / "kd_stage1", student / "kd_stage2", student):
         assert (directory / "student.pth").is_file() and (directory / "config.yaml").is_file()
-    # What stage 12 of asr.sh hands to espnet2.bin.asr_inference.
+    # Stage 12 of asr.sh gives these files to espnet2.bin.asr_inference.
     settings = yaml.safe_load((student / "config.yaml").read_text())
     assert settings["normalize_conf"] == {"stats_file": "exp/stats/train/feats_stats.npz"}
     monkeypatch.chdir(recipe)

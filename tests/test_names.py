@@ -19,7 +19,7 @@ SAME = {"main", "get_parser", "measure", "kl", "factorized_kl"}
 
 
 def public_names(source: str) -> Iterator[str]:
-    """Classes, functions and type aliases that a module defines; type variables and constants are its own."""
+    """Yield the classes, functions and type aliases of a module; type variables and constants may be repeated."""
     for node in ast.parse(source).body:
         if isinstance(node, (ast.ClassDef, ast.FunctionDef)):
             yield node.name

@@ -1,4 +1,4 @@
-"""docs/distil.ipynb: its cells run, on a tiny corpus, and what is saved in it is small and of no particular machine."""
+"""docs/distil.ipynb: its cells run on a tiny corpus, and its saved outputs are small and name no particular machine."""
 
 import json
 import logging
@@ -14,7 +14,7 @@ CODE = [cell for cell in CELLS if cell["cell_type"] == "code"]
 
 @pytest.fixture
 def own_log():
-    """The notebook sets up the log of its process."""
+    """Restore the root logger, because the notebook sets up the log of its process."""
     root = logging.getLogger()
     before, level = root.handlers[:], root.level
     yield
@@ -35,7 +35,7 @@ def test_its_cells_run(tmp_path, corpus, teacher_dir, monkeypatch, capsys, own_l
         options={"use_tensorboard": False},
     )  # fmt: skip
     assert set(given) == known, "the notebook has no such parameter"
-    monkeypatch.chdir(tmp_path)  # to be restored afterwards
+    monkeypatch.chdir(tmp_path)  # so that the directory is restored after the test
     for cell in CODE[1:]:
         exec("".join(cell["source"]), given)
     printed = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""ESPnet's ASR task imports little, leaves every library as it was, and gets what a configuration uses."""
+"""ESPnet's ASR task imports little, leaves every library unchanged, and still gets what a configuration uses."""
 
 import json
 import subprocess
@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-#: Libraries as a machine may have them installed: imported for nothing, or not importable at all.
+#: Stand-ins for libraries that ESPnet would import without need, whether or not the machine has the real ones.
 FAKES = {
     "transformers/__init__.py": "class AutoTokenizer:\n    @staticmethod\n    def from_pretrained(name):\n"
     "        return AutoTokenizer()\n    def tokenize(self, line):\n        return line.split('-')\n",
@@ -59,7 +59,7 @@ print("found", json.dumps(found))
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory):
-    """What a fresh process finds after it has imported the task, beside libraries of ``FAKES``."""
+    """The findings of a fresh process after the import of the task, with the libraries of ``FAKES`` on its path."""
     place = tmp_path_factory.mktemp("fakes")
     for name, text in FAKES.items():
         (place / name).parent.mkdir(parents=True, exist_ok=True)
@@ -72,12 +72,12 @@ def found(tmp_path_factory):
 
 @pytest.mark.trains
 def test_what_few_configurations_use_is_not_imported(found):
-    """Counted, since times depend on the machine: beside torch and numpy 2,500 modules before, 900 now."""
+    """Modules are counted, because times depend on the machine: 2,500 beside torch and numpy before, 900 now."""
     loaded = found["loaded"]
     packages = {name.partition(".")[0] for name in loaded}
     unwanted = {"g2p_en", "inflect", "nltk", "sklearn", "transformers", "s3prl", "wandb", "tacotron_cleaner", "hydra"}
     unwanted |= {"numba", "llvmlite", "librosa", "pandas", "matplotlib", "jiwer", "flashlight", "tensorboard"}
-    # typeguard alone costs little; that it is not there shows that no part of ESPnet has been rewritten by it.
+    # typeguard alone costs little, but its absence shows that it has rewritten no part of ESPnet.
     assert packages & (unwanted | {"typeguard"}) == set()
     assert not {"scipy.signal", "scipy.stats", "espnet2.tasks.ssl", "espnet2.gan_tts"} & set(loaded)
     assert not {"scipy.signal", "scipy.ndimage"} & set(found["for a frontend"])
@@ -101,7 +101,7 @@ def test_what_is_missing_is_refused_in_espnets_words(found):
 
 
 def test_commands_import_espnet_here_alone():
-    """Elsewhere, and earlier, its parts would be imported with all that they import."""
+    """Only the task imports ESPnet's parts. An import elsewhere, or earlier, would also import all that they import."""
     script = (
         "import sys, espnet_kd.distill.page, espnet_kd.distill.checks.data, espnet_kd.bin.asr_kd_train; "
         "print('found', [n for n in sys.modules if n.startswith(('espnet2.asr', 'espnet2.tasks', 'espnet2.text'))])"

@@ -1,9 +1,9 @@
-"""Every fenced ``sh`` command of every README would be taken as it stands, or is run.
+"""Every fenced ``sh`` command of every README is run, or is checked to be accepted as it stands.
 
-The line before a fence is its mark: ``<!-- long -->`` (minutes and more) or ``<!-- data -->`` (a corpus, an experiment,
-a cluster). bash reads marked fences in a sandbox whose commands are stand-ins that write down how they are called: from
-which directory, with which words, after all variables, arrays and loops. Each call is then given to what it names:
-stages to ``run.sh --dry_run``, what that prints and every Python command to their parsers. Unmarked fences run.
+The line before a fence is its mark: ``<!-- long -->`` (runs for minutes or more) or ``<!-- data -->`` (needs a corpus,
+an experiment or a cluster). bash reads marked fences in a sandbox where stand-ins replace the commands and record each
+call: its directory and its words, after expansion of all variables, arrays and loops. Each call is then checked: stages
+by ``run.sh --dry_run``, the printed commands and every Python command by their parsers. Unmarked fences are run.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ ROOT = Path(__file__).resolve().parents[1]
 FENCE = re.compile(
     r"^## (?P<heading>[^\n]+)|(?:^<!-- (?P<mark>\w+) -->\n)?^```sh\n(?P<text>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-#: What is not this project's, and why it is left at that; of the last three, what they start is checked.
+#: Commands of others, and why they are not run; for the last three, the command that they start is checked.
 THIRD_PARTY = {
     "pip": "installs from the network",
     "espnet/run.sh": "asr.sh of an ESPnet checkout; its --asr_args are checked",
     "srun": "slurm",
     "torchrun": "PyTorch's launcher",
 }
-#: Where the fences below a heading begin, by the start of "README#heading"; a recipe's begin in the recipe.
+#: Where the fences below a heading start, by the beginning of "README#heading"; a recipe's fences start in the recipe.
 HOMES = {
     "README.md": ".", "tests/": ".", "conf/": "egs2/an4/asr_kd1",
     "egs2/TEMPLATE/README.md#Inside an ESPnet checkout": "espnet/egs2/an4/asr1",
     "egs2/": "egs2/an4/asr_kd1",
 }  # fmt: skip
 
-#: The stand-in: it answers for method pages, which run.sh asks for, and writes down all else.
+#: The stand-in prints the recorded page when run.sh asks for a method page, and records every other call.
 STUB = """#!/usr/bin/env bash
 if [ "${2:-}" = espnet_kd.bin.asr_kd_page ]; then cat "${PAGES}/$(basename "$3" .yaml)"; exit; fi
 printf '%s\\0' "$(($# + 3))" "${FENCE:-0}" "${PWD}" "$0" "$@" >>"${CALLS}"
@@ -93,7 +93,7 @@ FENCES = read_fences()
 
 
 class Sandbox:
-    """The project's recipes twice, to run them in and with stand-ins, and what the READMEs' commands start there."""
+    """Two copies of the recipes, one to run and one with stand-ins, and the calls that the READMEs' commands make."""
 
     def __init__(self, directory: Path):
         self.real, self.stubs, self.bin = (directory / name for name in ("real", "stubs", "bin"))
@@ -105,7 +105,7 @@ class Sandbox:
             (tree / "tests/gpu").mkdir()
             for name in ("run_all.sh", "tests/run.sh", "tests/gpu/run.sh"):
                 shutil.copy(ROOT / name, tree / name)
-            # What the reader has: a student's YAML, a checkout of ESPnet.
+            # Files that the READMEs expect the reader to have: a student's YAML, a checkout of ESPnet.
             shutil.copy(ROOT / "egs2/mini/asr_kd1/conf/train_student.yaml", tree)
             (tree / "espnet/egs2/an4/asr1/conf").mkdir(parents=True)
             (tree / "espnet/egs2/an4/asr1/run.sh").touch()
@@ -130,14 +130,14 @@ class Sandbox:
         first = self.bin if stubs else Path(sys.prefix) / "bin"
         env = {**self.env, "PATH": f"{first}:{os.environ['PATH']}"}
         tree = self.stubs if stubs else self.real
-        # cd works from the project's top as well, where it is not written from the current directory.
+        # CDPATH lets cd take paths from the project's top, which some READMEs use in other directories.
         return subprocess.run(
             ["bash", "-eu", "-c", f"export CDPATH=.:{tree}\n{script}"], cwd=tree / place, env=env, text=True,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, timeout=300,
         )  # fmt: skip
 
     def recorded(self) -> Iterator[Tuple[int, Call]]:
-        """Calls of the stand-ins since the last time, with the numbers of their fences."""
+        """Yield the calls that the stand-ins have recorded since the last time, with the numbers of their fences."""
         words = self.calls.read_text().split("\0") if self.calls.exists() else []
         self.calls.unlink(missing_ok=True)
         while len(words) > 1:
@@ -147,12 +147,12 @@ class Sandbox:
             yield int(number), Call(str(Path(place).relative_to(tree)), [re.sub(r"^.*/bin/", "", rest[0]), *rest[1:]])
 
     def calls_of(self, readme: str) -> Dict[int, List[Call]]:
-        """What bash starts for the fences of a README, read one after the other as one script."""
+        """The calls that bash makes for each fence of a README, when it reads the fences in order as one script."""
         fences = [f for f in FENCES if f.readme == readme]
         script = []
         for fence in fences:
             script.append(f"cd {shlex.quote(str(self.stubs / fence.home))}; export FENCE={fence.line}")
-            # Placeholders: `…`, and `<its options>`, which bash would take for redirections.
+            # `<its options>` becomes `…`, because bash would take it for redirections.
             script.append(re.sub(r"<[a-z ]+>", "…", fence.text))
         done = self.bash("\n".join(script), ".", stubs=True)
         assert done.returncode == 0, f"{readme}: bash does not get through: {done.stdout}"
@@ -161,7 +161,7 @@ class Sandbox:
             calls[number].append(call)
         return calls
 
-    # ---- what takes the commands ----
+    # ---- checks of calls ----
 
     def check(self, call: Call) -> None:
         name, *words = call.words
@@ -204,7 +204,7 @@ class Sandbox:
         self.check_stages(stages, f"egs2/{own['--recipe']}/asr_kd1")
 
     def check_stages(self, words: Sequence[str], place: str) -> None:
-        """The real script in a dry run, and all that it prints."""
+        """Run the real script as a dry run, and check every command that it prints."""
         script = shlex.join(["./run.sh", *words, *([] if "--dry_run" in words else ["--dry_run"])])
         done = self.bash(f"export PATH={self.bin}:$PATH; {script}", place, stubs=False)
         said = [shlex.split(line) for line in done.stdout.splitlines() if line[:1] not in ("", "#")]
@@ -217,7 +217,7 @@ class Sandbox:
                 ((_, call),) = self.recorded()
                 self.check_python(call.words[1:], place)
             elif "-m" in printed:
-                at = len(printed) - 1 - printed[::-1].index("-m")  # a launcher's comes before it
+                at = len(printed) - 1 - printed[::-1].index("-m")  # a launcher's -m comes before the command's
                 self.check_python(printed[at:], place)
             else:
                 assert (self.real / place / printed[0]).exists(), printed
@@ -256,7 +256,7 @@ def sandbox(tmp_path_factory) -> Sandbox:
 
 @pytest.fixture(scope="module")
 def calls() -> Dict[str, Dict[int, List[Call]]]:
-    """Of each README, found when the first of its fences asks."""
+    """The calls of each README, filled in by the test of its first marked fence."""
     return {}
 
 
@@ -270,7 +270,7 @@ def test_command(fence: Fence, sandbox: Sandbox, calls: Dict) -> None:
     if fence.readme not in calls:
         calls[fence.readme] = sandbox.calls_of(fence.readme)
     found = calls[fence.readme][fence.line]
-    settings = all(re.match(r"\w+=", line) for line in fence.text.splitlines())  # what goes into a cmd.sh
+    settings = all(re.match(r"\w+=", line) for line in fence.text.splitlines())  # assignments for a cmd.sh call nothing
     assert found or settings, "nothing is called"
     for call in found:
         sandbox.check(call)

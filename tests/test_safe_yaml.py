@@ -1,4 +1,4 @@
-"""YAML of somebody else: read within bounds, refused in an instant where it is beyond them."""
+"""YAML from somebody else is read within bounds, and refused at once beyond them."""
 
 import time
 
@@ -10,7 +10,7 @@ from espnet_kd.safe_yaml import MAX_DEPTH, parse_yaml
 
 
 def laughs(levels, width=10):
-    """Each line repeats the one before ``width`` times: a few hundred bytes for width ** levels values."""
+    """Each line repeats the one before ``width`` times, so a few hundred bytes hold width ** levels values."""
     lines = ["a0: &a0 [x, x]"]
     lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * width)}]" for i in range(1, levels)]
     return "\n".join(lines) + "\n"

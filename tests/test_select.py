@@ -1,4 +1,4 @@
-"""Frame selections: against slow ones, and at the edges."""
+"""Frame selections: compared with slow ones, and at the edges."""
 
 import math
 
@@ -23,7 +23,7 @@ each_dtype = pytest.mark.parametrize("dtype", [torch.float64, torch.float32, tor
 
 
 def batch(lengths=(40, 23, 7, 1, 0), blank_id=0, seed=0, dtype=torch.float32, padding=math.nan):
-    """Logits (B, T, V) with blank ahead on about two frames of three, sure of it to all degrees; and lengths."""
+    """Logits (B, T, V) and lengths; blank is the best token on about two of three frames, more or less certain."""
     g = torch.Generator().manual_seed(seed)
     logits = torch.randn(len(lengths), max(lengths) + 3, WIDTH, generator=g)
     logits[..., blank_id] += 3 * torch.rand(logits.shape[:2], generator=g)
@@ -33,7 +33,7 @@ def batch(lengths=(40, 23, 7, 1, 0), blank_id=0, seed=0, dtype=torch.float32, pa
 
 
 def spikes(*rows, sure=5.0):
-    """``"_a_"`` → logits and lengths: ``_`` a blank frame, ``a`` a token's; a token would win in the padding too."""
+    """Logits and lengths for rows as ``"_a_"``: ``_`` is a blank frame, ``a`` and padding are frames of a token."""
     width = max(len(r) for r in rows) + 1
     logits = torch.zeros(len(rows), width, WIDTH)
     for b, row in enumerate(rows):
@@ -47,7 +47,7 @@ def drawn(mask):
 
 
 def slow(logits, lengths, rule, blank_id=0, **options):
-    """By the table of rules, frame by frame."""
+    """The selection by the table of rules, computed frame by frame."""
     num = logits.size(1)
     kept = [
         slow_utterance(row[:length], rule, blank_id, **options) + [False] * (num - length)
@@ -102,7 +102,7 @@ def test_dilation_at_both_edges_and_next_to_padding():
 
 
 def test_rows_do_not_leak_into_each_other():
-    """A wrap over an end, or over a flattened batch, would put frames into the neighbours."""
+    """A shift that wraps at an end, or over a flattened batch, would select frames of the neighbours."""
     rows = ["_____a", "______", "a_____"]
     for n in (1, 3, 6):
         assert not select(*spikes(*rows), "symmetric", n=n)[1].any()
@@ -201,7 +201,7 @@ def test_one_utterance_without_nonblank_frame_beside_others(rule):
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("big", [1e4, math.inf])
 def test_threshold_with_certain_posteriors(dtype, big):
-    """p(blank) of exactly 1 is kept by θ = 0 alone; of exactly 0 it is a non-blank frame."""
+    """A p(blank) of exactly 1 is kept only by θ = 0; a p(blank) of exactly 0 is a non-blank frame."""
     logits = torch.full((1, 2, WIDTH), -big, dtype=dtype)
     logits[0, 0, 0] = logits[0, 1, 3] = min(big, 1e4) if math.isfinite(big) else 0
     for theta, expected in ((0.0, [True, True]), (1e-6, [False, True]), (1.0, [False, True])):
@@ -209,7 +209,7 @@ def test_threshold_with_certain_posteriors(dtype, big):
 
 
 def test_threshold_is_computed_in_full_precision():
-    """2048 equal tokens of 2e-4 each: summed in half precision, p(blank) would be off."""
+    """Each of 2048 equal tokens has 2e-4; their sum in half precision would give a wrong p(blank)."""
     logits = torch.zeros(1, 1, 2049)
     logits[..., 0] = 8.0  # exact in float16: p(blank) = e⁸ / (e⁸ + 2048) = 0.59274
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
@@ -231,7 +231,7 @@ def test_prior(dtype, blank_id, scale):
     options = {} if scale is None else {"prior_scale": scale}
     got = select(logits, lengths, "elimination", blank_id=blank_id, log_prior=prior.log(), **options)
     assert torch.equal(got, slow(logits, lengths, "elimination", blank_id, log_prior=prior.log(), **options))
-    # Blank is the likeliest a priori, so more frames are not blank now.
+    # Blank is the likeliest token a priori, so the prior makes more frames non-blank.
     plain = select(logits, lengths, "elimination", blank_id=blank_id)
     assert (got | ~plain).all() and got.sum() > plain.sum()
 
@@ -266,10 +266,10 @@ def test_random_is_drawn_anew_and_seeded():
     assert all(torch.equal(a, b) for a, b in zip(first, again))
     assert not torch.equal(first[0], first[1]) and not torch.equal(first[1], first[2])
     assert not torch.equal(first[0], other[0])
-    # One utterance's draw is not another's: equal utterances get frames of their own.
+    # Each utterance has a draw of its own, so equal utterances get different frames.
     twins = select(logits[:1].repeat(2, 1, 1), lengths[:1].repeat(2), "random", ratio=0.5)
     assert not torch.equal(twins[0], twins[1])
-    # Without a generator torch's own seed decides.
+    # Without a generator, torch's global seed decides.
     torch.manual_seed(5)
     a, b = (select(logits, lengths, "random", ratio=0.5) for _ in range(2))
     torch.manual_seed(5)
@@ -282,7 +282,7 @@ def test_every_blank_frame_is_drawn_as_often():
     draws = 4000
     counts = sum(select(logits, lengths, "random", ratio=0.5, generator=g).double() for _ in range(draws)) / draws
     blank = fr.valid(lengths, logits.size(1)) & ~select(logits, lengths, "elimination")
-    for row, share in ((0, 2 / 8), (1, 2 / 4)):  # round(0.5 · 3) is 2
+    for row, share in ((0, 2 / 8), (1, 2 / 4)):  # round(0.5 · 3) is 2, so both rows draw 2 frames
         there = counts[row][blank[row]]
         assert there.sum().item() == pytest.approx(2)
         assert (there - share).abs().max() < 5 * math.sqrt(share * (1 - share) / draws)
@@ -346,7 +346,7 @@ def test_a_prior_of_another_width_is_named():
 
 @each_rule
 def test_a_teacher_with_gradients_leaves_no_graph(rule):
-    """Self-distillation: the teacher is part of the student, and its logits must not be held a second time."""
+    """In self-distillation the teacher is part of the student, and its logits must not be held a second time."""
 
     def refuse(tensor):
         raise AssertionError("a tensor was saved for backward")
@@ -372,7 +372,7 @@ def test_on_a_gpu_it_is_the_same_and_nothing_waits(rule, cached):
             got = select(there, lengths, rule, **RULES[rule])
         finally:
             torch.cuda.set_sync_debug_mode("default")
-        if rule == "random":  # other frames, as many
+        if rule == "random":  # other frames, but as many
             assert torch.equal(got.cpu().sum(1), expected.sum(1))
         else:
             assert torch.equal(got.cpu(), expected)

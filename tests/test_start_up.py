@@ -1,4 +1,4 @@
-"""Commands that only look at files import neither torch nor ESPnet's models: counted in modules, not in seconds."""
+"""Commands that only look at files import neither torch nor ESPnet's models; modules are counted, not seconds."""
 
 import json
 import subprocess
@@ -28,7 +28,7 @@ class Mine(Objective):
 
 
 def run(*commands, cwd=None):
-    """What a fresh process prints and has imported after some commands."""
+    """The output of some commands in a fresh process, and the modules that it has imported."""
     argv = [sys.executable, "-c", SCRIPT, json.dumps(commands)]
     done = subprocess.run(argv, capture_output=True, text=True, timeout=300, cwd=cwd)
     assert done.returncode == 0, done.stderr
@@ -37,7 +37,7 @@ def run(*commands, cwd=None):
 
 
 def unwanted(modules):
-    """Of ESPnet the table of classes alone may be there, which needs nothing else."""
+    """Modules that must not be imported; of ESPnet, only the table of classes may be, because it needs nothing else."""
     small = {"espnet", "espnet2", "espnet2.train", "espnet2.train.class_choices"}
     small |= {"espnet2.utils", "espnet2.utils.types", "espnet2.utils.nested_dict_action"}
     packages = ("torch", "numpy", "scipy", "espnet", "espnet2", "librosa", "matplotlib", "triton", "kaldiio")
@@ -45,7 +45,7 @@ def unwanted(modules):
 
 
 def test_every_page_is_checked_without_torch(capsys):
-    """And is found to need what it is found to need with torch."""
+    """The printed results are the same as with torch."""
     pages = list_pages()
     printed, modules = run(*(("espnet_kd.bin.asr_kd_page", [page]) for page in pages))
     assert unwanted(modules) == []
@@ -76,7 +76,7 @@ def test_objective_from_outside_that_needs_torch(tmp_path):
 
 @pytest.mark.parametrize("what", ["score", "watch"])
 def test_scores_and_watching(what, tmp_path):
-    """numpy draws the bootstrap."""
+    """Only numpy is allowed, which draws the bootstrap samples."""
     if what == "score":
         (tmp_path / "text").write_text("a one two\nb three\n")
         argv = ["--hyp", "text", "--ref", "text", "--output_dir", "out", "--resamples", "1000"]

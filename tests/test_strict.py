@@ -1,4 +1,4 @@
-"""Values read from YAML against annotations."""
+"""Values read from YAML are checked against type annotations."""
 
 from typing import Any, Dict, List, Literal, Optional, Sequence, Tuple, Union
 

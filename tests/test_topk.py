@@ -1,4 +1,4 @@
-"""Cached targets in place of logits: equal where nothing is lost, safe where something is."""
+"""Cached targets in place of logits: equal results if all tokens are kept, and safe ones if some are dropped."""
 
 import math
 
@@ -49,7 +49,7 @@ def test_all_tokens_kept_equals_logits(name, temperature):
 
 @pytest.mark.parametrize("weights", [(1.0, 1.0, 0.0), (0.5, 2.0, 0.7)])
 def test_factorized_kl_over_buckets_equals_the_definition(weights):
-    """KL over the kept tokens and one bucket of all others, written down with loops."""
+    """The definition, written with loops: KL over the kept tokens and one bucket of all others."""
     student, teacher, lengths = batch()
     short = compress(teacher, 3)
     sums = {True: [], False: []}
@@ -101,7 +101,7 @@ def test_no_frame_gives_zero_with_a_gradient_path(name):
 @each_loss
 @pytest.mark.parametrize("token", [0, 2])
 def test_certain_teacher(name, token):
-    """Posteriors of exactly 0 and 1, also an utterance of blanks alone."""
+    """The posteriors are exactly 0 and 1; for token 0, the utterances are all blank."""
     student, _, lengths = batch()
     certain = torch.full((3, 7, V), -math.inf, dtype=torch.float64)
     certain[..., token] = 0.0
@@ -123,7 +123,7 @@ def test_half_precision_is_computed_in_float32(name, dtype):
 
 
 def test_student_most_wrong_still_learns():
-    """Sure of blank by 20 where the teacher is sure of a token: loss 20, of the blank's logit gradient 1."""
+    """The student is sure of blank by 20, the teacher of a token: the loss is 20, the blank logit's gradient 1."""
     student = torch.zeros(1, 1, V).index_fill(-1, torch.tensor([0]), 20.0).requires_grad_()
     teacher = torch.full((1, 1, V), -30.0).index_fill(-1, torch.tensor([3]), 0.0)
     loss = losses.blank_kl(student, compress(teacher, 3), torch.tensor([1]))
@@ -169,7 +169,7 @@ def test_mean_pooling_is_refused():
 
 
 def dropped(short: TopK, where: torch.Tensor) -> TopK:
-    """Without tokens on the frames ``where``."""
+    """``short`` without tokens on the frames ``where``."""
     log_probs = short.log_probs.masked_fill(where[..., None], -torch.inf)
     return TopK(short.log_blank, short.tokens, log_probs, short.num_tokens)
 
@@ -202,7 +202,7 @@ def test_blank_is_exact_where_it_rounds_to_one():
 
 @pytest.mark.parametrize("temperature", [0.25, 0.5, 2.0])
 def test_sure_teacher_in_single_precision_at_a_temperature(temperature):
-    """p(blank) at τ is a difference of numbers near 0, which must not be above 1."""
+    """p(blank) at τ is computed as a difference of numbers near 0; it must not exceed 1."""
     torch.manual_seed(0)
     logits = 2 * torch.randn(1, 400, 50)
     logits[..., 0] += torch.linspace(5, 40, 400)

@@ -1,4 +1,4 @@
-"""docs/trust.md: every sentence names the test that holds it."""
+"""docs/trust.md: every sentence names its test, and that test exists."""
 
 import ast
 import re

@@ -1,4 +1,4 @@
-"""Checks of an HTML page: that it is whole, asks nothing of a network, and opens in a browser without errors."""
+"""Checks of an HTML page: it is whole, requests nothing from a network, and opens in a browser without errors."""
 
 import base64
 import html.parser
@@ -18,7 +18,7 @@ needs_browser = pytest.mark.skipif(BROWSER is None, reason="no Chromium is insta
 
 
 class Page(html.parser.HTMLParser):
-    """Tags with their attributes, whether they are closed in order, and the text."""
+    """The tags of a page with their attributes, and its text; a tag that is not closed in order is an error."""
 
     def __init__(self, source):
         super().__init__()
@@ -42,7 +42,7 @@ class Page(html.parser.HTMLParser):
 
 
 def check_static(source: str) -> Page:
-    """Nothing is asked of a network, and every picture decodes and is not blank."""
+    """Check that a page requests nothing from a network, and that every picture decodes and is not blank."""
     page = Page(source)
     assert not page.all("script") and not re.search(r"https?://|@import|url\((?!data:)", source)
     for tag, attrs in page.tags:
@@ -57,7 +57,7 @@ def check_static(source: str) -> Page:
 
 
 def check_in_browser(file: Path, scratch: Path) -> None:
-    """No console message and no request; something is drawn, 1280 pixels wide."""
+    """Check that the browser logs no message and makes no request, and that it draws a page 1280 pixels wide."""
     net, picture = scratch / "net.json", scratch / "page.png"
     options = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
     options += ["--no-first-run", "--disable-component-update", "--enable-logging=stderr", f"--log-net-log={net}"]
@@ -70,6 +70,6 @@ def check_in_browser(file: Path, scratch: Path) -> None:
     assert "CONSOLE" not in done.stderr
     log = json.loads(net.read_text())
     urls = {e["params"]["url"] for e in log["events"] if "url" in e.get("params", {})}
-    assert not [u for u in urls if u.startswith(("http:", "https:")) and "google" not in u]  # the browser's own
+    assert not [u for u in urls if u.startswith(("http:", "https:")) and "google" not in u]  # Chromium's own
     pixels = imread(picture)
     assert pixels.shape[1] == 1280 and np.std(pixels) > 0.05

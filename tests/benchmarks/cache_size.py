@@ -1,13 +1,14 @@
-"""What a target cache loses and takes: a nucleus of each frame's tokens against a fixed number of them.
+"""Error and size of a target cache: a nucleus of each frame's tokens, compared with a fixed number of tokens.
 
     python tests/benchmarks/cache_size.py --teacher exp/teacher --student exp/student_plain --data_dir dump/raw/train
 
-Errors of factorized KL and of its gradient against the teacher's logits, and bytes per frame: of the arks that
-asr_kd_cache would write, and of the format before it (4 bytes a frame, 2 and 4 per token on a non-blank one, a fixed
-number of tokens, not rounded to be seen). Value: |sum over the batches − reference| / reference; gradient: norm of the
-difference / norm of the reference, on the student's logits, over all batches. Teacher and student should be trained:
-random ones agree with anything. Below the tables: of each way the cheapest within 1 %, and that in bytes at 40 ms per
-frame, where a second has as many non-blank frames as here.
+The errors are those of factorized KL and of its gradient, with cached targets in place of the teacher's logits. Bytes
+per frame are those of the arks that asr_kd_cache would write, and of the earlier format (4 bytes a frame, and 2 bytes
+and 4 per token on a non-blank frame; a fixed number of tokens, whose values are not rounded here). Error of the value:
+|sum over the batches − reference| / reference; of the gradient: norm of the difference / norm of the reference, on the
+student's logits, over all batches. Teacher and student should be trained, because random ones hide the errors. Below
+the table: the cheapest cache of each kind within 1 %, and its bytes per frame of 40 ms, if a second has as many
+non-blank frames as here.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from espnet_kd.targets.cached import pad_frames
 from espnet_kd.targets.nucleus import pack_targets, unpack_targets
 from espnet_kd.topk import Posterior, TopK, compress
 
-WITHIN = 0.01  #: of value and gradient
+WITHIN = 0.01  #: limit of the errors of value and gradient
 
 
 class Model:
@@ -49,16 +50,16 @@ class Model:
     def outputs(self, audio: Sequence) -> EncoderOutputs:
         """Logits of a batch."""
         logits, lengths = self.recogniser.logits(audio)
-        return EncoderOutputs(logits.clone(), lengths.clone(), self.frame_shift)  # no longer of inference mode
+        return EncoderOutputs(logits.clone(), lengths.clone(), self.frame_shift)  # a clone is not an inference tensor
 
 
 @dataclass
 class Way:
-    """One way to keep targets, and what it came to."""
+    """One way to keep targets, with the sums of its errors and bytes."""
 
     name: str
     k: int
-    mass: Optional[float] = None  #: None: the format before
+    mass: Optional[float] = None  #: None: the earlier format
     difference: float = 0.0
     squares: float = 0.0
     tokens: float = 0.0
@@ -66,7 +67,7 @@ class Way:
     row_bytes: float = 0.0
 
     def keep(self, utt_id: str, logits: Tensor) -> TopK:
-        """One utterance's (T, V) as it is read back; its bytes are counted."""
+        """Return one utterance's targets (T, V) as they are read back, and count their bytes."""
         if self.mass is None:
             x = compress(logits, self.k)
             spoken = x.argmax() != 0
@@ -100,7 +101,7 @@ class Way:
 
 
 def together(each: Sequence[TopK], lengths: Tensor) -> TopK:
-    """A batch of utterances."""
+    """Join the targets of utterances to those of a batch."""
     k = max(x.tokens.size(-1) for x in each)
     fill = {torch.int64: 0, torch.float32: -torch.inf}
 
@@ -120,7 +121,7 @@ def value_and_gradient(student: Tensor, teacher: Posterior, lengths: Tensor) -> 
 
 
 def measure(args: argparse.Namespace) -> List[str]:
-    """The table."""
+    """The lines of the table, and the cheapest ways below it."""
     student, teacher = Model(args.student), Model(args.teacher)
     utterances = read_utterances(args.data_dir, student.recogniser.rate)
     if args.most and args.most < len(utterances):

@@ -3,7 +3,7 @@
     python tests/benchmarks/data_scale.py --lines 100000 300000 --dir /tmp/data_scale --nj 2
 
 The listing has LibriSpeech's layout, 33 words a line; all utterances share one tiny FLAC. The peak is the sum of the
-peaks (VmHWM) of the command's processes, so what they share counts twice.
+peaks (VmHWM) of the command's processes, so memory that they share is counted several times.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def write_listing(root: Path, lines: int, seconds: float = 0.2, words: int = 33)
     rng = random.Random(0)
     syllables = [a + b for a in "BCDFGLMNPRST" for b in "AEIOU"]
     vocabulary = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(5000)]
-    weights = list(itertools.accumulate(1 / rank for rank in range(1, 5001)))  # as Zipf found
+    weights = list(itertools.accumulate(1 / rank for rank in range(1, 5001)))  # Zipf's law
     root.mkdir(parents=True, exist_ok=True)
     shared = (root / "shared.flac").resolve()
     soundfile.write(shared, 0.1 * np.random.default_rng(0).standard_normal(int(seconds * 16000)), 16000)
@@ -50,7 +50,7 @@ def write_listing(root: Path, lines: int, seconds: float = 0.2, words: int = 33)
 
 
 def _peaks(pid: int, peaks: Dict[int, int]) -> None:
-    """Note the peak RSS in kB of a process and of those below it."""
+    """Update the peak RSS in kB of a process and of all processes below it."""
     try:
         with open(f"/proc/{pid}/status") as f:
             fields = dict(line.split(":", 1) for line in f)
@@ -58,7 +58,7 @@ def _peaks(pid: int, peaks: Dict[int, int]) -> None:
         with open(f"/proc/{pid}/task/{pid}/children") as f:
             children = f.read().split()
     except OSError:
-        return  # it has ended
+        return  # the process has ended
     for child in children:
         _peaks(int(child), peaks)
 
@@ -82,7 +82,7 @@ def measure(command: Sequence[str], cwd: Path) -> Dict[str, float]:
 
 
 def prepare(lines: int, args: argparse.Namespace) -> List[Dict]:
-    """Run stages 1 to 3 on a listing of so many lines; return a row for each command."""
+    """Run stages 1 to 3 on a listing of ``lines`` utterances; return a row for each command."""
     work = Path(args.dir) / str(lines)
     shutil.rmtree(work, ignore_errors=True)
     write_listing(work / "LibriSpeech", lines)

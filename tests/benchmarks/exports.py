@@ -1,15 +1,15 @@
-"""Whether exported forms give what ESPnet gives, on every utterance of a data dir, and what they need of its time.
+"""Compare exported forms of a student with ESPnet on every utterance of a data dir: results and CPU time.
 
     python tests/benchmarks/exports.py exp/student/export exp/student/export_onnx --data_dir dump/raw/test
     python tests/benchmarks/exports.py exp/student/export exp/student/export_web --data_dir dump/raw/test --browser 20
     python tests/benchmarks/exports.py exp/live/export exp/live/export_stream --data_dir dump/raw/test --minutes 60
 
-The first is the export for ESPnet, or an experiment, which is run on each utterance alone; its text, log-probabilities
-and times are what the others are held against. A folder of --format sherpa is run by sherpa_onnx itself, one of
---format stream in pieces of 0.1 s, as is the first where its encoder works in blocks. The forms take turns, utterance
-by utterance, on one thread; times are CPU time. --browser opens the page in a headless Chromium that reaches no other
-host, and gives it so many of the files; --minutes gives graphs for streams so much of the audio, end to end, in
-processes in which nothing else is, and shows their memory.
+The first argument is the export for ESPnet, or an experiment. ESPnet runs it on each utterance alone, and other forms
+are compared with its text, log-probabilities and times. A folder of --format sherpa is run by sherpa_onnx itself. A
+folder of --format stream gets pieces of 0.1 s, and so does the first if its encoder works in blocks. The forms take
+turns on each utterance, on one thread; times are CPU time. --browser N opens the page in a headless Chromium that
+reaches no other host, and gives N of the files to it. --minutes N gives N minutes of the audio, end to end, to graphs
+for streams, in processes that hold nothing else, and shows their memory.
 """
 
 from __future__ import annotations
@@ -37,24 +37,24 @@ from espnet_kd.deploy.reading import read_blocks
 from espnet_kd.deploy.stream import Stream
 from espnet_kd.deploy.transcript import read_tokens
 
-#: Text, beginning of the last token in seconds, log-probabilities (T, V) where the form gives them.
+#: The text, the start of the last token in seconds, and log-probabilities (T, V) if the form gives them.
 Result = Tuple[str, Optional[float], Optional[np.ndarray]]
 
 
 @dataclass
 class Form:
-    """A form, and what came of it."""
+    """A form and its results."""
 
     name: str
     recognise: Callable[[np.ndarray], Result]
     megabytes: Optional[float] = None
     results: List[Result] = field(default_factory=list)
     cpu: float = 0.0  #: seconds
-    latencies: List[List[float]] = field(default_factory=list)  #: of the tokens of each utterance, seconds
+    latencies: List[List[float]] = field(default_factory=list)  #: seconds, of the tokens of each utterance
 
 
 def whole(name: str, backend: backends.Backend) -> Form:
-    """A form that takes an utterance at once."""
+    """A form that gets an utterance as a whole."""
 
     def recognise(samples: np.ndarray) -> Result:
         log_probs = backend.log_probs(samples)
@@ -67,7 +67,7 @@ def whole(name: str, backend: backends.Backend) -> Form:
 
 
 def stock_sherpa(name: str, folder: Path, rate: int) -> Form:
-    """A folder for sherpa-onnx in sherpa-onnx."""
+    """A folder for sherpa-onnx, run by sherpa-onnx itself."""
     import sherpa_onnx
 
     recogniser = sherpa_onnx.OfflineRecognizer.from_omnilingual_asr_ctc(
@@ -85,7 +85,7 @@ def stock_sherpa(name: str, folder: Path, rate: int) -> Form:
 
 
 def streamed(name: str, student: Any) -> Form:
-    """A streaming student, given pieces as they would arrive."""
+    """A streaming student that gets an utterance in pieces, as they would arrive."""
 
     def recognise(samples: np.ndarray) -> Result:
         stream, latencies, found = Stream(student), Latencies(student.rate), []
@@ -102,8 +102,8 @@ def streamed(name: str, student: Any) -> Form:
 
 
 def load_forms(reference: Path, espnet: backends.EspnetBackend, folders: Sequence[Path]) -> List[Form]:
-    """The reference, as it is (``espnet``) and on streams where it can be, and the others."""
-    from espnet_kd.deploy.espnet_stream import ENCODERS  # loads torch, which --minutes does without
+    """The reference as it is (``espnet``), also on streams if its encoder can do that, and the other forms."""
+    from espnet_kd.deploy.espnet_stream import ENCODERS  # imports torch, which --minutes must not load
 
     forms = [whole("ESPnet", espnet)]
     if type(espnet.recogniser.model.encoder).__name__ in ENCODERS:
@@ -125,7 +125,7 @@ def load_forms(reference: Path, espnet: backends.EspnetBackend, folders: Sequenc
 def compare(forms: Sequence[Form], waves: Sequence[np.ndarray], rounds: int) -> None:
     """Let the forms take turns on every utterance; results and latencies are those of the first round."""
     for form in forms:
-        form.recognise(waves[0])  # what happens once is no part of the time
+        form.recognise(waves[0])  # the first call includes work that is done only once
         form.latencies.clear()
     for number in range(rounds):
         for wave in tqdm(waves, desc=f"round {number + 1} of {rounds}", disable=None):
@@ -138,7 +138,7 @@ def compare(forms: Sequence[Form], waves: Sequence[np.ndarray], rounds: int) -> 
 
 
 def table(forms: Sequence[Form], seconds: float) -> List[str]:
-    """Lines of Markdown; ``seconds``: of audio that each form was given."""
+    """Lines of a Markdown table; ``seconds`` is the length of the audio that each form got."""
     from espnet_kd.deploy.check import difference
 
     head = "form|model.onnx|same text|largest difference|last token off|CPU time / ESPnet's|real-time factor|latency"
@@ -166,7 +166,7 @@ def table(forms: Sequence[Form], seconds: float) -> List[str]:
 
 
 def in_browser(folder: Path, files: Dict[str, str], expected: Dict[str, str]) -> str:
-    """Give files {utterance: path} to the page; a line on its texts and on what it asked for."""
+    """Give files {utterance: path} to the page; return a line about its texts and its requests."""
     tests = Path(__file__).resolve().parents[1]
     sys.path[:0] = [str(tests), str(tests / "deploy")]
     from browser import BROWSER, open_page
@@ -184,14 +184,14 @@ def in_browser(folder: Path, files: Dict[str, str], expected: Dict[str, str]) ->
 
 
 def last_long(student: Any, waves: Sequence[np.ndarray], minutes: int, keep: bool) -> str:
-    """Give a stream minutes of audio; a line on the memory of this process. ``keep``: all tokens until the end."""
+    """Give a stream minutes of audio; return a line about this process's memory. ``keep``: tokens stay to the end."""
     audio = np.concatenate(waves)
     size = int(CHUNK * student.rate)
     stream, marks, found, begun = Stream(student), [], 0, time.process_time()
     minute = round(60 / CHUNK)
     for step in tqdm(range(minutes * minute), desc=f"{minutes} minutes", disable=None):
         stream.accept(np.take(audio, range(step * size, (step + 1) * size), mode="wrap"))
-        if not keep and len(stream.tokens) > 1:  # the last one may still go on
+        if not keep and len(stream.tokens) > 1:  # the last token may still go on
             found += len(stream.tokens) - 1
             del stream.tokens[:-1]
         done = (step + 1) / minute
@@ -206,13 +206,13 @@ def last_long(student: Any, waves: Sequence[np.ndarray], minutes: int, keep: boo
 
 
 def _memory() -> int:
-    """Bytes of this process that are in memory."""
+    """The resident memory of this process in bytes."""
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     return 1024 * int(re.search(r"^VmRSS:\s*(\d+) kB", status, re.MULTILINE)[1])
 
 
 def last_long_in_a_process(folder: Path, data_dir: Path, minutes: int, keep: bool) -> None:
-    """Only the stream is in memory there: for a graph neither torch nor ESPnet is loaded."""
+    """Print :func:`last_long` of a process of its own, which for a graph loads neither torch nor ESPnet."""
     code = (
         "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[1]); import exports; "
         "student = exports.LiveTranscriber(Path(sys.argv[2])).student; "

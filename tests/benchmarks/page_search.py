@@ -4,8 +4,8 @@
 
 The recipe's stages 1 to 6 must be done for these seeds (./run_all.sh --recipe an4 …). Each page and seed is trained by
 `run.sh --stage 8 --stop_stage 11` into EXPDIR and decoded greedily on the validation set. Each page is a line of a
-Markdown table: mean error rates over the seeds, and the difference to the plain students of the same seeds. What is
-trained already is not trained again.
+Markdown table: mean error rates over the seeds, and the difference to the plain students of the same seeds. Students
+that are already trained are not trained again.
 """
 
 from __future__ import annotations

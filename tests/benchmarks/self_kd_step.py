@@ -2,9 +2,9 @@
 
     OMP_NUM_THREADS=1 python tests/benchmarks/self_kd_step.py --vocabulary 500 5000
 
-Forward, backward and optimizer step on random speech, plain and self-KD in turn; the figure is the median of the
-ratios of neighbouring steps, so that a machine's moods touch both. Times are CPU time of one thread: what other
-processes take from the clock does not count.
+Each step is forward, backward and optimizer step on random speech, plain and self-KD in turn. The figure is the median
+of the ratios of neighbouring steps, so that a slow moment of the machine affects both. Times are CPU time of one
+thread, which does not include the time of other processes.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ from espnet_kd.distill.schedule import Progress
 
 
 def measure(vocabulary: int, args: argparse.Namespace) -> None:
-    """Print one line."""
+    """Measure both steps for one size of the vocabulary, and print one line."""
     torch.manual_seed(0)
     plain = models.random_model(models.config(vocabulary, (args.blocks, args.width)))
     page = load_page("self_kd")
-    page.teacher = "none"  # what is measured does not depend on what the encoder begins with
+    page.teacher = "none"  # the encoder's initial weights do not change the times
     page.stages[0].objectives = [o for o in page.stages[0].objectives if o.name == "self_kd"]
     progress = Progress(epoch=5, max_epoch=10)
     student = ESPnetASRKDModel.adopt(copy.deepcopy(plain), make_plan(page, 10), None, progress, models.RATE)

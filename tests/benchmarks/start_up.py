@@ -1,9 +1,9 @@
-"""What a command costs before it works: CPU seconds (user + system) of a fresh process, and the modules it imports.
+"""Cost of a command before it starts to work: CPU seconds (user + system) of a fresh process, and imported modules.
 
     python tests/benchmarks/start_up.py --root . --root ../before
 
-The least of ``--rounds`` runs: CPU time, too, grows where others use the caches. Each --root is a checkout; they take
-turns.
+The figure is the least of ``--rounds`` runs, because CPU time also grows when other processes use the caches. Each
+--root is a checkout; the checkouts take turns.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def measure(root: Path, argv: Sequence[str], cwd: Path) -> Tuple[float, int]:
     """CPU seconds and imported modules of one run."""
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    # -X importtime costs a hundredth of a second, and counts on standard error.
+    # -X importtime costs about 0.01 s, and lists the imported modules on standard error.
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *argv], cwd=cwd, env=environment, capture_output=True, text=True
     )

@@ -2,9 +2,10 @@
 
     python kill_points.py SEED KILLS < commands.json
 
-In ``0`` each command runs unbroken. In ``1`` … ``KILLS`` each is killed, at another moment each time, and given again
-until it ends; what is there afterwards has to be the same. Relative paths count from these directories, which are made
-in the working directory. A process of its own, since forks and threads of a test run do not go together.
+In directory ``0`` each command runs without a kill. In ``1`` … ``KILLS`` each command is killed at a random moment and
+given again until it ends; the files must then be the same as in ``0``. The directories are made in the working
+directory, and relative paths start from them. The script is a process of its own, because forks do not go together
+with the threads of a test run.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def main(seed: int, kills: int, commands: List[List[str]]) -> None:
     rng = random.Random(seed)
     top = Path.cwd()
     killed = 0
-    tqdm.monitor_interval = 0  # no thread
+    tqdm.monitor_interval = 0  # no monitor thread, because this process forks
     for attempt in range(kills + 1):
         (top / str(attempt)).mkdir()
         os.chdir(top / str(attempt))
@@ -45,7 +46,7 @@ def main(seed: int, kills: int, commands: List[List[str]]) -> None:
             moments.append(rng.randint(1, total))
             assert run_forked(work, moments[-1]) == -1
             killed += 1
-            moments.append(rng.randint(1, 2 * total))  # and again, or not
+            moments.append(rng.randint(1, 2 * total))  # this run is killed again, or ends before
             if run_forked(work, moments[-1]) == -1:
                 killed += 1
                 run_forked(work, None)

@@ -1,4 +1,4 @@
-"""AISHELL-1: the official transcript, packed and unpacked speakers, and what has no partner is counted and named."""
+"""AISHELL-1: the official transcript, packed and unpacked speakers, and audio or transcripts without their partner."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_packed_speakers(tmp_path: Path) -> None:
     root = write_aishell(tmp_path / "data_aishell")
     prepare_aishell(tmp_path / "plain", root)
     pack(root)
-    # What a kill while unpacking leaves.
+    # A kill during unpacking leaves such a file.
     half = tmp_path / "unpacked/.S0002.partial/train/S0002/BAC009S0002W0009.wav"
     half.parent.mkdir(parents=True)
     half.write_bytes(b"RIFF")
@@ -80,7 +80,7 @@ def test_a_cut_archive_is_named(tmp_path: Path) -> None:
 def test_what_has_no_partner_is_counted_and_named(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, run: int
 ) -> None:
-    monkeypatch.setattr(datadir, "RUN", run)  # 2: through files on disk
+    monkeypatch.setattr(datadir, "RUN", run)  # with runs of 2, sorting goes through files
     root = write_aishell(tmp_path / "data_aishell")
     path = root / "transcript/aishell_transcript_v0.8.txt"
     lines = [x for x in path.read_text("utf-8").splitlines() if "S0002W0000" not in x and "S0764W0002" not in x]

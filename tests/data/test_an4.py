@@ -1,4 +1,4 @@
-"""AN4 in every form it is passed around in."""
+"""AN4 in every form in which it is distributed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FS = 16000
 
 
 def voice(seed: int) -> np.ndarray:
-    """A loud, smooth sound with some noise, int16: read in the wrong byte order it is noise."""
+    """A loud, smooth sound with little noise, int16; in the wrong byte order it would be noise."""
     t = np.arange(FS // 2) / FS
     x = 8000 * np.sin(2 * np.pi * (150 + 10 * seed) * t) + 50 * np.random.default_rng(seed).standard_normal(len(t))
     return x.astype(np.int16)
@@ -79,7 +79,7 @@ def test_every_form(tmp_path: Path, form: str) -> None:
 def test_the_byte_order_can_be_given(tmp_path: Path) -> None:
     signals = make_tree(tmp_path / "an4", "raw_big")
     for path in (tmp_path / "an4").rglob("*.raw"):
-        path.rename(path.with_suffix(".RAW"))  # as from a disc
+        path.rename(path.with_suffix(".RAW"))  # names as on a disc
     an4.prepare_an4(tmp_path / "data", tmp_path / "an4", valid_speakers=1, raw_endian="little")
     utt = next(iter(read_data_dir(tmp_path / "data/test")))
     np.testing.assert_array_equal(soundfile.read(utt.audio, dtype="int16")[0], signals["an0-fcaw-b"].byteswap())
@@ -142,7 +142,7 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
     root = an4.find_an4(an4.download_an4(tmp_path / "downloads", url))
     assert root == tmp_path / "downloads/an4_sphere/an4" and len(an4.find_audio(root)) == 10
-    # The second time it is there, network or not.
+    # The second time, the corpus is there, and no network is needed.
     monkeypatch.setattr(urllib.request, "urlopen", fail)
     assert an4.prepare_an4(tmp_path / "data", downloads=tmp_path / "downloads", valid_speakers=1)["test"] == 2
 
@@ -162,7 +162,7 @@ def test_a_python_that_cannot_unpack_safely(tmp_path: Path, monkeypatch: pytest.
     (tmp_path / "downloads").mkdir()
     with tarfile.open(tmp_path / "downloads/an4_sphere.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "src/an4", "an4")
-    monkeypatch.delattr(tarfile, "data_filter")  # before 3.10.12 and 3.11.4
+    monkeypatch.delattr(tarfile, "data_filter")  # as in Python before 3.10.12 and 3.11.4
     with pytest.raises(UserError, match="an4_sphere.tar.gz: Python .* cannot unpack it safely.*by hand"):
         an4.prepare_an4(tmp_path / "data", downloads=tmp_path / "downloads")
 

@@ -1,4 +1,4 @@
-"""A directory of audio without transcripts to data dirs."""
+"""A directory of audio without transcripts becomes data dirs."""
 
 import pytest
 import soundfile
@@ -26,7 +26,7 @@ def run(tmp_path, audio, *more):
 
 def test_files_of_any_depth_and_format(tmp_path, audio):
     found = run(tmp_path, audio)
-    assert {n: len(u) for n, u in found.items()} == {"train": 16, "valid": 2, "test": 2}  # a tenth at most
+    assert {n: len(u) for n, u in found.items()} == {"train": 16, "valid": 2, "test": 2}  # at most a tenth each
     ids = [u.utt_id for utts in found.values() for u in utts]
     assert len(set(ids)) == 20 and "speaker_0-file0" in ids and not any(u.text for u in found["train"])
 

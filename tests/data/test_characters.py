@@ -1,4 +1,4 @@
-"""Encodings, white space and ids: what ESPnet would read otherwise is made plain, or refused by file, line and id."""
+"""Encodings, white space and ids: input that ESPnet would read differently is converted, or refused by name."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ COMMANDS: Dict[str, Callable[[Path], object]] = {
 @pytest.mark.faults("faulty data dirs")
 @pytest.mark.parametrize("name", ODD_BLANKS)
 def test_white_space_that_is_no_blank(src: Path, name: str, caplog: pytest.LogCaptureFixture) -> None:
-    """Stage 2 makes it one and says so; what reads a data dir as ESPnet does refuses it."""
+    """Stage 2 replaces it by a blank and logs that; commands that read a data dir as ESPnet does refuse it."""
     change(src / "text", "HELLO B", f"HELLO{ODD_BLANKS[name]}B{ODD_BLANKS[name]}")
     code = f"U+{ord(ODD_BLANKS[name]):04X}"
     for command in ("validate", "tokens"):
@@ -93,7 +93,7 @@ def test_characters_that_no_text_has(src: Path, name: str, command: str) -> None
 @pytest.mark.parametrize("file", ["all", "utt2spk"])
 @pytest.mark.parametrize("name", BAD_IDS)
 def test_ids_that_cannot_be(src: Path, name: str, file: str, command: str) -> None:
-    """Of an utterance, and of a speaker: the same in ``validate`` and ``format``."""
+    """A bad id of an utterance or a speaker is refused by ``validate`` and ``format`` alike."""
     if file == "all":
         for each in ("wav.scp", "text", "utt2spk", "spk2utt"):
             change(src / each, "s-1", BAD_IDS[name])
@@ -116,7 +116,7 @@ def test_an_id_that_is_too_long_with_what_a_speed_factor_adds(src: Path) -> None
 
 @pytest.mark.parametrize("file", ["wav.scp", "text", "utt2spk", "spk2utt"])
 def test_a_byte_order_mark(src: Path, file: str) -> None:
-    """Where data are read it is passed over; ESPnet would not."""
+    """Stage 2 skips the mark; ``validate`` refuses it, because ESPnet would not skip it."""
     (src / file).write_bytes(b"\xef\xbb\xbf" + (src / file).read_bytes())
     with pytest.raises(UserError, match=rf"{file}:1: a byte order mark \(U\+FEFF\).*sed -i"):
         asr_kd_data.main(["validate", str(src)])

@@ -1,5 +1,5 @@
-"""What may be wrong with a corpus or a disk (stage 1): one clear message, nothing half-written, and mended by the same
-command again."""
+"""Faults of a corpus or a disk in stage 1: one clear message, no half-written data dir, and after a repair the same
+command succeeds."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def shorten(path: Path) -> None:
     path.write_bytes(head + b"ajkg\x02" + bytes(1000))
 
 
-# What is done to the corpus, the message, and whether --skip_faulty can go on.
+# For each fault: the damage to the corpus, the message, and whether --skip_faulty can go on.
 FAULTS = {
     "librispeech": {
         "missing part": (lambda r: shutil.rmtree(r / "dev-clean"), "dev-clean: this part is missing; fetch", False),
@@ -185,7 +185,7 @@ def test_a_fault_of_the_corpus(corpus: str, fault: str, tmp_path: Path, caplog: 
     with pytest.raises(UserError, match=message) as e:
         CORPORA[corpus](out, root)
     assert "\n" not in str(e.value)
-    # Each data dir is whole or absent, and nothing else lies about.
+    # Each data dir is whole or absent, and no other file is left.
     assert not (out / "train").exists()
     assert not out.exists() or not list(out.iterdir())
     if skippable:
@@ -231,7 +231,7 @@ def test_a_system_that_refuses_leaves_the_old_or_nothing(
     def refuse(*_) -> None:
         raise OSError(code, os.strerror(code))
 
-    # First at the end of writing, then at the very first temporary file.
+    # The system refuses first at the end of writing, then at the first temporary file.
     for where, name in ((os, "fsync"), (datadir.tempfile, "TemporaryFile")):
         with monkeypatch.context() as m:
             m.setattr(where, name, lambda *_, **__: refuse())
@@ -261,7 +261,7 @@ def test_no_write_permission(tmp_path: Path) -> None:
 
 @pytest.mark.faults("a place that cannot be written")
 def test_a_directory_that_may_not_be_written() -> None:
-    # Not below pytest's own directory, which nobody but its owner may enter.
+    # The test cannot use pytest's own directory, because only its owner may enter it.
     with tempfile.TemporaryDirectory() as folder:
         os.chmod(folder, 0o755)
         root, out = write_aishell(Path(folder) / "corpus"), Path(folder) / "out"
@@ -282,7 +282,7 @@ def test_a_directory_that_may_not_be_written() -> None:
 @pytest.mark.faults("faulty corpora")
 @pytest.mark.parametrize("corpus", list(CORPORA))
 def test_a_cut_file_of_the_real_layouts(corpus: str, tmp_path: Path) -> None:
-    """The faults above are of files written here; a real encoder's files are cut as well."""
+    """The faults above are in files written here; this test cuts files of real encoders as well."""
     name = {"librispeech": "LibriSpeech", "aishell": "data_aishell", "tedlium2": "TEDLIUM_release2"}[corpus]
     if not (LAYOUTS / name).is_dir():
         pytest.skip(f"no {name} in {LAYOUTS} (ESPNET_KD_TEST_CORPORA)")

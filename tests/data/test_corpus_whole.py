@@ -1,4 +1,4 @@
-"""An incomplete corpus: the log names what its original has and this copy lacks."""
+"""An incomplete corpus: the log names the parts that the original has and this copy lacks."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_librispeech(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypat
     assert lacking[0].startswith(f"{tmp_path}/data/train: the corpus is incomplete: 3 of 251 speakers of ")
     assert f"train-clean-100 (missing of {root}/SPEAKERS.TXT: 150); 12 of 28539 utterances" in lacking[0]
     assert len(lacking) == (1 if split else 2)
-    # All there: nothing is said.
+    # If nothing is missing, nothing is logged.
     caplog.clear()
     (root / "SPEAKERS.TXT").write_text(SPEAKERS.replace("150 ", "118 "))
     monkeypatch.setattr(librispeech, "SIZES", {"train-clean-100": (3, 12), "dev-clean": (1, 4)})
@@ -48,7 +48,7 @@ def test_librispeech(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypat
 @pytest.mark.faults("faulty corpora")
 @pytest.mark.parametrize("where", ["wav", "wav/train"])
 def test_aishell_packed_beside(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch, where: str) -> None:
-    """A speaker who is still packed is unpacked, wherever the archive lies; one who is gone is said."""
+    """A speaker who is still packed is unpacked, wherever the archive lies; a missing speaker is logged."""
     monkeypatch.chdir(tmp_path)
     root = write_aishell(tmp_path / "data_aishell")
     with tarfile.open(root / where / "S0003.tar.gz", "w:gz") as tar:
@@ -76,7 +76,7 @@ def test_tedlium2(tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch)
 
 
 def test_links_that_loop(tmp_path: Path) -> None:
-    """Two of them would be followed without end."""
+    """Two links of this kind could be followed without end."""
     write_noise(tmp_path / "elsewhere/an1-x-b.wav")
     (tmp_path / "an4/wav").mkdir(parents=True)
     for name, target in (("a", ".."), ("b", ".."), ("audio", tmp_path / "elsewhere")):

@@ -1,4 +1,4 @@
-"""The command: subcommands, help with an example, and one line instead of a traceback."""
+"""asr_kd_data: each subcommand's help has an example, and a user's mistake gives one line instead of a traceback."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Odd data dirs through stages 2 and 3 (fuzzing.py says what may come of them)."""
+"""Odd data dirs in stages 2 and 3 end in one of the ways that fuzzing.py allows."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def write_data_dir(directory: Path, segmented: bool) -> None:
 @pytest.mark.parametrize("segmented", [False, True], ids=["files", "segments"])
 def test_data_dirs(segmented, tmp_path, record_property):
     base = tmp_path / "base"
-    src = tmp_path / "data"  # always at this place: the lines of wav.scp say so
+    src = tmp_path / "data"  # always at this place, because wav.scp has absolute paths
     write_data_dir(src, segmented)
     src.rename(base)
     texts = ["wav.scp", "text", "utt2spk", "spk2utt", *(["segments"] if segmented else [])]
@@ -100,7 +100,7 @@ def test_data_dirs(segmented, tmp_path, record_property):
             dst = Path(out) / "dump"
             done = survives(lambda: asr_kd_data.main(["format", "--src", str(src), "--dst", str(dst), *options]))
             assert done == (dst / "wav.scp").exists() and {p.name for p in Path(out).iterdir()} <= {"dump"}
-            if done:  # what it wrote is in order
+            if done:  # the written data dir must be valid
                 wide = ["--no_text", "--allow_empty", "--fs", "0", "--min_seconds", "0", "--max_seconds", "inf"]
                 asr_kd_data.main(["validate", str(dst), *wide])
         assert contents(src) == before
@@ -117,7 +117,7 @@ def test_data_dirs(segmented, tmp_path, record_property):
         check(*sum(data.draw(st.lists(st.sampled_from(OPTIONS), max_size=2)), []))
 
     damaged()
-    for name in texts if segmented else []:  # each field of a line, and each odd word
+    for name in texts if segmented else []:  # put each odd word into each field of the first line
         first, rest = (base / name).read_bytes().split(b"\n", 1)
         for i, word in itertools.product(range(min(4, len(first.split()))), odd):
             fields = first.split(b" ")

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment, and the same command again gives what an unbroken run gives; no process stays behind."""
+"""After SIGKILL at any moment, the same command gives the result of an unbroken run; no process is left behind."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ CORPORA = {
 def test_stages_one_to_three(corpus: str, tmp_path: Path, record_property: Callable) -> None:
     write, options = CORPORA[corpus]
     root = write(tmp_path / "corpus")
-    # In a list of what is left out something has to stand.
+    # The limits must exclude some utterances, so that the list of them is tested as well.
     formatting = ["--speed_factors", "0.9", "1.0", "--max_seconds", "0.52", "--nj", "1"]
     if corpus == "tedlium2":
         formatting = ["--max_seconds", "1.2"]

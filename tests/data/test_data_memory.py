@@ -1,4 +1,4 @@
-"""Memory of data preparation does not grow with the corpus: stages 1 to 3, and the parts they are made of."""
+"""Memory of data preparation does not grow with the corpus: stages 1 to 3, and the functions that they use."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def peaks_of(work: Path, number: int) -> Dict[str, int]:
     token_list = work / "bpe/tokens.txt"
     commands = {
         "librispeech": lambda: prepare_librispeech(work / "data", work / "L", **corpus)["train"],
-        # All of them are outside the limits, and named in a file.
+        # All utterances are outside the limits, and are named in a file.
         "format": lambda: format_data(work / "data/train", work / "dump", max_seconds=0.15),
         "format again": lambda: format_data(work / "data/train", work / "dump", max_seconds=0.15),
         "combine": lambda: combine(work / "dump", work / "extra", work / "both") // 2,
@@ -60,12 +60,12 @@ def peaks_of(work: Path, number: int) -> Dict[str, int]:
 
 @pytest.mark.trains
 def test_stages_one_to_three(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """No command keeps anything of the utterances added: not even a set of their ids, of 100 bytes each."""
-    monkeypatch.setattr(datadir, "RUN", 600)  # each run is an open file, of 9 kB
+    """No command keeps anything for each utterance added, not even a set of ids, which takes 100 bytes each."""
+    monkeypatch.setattr(datadir, "RUN", 600)  # each run is an open file, which takes 9 kB
     monkeypatch.setattr(tokens, "MAX_CHARACTERS", 20_000)
-    peaks_of(tmp_path / "warm", 100)  # what is imported counts nowhere else
+    peaks_of(tmp_path / "warm", 100)  # imports are counted here, and not below
     small = peaks_of(tmp_path / "small", 1000)
-    for attempt in range(3):  # Python's table of interned strings grows by megabytes, but not twice running
+    for attempt in range(3):  # Python's table of interned strings may grow by megabytes, but not in each attempt
         large = peaks_of(tmp_path / str(attempt), 3000)
         grown = {name: (large[name] - small[name]) / 2000 for name in small}
         if max(grown.values()) < LIMIT:
@@ -77,7 +77,7 @@ def test_faults_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(datadir, "RUN", 600)
     peaks = {}
     for number in (100, 1000, 3000):
-        write_data_dir(tmp_path / "d", untranscribed(number))  # of audio that is not there
+        write_data_dir(tmp_path / "d", untranscribed(number))  # their audio does not exist
         tracemalloc.start()
         with pytest.raises(UserError, match=rf": {number} fault.s. found(?s:.)*and {number - 10} more"):
             validate(tmp_path / "d", need_text=False)
@@ -89,7 +89,7 @@ def test_faults_are_not_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 def test_the_writing_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datadir, "RUN", 1000)
     peaks = {}
-    for number in (1000, 5000, 20_000):  # the first warms up
+    for number in (1000, 5000, 20_000):  # the first number warms up
         tracemalloc.start()
         assert write_data_dir(tmp_path / "d", untranscribed(number)) == number
         peaks[number] = tracemalloc.get_traced_memory()[1]
@@ -98,14 +98,14 @@ def test_the_writing_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_benchmark_runs(tmp_path: Path) -> None:
-    """Whole processes, children too; their size is that of the libraries, so few lines prove the script alone."""
+    """The script measures whole processes with children. Libraries take most of the memory, so few lines are enough."""
     command = [sys.executable, BENCHMARKS / "data_scale.py", "--lines", "100", "--nbpe", "100", "--dir", tmp_path / "d"]
     done = subprocess.run([*map(str, command), "--json", str(tmp_path / "rows")], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     rows = json.loads((tmp_path / "rows").read_text())
     assert [row["command"] for row in rows] == ["librispeech", "format", "tokens", "validate"]
     assert [row["utterances"] for row in rows] == [100, 300, 300, 300] and not any((tmp_path / "d").iterdir())
-    # The workers of the three that have some were seen.
+    # The workers of the three commands that have workers were seen.
     assert all(20 < row["mb"] < 1024 and (row["processes"] >= 3 or row["command"] == "tokens") for row in rows), rows
 
 
@@ -156,7 +156,7 @@ def test_joining() -> None:
 
 
 def test_a_sample_of_the_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As many as there is room for, each once, and the same whatever their order and their copies."""
+    """The sample fills its limit, has each sentence once, and does not depend on the order and copies of sentences."""
     rng = np.random.default_rng(0)
     sentences = [f"{i} " * rng.integers(1, 9) for i in range(200)]
     monkeypatch.setattr(tokens, "MAX_CHARACTERS", 1500)
@@ -169,7 +169,7 @@ def test_a_sample_of_the_sentences(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 class Counted(list):
-    """Counts how many of its items were asked for."""
+    """A list that counts how many of its items were requested."""
 
     taken = 0
 

@@ -1,4 +1,4 @@
-"""Data dirs: what is written is sorted and whole, and every fault is named with file, line and utterance."""
+"""Data dirs are written sorted and whole, and every fault is named with file, line and utterance."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def faults_of(data_dir: Path, **options) -> str:
 
 
 def test_round_trip_and_c_locale_order(tmp_path: Path) -> None:
-    # In a dictionary's order b would come before Z, and 你 nowhere in particular.
+    # In a dictionary's order, b would come before Z, and 你 would have no fixed place.
     ids = ["b", "Z", "a-1", "a1", "你"]
     write_data_dir(tmp_path / "d", [Utterance(i, "s", f"{i}.wav", f"T {i}") for i in ids])
     want = sorted(ids, key=lambda x: x.encode())
@@ -162,7 +162,7 @@ def test_bad_utf8_and_unknown_characters(data_dir: Path, tmp_path: Path) -> None
 
 def test_the_blank_is_a_character(data_dir: Path, tmp_path: Path) -> None:
     tokens = tmp_path / "tokens.txt"
-    tokens.write_text("<blank>\n<unk>\nH\nE\nL\nO\nA\nB\n<sos/eos>\n")  # ESPnet would take it for <unk>
+    tokens.write_text("<blank>\n<unk>\nH\nE\nL\nO\nA\nB\n<sos/eos>\n")  # without <space>, ESPnet would read <unk>
     assert f"utterance 's0-u0': not in {tokens}: <space>" in faults_of(data_dir, token_list=tokens)
 
 
@@ -174,7 +174,7 @@ def test_a_speakers_utterance_that_is_nowhere_else(data_dir: Path) -> None:
 def test_audio_that_does_not_say_what_it_is(data_dir: Path, tmp_path: Path) -> None:
     (tmp_path / "0.raw").write_bytes(bytes(1000))
     edit(data_dir / "wav.scp", "0.wav", "0.raw")
-    # FLAC as an encoder that writes to a pipe leaves it: in 36 bits of its header, no number of samples.
+    # A FLAC encoder that writes to a pipe leaves the number of samples at 0, which is 36 bits of the header.
     soundfile.write(tmp_path / "1.flac", np.full(8000, 0.1), 16000)
     content = bytearray((tmp_path / "1.flac").read_bytes())
     content[21:26] = bytes([content[21] & 0xF0, 0, 0, 0, 0])

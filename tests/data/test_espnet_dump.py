@@ -1,4 +1,4 @@
-"""Data dirs of an ESPnet recipe: every kind of wav.scp that asr.sh leaves gives the same audio and text."""
+"""Data dirs of an ESPnet recipe: every kind of wav.scp that asr.sh writes gives the same audio and text."""
 
 from __future__ import annotations
 
@@ -35,18 +35,18 @@ def take(espnet: Path, out: Path, name: str = "train_nodev", *more: str) -> Path
 @pytest.mark.parametrize("kind", tiny_espnet.KINDS)
 def test_every_kind_of_audio(espnet: Path, tmp_path: Path, monkeypatch, kind: str) -> None:
     waves = tiny_espnet.add_set(espnet, "train_nodev", kind, SECONDS)
-    monkeypatch.chdir(tmp_path)  # not the ESPnet recipe, which its paths count from
+    monkeypatch.chdir(tmp_path)  # not the ESPnet recipe, where its relative paths start
     taken = take(espnet, tmp_path / "data", "train_nodev", *(["--nj", "2"] if kind == "flac.ark" else []))
-    format_data(taken, tmp_path / "dump")  # as stage 2
+    format_data(taken, tmp_path / "dump")  # as in stage 2
     utts = {u.utt_id: u for u in read_data_dir(tmp_path / "dump")}
     assert list(utts) == sorted(waves)
     for i, (utt_id, expected) in enumerate(waves.items()):
         u = utts[utt_id]
         found, rate = soundfile.read(u.audio, dtype="int16")
         assert rate == 16000 and u.speaker == "train_nodev-spk" and u.text == ("abc def" if i % 2 else "abc")
-        # Segments are cut, and written again, by stage 2: within a step of 16 bits.
+        # Stage 2 cuts segments and writes new files, which changes samples by up to 1.
         np.testing.assert_allclose(found, expected, atol=1 if kind == "segments" else 0)
-    # A file per utterance stays where it is.
+    # Only audio with a file per utterance stays where it is.
     assert all(u.audio.startswith(str(espnet)) for u in utts.values()) == (kind == "flac")
     assert (taken / "audio").exists() == (kind != "flac")
 
@@ -61,13 +61,13 @@ def test_the_formatted_set_comes_before_the_raw_one_and_a_dump_elsewhere_is_foun
 def test_again_converts_nothing_unless_the_list_is_new(espnet: Path, tmp_path: Path) -> None:
     tiny_espnet.add_set(espnet, "train_nodev", "pipe", SECONDS)
     scp = espnet / "data/train_nodev/wav.scp"
-    # Each run of a command leaves a mark.
+    # Each run of a pipe's command leaves a mark.
     scp.write_text(scp.read_text().replace("cat ", "echo x >>ran; cat "))
     for times in (1, 1):
         taken = take(espnet, tmp_path / "data")
         assert (espnet / "ran").read_text().count("x") == 3 * times
     some = next(taken.glob("audio/*/*.flac"))
-    some.rename(some.with_name(f".{some.name}.a1b2c3d4"))  # as after a kill
+    some.rename(some.with_name(f".{some.name}.a1b2c3d4"))  # a kill leaves such a file
     take(espnet, tmp_path / "data")
     assert not list(taken.rglob(".*.flac.*")) and some.is_file() and (espnet / "ran").read_text().count("x") == 4
     scp.write_text("".join(scp.read_text().splitlines(keepends=True)[:2]))
@@ -119,7 +119,7 @@ def test_a_text_has_all_lines_or_is_refused(espnet: Path, tmp_path: Path, caplog
     text = espnet / "dump/raw/train/text"
     lines = text.read_text().splitlines(keepends=True)
     text.write_text("".join(lines[1:]))
-    # A data dir without text is untranscribed audio: the other transcripts would be lost without a word.
+    # A data dir without text counts as untranscribed, so the other transcripts would be lost without a message.
     with pytest.raises(UserError, match="text has no line for 'train-0'"):
         take(espnet, tmp_path / "data", "train")
     assert not (tmp_path / "data").exists()
@@ -146,7 +146,7 @@ def test_a_disk_that_is_full_while_audio_is_written(espnet: Path, tmp_path: Path
 
 
 class Mark:
-    """Runs when it is unpickled."""
+    """An object that creates a file when it is unpickled."""
 
     def __reduce__(self):
         return Path.touch, (Path("unpickled"),)

@@ -1,5 +1,5 @@
-"""What may be wrong between stages 1 and 2, or with the disk in stages 2 and 3: one clear message, the old data dir or
-none, and mended by the same command again. For each of the three corpora."""
+"""Faults between stages 1 and 2, or of the disk in stages 2 and 3: one clear message, the old data dir or none, and
+after a repair the same command succeeds. Each fault is made in three corpora."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def change_line(path: Path, key: str, change: Callable[[bytes], bytes]) -> None:
     path.write_bytes(b"".join(change(x) if x.split()[0] == key.encode() else x for x in lines))
 
 
-# What is done to (data dir, audio file, utterance), and the message, in which {u} is the utterance and {a} the file.
+# For each fault: the damage to (data dir, audio file, utterance), and the message with {u} (utterance) and {a} (file).
 FAULTS: Dict[str, Tuple[Callable, str]] = {
     "truncated audio": (lambda d, a, u: cut(a), "utterance '{u}': {a} is cut"),
     "truncated header": (lambda d, a, u: a.write_bytes(a.read_bytes()[:30]), "utterance '{u}': .*{a}"),
@@ -73,7 +73,7 @@ def keep(tmp_path: Path) -> None:
 
 
 def mend(tmp_path: Path) -> None:
-    """Put back what :func:`keep` kept, times too."""
+    """Restore what :func:`keep` has copied, with its times."""
     for name in ("corpus", "data"):
         shutil.rmtree(tmp_path / name)
         shutil.copytree(tmp_path / "kept" / name, tmp_path / name)
@@ -83,7 +83,7 @@ def mend(tmp_path: Path) -> None:
 @pytest.mark.parametrize("fault", list(FAULTS))
 def test_a_fault_before_stage_two(prepared: Tuple[str, Path], fault: str, tmp_path: Path) -> None:
     (corpus, src), dst = prepared, tmp_path / "dump"
-    factors = (0.9, 1.0) if corpus == "aishell" else (1.0,)  # decoded; referred to (LibriSpeech); cut (TED-LIUM)
+    factors = (0.9, 1.0) if corpus == "aishell" else (1.0,)  # AISHELL: decoded, LibriSpeech: referred to, others: cut
     audio, utt_id = tmp_path / "corpus" / AUDIO[corpus], UTTERANCE[corpus]
     damage, message = FAULTS[fault]
     format_data(src, dst, speed_factors=factors)
@@ -91,7 +91,7 @@ def test_a_fault_before_stage_two(prepared: Tuple[str, Path], fault: str, tmp_pa
     shutil.rmtree(dst)
     keep(tmp_path)
     damage(src, audio, utt_id)
-    # Of a talk's audio, its first utterance is named.
+    # A fault of a talk's audio is reported for the talk's first utterance.
     told = utt_id if corpus != "tedlium2" or "text" in message or "utt2spk" in message else "CD_2011-0000050-0000175"
     with pytest.raises(UserError, match=message.format(u=told, a=audio)) as e:
         format_data(src, dst, speed_factors=factors)
@@ -100,7 +100,7 @@ def test_a_fault_before_stage_two(prepared: Tuple[str, Path], fault: str, tmp_pa
     mend(tmp_path)
     format_data(src, dst, speed_factors=factors)
     assert snapshot(dst) == want
-    # Of a data dir that was there already, all is left or nothing that could be taken for it.
+    # A data dir that was there already is left whole, or without the files that would let it pass for whole.
     damage(src, audio, utt_id)
     with pytest.raises(UserError):
         format_data(src, dst, speed_factors=factors)
@@ -119,7 +119,7 @@ def test_a_segment_that_is_none(tmp_path: Path) -> None:
         (b"CD_2011 2.000", f"segments:4: utterance '{utt_id}': expected 'recording start end \\[channel\\]'"),
         (b"XY_2011 2.000 3.250", f"segments: recording 'XY_2011' of '{utt_id}' is not in wav.scp"),
         (b"CD_2011 4.500 5.250", f"utterance '{utt_id}': no audio in .*segment 4.5 to 5.25 s of 4.00 s"),
-        # A little more than the recording has is cut off, as Kaldi does; more is another recording, or no seconds.
+        # A segment may end a little behind the recording, as in Kaldi; far behind, the recording or unit is wrong.
         (b"CD_2011 2.000 4.750", f"utterance '{utt_id}': not all of its audio in .*segment 2.0 to 4.75 s of 4.00 s"),
     ):
         change_line(src / "segments", utt_id, lambda x, t=times: b" ".join([x.split()[0], t]) + b"\n")
@@ -144,7 +144,7 @@ def test_a_system_that_refuses(
         refused.append(True)
         raise OSError(code, os.strerror(code))
 
-    # A file, a temporary file, a directory, the end of writing, a new name; the first and the fourth such call.
+    # Refuse a file, a temporary file, a directory, the end of writing, a new name; at the first or the fourth call.
     places = [(tempfile, "mkstemp"), (tempfile, "TemporaryFile"), (os, "mkdir"), (os, "fsync"), (os, "replace")]
     for where, name in places:
         for allowed in (0, 3):
@@ -178,7 +178,7 @@ def test_a_system_that_refuses(
 
 @pytest.mark.faults("a full disk")
 def test_a_disk_that_is_full_while_audio_is_written(prepared: Tuple[str, Path], tmp_path: Path) -> None:
-    """A limit on the size of a file refuses real writes, in the worker processes as well."""
+    """A limit on the size of files makes real writes fail, in the worker processes as well."""
     src, dst = prepared[1], tmp_path / "dump"
     options = ["--src", str(src), "--dst", str(dst), "--speed_factors", "0.9", "1.0", "--nj", "2"]
     command = [sys.executable, "-m", "espnet_kd.bin.asr_kd_data", "format", *options]

@@ -58,7 +58,7 @@ def test_speed_perturbation(src: Path, tmp_path: Path, nj: int) -> None:
             info = soundfile.info(u.audio)
             assert info.frames == u.num_samples and info.samplerate == FS
             assert info.format == "FLAC" and info.subtype == "PCM_16"
-            # Faster is higher: resampling, as Kaldi's speed.
+            # Faster speech has a higher pitch, because it is resampled, as by Kaldi's speed perturbation.
             assert pitch_of(u.audio) == pytest.approx(440 * factor, abs=1.5)
     assert utts["a-0"].audio == str(tmp_path / "0.flac")
     assert validate(tmp_path / "dump") == 9
@@ -121,7 +121,7 @@ def test_again(src: Path, tmp_path: Path) -> None:
     first = times()
     format_data(src, dump, speed_factors=(0.9,))
     assert times() == first
-    # Killed before the end: what is whole is kept, what is missing is made.
+    # After a kill before the end, whole files are kept and missing files are made.
     (dump / ".begun").write_text((dump / ".done").read_text())
     (dump / ".done").unlink()
     (dump / "wav.scp").unlink()
@@ -130,7 +130,7 @@ def test_again(src: Path, tmp_path: Path) -> None:
     assert set(times()) == set(first)
     kept = dump / "audio/sp0.9-a/sp0.9-a-0.flac"
     assert times()[kept] == first[kept]
-    # The same names with other audio: made again.
+    # Files of the same names with other audio are made again.
     time.sleep(0.01)
     tone(tmp_path / "0.flac", 1.0, hz=600)
     format_data(src, dump, speed_factors=(0.9,))
@@ -177,7 +177,7 @@ def test_text_is_required_optional_or_left_closed(src: Path, tmp_path: Path, cap
     with pytest.raises(UserError, match="src/text: no such file"):
         format_data(src, tmp_path / "required")
     assert format_data(src, tmp_path / "absent", text="optional") == 3
-    # A text that covers only some is a fault, whatever was asked for.
+    # A text that covers only some utterances is a fault, with "required" and with "optional".
     (src / "text").write_text("a-0 T 0\n")
     for text in ("required", "optional"):
         with pytest.raises(UserError, match="has no line for a-1, a-2"):
@@ -213,7 +213,7 @@ def test_transcribed_and_untranscribed_audio(src: Path, extra: Path, tmp_path: P
     before = (dst / "wav.scp").stat().st_mtime_ns
     combine(tmp_path / "known", tmp_path / "unknown", dst)
     assert (dst / "wav.scp").stat().st_mtime_ns == before
-    # Where nothing is transcribed there is no text.
+    # If nothing is transcribed, no text is written.
     (tmp_path / "unknown" / "text").unlink()
     combine(tmp_path / "unknown", src, tmp_path / "silent")
     assert not (tmp_path / "silent" / "text").exists() and len(list(read_data_dir(tmp_path / "silent"))) == 5
@@ -232,7 +232,7 @@ def test_a_data_dir_is_not_made_in_the_place_of_its_source(src: Path, extra: Pat
         with pytest.raises(UserError, match="is to be read, and cannot be written .*; choose another --dst"):
             step()
         assert snapshot(tmp_path) == before
-    # Nor where the audio lies that another data dir refers to.
+    # Audio that another data dir refers to must not be replaced, either.
     combine(dump, extra, tmp_path / "both")
     before = snapshot(tmp_path)
     with pytest.raises(UserError, match=f"'sp0.9-a-0': .*sp0.9-a-0.flac is {dump}'s own, and would be removed"):

@@ -60,7 +60,7 @@ def write(root: Path, seconds: float, text: str, layer: str) -> list:
 
 @pytest.mark.parametrize("layer", CONV)
 def test_espnets_own_subsampling(tmp_path: Path, layer: str, caplog: pytest.LogCaptureFixture) -> None:
-    """The limits that ESPnet checks in the middle of an epoch, found before it."""
+    """ESPnet would find these faults in the middle of an epoch; the command finds them before training."""
     factor, least = CONV[layer]
     hop = 128 / FS
     with pytest.raises(UserError, match=r"train: 1 of 2 utterances are too short for the student: u2 \(0."):

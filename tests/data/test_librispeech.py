@@ -103,7 +103,7 @@ def test_the_real_layout(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> No
         counts = prepare_librispeech(out, LAYOUTS, train_parts=["train-clean-100"], valid_parts=["test-clean"])
     assert counts == {"train": 12, "valid": 5, "test_clean": 5, "test_other": 8}
     assert caplog.text.count("left out: 0") == 4
-    # Expected content made another way: from the transcripts and files as they lie.
+    # The expected content is made in another way, directly from the transcripts and files.
     for name, part in {"train": "train-clean-100", "valid": "test-clean", "test_other": "test-other"}.items():
         lines = sorted(x for p in (root / part).glob("*/*/*.trans.txt") for x in p.read_text().splitlines())
         assert (out / name / "text").read_text().splitlines() == lines
@@ -149,7 +149,7 @@ class Server(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def served(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Dict]:
-    """A server that has train-clean-5 as OpenSLR packs it; yields what a preparation of it needs."""
+    """A server that has train-clean-5 as OpenSLR packs it; the value is the options to prepare it."""
     write_librispeech(tmp_path / "src/LibriSpeech", {"train-clean-5": "19 26 32"})
     with tarfile.open(tmp_path / "x.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "src/LibriSpeech", "LibriSpeech")
@@ -173,13 +173,13 @@ def test_a_broken_download_goes_on(tmp_path: Path, served: Dict) -> None:
         prepare_librispeech(tmp_path / "data", **served)
     assert not (tmp_path / "data").exists()
     assert [p.name for p in served["downloads"].iterdir()] == ["train-clean-5.tar.gz.part"]
-    # A kill while unpacking leaves this; it must not be taken for the part.
+    # A kill during unpacking leaves this directory, which must not be taken for the part.
     (served["downloads"] / "LibriSpeech/.train-clean-5.partial/LibriSpeech/train-clean-5/19").mkdir(parents=True)
     assert prepare_librispeech(tmp_path / "data", **served) == {"train": 8, "test": 4}
     assert Server.ranges == [f"bytes={half}-"]
     assert sorted(p.name for p in served["downloads"].iterdir()) == ["LibriSpeech", "train-clean-5.tar.gz"]
     assert [p.name for p in (served["downloads"] / "LibriSpeech").iterdir()] == ["train-clean-5"]
-    # Now it is there, network or not.
+    # Now the part is there, and no network is needed.
     Server.content = b""
     assert prepare_librispeech(tmp_path / "data", **served) == {"train": 8, "test": 4}
 

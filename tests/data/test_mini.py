@@ -1,4 +1,4 @@
-"""The embedded corpus: the same bytes for the same settings, and voices that test never shares."""
+"""The embedded corpus: the same settings give the same bytes, and test has voices of its own."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_same_bytes_whatever_nj(tmp_path: Path, engine: None) -> None:
 
 
 def test_order_and_size_do_not_matter(engine: None) -> None:
-    """Whatever was spoken before, and however large train is, a test utterance stays the same."""
+    """A test utterance does not depend on the utterances spoken before it, nor on the size of train."""
     settings = mini.Settings(0, "en", 5, 20, 0.5)
     small = mini.plan(settings, {"train": 5, "valid": 3, "test": 6}, Path("x"))
     large = mini.plan(settings, {"train": 50, "valid": 3, "test": 6}, Path("x"))
@@ -100,7 +100,7 @@ def test_a_disk_that_is_full(tmp_path: Path, engine: None) -> None:
     )  # fmt: skip
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
     assert f"error: {tmp_path / 'data'}: File too large, and give the same command again" in done.stderr
-    # The audio of the old data dirs is gone, and so is what says where it lies.
+    # The audio of the old data dirs is gone, so the wav.scp files that name it must be gone as well.
     assert not list(tmp_path.glob("data/*/wav.scp")) and not list(tmp_path.rglob("*.wav"))
 
 
@@ -117,7 +117,7 @@ def test_noise_has_the_asked_level(engine: None, monkeypatch: pytest.MonkeyPatch
         noise = noisy - clean * (noisy @ clean) / (clean @ clean)
         return 10 * np.log10((clean @ clean) / (noise @ noise) * (noisy @ clean) ** 2 / (clean @ clean) ** 2)
 
-    # The speech's own level is measured before silence is put around it: a little less than asked.
+    # The level of speech is measured before silence is added around it, so the result is a little below the given SNR.
     assert snr_of(20) == pytest.approx(20, abs=2.5) and snr_of(5) == pytest.approx(5, abs=2.5)
 
 

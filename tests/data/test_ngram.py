@@ -1,4 +1,4 @@
-"""An n-gram model over tokens: probabilities that sum to one, read by KenLM as beam search reads it."""
+"""A token n-gram model: its probabilities sum to one, as KenLM reads it for beam search."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def made(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 
 @pytest.mark.parametrize("made", [2, 3, 6], indirect=True)
 def test_probabilities_sum_to_one(made: Path) -> None:
-    """After every history, seen or not, by KenLM's own reading."""
+    """Probabilities sum to one after every history, seen or not, as KenLM reads the model."""
     from espnet_kd.decode.beam import load_ngram
 
     tokens = (made / "tokens/tokens.txt").read_text().split("\n")[1:-2]  # without blank and <sos/eos>

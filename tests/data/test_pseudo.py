@@ -1,4 +1,4 @@
-"""Transcripts of other recognisers: what is kept of them, and why not."""
+"""Transcripts of other recognisers: which are kept, and why the others are not."""
 
 import json
 import math
@@ -40,7 +40,7 @@ def test_distance(a, b, wanted):
         (Label(" ... "), Limits(), "empty"),
         (Label("a 5"), Limits(), "character 5"),
         (Label("a bad", 0.4), Limits(min_confidence=0.5), "confidence"),
-        (Label("a bad"), Limits(min_confidence=0.5), "confidence"),  # not known is not enough
+        (Label("a bad"), Limits(min_confidence=0.5), "confidence"),  # an unknown confidence is not enough
         (Label("a bad", 0.6), Limits(min_confidence=0.5), ""),
         (Label("a bad a bad a bad a bad"), Limits(), "repetition"),
         (Label("a bad a bad a bad a bad"), Limits(max_repeats=None), ""),
@@ -124,7 +124,7 @@ def test_the_characters_and_tokens_of_a_bpe_student(tmp_path, data):
     with pytest.raises(UserError, match="--token_list.*--token_type bpe"):
         asr_kd_pseudo.main([*command, "--token_list", str(tokens)])
     asr_kd_pseudo.main([*command, "--token_list", str(tokens), "--token_type", "bpe"])
-    assert (tmp_path / "out/text").read_text() == "u0 A BAD CAB\n"  # E is in none of its pieces
+    assert (tmp_path / "out/text").read_text() == "u0 A BAD CAB\n"  # no piece has an E
     pieces = tokens.read_text(encoding="utf-8").splitlines()
     [(_, ids)] = read_nbest(tmp_path / "out/nbest", pieces)["u0"]
     assert "".join(pieces[i] for i in ids).replace("\u2581", " ").strip() == "A BAD CAB"
@@ -145,7 +145,7 @@ def test_a_teacher_makes_and_checks_transcripts(tmp_path, data):
     command = ["--data_dir", str(data), "--teacher", str(exp), "--ctc_teacher", str(exp), "--max_rate", "-1"]
     asr_kd_pseudo.main([*command, "--max_repeats", "-1", "--out", str(tmp_path / "out")])
     rows = [line.split("\t") for line in (tmp_path / "out/pseudo.tsv").read_text().splitlines()[1:]]
-    assert {r[5] for r in rows if r[1] == "1"} == {"0.000"}  # it agrees with itself
+    assert {r[5] for r in rows if r[1] == "1"} == {"0.000"}  # the teacher agrees with itself
 
 
 def test_mistakes_of_a_user(tmp_path, data):
@@ -162,7 +162,7 @@ def test_mistakes_of_a_user(tmp_path, data):
 
 
 def test_whispers_output_in_the_form_that_is_read(tmp_path, data, monkeypatch):
-    """egs2/foundation's script for faster-whisper, with a stand-in for that package."""
+    """The script of egs2/foundation for faster-whisper runs with a stand-in for that package."""
     signs = {"no_speech_prob": 0.2, "compression_ratio": 1.0}
     segment = SimpleNamespace(text=" A bad", tokens=[1, 2, 3], avg_logprob=-0.1, **signs)
     other = SimpleNamespace(text=" cab.", tokens=[4], avg_logprob=-0.5, **signs)

@@ -1,5 +1,5 @@
-"""Sample values: what is no number, of another scale, damaged or cut is refused by name wherever audio is taken; what
-is whole is kept bit by bit."""
+"""Sample values: audio with NaN, of another scale, damaged or cut is refused by name wherever it is read; whole audio
+is kept bit by bit."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from espnet_kd.data.formatting import format_data
 FS = 16000
 NOISE = 0.1 * np.random.default_rng(0).standard_normal(FS)
 WHOLE = np.round(NOISE * 32768).astype("<i2")
-WHOLE[FS // 2 : FS // 2 + 5] = [32767, -32768, 32766, -32767, 20001]  # where a scale of 32767 would show
+WHOLE[FS // 2 : FS // 2 + 5] = [32767, -32768, 32766, -32767, 20001]  # values where a scale of 32767 would show
 
 
 def with_value(value: float) -> np.ndarray:
@@ -48,7 +48,7 @@ def riff(size: int, content: bytes) -> bytes:
     return b"RIFF" + sizes[0] + b"WAVEfmt " + form + b"data" + sizes[1] + content
 
 
-# The suffix, the file, and what the message says of it.
+# The suffix, the content of the file, and the message about it.
 FAULTY: Dict[str, Tuple[str, bytes, str]] = {
     "NaN": ("wav", as_bytes(with_value(np.nan)), r"sample 8000 \(0.500 s\) is no number"),
     "infinite": ("wav", as_bytes(with_value(-np.inf)), r"sample 8000 .* is no number"),
@@ -132,8 +132,8 @@ def test_faulty_samples_are_refused_by_name(taker: str, kind: str, tmp_path: Pat
     "content",
     [
         riff(2 * FS, WHOLE.tobytes()),
-        riff(0x7FFFF000, WHOLE.tobytes()),  # SoX, to a pipe
-        riff(0xFFFFFFFF, WHOLE.tobytes()),  # ffmpeg
+        riff(0x7FFFF000, WHOLE.tobytes()),  # as SoX writes to a pipe
+        riff(0xFFFFFFFF, WHOLE.tobytes()),  # as ffmpeg writes to a pipe
         as_bytes(WHOLE, "FLAC", "PCM_16"),
     ],
     ids=["WAV", "SoX's", "ffmpeg's", "FLAC"],
@@ -145,7 +145,7 @@ def test_16_bit_samples_stay_as_they_are(taker: str, content: bytes, tmp_path: P
 
 
 def test_an_utterance_in_the_middle_of_an_ark(tmp_path: Path) -> None:
-    """Its end is where its own header says, not where the file ends."""
+    """The utterance ends where its own header says, not where the file ends."""
     for form in ("wav", "flac"):
         write = {"write_function": "soundfile", "write_kwargs": {"format": form, "subtype": None}}
         root = tmp_path / form
@@ -159,7 +159,7 @@ def test_an_utterance_in_the_middle_of_an_ark(tmp_path: Path) -> None:
 
 
 def test_a_little_beyond_full_scale_is_clipped_everywhere(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """In the unchanged copy as well, and it is counted."""
+    """The copy at speed 1.0 is clipped as well, and the utterances are counted."""
     out = take_file(as_bytes(with_value(1.5)), "wav", tmp_path, "--speed_factors", "0.9", "1.0")
     assert "1 of 1 utterances have samples beyond full scale, and are clipped" in caplog.text
     for utt in read_data_dir(out):

@@ -1,4 +1,4 @@
-"""Stages 1 to 4 on data dirs with one fault each: a right count, or one message that names it."""
+"""Stages 1 to 4 on data dirs with one fault each give the right count, or one message that names the fault."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ CONFIG = {
 
 
 class Place(NamedTuple):
-    """Where a fault is made: a data dir, and one of its utterances."""
+    """The place of a fault: a data dir, and one of its utterances."""
 
     data_dir: Path
     utt_id: str
@@ -74,14 +74,14 @@ def damaged(content: bytes) -> bytes:
 
 
 def segments(p: Place, line: str) -> None:
-    """Recordings of the same names, an utterance in each, one of them with this line."""
+    """Write segments with one utterance in each recording; the utterance of ``p`` gets ``line``."""
     names = list(read_map(p.data_dir / "wav.scp"))
     rows = [f"{u} {u} {line if u == p.utt_id else '0.0 0.9'}\n" for u in names]
     (p.data_dir / "segments").write_text("".join(rows))
 
 
 def move(p: Place, name: str) -> None:
-    """The audio is elsewhere."""
+    """Rename the audio file, also in wav.scp."""
     p.audio.rename(p.data_dir / name)
     p.line("wav.scp", lambda x: f"{p.utt_id} {p.data_dir / name}\n")
 
@@ -90,7 +90,7 @@ def pipe(p: Place, command: str) -> None:
     p.line("wav.scp", lambda x: f"{p.utt_id} {command.format(p.audio)} |\n")
 
 
-# What makes each, and the number of utterances that are dropped; None: it has to be refused.
+# For each fault: what makes it, and the number of utterances that are dropped (None: the data must be refused).
 FAULTS: Dict[str, tuple] = {
     "none": (lambda p: None, 0),
     "U+3000 in a text": (lambda p: p.text("A\u3000B"), 0),
@@ -172,7 +172,7 @@ def make(root: Path) -> None:
 
 
 def run_stages(root: Path, token_type: str) -> Dict[str, int]:
-    """What run.sh does in its stages 1 to 4; the number of utterances in the statistics of each set."""
+    """Run stages 1 to 4 as run.sh does; return the number of utterances in the statistics of each set."""
     raw, tokens, stats = root / "dump/raw", str(root / "tokens/tokens.txt"), root / "stats"
     asr_kd_data.main(["espnet", "--espnet_data", str(root), "--sets", "train", "valid", "--out", str(root / "taken")])
     options: List[str] = ["--token_list", tokens, "--token_type", token_type]
@@ -209,7 +209,7 @@ def test_stages_1_to_4(tmp_path: Path, token_type: str, record_property, caplog:
     seen = set()
 
     def stages(fault: str, name: str, i: int) -> None:
-        root = tmp_path / "recipe"  # always here: wav.scp names it
+        root = tmp_path / "recipe"  # always here, because wav.scp has absolute paths
         shutil.rmtree(root, ignore_errors=True)
         shutil.copytree(tmp_path / "whole", root)
         for scp in root.glob("data/*/wav.scp"):
@@ -218,9 +218,9 @@ def test_stages_1_to_4(tmp_path: Path, token_type: str, record_property, caplog:
         do, dropped = FAULTS[fault]
         place = Place(root / "data" / name, f"s-{i}")
         do(place)
-        if (fault, name) == ("<unk>", "valid"):  # the token is there only where the training text has it
+        if (fault, name) == ("<unk>", "valid"):  # <unk> is a token only if the training text has it
             dropped = None
-        if (fault, name) == ("no file text", "valid"):  # a set without transcripts; tokens are made of train's
+        if (fault, name) == ("no file text", "valid"):  # a set may have no transcripts; the tokens come from train
             dropped = 0
         seen.add(fault)
         caplog.clear()

@@ -1,4 +1,4 @@
-"""TED-LIUM 2: STM lines to segments and words, as ESPnet's recipe has them."""
+"""TED-LIUM 2: STM lines become segments and words, as in ESPnet's recipe."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from espnet_kd.data.validation import validate
     [
         ("it 's what you 'd say", "it's what you'd say"),
         ("don 't", "don't"),
-        ("we 'd 've gone", "we'd 've gone"),  # ESPnet's join_suffix.py joins pairs
+        ("we 'd 've gone", "we'd 've gone"),  # ESPnet's join_suffix.py joins only pairs
         ("'cause it is", "'cause it is"),
         ("<s> the(2) cat <sil> sat </s>", "the cat sat"),
         ("the cat sat (AlGore_2009-12)", "the cat sat"),
@@ -103,7 +103,7 @@ def test_the_real_layout_is_cut(tmp_path: Path, caplog: pytest.LogCaptureFixture
         assert [u.audio for u in utts] == [str(root / theirs / "sph" / f"{x[0]}.sph") for x in spoken]
         assert not any(mark in u.text for u in utts for mark in ("<", "(", " '", "ignore"))
         validate(out / name)
-        # Stage 2 cuts: every piece has the samples that the STM gives it, and they are the talk's.
+        # Stage 2 cuts pieces that have the length given by the STM and the samples of the talk.
         number = format_data(out / name, tmp_path / "dump" / name)
         assert number == len(utts)
         total = 0

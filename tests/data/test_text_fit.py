@@ -1,4 +1,4 @@
-"""Transcripts in a teacher's characters."""
+"""Transcripts are rewritten with a teacher's characters."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ UPPER = ["<blank>", "<unk>", "<space>", *"ABCDEÉ'", "<sos/eos>"]
     [
         ("a bad cab", UPPER, "A BAD CAB"),
         ("A BAD CAB", [t.lower() for t in UPPER], "a bad cab"),
-        ("A bad cab", [*UPPER, "a"], "A bad cab"),  # tokens of both cases: the text's own
+        ("A bad cab", [*UPPER, "a"], "A bad cab"),  # with tokens of both cases, the text's case stays
         ("abe\u2019s dad", UPPER, "ABE'S DAD"),
         ("a, b; (c).", UPPER, "A B C"),
         ("a-b\u2014c", UPPER, "A B C"),
@@ -25,7 +25,7 @@ UPPER = ["<blank>", "<unk>", "<space>", *"ABCDEÉ'", "<sos/eos>"]
         ("b\u00e9b\u00e9", UPPER, "BÉBÉ"),
         ("\u5317\u4eac", ["<blank>", "<unk>", "\u5317", "\u4eac", "<sos/eos>"], "\u5317\u4eac"),  # letters without case
         ("", UPPER, ""),
-        ("a 5", UPPER, "A 5"),  # what cannot be fitted stays, and is refused below
+        ("a 5", UPPER, "A 5"),  # a character that does not fit stays, and is refused below
     ],
 )
 def test_rule(text, tokens, fitted):
@@ -67,7 +67,7 @@ def test_rules_rewrite_a_text_in_turn(tmp_path):
     (tmp_path / "rules.tsv").write_text(RULES)
     rules = read_rules(tmp_path / "rules.tsv")
     assert rewrite("A-B5, the 3rd OJT55.", rules) == "A- B five , the third O J T five five ."
-    assert rewrite("a muhb 33rd", rules) == "a b 33rd"  # nothing in its place: nothing is parted
+    assert rewrite("a muhb 33rd", rules) == "a b 33rd"  # an empty replacement adds no blanks
     assert rewrite("a  b", ()) == "a  b"
 
 

@@ -1,4 +1,4 @@
-"""Token lists in ESPnet's form."""
+"""Token lists in ESPnet's format."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def write_text(path: Path, *texts: str) -> Path:
 def test_characters_by_frequency(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text", "AB AB AB", "A'B C", "A")
     path = make_token_list([text], tmp_path / "char")
-    # A 5, B and the blank 4 resp. 3, then ties by code point.
+    # A occurs 5 times, B 4, the blank 3; equal counts are sorted by code point.
     assert path.read_text().split("\n") == ["<blank>", "<unk>", "A", "B", "<space>", "'", "C", "<sos/eos>", ""]
 
 
@@ -69,7 +69,7 @@ def test_bpe(tmp_path: Path) -> None:
     for text in texts:
         pieces = model.encode(text, out_type=str)
         assert set(pieces) <= set(tokens) and model.decode(pieces) == text
-    # Made again from the same texts: the same list.
+    # The same texts give the same list again.
     again = make_token_list([tmp_path / "text"], tmp_path / "bpe2", "bpe", 24)
     assert again.read_bytes() == path.read_bytes()
 
@@ -99,7 +99,7 @@ def test_mistakes_are_named(tmp_path: Path) -> None:
 
 
 def write_teacher(directory: Path, **config) -> Path:
-    """An experiment as far as stage 3 looks at it."""
+    """An experiment with only those files that stage 3 reads."""
     directory.mkdir(parents=True, exist_ok=True)
     (directory / "config.yaml").write_text(yaml.safe_dump(config), encoding="utf-8")
     (directory / "latest.pth").touch()
@@ -119,7 +119,7 @@ def test_a_teachers_characters(tmp_path: Path) -> None:
     before = path.stat().st_mtime_ns
     take(teacher / "latest.pth", tmp_path / "out")
     assert path.stat().st_mtime_ns == before
-    # The same list as a file, named as from the directory that the teacher was trained in.
+    # A list in a file, whose path starts from the directory where the teacher was trained.
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "list.txt").write_text("\n".join([*tokens[:3], "B", tokens[-1], ""]))
     write_teacher(teacher, token_type="char", token_list="data/list.txt")
@@ -166,14 +166,14 @@ def test_another_token_type_than_the_teachers(bpe: Path, tmp_path: Path) -> None
         take(teacher, tmp_path / "out", "char")
 
 
-# ---- texts as ESPnet cuts them ----
+# ---- texts tokenized as ESPnet does ----
 
 UNKNOWN_WORD = ["A <unk> B", "<unk>", "AB <unk> <unk> BA", "A<unk>"]
 
 
 @pytest.mark.parametrize("token_type", ["char", "bpe"])
 def test_an_unknown_word_is_one_token(tmp_path: Path, token_type: str) -> None:
-    """As ESPnet itself cuts it, with what stage 3 leaves; none of the letters of <unk> is a token."""
+    """ESPnet gives the same tokens with the files of stage 3; no letter of <unk> is a token."""
     import espnet_kd.offline  # noqa: F401, I001  (before espnet2.text)
     from espnet2.text.build_tokenizer import build_tokenizer
 
@@ -202,7 +202,7 @@ def test_names_of_special_tokens_in_a_text(tmp_path: Path, name: str, token_type
 
 
 def test_a_model_that_spells_an_unknown_word(tmp_path: Path) -> None:
-    """A list from elsewhere, as of an ESPnet teacher on TED-LIUM 2."""
+    """Such a token list comes from elsewhere, as that of an ESPnet teacher on TED-LIUM 2."""
     make_token_list([write_text(tmp_path / "t", "AB BA unk", "unk")], tmp_path / "out", "bpe", 9)
     data = write_data(tmp_path, ["AB <unk>"])
     with pytest.raises(UserError, match="text:1: utterance 'u0': the text has <unk>.* spelled letter by letter"):
@@ -222,7 +222,7 @@ def write_data(root: Path, texts: list) -> list:
     ids=["composed", "decomposed", "full width", "ligature", "U+3000", "tab"],
 )
 def test_a_bpe_model_is_asked(tmp_path: Path, text: str) -> None:
-    """Its normalisation decides what it covers, and not the characters of its pieces."""
+    """The model's normalisation decides what it covers, not the characters of its pieces."""
     words = "\u00fcber UBER office"
     make_token_list([write_text(tmp_path / "t", words, f"{words} {words}")], tmp_path / "out", "bpe", 16)
     options = ["--token_list", f"{tmp_path}/out/tokens.txt", "--token_type", "bpe"]
@@ -257,7 +257,7 @@ def test_symbols_that_stay_whole(tmp_path: Path, token_type: str) -> None:
 
 @pytest.mark.parametrize("more", [True, False])
 def test_a_bpe_model_of_another_size(bpe: Path, tmp_path: Path, more: bool) -> None:
-    """Taken from a teacher, and used for a check: pieces that are no tokens would become <unk>."""
+    """Pieces that are no tokens would become <unk>, so the model is refused from a teacher and for a check."""
     config = bpe / "exp/teacher/config.yaml"
     content = yaml.safe_load(config.read_text())
     at = content["token_list"].index("<sos/eos>") - 6
@@ -277,7 +277,7 @@ def test_a_bpe_model_of_another_size(bpe: Path, tmp_path: Path, more: bool) -> N
 
 
 def test_a_teachers_symbols_and_cleaner(tmp_path: Path) -> None:
-    """The student's texts are cut as the teacher's were."""
+    """The student's texts are tokenized as the teacher's were."""
     import espnet_kd.offline  # noqa: F401, I001  (before espnet2.text)
     from espnet2.text.build_tokenizer import build_tokenizer
     from espnet2.text.cleaner import TextCleaner
@@ -298,7 +298,7 @@ def test_a_teachers_symbols_and_cleaner(tmp_path: Path) -> None:
     assert TokenList(taken).split(text) == want.text2tokens(TextCleaner("tacotron")(text))
     options = ["--token_list", str(taken)]
     asr_kd_data.main(["validate", *write_data(tmp_path, ["[NOISE] good luck"[8:], "Mr. Smith had 20 cats"]), *options])
-    # Another teacher without them in the same place: they go.
+    # Another teacher without symbols and cleaner, in the same place: the two files are removed.
     write_teacher(teacher, token_type="char", token_list=tokens)
     take(teacher, tmp_path / "out")
     assert not (tmp_path / "out/nlsyms.txt").exists() and not (tmp_path / "out/cleaner").exists()

@@ -1,4 +1,4 @@
-"""What a data dir of somebody else's can do: commands in its wav.scp."""
+"""Data dirs from somebody else: commands in wav.scp run only when an ESPnet dump is converted."""
 
 import pytest
 import tiny_espnet
@@ -30,4 +30,4 @@ def test_commands_are_run_where_a_dump_is_converted(tmp_path):
 
     assert _run("s1-u1", f"touch {tmp_path}/ran |", tmp_path).read() == b""
     assert (tmp_path / "ran").exists()
-    assert tiny_espnet  # the conversion itself: test_espnet_dump.py, whose dumps have such commands
+    assert tiny_espnet  # test_espnet_dump.py converts dumps with such commands

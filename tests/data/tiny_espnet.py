@@ -1,4 +1,4 @@
-"""An imitation of what ESPnet's asr.sh leaves in a recipe directory, with audio of every kind that it writes."""
+"""An imitation of the files that ESPnet's asr.sh leaves in a recipe directory, with audio of every kind."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ KINDS = ("flac", "wav.ark", "flac.ark", "kaldi_ark", "segments", "pipe")
 
 
 def samples(i: int, seconds: float) -> np.ndarray:
-    """What utterance i says, as 16-bit integers (N,), some of them large: a wrong scale then changes them."""
+    """The audio of utterance i, as 16-bit integers (N,), some of them so large that a wrong scale would change them."""
     return np.round(tiny_asr.audio(seconds, i) * 2.5 * 32768).clip(-32768, 32767).astype(np.int16)
 
 
 def add_set(recipe: Path, name: str, kind: str, seconds: list) -> dict:
     """Add a data dir of one kind of audio to an ESPnet recipe directory; return {utterance: samples}.
 
-    Paths count from ``recipe``, as asr.sh writes them. Pipes and segments stand in ``data``, the rest in ``dump/raw``.
+    Paths start from ``recipe``, as asr.sh writes them. Pipes and segments are in ``data``, the others in ``dump/raw``.
     """
     waves = {f"{name}-{i}": samples(i, s) for i, s in enumerate(seconds)}
     data_dir = recipe / ("data" if kind in ("segments", "pipe") else "dump/raw") / name
@@ -39,7 +39,7 @@ def add_set(recipe: Path, name: str, kind: str, seconds: list) -> dict:
         for utt_id, x in waves.items():
             soundfile.write(audio / f"{utt_id}.flac", x, 16000)
     elif kind.endswith("ark"):
-        # As asr.sh's format_wav_scp.py does; "kaldi_ark": Kaldi's own plain form, without a header of its own.
+        # Arks are written as by asr.sh's format_wav_scp.py; "kaldi_ark" is Kaldi's plain form without an extra header.
         how = {"write_function": "soundfile", "write_kwargs": {"format": kind.split(".")[0], "subtype": None}}
         with open(audio / "data_wav.ark", "wb") as ark, open(data_dir / "wav.scp", "w") as scp:
             for utt_id, x in waves.items():

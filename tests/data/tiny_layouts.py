@@ -1,4 +1,4 @@
-"""Corpora in miniature, written on the spot in their original layouts, with noise for speech."""
+"""Miniature corpora in their original layouts, with noise for speech; each test writes its own."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ PARTS = {"train-clean-100": "19 26 118", "dev-clean": "84", "test-clean": "61 10
 
 
 def needs_layout(name: str):
-    """Skip a test where the real utterances are not at hand."""
+    """Skip a test if the real utterances are not available."""
     return pytest.mark.skipif(not (LAYOUTS / name).is_dir(), reason=f"no {name} in {LAYOUTS} (ESPNET_KD_TEST_CORPORA)")
 
 

@@ -1,4 +1,4 @@
-"""N-best of CTC: as an enumeration of all alignments says, from log-probabilities and from audio, to a file."""
+"""N-best lists of CTC equal an enumeration of all alignments, from log-probabilities and from audio to a file."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ def ctc_nbest(log_probs, lengths, **options):
 
 
 def enumerate_texts(log_probs, blank_id=0, drop=()):
-    """Log-probability of every text of (T, V), by going through all V^T alignments; likeliest first."""
+    """Log-probability of every text of (T, V), by an enumeration of all V^T alignments; likeliest first."""
     probs = log_probs.double().exp().tolist()
     total = defaultdict(float)
     for path in itertools.product(range(len(probs[0])), repeat=len(probs)):
@@ -100,7 +100,7 @@ def test_peaky_posteriors_give_the_greedy_text_first():
     for hypotheses, (_, best_path) in zip(found, greedy):
         scores = [s for s, _ in hypotheses]
         assert len(scores) == 5 and scores == sorted(scores, reverse=True)
-        assert best_path <= scores[0] <= 0  # other alignments are added to the best
+        assert best_path <= scores[0] <= 0  # a text also has the probability of other alignments
         assert scores[1] < scores[0] - 3
 
 
@@ -137,7 +137,7 @@ def expdir(tmp_path_factory):
     conf = tiny_asr.config()
     model = tiny_asr.build(conf, sharpen=20.0)
     with torch.no_grad():
-        model.ctc.ctc_lo.bias[-1] = 12.0  # <sos/eos> is likely here: it must be dropped
+        model.ctc.ctc_lo.bias[-1] = 12.0  # <sos/eos> is likely here, and must be dropped
     return tiny_asr.save(model, conf, tmp_path_factory.mktemp("teacher"))
 
 
@@ -159,7 +159,7 @@ def options(expdir, dirs, output, *more):
 
 def test_command_writes_the_nbest_of_all_data_dirs(tmp_path, expdir, dirs, waves):
     output = tmp_path / "new" / "nbest"
-    # Small batches, side by side; the same option twice is as good as two values.
+    # Small batches in two processes; an option given twice counts like one option with two values.
     more = ["--beam_size", "50", "--batch_seconds", "1.5", "--nj", "2", "--data_dir", dirs[1]]
     asr_kd_nbest.main(options(expdir, dirs[:1], output, *more))
     found = read_nbest(output, tiny_asr.TOKENS)
@@ -210,7 +210,7 @@ def test_finished_file_is_kept_until_something_changes(tmp_path, expdir, dirs):
 
 
 def test_nbest_in_the_tokens_of_a_student_with_another_list(tmp_path, expdir, dirs, caplog):
-    """By their text: a teacher of characters, a student of pieces."""
+    """The teacher has characters and the student has pieces, so the N-best texts are tokenized again."""
     caplog.set_level("INFO")
     asr_kd_nbest.main(options(expdir, dirs, tmp_path / "theirs"))
     theirs = read_nbest(tmp_path / "theirs", tiny_asr.TOKENS)
@@ -229,7 +229,7 @@ def test_nbest_in_the_tokens_of_a_student_with_another_list(tmp_path, expdir, di
     for utt_id, hypotheses in mine.items():
         best = " ".join(text[utt_id].replace("<unk>", "").split())
         assert model.decode_pieces([pieces[i] for i in hypotheses[0][1]]) == best
-    assert not (tmp_path / "mine.log_prior.npy").exists()  # that of other tokens
+    assert not (tmp_path / "mine.log_prior.npy").exists()  # a prior of the teacher's tokens would not fit
     before = (tmp_path / "mine").stat().st_mtime_ns
     asr_kd_nbest.main(options(expdir, dirs, tmp_path / "mine", *more))
     assert (tmp_path / "mine").stat().st_mtime_ns == before
@@ -299,7 +299,7 @@ def ngram_score(ids, names, unigrams, bigrams):
 
 @pytest.mark.parametrize("weight", [0.0, 0.7, 2.0])
 def test_ngram_scores_are_added_to_those_of_ctc(tmp_path, weight):
-    # Names in an order that neither the alphabet nor a hash gives: each token must get its own score.
+    # The names are in no alphabetical or hashed order, so that a wrong mapping of tokens to scores is found.
     names, unigrams = ["<blank>", "q", "b", "x", "<sos/eos>"], {"x": -1.0, "q": -2.0, "b": -3.0, "</s>": -1.5}
     bigrams = {("<s>", "b"): -0.2, ("b", "b"): -3.0, ("x", "q"): -0.1, ("q", "</s>"): -0.4}
     log_probs = posteriors(2, 4, 5, seed=5)

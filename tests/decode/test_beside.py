@@ -1,4 +1,4 @@
-"""Beam search in processes beside the model: what the search in one process gives, while the model runs on."""
+"""Beam search in processes beside the model gives the results of one process, while the model runs on."""
 
 import argparse
 import os
@@ -34,7 +34,7 @@ def test_equals_the_search_in_one_process(beside, utterances):
     log_probs = posteriors(utterances, 9, 6, seed=utterances)
     lengths = torch.tensor([9, 0, 4, 9, 1][:utterances])
     for row, n in zip(log_probs, lengths):
-        row[n:] = torch.nan  # padding is not looked at
+        row[n:] = torch.nan  # padding must not be read
     here = BeamSearch(TOKENS, beam_size_token=3, **OPTIONS)
     assert beside(log_probs, lengths) == here(log_probs, lengths)
 
@@ -67,13 +67,13 @@ def test_a_process_that_died_is_told_of():
     (process,) = beside._pool._processes.values()
     os.kill(process.pid, signal.SIGKILL)
     with pytest.raises(UserError, match="--nj"):
-        for _ in range(50):  # until the pool has noticed
+        for _ in range(50):  # until the pool notices it
             beside(posteriors(1, 3, 6), torch.tensor([3]))
             time.sleep(0.1)
 
 
 class Slow:
-    """Notes when a batch is begun, and when its result is asked for."""
+    """A stand-in that logs when a batch is begun and when its result is asked for."""
 
     def __init__(self, ahead):
         self.ahead, self.log = ahead, []
@@ -110,7 +110,7 @@ def test_on_a_gpu_jobs_are_for_the_search(monkeypatch):
 
 @pytest.fixture
 def stand_in(monkeypatch):
-    """A CPU that is taken for a GPU; torchaudio's CUDA decoder, which can end the process, must not be asked."""
+    """A CPU in place of a GPU. torchaudio's CUDA decoder must not be called, because it can end the process."""
 
     def choose(args):
         args.nj, args.search_jobs = 1, args.nj if args.ngpu else 0

@@ -1,4 +1,4 @@
-"""Intervals over utterances, and over seeds and utterances."""
+"""Bootstrap intervals over utterances, and over seeds and utterances."""
 
 import numpy as np
 import pytest
@@ -16,13 +16,13 @@ def test_a_single_seed_is_the_bootstrap_over_utterances():
 
 
 def test_the_spread_of_seeds_counts():
-    """Two seeds whose utterances are all alike: an interval over utterances would have no width."""
+    """Within each seed all utterances are alike, so that an interval over utterances alone would have no width."""
     value, low, high, p = bootstrap_seeds(np.repeat([[0], [2]], 40, axis=1), LENGTHS)
     assert (value, low, high) == (10.0, 0.0, 20.0) and p == pytest.approx(1.0, abs=0.1)
 
 
 def test_the_spread_of_utterances_counts_as_often_as_there_are_utterances():
-    """Two seeds with equal counts are no more evidence than one, as they err on the same utterances."""
+    """Two seeds with equal counts are no more evidence than one, because they err on the same utterances."""
     errors = np.random.default_rng(0).integers(0, 5, 40)
     one, two = bootstrap_seeds(errors[None], LENGTHS), bootstrap_seeds(np.stack([errors, errors]), LENGTHS)
     assert two == pytest.approx(one)
@@ -47,7 +47,7 @@ def test_the_variance_of_a_mean_over_few_seeds_is_not_too_small(num_seeds):
     rng = np.random.default_rng(0)
     seeds = rng.normal(0.0, 1.0, num_seeds)
     _, low, high, _ = bootstrap_seeds(np.repeat(seeds[:, None], 40, axis=1), LENGTHS, resamples=20000, level=0.68)
-    error = 10 * seeds.std(ddof=1) / np.sqrt(num_seeds)  # of the mean; an error in ten units is 10 %
+    error = 10 * seeds.std(ddof=1) / np.sqrt(num_seeds)  # standard error of the mean; 1 error in 10 words is 10 %
     assert 1.5 * error < high - low < 3.2 * error
 
 
@@ -76,7 +76,7 @@ def test_interval_agrees_with_the_binomial_one():
     half = 196 * np.sqrt(errors.mean() * (1 - errors.mean()) / 1000)
     assert (high - low) / 2 == pytest.approx(half, rel=0.08)
     assert (low + high) / 2 == pytest.approx(100 * errors.mean(), abs=0.3)
-    assert (low, high) == bootstrap_interval(errors, np.ones(1000, int))  # seeded
+    assert (low, high) == bootstrap_interval(errors, np.ones(1000, int))  # the seed is fixed
     assert (low, high) != bootstrap_interval(errors, np.ones(1000, int), seed=1)
 
 

@@ -1,4 +1,4 @@
-"""What of a teacher survives on the frames of a slower student."""
+"""How much of a teacher's text survives on the frames of a slower student."""
 
 import pytest
 import tiny_asr
@@ -36,9 +36,9 @@ def frames_of(shift):
     "script, shift, lost, aligned",
     [
         ("A---B---", 0.02, 0.0, 0.0),
-        ("A---B---", 0.04, 0.0, 0.0),  # a token each four frames: none is lost on frames of 40 ms
-        ("AB------", 0.04, 50.0, 50.0),  # both in one student frame: B is lost
-        ("A-A-B---", 0.04, 33.3, 0.0),  # the blank between is lost, and CTC merges what it parted; the truth has one A
+        ("A---B---", 0.04, 0.0, 0.0),  # one token in four frames: none is lost on frames of 40 ms
+        ("AB------", 0.04, 50.0, 50.0),  # both tokens are in one student frame, so B is lost
+        ("A-A-B---", 0.04, 33.3, 0.0),  # the blank between the A's is lost, so CTC merges them; the truth has one A
         ("A B-----", 0.08, 66.7, 50.0),
     ],
 )

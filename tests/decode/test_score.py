@@ -1,4 +1,4 @@
-"""Scoring against counts made by hand, and the bootstrap against what is known of it."""
+"""asr_kd_score: its error counts equal counts made by hand; its options and files."""
 
 import json
 
@@ -133,7 +133,7 @@ def test_without_transcripts_the_reference_is_what_an_experiment_recognised(tmp_
     found = json.loads((tmp_path / "student/decode_test/score.json").read_text())
     assert found["wer"]["err"] == 25.0 and found["testset"] == "test (reference: teacher)"
     assert not (tmp_path / "teacher/decode_test/score.json").exists()
-    (data / "text").write_text("u1 a b\nu2 c x\n")  # where there is a text, it counts
+    (data / "text").write_text("u1 a b\nu2 c x\n")  # a text of the data dir is preferred
     asr_kd_score.main([*command, "--reference_exp", both[0]])
     found = json.loads((tmp_path / "student/decode_test/score.json").read_text())
     assert found["wer"]["err"] == 0.0 and found["testset"] == "test"

@@ -33,7 +33,7 @@ def data(tmp_path_factory, waves):
 
 
 def decode(expdir, data, out, *more):
-    """Run the command; its text by utterance id."""
+    """Run the command; return its text by utterance id."""
     asr_kd_inference.main(["--expdir", str(expdir), "--data_dir", str(data), "--output_dir", str(out), *map(str, more)])
     return read(out / "1best_recog" / "text")
 
@@ -52,7 +52,7 @@ def test_nbest_is_written_in_the_layout_of_espnet(tmp_path, expdir, data, waves)
     for n in range(3):
         place = out / f"{n + 1}best_recog"
         assert {p.name for p in place.iterdir()} == set(FILES)
-        # As in ESPnet, an utterance that has fewer hypotheses is not there.
+        # As in ESPnet, an utterance with fewer hypotheses has no line here.
         ids = [u for u in waves if n < len(expected[u])]
         assert all(list(read(place / name)) == ids for name in FILES)
         for u in ids:
@@ -98,9 +98,9 @@ def test_ngram_model_has_its_say(tmp_path, expdir, data):
 
     forbidding = arpa(lambda c: -90 if c == present else -1)
     search = ["--beam_size", 10, "--ngram_file", forbidding]
-    assert present not in decode(expdir, data, tmp_path / "lm", *search)["a"]  # at ESPnet's weight
+    assert present not in decode(expdir, data, tmp_path / "lm", *search)["a"]  # with ESPnet's default weight
     assert decode(expdir, data, tmp_path / "zero", *search, "--ngram_weight", 0) == plain
-    # Another model under the same name: decoded again.
+    # With another model under the same name, the data dir is decoded again.
     before = read(tmp_path / "lm" / "1best_recog" / "score")
     arpa(lambda c: -1)
     decode(expdir, data, tmp_path / "lm", *search)
@@ -149,7 +149,7 @@ def test_attention_decoder_takes_part_through_stock_decoding(tmp_path, data, wav
     assert read(tmp_path / "out/1best_recog/text")["short"] == ""
     facts = json.loads((tmp_path / "out" / "decode.json").read_text())
     assert facts["ctc_weight"] == 0.3 and facts["params"] == sum(p.numel() for p in model.parameters())
-    # The same experiment with its CTC head alone is decoded here.
+    # With its CTC head alone, the same experiment is decoded by this package.
     greedy = Recogniser(*load_model(*find_experiment(expdir)), expdir)
     assert decode(expdir, data, tmp_path / "ctc")["a"] == greedy([waves["a"]])[0][0].text
 

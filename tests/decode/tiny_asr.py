@@ -14,7 +14,7 @@ TOKENS = ["<blank>", "<unk>", "<space>", *"abcdefghij", "<sos/eos>"]
 
 
 def config(encoder: str = "conformer", **encoder_conf) -> dict:
-    """What an ESPnet config.yaml of a small CTC model holds, as far as inference needs it."""
+    """Those entries of a small CTC model's config.yaml that inference needs."""
     layers = {"output_size": 16, "attention_heads": 2, "num_blocks": 2, "dropout_rate": 0.0}
     if encoder in ("conformer", "transformer"):
         layers["linear_units"] = 32
@@ -47,12 +47,12 @@ def build(conf: dict, seed: int = 0, sharpen: float = 30.0) -> torch.nn.Module:
     model = ASRTask.build_model(argparse.Namespace(**conf)).eval()
     with torch.no_grad():
         model.ctc.ctc_lo.weight.mul_(sharpen)
-        model.ctc.ctc_lo.bias[-1] = -1e4  # no trained model says <sos/eos> in CTC
+        model.ctc.ctc_lo.bias[-1] = -1e4  # a trained CTC model never gives <sos/eos>
     return model
 
 
 def save(model: torch.nn.Module, conf: dict, directory: Path, name: str = "valid.loss.ave.pth") -> Path:
-    """Write an experiment dir as ESPnet leaves it."""
+    """Write an experiment directory in ESPnet's layout."""
     directory.mkdir(parents=True, exist_ok=True)
     torch.save(model.state_dict(), directory / name)
     (directory / "config.yaml").write_text(yaml.safe_dump(conf), encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Serves the folder of a web export, and opens it in a headless Chromium that can reach nothing else."""
+"""Serve the folder of a web export, and open it in a headless Chromium that can reach no other host."""
 
 import http.server
 import json
@@ -14,7 +14,7 @@ DRIVER = Path(__file__).with_name("driver.html")
 
 
 class Pages(http.server.ThreadingHTTPServer):
-    """A static server of ``folder`` on this machine, of the driver and its audio; keeps what the driver sends."""
+    """A static server on this machine for ``folder``, the driver and its audio; it keeps the driver's results."""
 
     def __init__(self, folder, audio):
         self.folder, self.audio, self.results, self.asked = Path(folder), audio, {}, []
@@ -61,10 +61,10 @@ class Handler(http.server.SimpleHTTPRequestHandler):
 
 
 def open_page(folder, audio, scratch, *, microphone=None, seconds=180):
-    """Give the page each file of ``audio`` {name: bytes}; ``microphone``: a WAV file that is heard there.
+    """Give the page each file of ``audio`` {name: bytes}; ``microphone``: a WAV file, as the microphone's sound.
 
     Returns:
-        {name: "text\\nstate"}, what was asked of the server, and the URLs that the browser asked for anywhere else
+        {name: "text\\nstate"}, the paths requested from the server, and the URLs that the browser requested elsewhere
     """
     scratch, net = Path(scratch), Path(scratch) / "net.json"
     with Pages(folder, audio) as server:

@@ -1,4 +1,4 @@
-"""asr_kd_export: its formats, places, cards, and what the forms cost."""
+"""asr_kd_export: formats, output directories, model cards, and measurements of the exported forms."""
 
 import json
 
@@ -17,7 +17,7 @@ from espnet_kd.transcribe import Transcriber
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
 
-FORMATS = [f for f in asr_kd_export.FORMATS if f != "stream"]  # which another encoder has
+FORMATS = [f for f in asr_kd_export.FORMATS if f != "stream"]  # a stream needs another encoder
 
 
 @pytest.fixture
@@ -58,14 +58,14 @@ def test_all_formats_measured_and_described(recipe, tmp_path):
         assert "# student\n" in text and "- method: kl\n" in text and "to be filled in" in text
         for form in FORMATS:
             assert f"### {form}\n" in text and f"|{form}|test|" in text
-    # torch and ESPnet are not loaded for a graph
+    # torch and ESPnet are not loaded for a graph, which saves memory
     assert rows[1]["memory_bytes"] < 0.6 * rows[0]["memory_bytes"]
-    asr_kd_export.main([*command, "--card"])  # again, in place
+    asr_kd_export.main([*command, "--card"])  # the same folders are written again
     measured = ["--format", "onnx", "--quantize", "int8", "--measure", str(recipe / "dump/test")]
     asr_kd_export.main(["--expdir", str(experiment), *measured, "--output_dir", str(recipe / "int8")])
     shown = {(row["format"], row["quantize"]): row for row in json.loads((experiment / "exports.json").read_text())}
     assert set(shown) == {*((f, "none") for f in FORMATS), ("onnx", "int8")}
-    assert shown["espnet", "none"]["bytes"] >= rows[0]["bytes"]  # that export, not the experiment, with its card
+    assert shown["espnet", "none"]["bytes"] >= rows[0]["bytes"]  # of the export with its card, not of the experiment
     assert {p.name for p in (experiment / "export").iterdir()} <= set(FILES)
     asr_kd_report.main([str(recipe / "exp"), "--no_frames"])
     assert "## Exported forms" in (recipe / "exp/RESULTS.md").read_text()
@@ -73,7 +73,7 @@ def test_all_formats_measured_and_described(recipe, tmp_path):
 
 
 def test_what_a_card_says_runs(recipe, monkeypatch, capsys):
-    """The code for onnxruntime and for sherpa-onnx, beside the folders and a speech.wav."""
+    """The card's code for onnxruntime and for sherpa-onnx runs beside the folders and a speech.wav."""
     pytest.importorskip("sherpa_onnx", reason="sherpa-onnx is in the extra 'test'")
     experiment, wave = recipe / "exp/student", tiny_asr.audio(3.0, 4)
     asr_kd_export.main(["--expdir", str(experiment), "--format", "onnx", "sherpa", "--card"])

@@ -1,4 +1,4 @@
-"""tests/benchmarks/exports.py: what it prints of equal and of other students."""
+"""tests/benchmarks/exports.py: its output for equal and for different students."""
 
 import re
 import runpy
@@ -34,7 +34,7 @@ def test_forms_of_a_student_and_another_student(tmp_path, data_dir, capsys):
     found = rows(capsys.readouterr().out)
     assert list(found) == ["ESPnet", "onnx", "sherpa"] and found["ESPnet"]["CPU time / ESPnet's"] == "1.00"
     assert found["onnx"]["same text"] == "3 of 3" and float(found["onnx"]["largest difference"]) < 1e-4
-    # A random model notices that sherpa-onnx takes the mean out of the audio; its text is compared all the same.
+    # sherpa-onnx subtracts the mean of the audio, which changes a random model's text; the column is still filled.
     assert found["sherpa"]["same text"].endswith(" of 3") and found["sherpa"]["last token off"].endswith(" ms")
 
     other = tiny_students.experiment(tmp_path / "other", normalize=None, sharpen=20.0)

@@ -1,4 +1,4 @@
-"""Features and normalisation of a graph are ESPnet's, whatever the options; others are refused by name."""
+"""A graph computes ESPnet's features and normalisation with all supported options; others are refused by name."""
 
 import copy
 
@@ -29,7 +29,7 @@ OPTIONS = [
 def test_log_mel(options):
     frontend = DefaultFrontend(**options).eval()
     waves = [torch.from_numpy(tiny_asr.audio(s, i)) for i, s in enumerate((1.1, 0.4, 0.73))]
-    padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True, padding_value=0.7)  # which no frame contains
+    padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True, padding_value=0.7)  # must be in no frame
     feats, frames = LogMel(frontend)(padded, torch.tensor([len(w) for w in waves]))
     for row, n, wave in zip(feats, frames, waves):
         expected, length = frontend(wave[None], torch.tensor([len(wave)]))
@@ -54,7 +54,7 @@ def test_normalisation(tmp_path, kind, means, variances):
     feats[1, 5:] = 0.0
     found = Normalisation(copy.deepcopy(layer))(feats, lengths)
     assert found.dtype == torch.float32 and not found[1, 5:].any()
-    for row, one, n in zip(found, feats, lengths.tolist()):  # ESPnet's own differs in a batch
+    for row, one, n in zip(found, feats, lengths.tolist()):  # ESPnet's own layer differs in a batch
         expected, _ = layer(one[None, :n].clone(), torch.tensor([n]))
         torch.testing.assert_close(row[:n], expected[0].float(), rtol=1e-5, atol=1e-5)
 

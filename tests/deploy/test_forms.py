@@ -1,4 +1,4 @@
-"""Every form of export × encoder × normalisation: exact, or refused by name; a broken graph is refused."""
+"""Every form of export, encoder and normalisation is exact, or refused by name; a broken graph is refused."""
 
 import hashlib
 import json
@@ -18,7 +18,7 @@ from espnet_kd.experiments.models import find_experiment, load_model
 
 pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
 
-#: What is refused, by the encoder, or of sherpa-onnx by the normalisation or the frames.
+#: The messages for encoders that graphs for whole utterances do not support.
 REFUSED = {
     "contextual_block_conformer": "encoder: ContextualBlockConformerEncoder",
     "contextual_block_conformer, 60 ms": "encoder: ContextualBlockConformerEncoder",
@@ -31,7 +31,7 @@ TABLE = [(e, n) for e in tiny_students.ENCODERS for n in tiny_students.NORMALISA
 
 
 def refusal_of(form, encoder, normalize):
-    """What a refusal names; None where the export is exact."""
+    """The message of a refusal; None if the export is exact."""
     if form == "stream":
         if not encoder.startswith("contextual_block"):
             return f"encoder: {type(tiny_students.student(encoder, normalize).model.encoder).__name__}"
@@ -45,7 +45,7 @@ def refusal_of(form, encoder, normalize):
 @pytest.mark.parametrize("form", ["onnx", "sherpa", "stream"])
 @pytest.mark.parametrize("encoder, normalize", TABLE, ids=[f"{e}-{n}" for e, n in TABLE])
 def test_exact_or_refused(tmp_path, form, encoder, normalize):
-    """A refusal is one line, and leaves nothing."""
+    """A refusal is one line, and leaves no files."""
     student = tiny_students.student(encoder, normalize)
     refusal = refusal_of(form, encoder, normalize)
     out = tmp_path / "out"
@@ -64,7 +64,7 @@ def test_exact_or_refused(tmp_path, form, encoder, normalize):
         found = np.concatenate([windows.push(wave[:50000], False), windows.push(wave[50000:], True)])
         assert check.difference(found, check.reference_of(student.model)([wave])[0]) <= check.TOLERANCE
     elif form == "onnx":
-        # other lengths and batches than those it was tried with, and padding that is not silent
+        # lengths and batches that the export's own check did not try, and padding that is not silent
         waves = [tiny_asr.audio(s, i) for i, s in enumerate((1.7, 0.35, 11.9, 4.0))]
         padded = session.pad_waves(waves)
         lengths = np.array([len(w) for w in waves])
@@ -83,7 +83,7 @@ def test_exact_or_refused(tmp_path, form, encoder, normalize):
 
 
 def test_the_page_has_the_graph_of_onnx():
-    """So that the table holds for it as well."""
+    """The results above therefore hold for the page as well."""
     assert forms._BUILDERS["web"] is forms._BUILDERS["onnx"]
 
 
@@ -130,7 +130,7 @@ def test_the_peak_is_set_in_the_graph():
 
 
 class Broken(StudentGraph):
-    """A graph whose attention sees one frame more than there is where several utterances are in a batch."""
+    """A graph whose output for an utterance depends on longer utterances in the batch."""
 
     def forward(self, speech, lengths):
         log_probs, frames = super().forward(speech, lengths)
@@ -138,7 +138,7 @@ class Broken(StudentGraph):
 
 
 class OneLength(StudentGraph):
-    """A graph that has the length of the audio that it was traced with in it."""
+    """A graph that contains the length of the audio with which it was traced."""
 
     def forward(self, speech, lengths):
         log_probs, frames = super().forward(speech, lengths)
@@ -195,8 +195,8 @@ def test_int8_recognises_and_says_where_it_saves_little(tmp_path, caplog):
         write.write_form(student, "onnx", tmp_path / q, write.Options(quantize=q, max_seconds=10))
         for q in ("none", "int8")
     ]
-    assert "--quantize int8: " in caplog.text  # of a student that is this small
-    assert not [r for r in caplog.records if "onnxruntime" in r.pathname]  # it has a line for every product
+    assert "--quantize int8: " in caplog.text  # a small student saves little
+    assert not [r for r in caplog.records if "onnxruntime" in r.pathname]  # it logs a line for every product
     sizes = [(o / "model.onnx").stat().st_size for o in outs]
     waves = [tiny_asr.audio(4.0, 7)]
     one, other = (session.run_of(session.onnx_session(str(o / "model.onnx")))(waves)[0] for o in outs)
@@ -205,7 +205,7 @@ def test_int8_recognises_and_says_where_it_saves_little(tmp_path, caplog):
 
 
 def test_the_text_is_that_of_decoding(tmp_path):
-    """Also where the best path has tokens that are no text, for which sherpa-onnx gets the blank."""
+    """Tokens without text may be in the best path; sherpa-onnx gets the blank in their place."""
     student = tiny_students.student()
     graph = sherpa.SherpaGraph(StudentGraph(student.model, max_seconds=9, rate=16000), student.no_text)
     generator = torch.Generator().manual_seed(0)

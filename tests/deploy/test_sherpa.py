@@ -1,4 +1,4 @@
-"""Unmodified sherpa-onnx on an export: the text and the times of the student."""
+"""Unmodified sherpa-onnx runs an export, and gives the text and the times of the student."""
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ def test_text_and_times_are_the_students(tmp_path, encoder):
     torch_student = Transcriber(experiment)
     for seed in range(20):
         wave = tiny_asr.audio(1.0 + 0.3 * seed, seed)
-        wave -= wave.mean()  # sherpa-onnx takes it out, which a random model notices
+        wave -= wave.mean()  # sherpa-onnx subtracts the mean, which changes a random model's text
         stream = recogniser.create_stream()
         stream.accept_waveform(16000, wave)
         recogniser.decode_stream(stream)

@@ -1,4 +1,4 @@
-"""Streams: equal to the whole audio, in any pieces; bounded memory; what cannot be streamed is refused by name."""
+"""Streams equal the whole audio, in any pieces and with bounded memory; other students are refused by name."""
 
 import copy
 import io
@@ -31,7 +31,7 @@ PARAMS = list(itertools.product(ENCODERS, ["global_mvn", None], ["espnet", "onnx
 
 @pytest.fixture(scope="module", params=PARAMS, ids=str)
 def pair(request, tmp_path_factory):
-    """A student as it is, and as one that takes streams, run by ESPnet or by onnxruntime, with what it was made of."""
+    """A student, the same student on streams (run by ESPnet or by onnxruntime), and the directory of the latter."""
     encoder, normalize, runtime = request.param
     experiment = tiny_students.experiment(tmp_path_factory.mktemp("exp"), encoder, normalize)
     model, args = load_model(*find_experiment(experiment))
@@ -57,7 +57,7 @@ def streamed(student, pieces):
 @pytest.mark.parametrize("piece", [137, 1600, 9000, 10**7])
 def test_a_stream_is_the_whole_audio(pair, piece):
     model, student, _ = pair
-    # around one block (0.8 s) and two, where ESPnet's code takes other ways, and longer
+    # around one block (0.8 s) and two blocks, where ESPnet's code takes other branches, and longer
     for seconds in (0.1, 0.5, 0.84, 0.85, 0.9, 1.14, 1.16, 2.41, 7.9):
         wave = tiny_asr.audio(seconds, 3)
         found, stream = streamed(student, [wave[i : i + piece] for i in range(0, len(wave), piece)])
@@ -78,7 +78,7 @@ def test_the_first_frames_are_known_before_the_audio_ends(pair):
         stream.accept(wave[start : start + 1600])
         known.append(stream.frames)
     assert known[int(24 * student.frame_shift / 0.1)] > 0 and known == sorted(known)  # a block has 20 frames
-    # a frame is known when its block has ended, at the latest a hop, the look-ahead and the subsampling later
+    # a frame is known when its block ends, which is at most a hop, the look-ahead and the subsampling later
     late = [(i + 1) * 0.1 - frames * student.frame_shift for i, frames in enumerate(known) if frames]
     assert max(late) <= (8 + 8 + 4 + 2) * student.frame_shift
 
@@ -93,7 +93,7 @@ def test_silence_and_too_little_audio(pair):
 
 
 def bytes_in(x):
-    """Bytes of the arrays in an object, its model left out."""
+    """Bytes of the arrays in an object, without its model."""
     if isinstance(x, torch.Tensor):
         return x.untyped_storage().nbytes()
     if isinstance(x, np.ndarray):
@@ -116,7 +116,7 @@ def test_memory_does_not_grow(pair):
     assert max(sizes[100:]) <= max(sizes[5:25])
     if isinstance(student, OnnxStreamingStudent):
         return
-    student.model.encoder.pos_enc(torch.zeros(1, 4, 16), 10**6)  # as far as many hours of audio
+    student.model.encoder.pos_enc(torch.zeros(1, 4, 16), 10**6)  # a position after many hours of audio
     assert sum(b.numel() for b in student.model.encoder.pos_enc.buffers()) <= 16
 
 
@@ -149,14 +149,14 @@ def test_the_command(pair, tmp_path, monkeypatch, capsys, caplog):
         asr_kd_transcribe.main([*command, str(tmp_path / "a.wav")])
     assert capsys.readouterr().out == f"{stream.text.strip()}\n"
     assert "latency of the first token" in caplog.text and "real-time factor" in caplog.text
-    terminal = io.StringIO()  # which shows both
+    terminal = io.StringIO()  # shows the text and the log
     handler = logging.StreamHandler(terminal)
     logging.getLogger().addHandler(handler)
     with monkeypatch.context() as patch, caplog.at_level(logging.INFO):
         patch.setattr(sys, "stdout", terminal)
         asr_kd_transcribe.main([*command, str(tmp_path / "a.wav")])
     logging.getLogger().removeHandler(handler)
-    assert stream.text.strip() in terminal.getvalue().splitlines()  # no message in the line of the text
+    assert stream.text.strip() in terminal.getvalue().splitlines()  # no log message is in its line
     raw = (wave * 32768).astype("<i2").tobytes()
     for content in ((tmp_path / "a.wav").read_bytes(), raw):
         monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BufferedReader(io.BytesIO(content))}))

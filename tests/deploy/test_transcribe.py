@@ -35,7 +35,7 @@ def exports(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def expected():
-    """What decoding gives."""
+    """The hypothesis of decoding, which every form must give."""
     import tempfile
 
     with tempfile.TemporaryDirectory() as scratch:
@@ -198,7 +198,7 @@ def test_short_audio_has_an_empty_text(exports, tmp_path):
 
 
 def test_times_and_confidences_of_the_best_path():
-    best = [0, 1, 1, 2, 0, 2, 3, 3, 0]  # 3: no text
+    best = [0, 1, 1, 2, 0, 2, 3, 3, 0]  # token 3 has no text
     probabilities = np.full((9, 4), 0.1)
     probabilities[np.arange(9), best] = 0.7
     probabilities[2] = (0.05, 0.9, 0.025, 0.025)
@@ -235,7 +235,7 @@ def test_words_of_a_long_stream_take_time_in_proportion():
 
     words = words_of(spoken(*["o", "n", "<space>"] * 500), to_text)
     assert [w.text for w in words] == ["on"] * 500 and max(given) <= 4
-    assert words[3].end == words[3].start + 0.9  # where its last letter ends, not the blank after it
+    assert words[3].end == words[3].start + 0.9  # the word ends with its last letter, not with the blank after it
 
 
 def test_a_writing_without_blanks_is_cut_into_subtitles():
@@ -258,7 +258,7 @@ def test_subtitles():
 
 
 def test_pieces_of_words(tmp_path):
-    """With its SentencePiece model, which an export has, and without, as the page for the browser is."""
+    """The text is the same with the SentencePiece model of an export and without it, as in the page for the browser."""
     import sentencepiece
 
     (tmp_path / "text").write_text("one two three four five six seven eight\n" * 20)

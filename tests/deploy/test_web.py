@@ -1,4 +1,4 @@
-"""The page of --format web: its folder; in a headless Chromium files and the microphone give the student's text."""
+"""The page of --format web: its folder; in a headless Chromium, files and the microphone give the student's text."""
 
 import io
 import json
@@ -23,7 +23,7 @@ pytest.importorskip("onnxruntime", reason="onnxruntime is in the extra 'onnx'")
 
 @pytest.fixture(scope="session")
 def ort_web(tmp_path_factory):
-    """dist/ of onnxruntime-web: $ESPNET_KD_ORT_WEB, or that of npm."""
+    """dist/ of onnxruntime-web, from $ESPNET_KD_ORT_WEB or from npm."""
     if "ESPNET_KD_ORT_WEB" in os.environ:
         return Path(os.environ["ESPNET_KD_ORT_WEB"])
     try:
@@ -34,7 +34,7 @@ def ort_web(tmp_path_factory):
 
 @pytest.fixture
 def stand_in(tmp_path):
-    """Empty files of the names of onnxruntime-web's."""
+    """Empty files with the names of onnxruntime-web's files."""
     (tmp_path / "dist").mkdir()
     for name in web.ORT_FILES:
         (tmp_path / "dist" / name).touch()
@@ -47,7 +47,7 @@ def test_the_folder(tmp_path, stand_in):
     files = {str(p.relative_to(out)) for p in out.rglob("*") if p.is_file()}
     assert files == {"model.onnx", "student.json", *web.PAGE_FILES, *(f"ort/{n}" for n in web.ORT_FILES)}
     assert set(json.loads((out / "student.json").read_text())["files"]) == files - {"student.json"}
-    write.write_form(tiny_students.student(), "web", out, options)  # again, in its place
+    write.write_form(tiny_students.student(), "web", out, options)  # the same folder is written again
     assert Transcriber(out)(tiny_asr.audio(2.0, 1)).seconds == 2.0
 
 
@@ -81,7 +81,7 @@ def encoded(samples, form, **options):
 @pytest.mark.trains
 @needs_browser
 def test_in_a_browser(tmp_path, ort_web):
-    """Files of several kinds, one that is cut at pauses, one that is no audio; the microphone; no other host."""
+    """The page takes files of several kinds (long, short, no audio) and the microphone, and requests no other host."""
     experiment = tiny_students.experiment(tmp_path / "exp", sharpen=20.0)
     student = load_student(experiment)
     out = write.write_form(student, "web", tmp_path / "web", write.Options(ort_web=ort_web))

@@ -79,6 +79,6 @@ def experiment(directory, encoder="conformer", normalize="utterance_mvn", *, sha
 
 @functools.cache
 def student(encoder="conformer", normalize="utterance_mvn"):
-    """The loaded student, once for all tests of a process."""
+    """The loaded student, which all tests of a process share."""
     with tempfile.TemporaryDirectory() as scratch:
         return load_student(experiment(Path(scratch) / "tiny", encoder, normalize))

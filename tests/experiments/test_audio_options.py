@@ -1,4 +1,4 @@
-"""What ESPnet's options do to audio: the same in training, cache, inference, or refused."""
+"""ESPnet's options that change audio act alike in training, cache and inference, or are refused."""
 
 import argparse
 
@@ -58,7 +58,7 @@ def test_to_volume(shape):
     out = audio.to_volume(speech, 0.5)
     assert out.abs().flatten(1).amax(1).tolist() == pytest.approx([0.5, 0.0, 0.5])
     torch.testing.assert_close(out[0] * (speech[0].abs().max() / 0.5), speech[0])
-    assert audio.to_volume(out, 0.5).allclose(out)  # already there
+    assert audio.to_volume(out, 0.5).allclose(out)  # the volume is right already
 
 
 def test_channels():

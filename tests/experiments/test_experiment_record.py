@@ -1,4 +1,4 @@
-"""Records of results: finished, begun, of other inputs; those of earlier versions; a model of other data is refused."""
+"""Records of results: finished, begun, or of other inputs; records of earlier versions; models of other data."""
 
 import json
 import os
@@ -12,7 +12,7 @@ from espnet_kd.experiments.record import Record, inputs_of, is_trained
 
 
 def state(*options):
-    """What asr_kd_record check answers."""
+    """The answer of asr_kd_record check."""
     try:
         asr_kd_record.main(["check", *map(str, options)])
     except SystemExit as e:

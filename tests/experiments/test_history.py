@@ -1,4 +1,4 @@
-"""Training statistics from checkpoints and logs, also damaged ones."""
+"""Training statistics are read from checkpoints and logs, and from damaged ones as far as possible."""
 
 import json
 import math
@@ -75,7 +75,7 @@ def test_the_last_stage_is_not_given_the_log_of_another(tmp_path):
 
 
 def test_the_parts_of_one_training(tmp_path):
-    """A KD stage may begin within an epoch; what a KD stage ended with is no training of its own."""
+    """A KD stage may begin within an epoch; the directory with the result of a KD stage is no training of its own."""
     assert read_parts(tmp_path) == []
     train(tmp_path, 5, ["loss"])
     assert read_parts(tmp_path) == []
@@ -89,7 +89,7 @@ def test_the_parts_of_one_training(tmp_path):
         (3, "3–5", [3, 4, 5]),
     ]
     assert [sorted(h) for h in read_stages(tmp_path)] == [[1, 2, 3, 4, 5]]
-    record(tmp_path, (1, 5), (6, 9))  # the second has not begun
+    record(tmp_path, (1, 5), (6, 9))  # the second KD stage has not begun
     assert [p.number for p in read_parts(tmp_path)] == [1]
 
 
@@ -103,7 +103,7 @@ def test_a_record_that_says_nothing_of_parts(tmp_path, content):
 
 
 def test_logs_of_all_kd_stages_are_of_one_training(tmp_path):
-    """An epoch that was trained again after a kill counts as it was trained last."""
+    """If an epoch is trained again after a kill, its last training counts."""
     record(tmp_path, (1, 1), (1, 2), (3, 4), finished=False)
     lines = {1: ["1epoch results: [train] loss=1.0"], 2: ["2epoch results: [train] loss=9.0"],
              3: ["2epoch results: [train] loss=2.0", "3epoch results: [train] loss=9.0",

@@ -1,4 +1,4 @@
-"""Finding and loading an experiment, and refusing what is not one."""
+"""An experiment is found and loaded, and anything else is refused."""
 
 import functools
 import os
@@ -42,7 +42,7 @@ FOUR = [("train", "loss", "min"), ("valid", "loss", "min"), ("train", "acc", "ma
 
 @pytest.mark.parametrize("end", ["ave", "ave_10best", "best"])
 def test_validation_chooses_before_training(tmp_path, end):
-    """ESPnet's default criteria begin with the loss of training, whose best model may know its data by heart."""
+    """ESPnet's default criteria begin with the training loss, whose best model may be overfitted."""
     experiment(tmp_path, [f"{phase}.{key}.{end}.pth" for phase, key in PHASES], FOUR)
     assert find_experiment(tmp_path)[1].name == f"valid.loss.{end}.pth"
     for left in ("valid.acc", "train.loss", "train.acc"):
@@ -97,7 +97,7 @@ def test_an_unreadable_config(tmp_path, content):
 
 
 class Malicious:
-    """Runs ``call`` with ``args`` where it is unpickled."""
+    """An object that calls ``call`` with ``args`` when it is unpickled."""
 
     def __init__(self, call, *args):
         self.call, self.args = call, args
@@ -114,7 +114,7 @@ WRITERS = {
     "pickle, protocol 2": lambda x, f: f.write_bytes(pickle.dumps({"a": x}, protocol=2)),
 }
 CALLS = {
-    "os.system": lambda mark: (os.system, f"touch {mark}"),  # of a module that torch blocks
+    "os.system": lambda mark: (os.system, f"touch {mark}"),  # torch blocks this module
     "open": lambda mark: (open, str(mark), "w"),
     "eval": lambda mark: (eval, f"open({str(mark)!r}, 'w')"),
     "partial": lambda mark: (functools.partial, open, str(mark), "w"),
@@ -124,7 +124,7 @@ CALLS = {
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 @pytest.mark.parametrize("write", WRITERS.values(), ids=WRITERS)
 def test_a_pickle_with_code_is_refused_and_not_run(tmp_path, write, call):
-    """As what it is, not as damaged; and without torch's advice on how to run it."""
+    """The message speaks of code and not of damage, and leaves out torch's advice on how to run the code."""
     mark, file = tmp_path / "ran", tmp_path / "x.pth"
     write(Malicious(*call(mark)), file)
     with pytest.raises(UserError, match="x.pth holds more than tensors.*could run code.*ESPNET_KD_TRUST_PICKLE=1") as e:
@@ -223,7 +223,7 @@ def test_a_config_that_builds_nothing(saved):
 
 @pytest.mark.parametrize("there", ["nothing", "beside", "another recipe's", "no statistics", "a directory"])
 def test_the_values_in_the_model_are_the_statistics(tmp_path, monkeypatch, there):
-    """config.yaml names a file relative to a directory this is not: whatever lies there is not opened."""
+    """config.yaml names a file relative to another directory. A file at that path in this one must not be opened."""
     stats = tmp_path / "stats" / "feats_stats.npz"
     stats.parent.mkdir()
     rng = np.random.default_rng(0)
@@ -274,7 +274,7 @@ def test_a_file_of_deepspeed(saved):
 
 @pytest.mark.parametrize("encoder", ["rnn", "vgg_rnn"])
 def test_nothing_is_dropped_out_of_a_loaded_model(tmp_path, encoder):
-    """ESPnet's RNNP drops out in eval mode too: a teacher would give other posteriors at every call."""
+    """ESPnet's RNNP applies dropout in eval mode too, so a teacher would give other posteriors at every call."""
     conf = tiny_asr.config()
     conf.update(encoder=encoder, encoder_conf=dict(num_layers=2, hidden_size=8, output_size=12, dropout=0.5))
     exp = tiny_asr.save(tiny_asr.build(conf, sharpen=5.0), conf, tmp_path)

@@ -1,4 +1,4 @@
-"""A zip of espnet2.bin.pack stands for the experiment that it was made of."""
+"""A zip of espnet2.bin.pack can be given in place of its experiment."""
 
 import zipfile
 
@@ -22,7 +22,7 @@ def cache(tmp_path, monkeypatch):
 
 @pytest.fixture
 def archive(tmp_path, monkeypatch):
-    """Packed in a recipe's directory, whose paths then lead nowhere."""
+    """An archive that was packed in a recipe's directory, whose relative paths no longer exist."""
     from espnet2.main_funcs.pack_funcs import pack
 
     (tmp_path / "recipe").mkdir()
@@ -50,7 +50,7 @@ def test_the_same_model(archive, tmp_path, cache):
     loaded = load_model(config, model_file)[0].state_dict()
     assert loaded.keys() == state.keys() and all(torch.equal(loaded[k], state[k]) for k in state)
     assert OnlineTeacher(archive).frame_shift == pytest.approx(0.04)
-    # Once: what is there is taken, and nothing half is left beside it.
+    # The archive is unpacked once, and no unfinished directory is left.
     model_file.touch()
     before = model_file.stat().st_mtime_ns
     assert find_experiment(str(archive)) == (config, model_file) and model_file.stat().st_mtime_ns == before

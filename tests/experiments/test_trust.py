@@ -1,4 +1,4 @@
-"""What a teacher's directory may have ESPnet do: build components that load nothing, unless its maker is trusted."""
+"""ESPnet builds only those components of a teacher that load nothing, unless the user trusts the teacher's maker."""
 
 import argparse
 import inspect
@@ -27,7 +27,7 @@ REFUSED = [
     if option in trust.LOADS_NOTHING and name.lower() not in trust.LOADS_NOTHING[option]
 ]
 CONNECT = socket.socket.connect
-#: What a source that loads, downloads or imports by name has in it.
+#: Calls in the source of a component that loads, downloads or imports by name.
 SUSPECT = (
     r"torch\.load|torch\.hub|from_pretrained|download|load_model|import_module|__import__|pickle|(?<![.\w])eval\(|urlopen"
 )
@@ -53,7 +53,7 @@ def teacher_of(tmp_path):
 
 @pytest.mark.parametrize("option, name", REFUSED)
 def test_every_component_that_is_not_known_to_load_nothing_is_refused(teacher_of, option, name, monkeypatch):
-    """All that ESPnet has, so that a new one of a later version is refused, too."""
+    """All of ESPnet's components are tried, so that a new one of a later version is refused as well."""
     exp = teacher_of(**{option: name}, use_adapter=option == "adapter")
     monkeypatch.setattr(ASRTask, "build_model", lambda args: pytest.fail("it was built"))
     with pytest.raises(UserError, match=rf"config.yaml: .*{name}") as e:
@@ -67,9 +67,9 @@ def test_every_component_that_is_not_known_to_load_nothing_is_refused(teacher_of
     [(o, n) for o, names in trust.LOADS_NOTHING.items() if o in CHOICES for n in names if n in CHOICES[o]],
 )
 def test_what_is_taken_for_harmless_has_nothing_suspect_in_its_source(option, name):
-    """ESPnet's next version may be another: this test is what to look at when it fails."""
+    """A later version of ESPnet may change a component; if this test fails, its new source must be read."""
     if name in ("global_mvn", "fused", "lora"):
-        return  # its statistics are written by this package; its parts are checked one by one
+        return  # the statistics are written by this package; the parts of "fused" are checked one by one
     source = inspect.getsource(CHOICES[option][name])
     assert not re.search(SUSPECT, source), (option, name)
 
@@ -102,7 +102,7 @@ class Marking:
 
 @pytest.fixture
 def marking(teacher_of, tmp_path):
-    """A teacher that names a pickle of its own, which writes a file where it is loaded."""
+    """A teacher that names a pickle of its own, which creates a file when it is loaded."""
     exp = teacher_of(frontend="espnet_ssl", frontend_conf={"frontend_conf": {"path_or_url": str(tmp_path / "ssl.pth")}})
     torch.save({"a": Marking(tmp_path / "ran")}, tmp_path / "ssl.pth")
     (tmp_path / "config.yaml").write_text("encoder: transformer\n")
@@ -142,11 +142,11 @@ def test_trusted_it_is_espnets_to_load(marking, tmp_path, monkeypatch):
     monkeypatch.setenv("ESPNET_KD_TRUST_PICKLE", "1")
     with pytest.raises(UserError, match="cannot build the model"):
         load_model(*find_experiment(marking))
-    # ESPnet builds its SSL model first, which this configuration is none of: what counts is that it was let.
+    # The configuration is not a valid SSL model, so ESPnet fails; the test shows that ESPnet was allowed to try.
 
 
 def test_a_load_inside_build_model_takes_tensors_alone(tmp_path, monkeypatch):
-    """The second line of defence: for a component that is taken for harmless and is not."""
+    """This is the second line of defence, for a component that is wrongly taken for harmless."""
     torch.save({"a": Marking(tmp_path / "ran")}, tmp_path / "x.pth")
     with trust.guarded(), pytest.raises(pickle.UnpicklingError):
         torch.load(tmp_path / "x.pth", weights_only=False)
@@ -162,7 +162,7 @@ def test_nothing_is_downloaded_unless_asked_for(monkeypatch, trusted):
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = server.getsockname()
         if trusted:
-            monkeypatch.setenv("ESPNET_KD_TRUST_PICKLE", "1")  # that is another question
+            monkeypatch.setenv("ESPNET_KD_TRUST_PICKLE", "1")  # trust does not include the network
         with trust.guarded(), pytest.raises(UserError, match="would connect to .*ESPNET_KD_ALLOW_NETWORK=1"):
             socket.create_connection(address)
         monkeypatch.setenv("ESPNET_KD_ALLOW_NETWORK", "1")

@@ -1,4 +1,4 @@
-"""A real CTC model of another maker: the phone recogniser in the package hama, where that is installed."""
+"""A real CTC model of another maker: the phone recogniser in the package hama, if that is installed."""
 
 import importlib.util
 import json
@@ -43,7 +43,7 @@ def test_posteriors_and_phones_are_those_of_onnxruntime(tmp_path, hama):
     out = teacher.targets(["a"], torch.from_numpy(wave)[None], torch.tensor([len(wave)]))
     order = [rows.index("<wb>" if t == "<space>" else t) for t in teacher.token_list[:-1]]
     mine = out.logits[0, : out.lengths[0]].softmax(-1)
-    theirs = theirs[:, order].softmax(-1)  # without <pad>, <sos> and <eos>, which are in no transcript
+    theirs = theirs[:, order].softmax(-1)  # <pad>, <sos> and <eos> are in no transcript
     assert (mine[:, :-1] - theirs[: len(mine)]).abs().max() <= 1e-6
     recogniser = Recogniser(*load_model(*find_experiment(tmp_path / "exp")), tmp_path / "exp")
     [hypothesis] = recogniser([wave])[0]

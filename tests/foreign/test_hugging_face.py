@@ -1,4 +1,4 @@
-"""CTC models of Hugging Face's as teachers: the same posteriors and the same text as in transformers."""
+"""CTC models of Hugging Face as teachers give the same posteriors and text as in transformers."""
 
 import json
 
@@ -24,7 +24,7 @@ def utterances(seconds):
 
 @torch.no_grad()
 def theirs(directory, speech, lengths):
-    """(logits, text) of each utterance by transformers alone."""
+    """Yield the logits of each utterance, and the tokenizer, from transformers alone."""
     model = transformers.AutoModelForCTC.from_pretrained(directory).eval()
     extractor = transformers.AutoFeatureExtractor.from_pretrained(directory)
     tokenizer = transformers.AutoTokenizer.from_pretrained(directory)
@@ -47,7 +47,7 @@ def test_posteriors_and_greedy_text_are_those_of_transformers(tmp_path, family, 
     for i, (logits, tokenizer) in enumerate(theirs(directory, speech, lengths)):
         assert out.lengths[i] == len(logits)
         mine = out.logits[i, : len(logits)].softmax(-1)
-        # <s> and </s> are in no transcript: their share goes to the others.
+        # <s> and </s> are in no transcript, so their probability goes to the other tokens.
         logits[:, [rows.index("<s>"), rows.index("</s>")]] = -1e9
         assert (mine[:, :-1] - logits.softmax(-1)[:, order]).abs().max() <= 1e-6
         best = mine.argmax(-1).unique_consecutive()
@@ -58,7 +58,7 @@ def test_posteriors_and_greedy_text_are_those_of_transformers(tmp_path, family, 
 
 @pytest.mark.parametrize("family, shift", [("wav2vec2-bert", 0.02), ("parakeet_ctc", 0.08)])
 def test_families_that_take_features(tmp_path, family, shift):
-    """Features by their own extractor; frames of 20 and of 80 ms."""
+    """The features come from the model's own extractor; the frames are 20 or 80 ms long."""
     directory = tiny_hf.save_of_features(tmp_path / "hf", family)
     asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])
     teacher = OnlineTeacher(tmp_path / "exp")
@@ -88,7 +88,7 @@ def test_a_model_of_8_khz_says_so(tmp_path):
 
 
 def test_weights_in_parts_and_those_of_other_languages_beside_them(tmp_path):
-    """The files of an index make the model; MMS's adapters, which have names of its weights, do not."""
+    """The files of an index make the model; MMS's adapters have names of its weights, but must not be read."""
     from safetensors.torch import load_file, save_file
 
     directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")

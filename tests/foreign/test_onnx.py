@@ -1,4 +1,4 @@
-"""ONNX files as teachers: the same posteriors as in onnxruntime, and files that are none refused."""
+"""ONNX files as teachers give the same posteriors as in onnxruntime, and other files are refused."""
 
 import copy
 
@@ -81,7 +81,7 @@ def test_files_that_are_no_such_model_are_refused(tmp_path):
         run(tmp_path, noise, tokens)
     with pytest.raises(UserError, match="--tokens"):
         asr_kd_import.main([f"onnx:{features}", "--output_dir", str(tmp_path / "exp")])
-    with pytest.raises(UserError, match="--blank"):  # no token that could be it
+    with pytest.raises(UserError, match="--blank"):  # no token can be the blank
         run(tmp_path, *tiny_onnx.save(tmp_path / "none", [*tiny_onnx.TOKENS[:-1], "e"]))
     assert not (tmp_path / "exp").exists()
 

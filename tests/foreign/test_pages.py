@@ -1,4 +1,4 @@
-"""Every method page that has a teacher trains a step with one of Hugging Face's, and its cache serves as well."""
+"""Every method page with a teacher trains a step with a Hugging Face model; one also trains from the model's cache."""
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from espnet_kd.bin import asr_kd_cache, asr_kd_import, asr_kd_train  # noqa: E40
 from espnet_kd.cli import UserError  # noqa: E402
 from espnet_kd.distill.page import list_pages, load_page  # noqa: E402
 
-#: These two copy the teacher's layers, and no student of ESPnet's is built like it.
+#: Pages that copy the teacher's layers, which no ESPnet student can take from a Hugging Face model.
 COPIES = ("layer_pruning", "self_kd")
 PAGES = [p for p in list_pages() if load_page(p).teacher == "required" and p not in COPIES]
 

@@ -1,4 +1,4 @@
-"""CTC models whose vocabulary is SentencePiece's in a tokenizer.json: the same tokens in ESPnet, or a refusal."""
+"""CTC models with SentencePiece's vocabulary in tokenizer.json have the same tokens in ESPnet, or are refused."""
 
 import json
 
@@ -59,7 +59,7 @@ def test_tokens_posteriors_and_text_are_those_of_transformers(tmp_path, family, 
 
 
 def test_characters_that_sentencepiece_replaces_are_replaced(tmp_path):
-    """Full-width letters: the map of characters is in the tokenizer.json, and goes into bpe.model."""
+    """tokenizer.json maps characters, such as full-width letters, to others; the map must go into bpe.model."""
     tokenizer = tiny_hf.tokenizer_of(tiny_hf.pieces_of("unigram", normalisation="nfkc"), "unigram")
     directory = tiny_hf.save_with_pieces(tmp_path / "hf", "wav2vec2", "unigram", tokenizer=tokenizer)
     asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])
@@ -69,7 +69,7 @@ def test_characters_that_sentencepiece_replaces_are_replaced(tmp_path):
 
 
 def native(kind):
-    """Tokenizers that no SentencePiece model equals."""
+    """A tokenizer that no SentencePiece model equals."""
     if kind == "bytes":
         backend, trainer = Tokenizer(models.BPE(unk_token="<unk>")), trainers.BpeTrainer
         backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(), decoders.ByteLevel()
@@ -96,7 +96,7 @@ def refused(tmp_path, directory, named):
 
 
 def test_merges_in_an_order_of_their_own_are_refused(tmp_path):
-    """A merge is lacking that SentencePiece would make; and texts that are cut otherwise for another reason."""
+    """A merge is missing that SentencePiece would make."""
     directory = tiny_hf.save_with_pieces(tmp_path / "hf", "wav2vec2", "bpe")
     content = json.loads((directory / "tokenizer.json").read_text())
     merges = content["model"]["merges"]
@@ -120,7 +120,7 @@ def test_a_tokenizer_that_changed_is_refused(tmp_path):
     directory = tiny_hf.save_with_pieces(tmp_path / "hf", "wav2vec2", "bpe")
     command = [f"hf:{directory}", "--output_dir", str(tmp_path / "exp")]
     asr_kd_import.main(command)
-    (tmp_path / "exp/bpe.model").unlink()  # an import that is not whole is made again
+    (tmp_path / "exp/bpe.model").unlink()  # an incomplete import is made again
     asr_kd_import.main(command)
     assert (tmp_path / "exp/bpe.model").is_file()
     content = json.loads((directory / "tokenizer.json").read_text())

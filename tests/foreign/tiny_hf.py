@@ -1,4 +1,4 @@
-"""Tiny random CTC models of Hugging Face's families, written as a user would find them."""
+"""Tiny random CTC models of Hugging Face's families, as directories like those that users have."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 
 SPECIAL = ["<s>", "</s>", "<unk>"]
 LETTERS = "ABCDEFGHIJ'"
-#: By family: what makes it small.
+#: Options that make a model of each family small.
 LAYERS = dict(hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=64)
 CONVOLUTIONS = dict(
     conv_dim=(16, 16, 16), conv_kernel=(10, 8, 4), conv_stride=(5, 8, 8), num_feat_extract_layers=3,
@@ -38,7 +38,7 @@ def config(family: str, vocabulary: int, blank: int) -> dict:
 
 
 def names(blank_last: bool, letters: str = LETTERS) -> list:
-    """The tokens by row."""
+    """The tokens in the order of their ids."""
     rest = [*SPECIAL, "|", *letters]
     return [*rest, "<pad>"] if blank_last else ["<pad>", *rest]
 
@@ -54,7 +54,7 @@ def save(directory: Path, family: str, blank_last: bool = False, seed: int = 0, 
         transformers.AutoConfig.for_model(options.pop("model_type"), **options)
     ).eval()
     with torch.no_grad():
-        model.lm_head.weight.mul_(8)  # far from ties
+        model.lm_head.weight.mul_(8)  # keeps the posteriors far from ties
     directory.mkdir(parents=True)
     (directory / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))
     tokenizer = transformers.Wav2Vec2CTCTokenizer(
@@ -69,7 +69,7 @@ def save(directory: Path, family: str, blank_last: bool = False, seed: int = 0, 
 
 
 def save_of_features(directory: Path, family: str) -> Path:
-    """A model of a family that takes features, with its feature extractor."""
+    """Write a model of a family that takes features, with its feature extractor."""
     import transformers
 
     tokens = names(False)
@@ -114,7 +114,7 @@ def pieces_of(
 
 
 def tokenizer_of(model: bytes, kind: str, blank_last: bool = True):
-    """A tokenizer of transformers that cuts like a SentencePiece model, as checkpoints of Parakeet have it."""
+    """A tokenizer of transformers with the tokens of a SentencePiece model, as in checkpoints of Parakeet."""
     import sentencepiece
     import transformers
     from sentencepiece import sentencepiece_model_pb2
@@ -122,7 +122,7 @@ def tokenizer_of(model: bytes, kind: str, blank_last: bool = True):
 
     processor = sentencepiece.SentencePieceProcessor(model_proto=model)
     scores = {processor.id_to_piece(i): processor.get_score(i) for i in range(processor.get_piece_size())}
-    shift = 0 if blank_last else 1  # where the blank comes first, all others are one later
+    shift = 0 if blank_last else 1  # if the blank is first, all other ids are one higher
     names = [*(["<pad>"] if shift else []), *scores]
     if kind == "unigram":
         backend = Tokenizer(models.Unigram([(n, scores.get(n, 0.0)) for n in names], unk_id=shift))
@@ -141,7 +141,7 @@ def tokenizer_of(model: bytes, kind: str, blank_last: bool = True):
 
 
 def save_with_pieces(directory: Path, family: str, kind: str, blank_last: bool = True, tokenizer=None) -> Path:
-    """A model whose vocabulary is SentencePiece's, in a tokenizer.json."""
+    """Write a model whose vocabulary is SentencePiece's, in a tokenizer.json."""
     import transformers
 
     tokenizer = tokenizer or tokenizer_of(pieces_of(kind), kind, blank_last)

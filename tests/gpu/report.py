@@ -1,4 +1,4 @@
-"""Runs what tests/gpu/run.sh shows, a process for each part, and makes a table and JSON of it. Imports torch alone."""
+"""Run the parts of tests/gpu/run.sh, each in a process, and write a table and JSON of them. It imports only torch."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from xml.etree import ElementTree
 
 ROOT = Path(__file__).resolve().parents[2]
 LOSS_TESTS = ("tests/losses", "tests/test_select.py", "tests/test_frames.py", "tests/test_late.py")
-#: What stands for the GPU's own tests of waits on a CPU.
+#: Tests that replace the GPU's own tests of waits on a CPU.
 STAND_INS = ("tests/distill/test_no_wait.py", "tests/distill/test_waits.py")
 PARTS = ("losses", "training", "bench")
-SECONDS = 1500  #: after which a part is ended
+SECONDS = 1500  #: limit for a part
 
 
 @dataclass
@@ -33,11 +33,11 @@ class Row:
     failed: int = 0
     skipped: int = 0
     seconds: float = 0.0
-    reasons: List[str] = field(default_factory=list)  #: of what was left out
+    reasons: List[str] = field(default_factory=list)  #: why tests were left out
 
 
 class Report:
-    """What was run so far."""
+    """The results of the parts that have run."""
 
     def __init__(self, output: Path, cpu: bool):
         self.output, self.cpu = output, cpu
@@ -45,7 +45,7 @@ class Report:
         self.bench: Dict[str, object] = {}
 
     def run(self, name: str, command: Sequence[str], **environment: str) -> subprocess.CompletedProcess:
-        """A command with its log; its standard output is returned."""
+        """Run a command with a log; return it with its standard output."""
         device = "cpu" if self.cpu else "cuda"
         env = {**os.environ, "ESPNET_KD_TEST_DEVICE": device, **environment}
         print(f"… {name}", file=sys.stderr, flush=True)
@@ -63,7 +63,7 @@ class Report:
         return done
 
     def script(self, part: str, what: str, command: Sequence[str], **environment: str) -> subprocess.CompletedProcess:
-        """A command that is one line of the table."""
+        """Run a command that is one line of the table."""
         start = time.monotonic()
         done = self.run(what.replace(" ", "_"), command, **environment)
         good = done.returncode == 0
@@ -71,7 +71,7 @@ class Report:
         return done
 
     def tests(self, part: str, paths: Sequence[str], *options: str) -> None:
-        """Tests, a line for each function."""
+        """Run tests; each test function is one line of the table."""
         name = f"{part}_{len(self.rows)}"
         xml = self.output / f"{name}.xml"
         command = ["-m", "pytest", "-p", "no:cacheprovider", f"--junitxml={xml}", *options, *paths]
@@ -90,12 +90,12 @@ class Report:
             if outcome == "skipped":
                 row.reasons.append(str(case.find("skipped").get("message")))
         self.rows += rows.values()
-        if done.returncode not in (0, 1) or not rows:  # not begun, or ended by a signal in the middle of a test
+        if done.returncode not in (0, 1) or not rows:  # pytest did not begin, or a signal ended it in a test
             what = f"pytest ended with {done.returncode}: {name}.log"
             self.rows.append(Row(part, what, failed=1, seconds=time.monotonic() - start))
 
     def table(self) -> str:
-        """All lines, and the ratios, in Markdown."""
+        """The table in Markdown, and a list of what was left out."""
         lines = ["| | | passed | failed | left out | seconds |", "|---|---|---|---|---|---|"]
         lines += [
             f"| {r.part} | {r.what} | {r.passed} | {r.failed or ''} | {r.skipped or ''} | {r.seconds:.1f} |"
@@ -112,14 +112,14 @@ def installed(module: str) -> bool:
 
 
 def losses(report: Report) -> None:
-    """Losses, selections, alignment."""
+    """Test losses, selections and alignment."""
     tested = installed("pytest")
     if report.cpu:
         report.script("losses", "kernels in Triton's interpreter", ["tests/losses/grid.py"], TRITON_INTERPRET="1")
         if tested and installed("espnet2"):
             report.tests("losses", STAND_INS)
     if tested:
-        # Not tests/conftest.py, which imports ESPnet.
+        # tests/conftest.py is left out, because it imports ESPnet.
         report.tests("losses", LOSS_TESTS, "-m", "gpu", "--confcutdir", "tests/losses")
     elif not report.cpu:
         report.script("losses", "losses against float64", ["tests/losses/grid.py", "cuda"])
@@ -128,7 +128,7 @@ def losses(report: Report) -> None:
 
 
 def training(report: Report) -> None:
-    """Pages, cache, resume, decoding."""
+    """Test pages, cache, resume and decoding."""
     lacking = [name for name in ("pytest", "espnet2", "kaldiio", "soundfile", "flashlight") if not installed(name)]
     if lacking:
         reason = f"not installed: {', '.join(lacking)}"
@@ -138,7 +138,7 @@ def training(report: Report) -> None:
 
 
 def bench(report: Report) -> None:
-    """The ratios."""
+    """Measure the ratios."""
     parts = ["loss", "steps"] if installed("espnet2") else ["loss"]
     for part in parts:
         command = ["-m", "espnet_kd.bin.asr_kd_bench", "--only", part, "--rounds", "5", "--json"]

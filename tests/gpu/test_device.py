@@ -1,4 +1,4 @@
-"""Training, cache and decoding on a GPU, or with ESPNET_KD_TEST_DEVICE=cpu the same on a CPU: tests/gpu/run.sh."""
+"""Training, cache and decoding on a GPU, or on a CPU with ESPNET_KD_TEST_DEVICE=cpu; run by tests/gpu/run.sh."""
 
 import contextlib
 import json
@@ -41,7 +41,7 @@ AMP = [] if CPU else ["--use_amp", "true"]
 
 
 def finite(out):
-    """Whether a training in ``out`` is finished, and all that it learnt and counted is a number."""
+    """Check that the training in ``out`` is finished, and its weights and losses are finite; return the weights."""
     assert json.loads((out / "kd_stage.json").read_text())["finished"]
     state = torch.load(out / "student.pth", weights_only=True)
     assert all(torch.isfinite(v).all() for v in state.values())
@@ -52,7 +52,7 @@ def finite(out):
 
 @pytest.mark.parametrize("page", list_pages())
 def test_training_by_every_page(corpus, directory, teacher_dir, nbest, page):  # noqa: F811
-    """An epoch a KD stage, two steps each; bf16 where the GPU has it, on a CPU float32."""
+    """Each KD stage is an epoch of two steps, in bf16 if the GPU has it, in float32 on a CPU."""
     command = options(corpus, directory, page, teacher_dir, nbest)
     command[command.index("--max_epoch") + 1] = str(len(load_page(page).stages))
     asr_kd_train.main([*command, *NGPU, *AMP])
@@ -101,7 +101,7 @@ def test_killed_and_gone_on(corpus, tmp_path, teacher_dir, thirds):
 
 @pytest.mark.parametrize("beam", [1, 5], ids=["greedy", "beam"])
 def test_decoding(corpus, tmp_path, teacher_dir, beam):
-    """The same as on a CPU."""
+    """The texts are the same as on a CPU."""
     common = ["--expdir", str(teacher_dir), "--data_dir", str(corpus.dir / "valid"), "--beam_size", str(beam)]
     found = []
     for name, more in (("device", [*NGPU, "--nj", "2"]), ("cpu", ["--ngpu", "0"])):
@@ -112,7 +112,7 @@ def test_decoding(corpus, tmp_path, teacher_dir, beam):
 
 @contextlib.contextmanager
 def waits():
-    """Those of the host for the GPU, as torch notes them, each with its owner."""
+    """Collect the host's waits for the GPU, as torch reports them, each with its owner."""
     found = []
 
     def note(message, *args, **kwargs):
@@ -135,7 +135,7 @@ def waits():
 @needs_cuda
 @pytest.mark.parametrize("name", list_pages())
 def test_no_wait_of_ours_in_a_step(name, teacher_dir, tmp_path):
-    """Of a whole step, as tests/distill/test_waits.py has it on a stand-in for a device."""
+    """The check covers a whole step, as tests/distill/test_waits.py does on a stand-in for a device."""
     page = load_page(name)
     if name == "layer_pruning":
         teacher_dir = tiny_kd.save_teacher(tmp_path / "teacher", output_size=16, num_blocks=6)
@@ -146,7 +146,7 @@ def test_no_wait_of_ours_in_a_step(name, teacher_dir, tmp_path):
         model = in_stage(page, stage.number, teacher, conf=deeper(), nbest=found).cuda()
         batch[BROUGHT] = {"text_lengths": batch["text_lengths"].tolist()}
         batch = {k: v.cuda() if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
-        for number in range(3):  # the first compile, and fill the teacher's memory
+        for number in range(3):  # the first two compile, and fill the teacher's memory
             with waits() if number == 2 else contextlib.nullcontext([]) as noted:
                 loss = model(**batch)[0]
                 loss.sum().backward()

@@ -43,9 +43,9 @@ def speech():
 @pytest.mark.parametrize("name", ENCODERS)
 @torch.no_grad()
 def test_a_tap_is_what_the_encoder_cut_there_computes(name):
-    """So that an exported l-layer encoder says the same."""
+    """The tap after layer n equals the output of an encoder with n layers, so that such an export is exact."""
     whole = tiny_asr.build(config(name, num_blocks=LAYERS))
-    for p in whole.encoder.parameters():  # LayerNorms start as identities: make after_norm count
+    for p in whole.encoder.parameters():  # LayerNorms start as identities, and after_norm must have an effect
         p.add_(0.1 * torch.randn_like(p))
     taps = ["encoder"] + [f"encoder.{n}" for n in range(1, LAYERS + 1)]
     assert taps_of(whole.encoder) == taps
@@ -98,7 +98,7 @@ def test_whole_encoders_have_one_tap(name):
 
 
 def only(encoder):
-    """A model of which only the encoder is there."""
+    """A model with nothing but an encoder."""
     return SimpleNamespace(encoder=encoder, decoder=None)
 
 
@@ -120,7 +120,7 @@ def test_unknown_encoders_are_refused_by_name():
 
     with pytest.raises(UserError, match="WhisperEncoder.*ConformerEncoder.*RNNEncoder"):
         check_taps(only(WhisperEncoder()), ["encoder"], "student")
-    check_taps(only(WhisperEncoder()), [], "student")  # without a tap it is as good as any
+    check_taps(only(WhisperEncoder()), [], "student")  # without taps, any encoder is allowed
 
 
 @pytest.mark.parametrize(
@@ -150,7 +150,7 @@ def test_measured_frame_shift(encoder, conf, frontend, shift):
 
 
 def test_measured_frame_shift_without_frontend(corpus):
-    """Features of 10 ms come from the data loader; how wide they are, only the normalisation knows."""
+    """Features of 10 ms come from the data loader; only the normalisation, or input_size, gives their width."""
     conf = tiny_asr.config(input_layer="conv2d")
     conf.update(input_size=40, frontend=None, frontend_conf={}, normalize="global_mvn")
     conf["normalize_conf"] = {"stats_file": str(corpus.dir / "feats_stats.npz")}
@@ -158,7 +158,7 @@ def test_measured_frame_shift_without_frontend(corpus):
     conf.update(normalize=None, normalize_conf={})
     model = tiny_asr.build(conf)
     assert measure_frame_shift(model, 16000) == pytest.approx(0.04, abs=1e-9)
-    del model.input_size  # of a model that ESPnet's own task built
+    del model.input_size  # as in a model that ESPnet's own task built
     with pytest.raises(UserError, match="width of .* features .* give input_size"):
         measure_frame_shift(model, 16000)
 
@@ -166,7 +166,7 @@ def test_measured_frame_shift_without_frontend(corpus):
 @pytest.mark.parametrize("name", ["rnn", "vgg_rnn", "conformer"])
 @torch.no_grad()
 def test_batches_in_any_order(name):
-    """RNN encoders of ESPnet's take them by falling length only."""
+    """ESPnet's RNN encoders take a batch only in the order of falling length."""
     model = tiny_asr.build(config(name))
     x, lengths = speech()
     out, frames, _, hidden = encode(model, x, lengths, ["encoder"])
@@ -178,7 +178,7 @@ def test_batches_in_any_order(name):
 
 @pytest.mark.parametrize("layer, least", [("conv2d", 960), ("conv2d8", 2240), ("linear", 129)])
 def test_least_samples(layer, least):
-    """Feature frames of 10 ms, of which the subsampling needs 7 and 15; the STFT reflects half a window."""
+    """Feature frames are 10 ms, and the subsampling needs 7 or 15 of them; the STFT reflects half a window."""
     model = tiny_asr.build(tiny_asr.config(input_layer=layer)).train()
     assert least_samples(model, 16000.0) == least and model.training
     with pytest.raises((RuntimeError, TooShortUttError)):

@@ -1,4 +1,4 @@
-"""Greedy CTC search against hand-made answers."""
+"""Greedy CTC search, compared with answers made by hand."""
 
 import math
 

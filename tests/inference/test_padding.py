@@ -1,4 +1,4 @@
-"""Frontends in whose batches each utterance has the features that it has alone."""
+"""Frontends that give each utterance of a batch the features that it has alone."""
 
 import pytest
 import tiny_asr
@@ -11,12 +11,12 @@ LENGTHS = (16000, 15999, 8123, 512, 257)  # samples; half a window is 256
 
 
 class Other(DefaultFrontend):
-    """Any frontend that is not known."""
+    """A frontend that the package does not know."""
 
 
 def batch():
     waves = [torch.from_numpy(tiny_asr.audio(n / 16000, n))[:n] for n in LENGTHS]
-    # What stands in the padding must not matter.
+    # The values in the padding must not matter.
     padded = torch.nn.utils.rnn.pad_sequence(waves, batch_first=True, padding_value=0.7)
     return padded, torch.tensor([len(w) for w in waves])
 
@@ -49,7 +49,7 @@ def test_what_is_not_reflected_runs_one_by_one(options):
 
 @torch.no_grad()
 def test_the_deviation_of_an_utterance_is_its_own():
-    """ESPnet counts the padding, which is not 0 any more after the mean is taken away."""
+    """ESPnet's deviation includes the padding, which is no longer 0 after the mean is subtracted."""
     model = tiny_asr.build({**tiny_asr.config(), "normalize_conf": {"norm_vars": True}})
     speech, lengths = batch()
     speech, lengths = speech[:3], lengths[:3]

@@ -1,4 +1,4 @@
-"""Batched recognition: the same as one by one, as stock ESPnet, and refusing what doesn't fit."""
+"""Batched recognition equals recognition one by one and stock ESPnet, and refuses inputs that do not fit."""
 
 import argparse
 import json
@@ -82,7 +82,7 @@ def test_same_text_as_stock_asr_inference(expdir, recogniser, waves):
     from espnet2.bin.asr_inference import Speech2Text
 
     stock = Speech2Text(expdir / "config.yaml", expdir / "valid.loss.ave.pth", ctc_weight=1.0, beam_size=1)
-    # A hypothesis as long as its frames gets a spurious end symbol from ESPnet's beam search.
+    # ESPnet's beam search adds a spurious end symbol to a hypothesis as long as its frames.
     expected = [stock(wave)[0][0].replace("<sos/eos>", "") for wave in waves]
     assert [h[0].text for h in recogniser(waves)] == expected
     assert all(expected)
@@ -127,7 +127,7 @@ def test_batches_are_bounded_sorted_and_complete():
     assert sorted(u.utt_id for b in batches for u in b) == sorted(u.utt_id for u in utterances)
     flat = [u.samples for b in batches for u in b]
     assert flat == sorted(flat, reverse=True)
-    assert [len(b) * b[0].samples / 16000 for b in batches] == [50, 40, 28]  # one alone is over the limit, legally
+    assert [len(b) * b[0].samples / 16000 for b in batches] == [50, 40, 28]  # a single utterance may exceed the limit
 
 
 def test_volume_normalisation_is_that_of_the_preprocessor():
@@ -152,7 +152,7 @@ def test_detokenise(tmp_path):
         input=str(text), model_prefix=str(tmp_path / "bpe"), vocab_size=14, minloglevel=2
     )
     pieces = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "bpe.model")).EncodeAsPieces("two four")
-    assert build_detokeniser(args, tmp_path)(pieces) == "two four"  # found beside the configuration
+    assert build_detokeniser(args, tmp_path)(pieces) == "two four"  # found in the directory of the configuration
     assert build_detokeniser(args, tmp_path)([]) == ""
 
 
@@ -205,13 +205,13 @@ def test_command(tmp_path, expdir, recogniser, waves, caplog):
     assert facts["rtf"] == pytest.approx(facts["decode_seconds"] / facts["audio_seconds"], rel=0.05)
 
     before = (out / "decode.json").stat().st_mtime_ns
-    asr_kd_inference.main(argv)  # finished: kept
+    asr_kd_inference.main(argv)  # finished, so it is kept
     assert (out / "decode.json").stat().st_mtime_ns == before
-    asr_kd_inference.main([*argv, "--force", "--nj", "2"])  # done again, and threads change nothing
+    asr_kd_inference.main([*argv, "--force", "--nj", "2"])  # it is decoded again, and threads change nothing
     assert (out / "decode.json").stat().st_mtime_ns > before
     assert (out / "1best_recog" / "text").read_text().split("\n") == read["text"]
     (data / "wav.scp").write_text((data / "wav.scp").read_text().replace("u0 ", "v0 ", 1))
-    asr_kd_inference.main(argv)  # other data: not taken for finished
+    asr_kd_inference.main(argv)  # other data, so it is decoded again
     assert (out / "1best_recog" / "text").read_text().startswith("v0 ")
 
 
@@ -225,7 +225,7 @@ def test_command_refuses_what_it_cannot_do(tmp_path, expdir):
 
 
 def test_several_experiments_decode_several_data_dirs(tmp_path, expdir, waves, recogniser):
-    """One process, each model loaded once, and nothing loaded for what is finished."""
+    """One process loads each model once, and loads nothing for finished decodings."""
     one, two = tmp_path / "exp/one", tmp_path / "exp/two"
     shutil.copytree(expdir, one)
     conf = tiny_asr.config()
@@ -240,7 +240,7 @@ def test_several_experiments_decode_several_data_dirs(tmp_path, expdir, waves, r
         assert text[Path("two") / place] != text[Path("one") / place]
     assert json.loads((two / "decode_other/decode.json").read_text())["model"] == str(two / "export/model.pth")
 
-    # An export that is written again is the same model; another process finds all finished, and needs no torch for it.
+    # An export that is written again is the same model; another process finds all finished, without torch.
     (two / "export/model.pth").touch()
     before = {p: p.stat().st_mtime_ns for p in tmp_path.glob("exp/**/decode.json")}
     code = "import sys, espnet_kd.bin.asr_kd_inference as i; i.main(sys.argv[1:]); print('torch' in sys.modules)"
@@ -248,7 +248,7 @@ def test_several_experiments_decode_several_data_dirs(tmp_path, expdir, waves, r
     assert done.stdout == "False\n"
     assert before == {p: p.stat().st_mtime_ns for p in tmp_path.glob("exp/**/decode.json")}
 
-    # Another model under the same name: that experiment alone is decoded again.
+    # With another model under the same name, only that experiment is decoded again.
     tiny_asr.save(tiny_asr.build(conf, seed=2, sharpen=100.0), conf, two / "export", "model.pth")
     asr_kd_inference.main(argv)
     again = {p.parent.parent.name for p, t in before.items() if p.stat().st_mtime_ns != t}
@@ -276,7 +276,7 @@ def test_an_experiment_that_is_not_there_is_refused_before_any_is_decoded(tmp_pa
 
 
 def test_what_a_kd_stage_ended_with_is_decoded_again_when_it_changes(tmp_path, expdir):
-    """Beside it lies no other model that a decoding could be known by."""
+    """The stage's directory has no other model that could identify a decoding, so student.pth must do it."""
     config, model = find_experiment(expdir)
     stage = tmp_path / "kd_stage1"
     stage.mkdir()
@@ -292,7 +292,7 @@ def test_what_a_kd_stage_ended_with_is_decoded_again_when_it_changes(tmp_path, e
 
 @pytest.mark.parametrize("kind, message", [("flac", "is damaged"), ("wav", "is cut"), ("nan", "is no number")])
 def test_damaged_audio_is_named(tmp_path, kind, message):
-    """With the utterance, as data preparation names it."""
+    """The message names the utterance, as in data preparation."""
     samples, path = tiny_asr.audio(4.0, 3), tmp_path / f"a.{'flac' if kind == 'flac' else 'wav'}"
     if kind == "nan":
         samples[100] = np.nan
