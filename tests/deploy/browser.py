@@ -3,6 +3,7 @@
 import http.server
 import json
 import os
+import re
 import subprocess
 import threading
 import time
@@ -90,8 +91,9 @@ def open_page(folder, audio, scratch, *, microphone=None, seconds=180):
         text = net.read_text().rstrip()
         events = json.loads(text if text.endswith("]}") else text.rstrip(",") + "]}")["events"]
         urls = {e["params"]["url"] for e in events if "url" in e.get("params", {})}
+        own = r"https?://(?!fonts|ajax)[^/]*google"  # Chromium's own requests
         elsewhere = {
             u for u in urls
-            if u.startswith(("http:", "https:")) and not u.startswith(server.address) and "google" not in u
+            if u.startswith(("http:", "https:")) and not u.startswith(server.address) and not re.match(own, u)
         }  # fmt: skip
         return server.results, server.asked, elsewhere

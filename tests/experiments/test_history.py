@@ -63,6 +63,8 @@ def test_a_cut_line_is_read_as_far_as_it_goes(tmp_path):
         for history in read_stages(tmp_path):
             stats = [x for phases in history.values() for phase in phases.values() for x in phase.values()]
             assert all(map(math.isfinite, stats))
+    (tmp_path / "train.log").write_text(line)
+    assert read_stages(tmp_path)[0][3]["train"]["loss"] == 2.5
 
 
 def test_the_last_stage_is_not_given_the_log_of_another(tmp_path):

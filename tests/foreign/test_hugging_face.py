@@ -225,7 +225,7 @@ def test_a_bad_directory_is_refused_in_one_line_and_nothing_is_written(tmp_path,
 
 @pytest.mark.parametrize("source", ["hf:", "hf:/nowhere", "wav2vec2", "onnx:/nowhere.onnx"])
 def test_a_source_that_is_none_is_refused(tmp_path, source):
-    with pytest.raises(UserError, match=source.split(":")[-1] or "hf"):
+    with pytest.raises(UserError, match=source.split(":")[-1] or "hf:"):
         asr_kd_import.main([source, "--output_dir", str(tmp_path / "exp")])
 
 
