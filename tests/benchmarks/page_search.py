@@ -16,7 +16,7 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import List, Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -57,9 +57,9 @@ def train(recipe: Path, page: str, seed: int, args: argparse.Namespace) -> Optio
     return rates(recipe, f"{args.expdir}/student_{Path(page).stem}{tag}/export", args)
 
 
-def main() -> None:
+def main(argv: Optional[Sequence[str]] = None) -> None:
     """Run the command."""
-    args = get_parser().parse_args()
+    args = get_parser().parse_args(argv)
     recipe = ROOT / "egs2" / args.recipe / "asr_kd1"
     plain = [rates(recipe, f"{args.expdir}/student_plain{f'_seed{s}' if s else ''}", args) for s in args.seeds]
     with ThreadPoolExecutor(args.jobs) as pool:
