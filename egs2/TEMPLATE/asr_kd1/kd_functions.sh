@@ -337,6 +337,7 @@ type_of_teacher() {
 same_rate() {
     local pair rate
     for pair in "${foreign[@]}"; do
+        # In a dry run the teacher may not be imported yet, and then has no config.yaml.
         rate=$(sed -n '/^frontend_conf:/{n;s/^ *fs: *//p}' "${pair##*|}/config.yaml" 2>/dev/null || true)
         [ "${rate:-${fs}}" = "${fs}" ] ||
             fail "--teacher ${pair%|*}: it takes audio of ${rate} Hz, and --fs is ${fs}; give --fs ${rate}"

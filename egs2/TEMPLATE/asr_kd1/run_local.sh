@@ -63,7 +63,7 @@ for i in "${!pids[@]}"; do
         job_log=${log//${name:-JOB}/$((first + i))}
         [ -n "${name}" ] || job_log=${log}
         own=$(tail -c "+$((before + 1))" "${job_log}")
-        error=$(grep '^error:' <<<"${own}" || true)
+        error=$(grep '^error:' <<<"${own}" || true) # grep fails if the log has no such line
         if [ -z "${error}" ]; then
             echo "error: job $((first + i)) failed with exit code ${rc}; the end of ${job_log}:" >&2
             tail -n 5 <<<"${own}" >&2
