@@ -280,12 +280,20 @@ def _check(
 ) -> Tuple[float, ...]:
     factors = tuple(float(x) for x in speed_factors)
     if not factors or len(set(factors)) != len(factors):
-        raise UserError(f"--speed_factors {speed_factors}: give at least one, none of them twice")
+        given = " ".join(map(str, speed_factors))
+        raise UserError(f"--speed_factors {given}: give at least one factor, and no factor twice")
     for factor in factors:
         if not 0.5 <= factor <= 2.0:
             raise UserError(f"--speed_factors: {factor} is not between 0.5 and 2 (usual: 0.9 1.0 1.1)")
-    if not 1000 <= fs <= MAX_FS or nj < 1 or not 0 <= min_seconds < max_seconds:
-        raise UserError(f"bad options: fs {fs} Hz, nj {nj}, durations {min_seconds} to {max_seconds} s")
+    if not 1000 <= fs <= MAX_FS:
+        raise UserError(f"--fs is {fs}; it must be between 1000 and {MAX_FS} Hz")
+    if nj < 1:
+        raise UserError(f"--nj is {nj}; it must be 1 or more")
+    if not 0 <= min_seconds < max_seconds:
+        raise UserError(
+            f"--min_seconds is {min_seconds} and --max_seconds is {max_seconds}; the first must be 0 or more, and the "
+            "second larger than the first"
+        )
     return factors
 
 

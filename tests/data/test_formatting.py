@@ -156,14 +156,18 @@ def test_faults_name_the_utterance(src: Path, tmp_path: Path, nj: int, breakage:
 
 
 def test_bad_options(src: Path, tmp_path: Path) -> None:
-    for options in (
-        {"fs": 700_000},
-        {"speed_factors": (1.0, 1.0)},
-        {"speed_factors": (9.0,)},
-        {"min_seconds": 5, "max_seconds": 1},
+    for options, message in (
+        ({"fs": 700_000}, "--fs is 700000"),
+        ({"nj": 0}, "--nj is 0"),
+        ({"speed_factors": (1.0, 1.0)}, "--speed_factors 1.0 1.0"),
+        ({"speed_factors": ()}, "--speed_factors"),
+        ({"speed_factors": (9.0,)}, "--speed_factors: 9.0"),
+        ({"min_seconds": 5, "max_seconds": 1}, "--min_seconds is 5 and --max_seconds is 1"),
+        ({"min_seconds": -1}, "--min_seconds is -1"),
     ):
-        with pytest.raises(UserError):
+        with pytest.raises(UserError, match=message):
             format_data(src, tmp_path / "dump", **options)
+        assert not (tmp_path / "dump").exists()
 
 
 def test_text_is_required_optional_or_left_closed(src: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import soundfile
 import tiny_asr
 
 from espnet_kd.bin import asr_kd_pseudo
@@ -175,3 +176,22 @@ def test_whispers_output_in_the_form_that_is_read(tmp_path, data, monkeypatch):
     labels = read_labels(tmp_path / "labels")
     assert labels["u0"] == Label("A bad cab.", pytest.approx(math.exp(-0.2)))
     assert labels["u1"] == Label("", 0.0) and len(labels) == 4
+
+    def interrupted(*args, **options):
+        raise KeyboardInterrupt
+
+    model.transcribe = interrupted
+    with pytest.raises(KeyboardInterrupt):  # the earlier file stays
+        script["main"](["--model", "tiny", "--data_dir", str(data), "--out", str(tmp_path / "labels")])
+    assert read_labels(tmp_path / "labels") == labels
+    slow = tiny_asr.data_dir(tmp_path / "slow", {"u9": tiny_asr.audio(1.0, 9)})
+    soundfile.write(slow / "u9.wav", tiny_asr.audio(1.0, 9), 8000)
+    for options, message in (
+        (["--data_dir", str(slow)], r"u9 .*8000 Hz"),
+        (["--data_dir", str(tmp_path / "nowhere")], "nowhere/wav.scp"),
+        (["--data_dir", str(data), "--threads", "0"], "--threads is 0"),
+        (["--data_dir", str(data), "--out", str(tmp_path)], "--out .* is a directory"),
+    ):
+        with pytest.raises(UserError, match=message):
+            script["main"](["--model", "tiny", "--out", str(tmp_path / "other"), *options])
+    assert not (tmp_path / "other").exists()

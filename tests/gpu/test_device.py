@@ -133,6 +133,14 @@ def waits():
 
 
 @needs_cuda
+def test_a_wait_is_seen():
+    """Without this the next test could pass because nothing is noted."""
+    with waits() as noted:
+        torch.ones(1, device="cuda").item()
+    assert noted
+
+
+@needs_cuda
 @pytest.mark.parametrize("name", list_pages())
 def test_no_wait_of_ours_in_a_step(name, teacher_dir, tmp_path):
     """The check covers a whole step, as tests/distill/test_waits.py does on a stand-in for a device."""
