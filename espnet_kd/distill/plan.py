@@ -56,6 +56,11 @@ class Plan:
         """The KD stages' numbers in the page."""
         return [phase.stage.number for phase in self.phases]
 
+    @property
+    def options(self) -> Dict[str, Any]:
+        """The options of ESPnet that its page sets for these KD stages."""
+        return self.page.options(self.phases[-1].stage)
+
     def at(self, progress: Progress) -> Moment:
         """The phase and position of a training step."""
         phase = next((p for p in self.phases if progress.fraction < p.end - TINY), self.phases[-1])

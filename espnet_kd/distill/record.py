@@ -39,7 +39,7 @@ def make_record(args: argparse.Namespace, parser: argparse.ArgumentParser, plan:
         "teacher": args.teacher if page.teacher == "required" and not args.target_cache else [],
         "teacher_weights": page.teacher_weights,
         "pool": page.pool,
-        "train": page.train,
+        "train": plan.options,
         "stages": stages,
         "options": {k: v for k, v in sorted(vars(args).items()) if is_compared(k) and v != parser.get_default(k)},
         "data": _hashes(

@@ -85,8 +85,8 @@ def _run(cmd: List[str], args: argparse.Namespace) -> None:
     if args.kd_stage not in (None, *plan.numbers):
         logging.info("KD stage %d: nothing to do, this run has KD stages %s", args.kd_stage, plan.numbers)
         return
-    check_options(ASRKDTask.get_parser(), page.train, f"{page.path}: train")
-    cmd = [*to_options(page.train), *cmd, "--resume", "true"]
+    check_options(ASRKDTask.get_parser(), plan.options, f"{page.path}: train")
+    cmd = [*to_options(plan.options), *cmd, "--resume", "true"]
     args = check_configuration(ASRKDTask.get_parser(), cmd)
     output_dir = Path(args.output_dir)
     record = make_record(args, ASRKDTask.get_parser(), plan)
