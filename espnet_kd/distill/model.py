@@ -82,7 +82,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         if teacher is not None:
             check_rates(student, model.frame_shift, teacher, sampling_rate)
         made: Dict[Tuple[str, str], Objective] = {}  # an objective with the same options is one object in all KD stages
-        heads: Dict[str, torch.nn.Module] = {}
+        new: List[Tuple[ObjectiveSpec, Objective]] = []
         model.terms = []
         for phase in plan.phases:
             terms = []
@@ -95,14 +95,15 @@ class ESPnetASRKDModel(ESPnetASRModel):
                         check_objective(objective, student, teacher, nbest is not None)
                     except UserError as e:
                         raise UserError(f"{page.path}: KD stage {phase.stage.number}: {spec.name}: {e}") from e
-                    # If the training is resumed, its checkpoint later replaces these parameters.
-                    objective.init_student(student, teacher)
-                    head = objective.build(student, teacher)
-                    if head is not None:
-                        heads[spec.key] = head
+                    new.append((spec, objective))
                 terms.append((spec, made[identity], weight))
             model.terms.append(terms)
-        if heads:
+        # If the training is resumed, its checkpoint later replaces these parameters.
+        for _, objective in new:
+            objective.init_student(student, teacher)
+        # Heads are built afterwards, in whatever order a page lists them: one may begin as a copy of the student's.
+        built = [(spec.key, objective.build(student, teacher)) for spec, objective in new]
+        if heads := {key: head for key, head in built if head is not None}:
             model.kd_heads = torch.nn.ModuleDict(heads)
         return model
 
