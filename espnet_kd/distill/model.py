@@ -81,22 +81,22 @@ class ESPnetASRKDModel(ESPnetASRModel):
         model.frame_shift = measure_frame_shift(student, sampling_rate)
         if teacher is not None:
             check_rates(student, model.frame_shift, teacher, sampling_rate)
-        made: Dict[Tuple[str, str], Objective] = {}  # an objective with the same options is one object in all KD stages
         new: List[Tuple[ObjectiveSpec, Objective]] = []
         model.terms = []
         for phase in plan.phases:
             terms = []
             for spec, weight in phase.terms:
-                identity = (spec.name, repr(spec.conf))
-                if identity not in made:
-                    made[identity] = objective = spec.make()
+                # An objective with equal options is one object, with one head, in all KD stages.
+                objective = next((o for s, o in new if (s.name, s.conf) == (spec.name, spec.conf)), None)
+                if objective is None:
+                    objective = spec.make()
                     try:
                         objective.place(student)
                         check_objective(objective, student, teacher, nbest is not None)
                     except UserError as e:
                         raise UserError(f"{page.path}: KD stage {phase.stage.number}: {spec.name}: {e}") from e
                     new.append((spec, objective))
-                terms.append((spec, made[identity], weight))
+                terms.append((spec, objective, weight))
             model.terms.append(terms)
         # If the training is resumed, its checkpoint later replaces these parameters.
         for _, objective in new:

@@ -112,6 +112,15 @@ def test_the_teacher_is_out_of_sight(fkl, teacher_dir):
     assert all(p.grad is None for p in teacher._model.parameters())
 
 
+def test_an_objective_is_one_object_in_all_kd_stages(write_page, teacher):
+    """A page may write equal options differently. Of two objects, only one would have its head in the model."""
+    entry = {"objective": "inter_kd", "layers": [0.5]}
+    stages = [{"share": 0.5, "objectives": [{**entry, "l2_weight": weight}]} for weight in (4, 4.0)]
+    model = in_stage(load_page(str(write_page({"stages": stages}))), 1, teacher)
+    (first,), (second,) = ([objective for _, objective, _ in terms] for terms in model.terms)
+    assert first is second and first.heads is model.kd_heads["inter_kd"]
+
+
 def test_the_optimiser_sees_the_heads(fkl, teacher):
     model = in_stage(fkl, 2, teacher)
     head = model.kd_heads["factorized_representation"][0]
