@@ -14,7 +14,7 @@ from torch import Tensor
 
 from espnet_kd import frames as fr
 from espnet_kd.cli import UserError
-from espnet_kd.distill.checks.pairs import check_objective, check_pair, check_rates
+from espnet_kd.distill.checks.pairs import check_objective, check_pair, check_phase, check_rates
 from espnet_kd.distill.objectives import Batch, Objective, lay_on
 from espnet_kd.distill.page import ObjectiveSpec
 from espnet_kd.distill.plan import Moment, Plan
@@ -84,6 +84,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
         new: List[Tuple[ObjectiveSpec, Objective]] = []
         model.terms = []
         for phase in plan.phases:
+            check_phase(phase, student, page.path)
             terms = []
             for spec, weight in phase.terms:
                 # An objective with equal options is one object, with one head, in all KD stages.
@@ -179,6 +180,9 @@ class ESPnetASRKDModel(ESPnetASRModel):
         if terms:
             loss = loss + self._objectives(now, terms, student, speech, speech_lengths, batch, brought, stats)
 
+        if self.training and not loss.requires_grad:
+            # All weights are 0, as where ramps begin: a path for the backward pass, whose gradients are 0.
+            loss = loss + log_probs[..., :0].sum()
         stats["loss"] = loss.detach()
         return force_gatherable((loss, stats, batch_size), loss.device)
 

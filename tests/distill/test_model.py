@@ -1,5 +1,6 @@
 """The KD model: without objectives its loss is ESPnet's, the teacher is not part of it, KD and CTC are on one scale."""
 
+import contextlib
 import copy
 
 import pytest
@@ -8,6 +9,7 @@ import tiny_kd
 import torch
 
 from espnet_kd import losses
+from espnet_kd.cli import UserError
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.objectives import Batch, Objective, lay_on
 from espnet_kd.distill.page import METHODS_DIR, load_page
@@ -364,7 +366,28 @@ def test_ramped_weights_follow_progress(write_page, teacher):
         assert stats["loss_kd"].item() == pytest.approx(4 * stats["loss_blank_kl"].item())
     assert ratios == pytest.approx([1, 3, 4])
     progress.epoch = 1  # the weight is 0 at first, and the loss is not computed
-    assert "loss_blank_kl" not in model.train()(**tiny_kd.batch())[1]
+    loss, stats, _ = model.train()(**tiny_kd.batch())
+    assert "loss_blank_kl" not in stats
+    loss.backward()  # the trainer does so at every step
+    assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
+
+
+@pytest.mark.parametrize(
+    "stage, conf, trains",
+    [
+        ({"ctc": {"weight": 0.0}}, {}, False),
+        ({"ctc": {"weight": 0.0}, "attention": {"weight": 1.0}}, {}, False),  # no such branch
+        ({"ctc": {"weight": 0.0}, "attention": {"weight": 1.0}}, HYBRID, True),
+        ({"ctc": {"weight": {"start": 0.0, "end": 1.0}}}, {}, True),
+        ({"ctc": {"weight": 0.0}, "keep": "all"}, {}, True),
+    ],
+)
+def test_a_kd_stage_that_trains_nothing(write_page, teacher, stage, conf, trains):
+    first = {"share": 0.5, "objectives": [{"objective": "kl"}]}
+    page = write_page({"stages": [first, {"share": 0.5, **stage}]})
+    message = r"page.yaml: KD stage 2 \(stage2\) trains nothing: the weight of CTC is 0"
+    with contextlib.nullcontext() if trains else pytest.raises(UserError, match=message):
+        adopt(tiny_kd.student_config(**conf), page, teacher=teacher)
 
 
 def test_a_slower_student(write_page, teacher):
