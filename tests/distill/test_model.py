@@ -1,6 +1,5 @@
 """The KD model: without objectives its loss is ESPnet's, the teacher is not part of it, KD and CTC are on one scale."""
 
-import contextlib
 import copy
 
 import pytest
@@ -9,7 +8,6 @@ import tiny_kd
 import torch
 
 from espnet_kd import losses
-from espnet_kd.cli import UserError
 from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.objectives import Batch, Objective, lay_on
 from espnet_kd.distill.page import METHODS_DIR, load_page
@@ -112,15 +110,6 @@ def test_the_teacher_is_out_of_sight(fkl, teacher_dir):
     assert any("running_mean" in k for k in after)
     assert all(torch.equal(v, before[k]) for k, v in after.items())
     assert all(p.grad is None for p in teacher._model.parameters())
-
-
-def test_an_objective_is_one_object_in_all_kd_stages(write_page, teacher):
-    """A page may write equal options differently. Of two objects, only one would have its head in the model."""
-    entry = {"objective": "inter_kd", "layers": [0.5]}
-    stages = [{"share": 0.5, "objectives": [{**entry, "l2_weight": weight}]} for weight in (4, 4.0)]
-    model = in_stage(load_page(str(write_page({"stages": stages}))), 1, teacher)
-    (first,), (second,) = ([objective for _, objective, _ in terms] for terms in model.terms)
-    assert first is second and first.heads is model.kd_heads["inter_kd"]
 
 
 def test_the_optimiser_sees_the_heads(fkl, teacher):
@@ -370,24 +359,6 @@ def test_ramped_weights_follow_progress(write_page, teacher):
     assert "loss_blank_kl" not in stats
     loss.backward()  # the trainer does so at every step
     assert not any(p.grad.any() for p in model.parameters() if p.grad is not None)
-
-
-@pytest.mark.parametrize(
-    "stage, conf, trains",
-    [
-        ({"ctc": {"weight": 0.0}}, {}, False),
-        ({"ctc": {"weight": 0.0}, "attention": {"weight": 1.0}}, {}, False),  # no such branch
-        ({"ctc": {"weight": 0.0}, "attention": {"weight": 1.0}}, HYBRID, True),
-        ({"ctc": {"weight": {"start": 0.0, "end": 1.0}}}, {}, True),
-        ({"ctc": {"weight": 0.0}, "keep": "all"}, {}, True),
-    ],
-)
-def test_a_kd_stage_that_trains_nothing(write_page, teacher, stage, conf, trains):
-    first = {"share": 0.5, "objectives": [{"objective": "kl"}]}
-    page = write_page({"stages": [first, {"share": 0.5, **stage}]})
-    message = r"page.yaml: KD stage 2 \(stage2\) trains nothing: the weight of CTC is 0"
-    with contextlib.nullcontext() if trains else pytest.raises(UserError, match=message):
-        adopt(tiny_kd.student_config(**conf), page, teacher=teacher)
 
 
 def test_a_slower_student(write_page, teacher):

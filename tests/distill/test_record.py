@@ -107,38 +107,6 @@ def test_an_n_best_of_other_content(recorded, tmp_path):
     assert claim(out, make_record(args, PARSER, plan), plan) == 1
 
 
-def test_a_teacher_of_other_content(recorded, tmp_path):
-    """The teacher was trained on, so that its directory has another model."""
-    out, args, plan = recorded
-    own = tmp_path / "teacher"
-    shutil.copytree(args.teacher[0], own)
-    args.teacher = [str(own)]
-    write_record(out, make_record(args, PARSER, plan), 1, False)
-    assert claim(out, make_record(args, PARSER, plan), plan) == 1
-    (own / "valid.loss.ave.pth").write_bytes(b"other")
-    with pytest.raises(UserError, match="settings ./.*teacher: valid.loss.ave.pth has changed"):
-        claim(out, make_record(args, PARSER, plan), plan)
-    # The record of an earlier version does not have the teacher's content, which is then not compared.
-    earlier = {k: v for k, v in make_record(args, PARSER, plan).items() if k != "teacher_files"}
-    write_record(out, earlier, 1, False)
-    assert claim(out, make_record(args, PARSER, plan), plan) == 1
-
-
-def test_more_epochs_after_an_early_end(recorded, write_page):
-    """With ``patience`` fewer epochs may be trained than planned; KD stage 1 must not be trained a second time."""
-    out, args, _ = recorded
-    page = load_page(str(write_page({"stages": [{"share": 0.5}, {"share": 0.5}]})))
-    plan = make_plan(page, 20)
-    write_record(out, make_record(args, PARSER, plan), 2, True)
-    torch.save({"model": {}, "reporter": {"epoch": 12}}, out / "checkpoint.pth")
-    assert claim(out, make_record(args, PARSER, plan), plan) == 2
-    longer = make_plan(page, 22)  # KD stage 2 begins with epoch 12
-    assert claim(out, make_record(args, PARSER, longer), longer) == 1
-    longer = make_plan(page, 24)  # KD stage 2 begins with epoch 13, which is not trained yet
-    with pytest.raises(UserError, match="epochs: 20 → 24"):
-        claim(out, make_record(args, PARSER, longer), longer)
-
-
 def test_a_cache_of_another_teacher(recorded, monkeypatch):
     """With a cache, the path in --teacher may change; the cache must be of the same teacher."""
     from espnet_kd.distill import record as module
