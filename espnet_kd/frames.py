@@ -266,9 +266,10 @@ def align(
         both = torch.minimum(student_lengths, lengths)
         return fit(logits, student_frames), {k: fit(h, student_frames) for k, h in hidden.items()}, both
 
-    start = torch.arange(student_frames, device=logits.device)
+    # In float64, in which the product with 2.4 is off by less than the 1e-9 below; in float32 it would pass a frame.
+    start = torch.arange(student_frames, device=logits.device, dtype=torch.float64)
     if ratio < 1:
-        covered = ((start + 0.5) * ratio).long()[:, None]  # (T, 1)
+        covered = ((start + 0.5) * ratio + 1e-9).long()[:, None]  # (T, 1)
         inside = torch.ones_like(covered, dtype=torch.bool)
     else:
         first = torch.ceil(start * ratio - 1e-9).long()

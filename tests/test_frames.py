@@ -1,6 +1,7 @@
 """Valid and non-blank frames, and the alignment of a teacher's frames with a student's."""
 
 import math
+from fractions import Fraction
 
 import pytest
 import torch
@@ -89,6 +90,23 @@ def test_align_by_its_definition(ratio, short):
         assert filled >= m - 1
     inside = fr.valid(both, got.size(1))
     assert got[inside].isfinite().all() and got_hidden["encoder"][inside].isfinite().all()
+
+
+@pytest.mark.parametrize("teacher_ms, student_ms", [(10, 24), (10, 48), (12.5, 10), (12.5, 30), (40, 30), (20, 40)])
+def test_rounding_moves_no_frame(teacher_ms, student_ms):
+    """Ratios such as 2.4 have no exact binary form."""
+    length, ratio = 480, Fraction(student_ms) / Fraction(teacher_ms)
+    frames = int(length / ratio)
+    hidden = {"encoder": torch.arange(length, dtype=torch.float64)[None, :, None]}
+    _, found, _ = fr.align(
+        torch.zeros(1, length, 2), hidden, torch.tensor([length]), teacher_ms / 1000, frames, torch.tensor([frames]),
+        student_ms / 1000,
+    )  # fmt: skip
+    for i, mean in enumerate(found["encoder"][0, :, 0].tolist()):
+        covered = range(math.ceil(i * ratio), math.ceil((i + 1) * ratio))
+        if ratio < 1:
+            covered = [math.floor((i + Fraction(1, 2)) * ratio)]
+        assert mean == pytest.approx(sum(covered) / len(covered), rel=1e-6), i
 
 
 @pytest.mark.parametrize("ratio", [1, 2, 3, 1.5])

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from espnet_kd import frames as fr
 from espnet_kd.cli import UserError
-from espnet_kd.distill.checks.pairs import check_objective, check_pair, check_rates
+from espnet_kd.distill.checks.pairs import check_objective, check_pair, check_phase, check_rates
 from espnet_kd.distill.objectives import Batch, Objective, lay_on
 from espnet_kd.distill.page import ObjectiveSpec
 from espnet_kd.distill.plan import Moment, Plan
@@ -81,28 +81,30 @@ class ESPnetASRKDModel(ESPnetASRModel):
         model.frame_shift = measure_frame_shift(student, sampling_rate)
         if teacher is not None:
             check_rates(student, model.frame_shift, teacher, sampling_rate)
-        made: Dict[Tuple[str, str], Objective] = {}  # an objective with the same options is one object in all KD stages
-        heads: Dict[str, torch.nn.Module] = {}
+        new: List[Tuple[ObjectiveSpec, Objective]] = []
         model.terms = []
         for phase in plan.phases:
+            check_phase(phase, student, page.path)
             terms = []
             for spec, weight in phase.terms:
-                identity = (spec.name, repr(spec.conf))
-                if identity not in made:
-                    made[identity] = objective = spec.make()
+                # An objective with equal options is one object, with one head, in all KD stages.
+                objective = next((o for s, o in new if (s.name, s.conf) == (spec.name, spec.conf)), None)
+                if objective is None:
+                    objective = spec.make()
                     try:
                         objective.place(student)
                         check_objective(objective, student, teacher, nbest is not None)
                     except UserError as e:
                         raise UserError(f"{page.path}: KD stage {phase.stage.number}: {spec.name}: {e}") from e
-                    # If the training is resumed, its checkpoint later replaces these parameters.
-                    objective.init_student(student, teacher)
-                    head = objective.build(student, teacher)
-                    if head is not None:
-                        heads[spec.key] = head
-                terms.append((spec, made[identity], weight))
+                    new.append((spec, objective))
+                terms.append((spec, objective, weight))
             model.terms.append(terms)
-        if heads:
+        # If the training is resumed, its checkpoint later replaces these parameters.
+        for _, objective in new:
+            objective.init_student(student, teacher)
+        # Heads are built afterwards, in whatever order a page lists them: one may begin as a copy of the student's.
+        built = [(spec.key, objective.build(student, teacher)) for spec, objective in new]
+        if heads := {key: head for key, head in built if head is not None}:
             model.kd_heads = torch.nn.ModuleDict(heads)
         return model
 
@@ -178,6 +180,9 @@ class ESPnetASRKDModel(ESPnetASRModel):
         if terms:
             loss = loss + self._objectives(now, terms, student, speech, speech_lengths, batch, brought, stats)
 
+        if self.training and not loss.requires_grad:
+            # All weights are 0, as where ramps begin: a path for the backward pass, whose gradients are 0.
+            loss = loss + log_probs[..., :0].sum()
         stats["loss"] = loss.detach()
         return force_gatherable((loss, stats, batch_size), loss.device)
 

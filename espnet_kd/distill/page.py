@@ -76,7 +76,15 @@ class Page:
     pool: str
     teacher_weights: List[float]  #: weights of several teachers; empty: equal weights
     stages: List[KDStage]
-    train: Dict[str, Any]  #: options of ESPnet for the whole training
+    train: Dict[str, Any]  #: options of ESPnet for the whole training, as its ``train`` block has them
+
+    def options(self, last: KDStage) -> Dict[str, Any]:
+        """The options of ESPnet for a training whose last KD stage is ``last``, also those that it does not name."""
+        implied = _implied_options(self.stages)
+        if end_of(last.ctc_weight) == 0.0:
+            # The best model cannot be chosen by a CTC loss whose weight ends at 0.
+            implied["best_model_criterion"] = [["valid", "loss_kd", "min"]]
+        return {**implied, **self.train}
 
     @property
     def needs_text(self) -> bool:
@@ -168,7 +176,6 @@ def _page(path: Path, content: Any, imports: bool) -> Page:
         train=check_train_options(top.get("train", {}), f"{where}: train"),
     )
     _check_kept(page)
-    page.train = {**_implied_options(page.stages), **page.train}
     for weight in page.teacher_weights:
         if not 0 < weight < math.inf:
             raise UserError(f"{where}: teacher_weights must be numbers above 0, not {page.teacher_weights}")
@@ -198,16 +205,13 @@ def _check_kept(page: Page) -> None:
 
 
 def _implied_options(stages: Sequence[KDStage]) -> Dict[str, Any]:
-    """ESPnet options that follow from the KD stages."""
+    """ESPnet options that follow from all KD stages of a page."""
     implied: Dict[str, Any] = {}
     weights = [w for s in stages for w in (s.ctc_weight, s.attention_weight)]
     heads = [o for s in stages for o in s.objectives if o.has_head]
     if any(map(_may_be_0, weights)) or (heads and (len(stages) > 1 or any(_may_be_0(o.weight) for o in heads))):
         # In a step the CTC head, a hybrid's decoder or an objective's head may get no gradient; DDP must expect this.
         implied["unused_parameters"] = True
-    if end_of(stages[-1].ctc_weight) == 0.0:
-        # The best model cannot be chosen by a CTC loss whose weight ends at 0.
-        implied["best_model_criterion"] = [["valid", "loss_kd", "min"]]
     return implied
 
 

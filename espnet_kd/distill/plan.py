@@ -56,6 +56,11 @@ class Plan:
         """The KD stages' numbers in the page."""
         return [phase.stage.number for phase in self.phases]
 
+    @property
+    def options(self) -> Dict[str, Any]:
+        """The options of ESPnet that its page sets for these KD stages."""
+        return self.page.options(self.phases[-1].stage)
+
     def at(self, progress: Progress) -> Moment:
         """The phase and position of a training step."""
         phase = next((p for p in self.phases if progress.fraction < p.end - TINY), self.phases[-1])
@@ -122,8 +127,9 @@ def make_plan(page: Page, max_epoch: int, wanted: Optional[Sequence[int]] = None
         end = begin + stage.share if following else 1.0
         if following and following.restart:
             end = max(round(end * max_epoch), math.floor(begin * max_epoch + TINY) + 1) / max_epoch
-            if end > 1 - TINY:
-                raise UserError(f"max_epoch {max_epoch} is too few for {len(chosen)} KD stages of {page.path}")
+        # A share that was rounded up moves the KD stages after it, also those without a restart.
+        if following and end > 1 - TINY:
+            raise UserError(f"max_epoch {max_epoch} is too few for {len(chosen)} KD stages of {page.path}")
         before = phases[-1].terms if phases else []
         own = {o.key for o in stage.objectives}
         kept = [(o, end_of(w)) for o, w in before if o.key not in own and (stage.keep == "all" or o.key in stage.keep)]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -13,10 +12,11 @@ from espnet_kd.cli import UserError
 from espnet_kd.distill.checks.options import tokens_of
 from espnet_kd.distill.page import Page
 from espnet_kd.distill.plan import Plan
-from espnet_kd.experiments.models import read_config
+from espnet_kd.experiments.checkpoints import CHECKPOINT, read_checkpoint
+from espnet_kd.experiments.models import find_experiment, read_config
 from espnet_kd.experiments.record import differences
 from espnet_kd.experiments.resume import is_compared, rule_of
-from espnet_kd.files import replacing
+from espnet_kd.files import replacing, sha256_of
 from espnet_kd.targets.cache import read_manifest
 
 RECORD = "kd_stage.json"
@@ -39,7 +39,7 @@ def make_record(args: argparse.Namespace, parser: argparse.ArgumentParser, plan:
         "teacher": args.teacher if page.teacher == "required" and not args.target_cache else [],
         "teacher_weights": page.teacher_weights,
         "pool": page.pool,
-        "train": page.train,
+        "train": plan.options,
         "stages": stages,
         "options": {k: v for k, v in sorted(vars(args).items()) if is_compared(k) and v != parser.get_default(k)},
         "data": _hashes(
@@ -51,6 +51,9 @@ def make_record(args: argparse.Namespace, parser: argparse.ArgumentParser, plan:
         ),
         "objectives": list({o["objective"]: o for stage in stages for o in stage["objectives"]}.values()),
     }
+    if page.teacher == "required" and not args.target_cache:
+        models = [(teacher, find_experiment(teacher)[1]) for teacher in args.teacher]
+        record["teacher_files"] = {f"{teacher}: {model.name}": sha256_of(model)[:12] for teacher, model in models}
     if page.teacher == "required" and args.target_cache:
         manifest = read_manifest(args.target_cache)
         identity = {"teacher": manifest.teacher_sha256, "config": manifest.config_sha256}
@@ -89,12 +92,13 @@ def claim(output_dir: Path, record: Dict[str, Any], plan: Plan) -> int:
     done = found.pop("finished_kd_stage", 0)
     ended = found.pop("finished", False)
     before = found.get("epochs", 0)
+    longer = ended and record["epochs"] > before
     # Refused if the new plan begins the last KD stage after the trained epochs, which would train its beginning twice.
-    extended = ended and record["epochs"] > before >= plan.phases[-1].epochs(plan.max_epoch)[0]
+    extended = longer and _trained_epochs(output_dir, before) >= plan.phases[-1].epochs(plan.max_epoch)[0]
     if extended:
         found["epochs"] = record["epochs"]
         done = plan.numbers[-2] if len(plan.numbers) > 1 else 0
-    differing = list(differences(_without_epochs(found), _without_epochs(record)))
+    differing = list(differences(_without_epochs(_as_now(found, record)), _without_epochs(record)))
     # If nothing was trained yet, a corrected command may use the directory.
     if differing and (output_dir / "checkpoint.pth").exists():
         raise UserError(
@@ -145,7 +149,7 @@ def in_words(differing: Sequence[Tuple[str, Any, Any]], shown: int = 5) -> str:
     words = []
     for key, old, new in differing[:shown]:
         what, _, rest = key.partition(".")
-        if what in ("data", "nbest"):
+        if what in ("data", "nbest", "teacher_files"):
             words.append(f"{rest} {'is new' if old is None else 'is no longer used' if new is None else 'has changed'}")
         elif key in ("target_cache.teacher", "target_cache.config"):
             words.append("target_cache is another teacher's")
@@ -162,6 +166,26 @@ def write_record(output_dir: Path, record: Mapping[str, Any], done: int, ended: 
         json.dump({**record, "finished_kd_stage": done, "finished": ended}, f, indent=2)
 
 
+def _trained_epochs(output_dir: Path, planned: int) -> int:
+    """The number of epochs of a training that has ended; with ``patience`` it may be below ``planned``."""
+    states = read_checkpoint(output_dir / CHECKPOINT)
+    return planned if states is None else min(planned, states["reporter"]["epoch"])
+
+
+def _as_now(found: Mapping[str, Any], record: Mapping[str, Any]) -> Dict[str, Any]:
+    """``found`` with the path of the N-best in ``record``, because only the content of this file counts.
+
+    Records of earlier versions have no ``teacher_files``, which are then not compared.
+    """
+    as_now = dict(found)
+    if "teacher_files" in record:
+        as_now.setdefault("teacher_files", record["teacher_files"])
+    old, new = found.get("nbest"), record.get("nbest")
+    if isinstance(old, dict) and isinstance(new, dict) and len(old) == len(new) == 1:
+        as_now["nbest"] = dict(zip(new, old.values()))
+    return as_now
+
+
 def _without_epochs(record: Mapping[str, Any]) -> Dict[str, Any]:
     """A record without the epochs of its KD stages, which follow from its other values, except after an extension."""
     stages = record.get("stages")
@@ -174,4 +198,4 @@ def _without_epochs(record: Mapping[str, Any]) -> Dict[str, Any]:
 def _hashes(paths: List[Any]) -> Dict[str, str]:
     """{path: beginning of the file's SHA-256}; values that are not files are skipped (a token list in the YAML)."""
     files = [Path(p) for p in paths if isinstance(p, str) and Path(p).is_file()]
-    return {str(p): hashlib.sha256(p.read_bytes()).hexdigest()[:12] for p in files}
+    return {str(p): sha256_of(p)[:12] for p in files}

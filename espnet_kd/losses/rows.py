@@ -79,7 +79,8 @@ class RowwiseFactorizedKL(torch.autograd.Function):
         of_nonblank, of_blank = (w / n for w, n in zip(weights[1:], counts))
         pull = torch.where(is_nonblank, of_nonblank, of_blank)
         ctx.frames = _Frames(block, mass, push, token_norm, norm, pull.to(compute_dtype(student)))
-        loss = weights[0] * blanks / len(rows) + sum(w * s / n for w, s, n in zip(weights[1:], sums, counts))
+        parts = zip(weights, (blanks, *sums), (len(rows), *counts))
+        loss = sum((w * s / n for w, s, n in parts if w), torch.zeros_like(blanks))  # without 0 · ∞, which is NaN
         return loss.to(compute_dtype(student))
 
     @staticmethod
@@ -126,8 +127,9 @@ class _Dense:
     def tokens(self, rows: Tensor, split: BlankSplit, log_q: Tensor) -> Tensor:
         """(N,) (1−b^T)·NKL against log q̃ (N, V), which is overwritten."""
         log_p = self.read(rows).div_(self.temperature).sub_(finite(split.token_norm)[:, None])
-        log_p[:, self.blank_id] = -torch.inf
         p = log_p.exp()
+        # 0 in both, because 0 · ∞ would send every frame to the slow path below.
+        p[:, self.blank_id] = log_p[:, self.blank_id] = 0
         sums = p.mul(log_q.sub_(log_p)).sum(-1)
         odd = ~sums.isfinite()
         if odd.any():  # 0 · ∞ in the sum, or an infinite KL

@@ -88,8 +88,8 @@ class CachedTeacher:
     def state_dict(self) -> Dict[str, Tensor]:
         """Refused (:class:`UserError`): a cache has no parameters."""
         raise UserError(
-            f"this method is initialised with the teacher's parameters, and {self.path} has only its outputs; give "
-            "--teacher EXP"
+            f"this method is initialised with the teacher's parameters, and {self.path} has only its outputs; leave "
+            "--target_cache out, and give --teacher EXP"
         )
 
     def move(self, fn: Callable[[Tensor], Tensor]) -> None:

@@ -143,6 +143,9 @@ class SeveralTeachers:
     def _together(self, each: Sequence[EncoderOutputs]) -> EncoderOutputs:
         """Combine the outputs of several teachers into those of one."""
         frames = min(s.logits.size(1) for s in each)
+        decoders = [s.decoder for s in each if s.decoder is not None]
+        # The padding differs if only some of the teachers keep this batch in memory.
+        labels = min((d.size(1) for d in decoders), default=0)
         lengths = torch.stack([s.lengths for s in each])
         apart = (lengths.max(0).values - lengths.min(0).values).max() > 2
         try:
@@ -156,7 +159,7 @@ class SeveralTeachers:
             lengths.min(0).values.clamp(max=frames),
             self.frame_shift,
             {tap: h[:, :frames] for tap, h in each[0].hidden.items()},
-            None if each[0].decoder is None else self._average([s.decoder for s in each if s.decoder is not None]),
+            self._average([d[:, :labels] for d in decoders]) if decoders else None,
         )
 
     def _average(self, logits: Sequence[Tensor]) -> Tensor:

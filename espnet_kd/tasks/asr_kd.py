@@ -181,7 +181,7 @@ class ASRKDTask(ASRTask):
     ) -> AbsIterFactory:
         """Build the iterator factory; in training it also reports the epoch, and keeps the last finished checkpoint."""
         factory = super().build_iter_factory(args, distributed_option, mode, kwargs)
-        # Not for chunks, which are cut from collated batches; the parts of a MultipleIterFactory are built here, too.
+        # Not for chunks, which are cut from collated batches.
         if cls.kd_model is not None and mode in ("train", "valid") and type(factory) is SequenceIterFactory:
             teacher = cls.kd_model.teacher if isinstance(cls.kd_model.teacher, CachedTeacher) else None
             parts = cls.kd_model.parts(mode == "train")
@@ -252,7 +252,7 @@ def check_utterances(args: argparse.Namespace, known: Container[str], path: str,
     """Refuse a file of targets that lacks utterances of the training or validation data (:class:`UserError`)."""
     for option in DATA_OPTIONS:
         for data, name, _ in getattr(args, option) or []:
-            if name != "speech" or Path(data).is_dir():  # with --multiple_iterator it is a directory of parts
+            if name != "speech":
                 continue
             missing = [utt_id for utt_id, _ in read_pairs(data) if utt_id not in known]
             if missing:

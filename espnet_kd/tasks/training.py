@@ -8,6 +8,7 @@ import json
 import logging
 import math
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
@@ -62,11 +63,14 @@ def train(cmd: List[str]) -> None:
 
 
 def _run(cmd: List[str], args: argparse.Namespace) -> None:
-    if args.kd_config is None or args.print_config or args.collect_stats or args.dry_run or not args.output_dir:
+    if args.kd_config is None or args.print_config or args.collect_stats or not args.output_dir:
         # Statistics need no teacher, and without a page this is ESPnet's own training, made safe against kills by mend.
-        trains = args.output_dir and not (args.print_config or args.collect_stats or args.dry_run)
+        trains = args.output_dir and not (args.print_config or args.collect_stats)
         if trains:
             claim_plain(args, ASRKDTask.get_parser())
+        if trains and args.dry_run:
+            _try_out(cmd, Path(args.output_dir))
+            return
         if args.resume and args.output_dir and first_rank(args):
             mend(Path(args.output_dir))
         train(cmd)
@@ -85,12 +89,15 @@ def _run(cmd: List[str], args: argparse.Namespace) -> None:
     if args.kd_stage not in (None, *plan.numbers):
         logging.info("KD stage %d: nothing to do, this run has KD stages %s", args.kd_stage, plan.numbers)
         return
-    check_options(ASRKDTask.get_parser(), page.train, f"{page.path}: train")
-    cmd = [*to_options(page.train), *cmd, "--resume", "true"]
+    check_options(ASRKDTask.get_parser(), plan.options, f"{page.path}: train")
+    cmd = [*to_options(plan.options), *cmd, "--resume", "true"]
     args = check_configuration(ASRKDTask.get_parser(), cmd)
     output_dir = Path(args.output_dir)
     record = make_record(args, ASRKDTask.get_parser(), plan)
     done = claim(output_dir, record, plan)
+    if args.dry_run:
+        _try_out(cmd, output_dir)
+        return
     for part in plan.parts():
         wanted = [p.stage.number for p in part if args.kd_stage is None or p.stage.number <= args.kd_stage]
         finished = [number for number in wanted if number <= done]
@@ -105,6 +112,13 @@ def _run(cmd: List[str], args: argparse.Namespace) -> None:
     if done == plan.numbers[-1] and first_rank(args):
         with replacing(output_dir / "experiment.json") as f:
             json.dump({"role": "student", "method": page.method, "kd_stages": plan.numbers, "seed": args.seed}, f)
+
+
+def _try_out(cmd: List[str], output_dir: Path) -> None:
+    """Build all that a training needs, in a directory of its own: a dry run of ESPnet replaces config.yaml, too."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".dry_run.", dir=output_dir) as scratch:
+        train([*cmd, "--output_dir", scratch])
 
 
 def _train_part(

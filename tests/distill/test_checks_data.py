@@ -75,6 +75,24 @@ def test_without_audio(own):
         asr_kd_train.main(options)
 
 
+@pytest.mark.faults("data that do not fit, seen before training")
+@pytest.mark.parametrize("part", ["train", "valid"])
+def test_a_directory_in_place_of_a_file(own, part):
+    _, options = own
+    options = [o.replace("/wav.scp,speech", ",speech") if f"/{part}/" in o else o for o in options]
+    option = f"--{part}_data_path_and_name_and_type"
+    with pytest.raises(UserError, match=f"{option}: .*/{part} is a directory; give .*/{part}/wav.scp,speech,sound"):
+        asr_kd_train.main(options)
+
+
+@pytest.mark.faults("data that do not fit, seen before training")
+def test_data_in_parts_is_refused(own):
+    """KD stages and ramps count the steps of an epoch, which begin again with each part."""
+    _, options = own
+    with pytest.raises(UserError, match="--multiple_iterator true .*give undivided files"):
+        asr_kd_train.main([*options, "--multiple_iterator", "true"])
+
+
 @pytest.mark.faults("a full disk")
 def test_a_full_disk_is_refused_before_training(corpus, teacher_dir, tmp_path, monkeypatch):
     options = corpus.options(tmp_path / "out", "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")

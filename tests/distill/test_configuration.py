@@ -42,6 +42,15 @@ REFUSED = {
     "one of several": ({"keep_nbest_models": [1, "b"]}, "keep_nbest_models: expected a whole number, found 'b'"),
     "class": ({"encoder": "conformr"}, r"s.yaml: encoder: unknown 'conformr'; did you mean 'conformer'"),
     "choice": ({"token_type": "chars"}, "token_type: unknown 'chars'; did you mean 'char'"),
+    "one criterion for a list": (
+        {"best_model_criterion": ["valid", "acc", "max"]},
+        r"best_model_criterion: expected a list of lists of three texts, found \['valid', ",
+    ),
+    "one file for a list": (
+        {"train_data_path_and_name_and_type": ["wav.scp", "speech", "sound"]},
+        r"s.yaml: train_data_path_and_name_and_type: expected a list of lists of three texts, found \['wav.scp'",
+    ),
+    "two texts for three": ({"best_model_criterion": [["valid", "acc"]]}, "best_model_criterion: expected a list of "),
     "no mapping": ({"encoder_conf": ["a"]}, "s.yaml: encoder_conf: expected a mapping"),
     "code": ({"optim_conf": "__import__('os')"}, "optim_conf: expected a mapping"),
     "code in a key": ({"optim_conf": {"lr=!!python/name:os.x #": 1}}, "optim_conf: unknown key 'lr=!!py"),

@@ -11,11 +11,12 @@ from espnet_kd import losses
 from espnet_kd.cli import UserError
 from espnet_kd.distill.page import list_pages, load_page
 from espnet_kd.targets.online import OnlineTeacher
+from espnet_kd.targets.teacher import SeveralTeachers
 
 
-def hybrid_teacher(directory, seed=1):
+def hybrid_teacher(directory, seed=1, memory=0.0):
     conf = {**tiny_asr.config("conformer", output_size=24, num_blocks=2), "model_conf": {"ctc_weight": 0.5}}
-    return OnlineTeacher(tiny_asr.save(tiny_asr.build(conf, seed=seed, sharpen=4.0), conf, directory))
+    return OnlineTeacher(tiny_asr.save(tiny_asr.build(conf, seed=seed, sharpen=4.0), conf, directory), memory)
 
 
 @pytest.mark.parametrize("transcribed", ["all", "some", "none"])
@@ -59,6 +60,23 @@ def test_attention_kl(write_page, tmp_path, transcribed):
         labels += int(n) + 1
     expected = 0.7 * (2.0 * kl / 3 + 0.5 * attention) + 0.3 * stats["loss_ctc"]
     torch.testing.assert_close(loss, expected.squeeze(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("memories", [(1e8,), (1e8, 1e8), (0.0, 1e8)])
+def test_attention_kl_of_targets_in_memory(write_page, tmp_path, memories):
+    """An utterance may come back in a batch of shorter texts than before, as with ``shuffle_within_batch``."""
+    page = page_of(write_page, {"objective": "attention_kl"})
+    batch, found = tiny_kd.batch(), []
+    some = {k: v[1:] for k, v in batch.items()}
+    some["text"] = some["text"][:, :3]
+    for each in ([0.0] * len(memories), memories):
+        teachers = [hybrid_teacher(tmp_path / f"{n}", seed=n, memory=m) for n, m in enumerate(each, 1)]
+        teacher = teachers[0] if len(teachers) == 1 else SeveralTeachers(teachers)
+        _, model = adopt(page, teacher, tiny_kd.student_config(**HYBRID))
+        run(model, batch)
+        found.append(run(model, some)[1]["loss_attention_kl"])
+    # An encoder's outputs depend a little on the padding of the batch.
+    torch.testing.assert_close(found[1], found[0], rtol=5e-3, atol=0)
 
 
 def test_attention_kl_needs_decoders(write_page, teacher, tmp_path):

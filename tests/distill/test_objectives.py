@@ -295,6 +295,16 @@ def test_layer_pruning_begins_with_the_teachers_layers(write_page, teacher, monk
         adopt(page, teacher, conf)
 
 
+@pytest.mark.parametrize("order", [("layer_pruning", "self_kd"), ("self_kd", "layer_pruning")])
+def test_the_self_students_head_begins_as_the_teachers(write_page, teacher, order):
+    """The order of the objectives on a page has no meaning."""
+    conf = tiny_kd.student_config()
+    conf["encoder_conf"].update(output_size=24, num_blocks=3)
+    _, model = adopt(page_of(write_page, *({"objective": name} for name in order)), teacher, conf)
+    for name, value in model.kd_heads["self_kd"].state_dict().items():
+        assert torch.equal(value, teacher.state_dict()[f"ctc.ctc_lo.{name}"])
+
+
 def test_a_teacher_whose_outputs_no_objective_uses_does_not_run(write_page, teacher, monkeypatch):
     conf = tiny_kd.student_config()
     conf["encoder_conf"].update(output_size=24, num_blocks=2)

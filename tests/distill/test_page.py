@@ -11,6 +11,7 @@ from espnet_kd.bin import asr_kd_page
 from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives import FactorizedRepresentation
 from espnet_kd.distill.page import METHODS_DIR, list_pages, load_page
+from espnet_kd.distill.plan import make_plan
 from espnet_kd.distill.schedule import Progress, Ramp
 
 GOOD = {
@@ -62,7 +63,7 @@ def test_the_main_page():
     assert [(s.ctc_weight, s.restart) for s in page.stages] == [(1.0, False)] * 3
     # The projection of the representation gets a gradient in part of the training only. The page sets no criterion for
     # the best model, because CTC chooses it in the student's own configuration.
-    assert page.train == {"unused_parameters": True}
+    assert page.options(page.stages[-1]) == {"unused_parameters": True}
 
 
 def test_what_a_page_says(write_page):
@@ -206,6 +207,7 @@ def test_the_good_page_is_good(write_page):
 
 
 HEAD = {"objective": "factorized_representation"}
+BY_KD = [["valid", "loss_kd", "min"]]  #: criterion of the best model
 
 
 @pytest.mark.parametrize(
@@ -227,28 +229,30 @@ HEAD = {"objective": "factorized_representation"}
 def test_parameters_without_gradient_are_announced(write_page, stages, train, unused):
     """A decoder without its loss, or a head without its objective, gets no gradient, for which DDP would wait."""
     stages = [{"share": 1 / len(stages), "objectives": [{"objective": "kl"}], **stage} for stage in stages]
-    assert load_page(str(write_page({"stages": stages, "train": train}))).train.get("unused_parameters") == unused
+    page = load_page(str(write_page({"stages": stages, "train": train})))
+    assert make_plan(page, 10).options.get("unused_parameters") == unused
 
 
 @pytest.mark.parametrize(
-    "weights, criterion",
+    "weights, wanted, criterion",
     [
-        ([0.0], [["valid", "loss_kd", "min"]]),
-        ([0.0, 1.0], None),
-        ([1.0, 0.0], [["valid", "loss_kd", "min"]]),
-        ([{"start": 1.0, "end": 0.0}], [["valid", "loss_kd", "min"]]),
-        ([{"start": 0.0, "end": 1.0}], None),
+        ([0.0], None, BY_KD),
+        ([0.0, 1.0], None, None),
+        ([1.0, 0.0], None, BY_KD),
+        ([{"start": 1.0, "end": 0.0}], None, BY_KD),
+        ([{"start": 0.0, "end": 1.0}], None, None),
+        ([0.0, 1.0], [1], BY_KD),  # as with `--kd_stages 1`
+        ([1.0, 0.0], [1], None),
+        ([0.0, 1.0], [2], None),
     ],
 )
-def test_a_training_that_ends_without_ctc_is_judged_by_kd(write_page, weights, criterion):
+def test_a_training_that_ends_without_ctc_is_judged_by_kd(write_page, weights, wanted, criterion):
     stages = [{"share": 1 / len(weights), "ctc": {"weight": w}, "objectives": [{"objective": "kl"}]} for w in weights]
-    page = {"stages": stages}
-    assert load_page(str(write_page(page))).train.get("best_model_criterion") == criterion
-    own = [["valid", "acc", "max"]]
-    assert (
-        load_page(str(write_page({**page, "train": {"best_model_criterion": own}}))).train["best_model_criterion"]
-        == own
-    )
+    page, own = {"stages": stages}, [["valid", "acc", "max"]]
+    plan = make_plan(load_page(str(write_page(page))), 10, wanted)
+    assert plan.options.get("best_model_criterion") == criterion
+    page["train"] = {"best_model_criterion": own}
+    assert make_plan(load_page(str(write_page(page))), 10, wanted).options["best_model_criterion"] == own
 
 
 def test_unknown_method_names_the_nearest():

@@ -73,6 +73,10 @@ def test_too_few_epochs(page):
     with pytest.raises(UserError, match="max_epoch 2 is too few for 3 KD stages of .*page.yaml"):
         make_plan(page((0.1, 0.1, 0.8), *restarts(3)), 2)
     assert len(make_plan(page((0.1, 0.1, 0.8)), 1).phases) == 3  # without restarts a KD stage may begin at any step
+    # The first share is rounded up to two of three epochs, so that the second one would end after the training.
+    with pytest.raises(UserError, match="max_epoch 3 is too few for 3 KD stages of .*page.yaml"):
+        make_plan(page((0.5, 0.45, 0.05), {}, {"restart": True}), 3)
+    assert make_plan(page((0.5, 0.45, 0.05), {}, {"restart": True}), 4).phases[1].end == pytest.approx(0.95)
 
 
 @pytest.mark.parametrize("wanted", [[1, 4], [0], [-1, 2]])

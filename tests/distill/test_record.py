@@ -51,7 +51,7 @@ def other(value):
     if isinstance(value, dict):
         return {**value, "another": 1}
     if isinstance(value, (list, tuple)):
-        return [*value, ("another", "speech", "sound")]
+        return [*value, value[-1] if value else ("another", "speech", "sound")]
     return "another"
 
 
@@ -99,6 +99,12 @@ def test_an_n_best_of_other_content(recorded, tmp_path):
     (tmp_path / "nbest").write_text("other\n")
     with pytest.raises(UserError, match="settings ./.*nbest has changed"):
         claim(out, make_record(args, PARSER, plan), plan)
+    # At another place only the content counts, too.
+    args.nbest = str((tmp_path / "nbest").rename(tmp_path / "moved"))
+    with pytest.raises(UserError, match="settings ./.*moved has changed"):
+        claim(out, make_record(args, PARSER, plan), plan)
+    (tmp_path / "moved").write_text("one\n")
+    assert claim(out, make_record(args, PARSER, plan), plan) == 1
 
 
 def test_a_cache_of_another_teacher(recorded, monkeypatch):

@@ -1,10 +1,13 @@
 """Factorized KL alone: its identity with KL, its weights, and the probabilities that it uses on blank frames."""
 
+import math
+
 import pytest
 import reference
 import torch
 
 from espnet_kd.losses import factorized_kl, kl
+from espnet_kd.losses.rows import _Dense
 
 
 @pytest.mark.parametrize("weights", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (0.3, 2.0, 0.7)])
@@ -79,3 +82,21 @@ def test_nonblank_rule_is_at_temperature_1():
     got = factorized_kl(student, teacher, lengths, temperature=50.0, **reference.ALL_WEIGHTS)
     expected = reference.factorized_kl(student, teacher, mask, temperature=50.0, weights=(1, 1, 1))
     assert got.item() == pytest.approx(expected, rel=1e-9)
+
+
+def test_a_part_of_weight_0_does_not_count_even_if_it_is_infinite():
+    """The student's p(blank) is 0, where the teacher's is not."""
+    student, teacher, lengths, mask = reference.batch()
+    expected = reference.factorized_kl(student, teacher, mask, weights=(0, 1, 0))  # does not depend on p(blank)
+    student[..., 0] = -torch.inf
+    assert factorized_kl(student, teacher, lengths, blank_weight=0.0).item() == pytest.approx(expected, rel=1e-12)
+    assert factorized_kl(student, teacher, lengths).item() == math.inf
+
+
+def test_ordinary_frames_are_computed_once(chosen):
+    """Only frames whose sum is not finite are computed again; the blank's column must not make it so."""
+    student, teacher, _, _ = reference.batch()
+    log_q, rows = student.flatten(0, 1).clone(), torch.arange(student.size(0) * student.size(1))
+    dense = _Dense(teacher, len(rows), 0, 1.0)
+    dense.tokens(rows, dense.split(rows), log_q)
+    assert log_q.isfinite().all()  # the terms of the sums

@@ -304,7 +304,7 @@ def test_what_was_not_kept_is_refused(unbroken):
     ):  # fmt: skip
         with pytest.raises(UserError, match=words):
             cached.check(needs)
-    with pytest.raises(UserError, match="has only its outputs"):
+    with pytest.raises(UserError, match="has only its outputs; leave --target_cache out, and give --teacher"):
         cached.state_dict()
 
 

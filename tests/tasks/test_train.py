@@ -121,6 +121,20 @@ def test_two_stages_and_no_labels(corpus, teacher_dir, tmp_path, write_page):
     assert all(torch.equal(last[k], student[k]) for k in student)
 
 
+def test_a_dry_run_leaves_the_directory_as_it_was(corpus, teacher_dir, tmp_path):
+    """It has the options of the page, such as the criterion, which without transcripts cannot be CTC's."""
+    kd = ["--teacher", str(teacher_dir), "--kd_config", "label_free"]
+    for more, text in (([], True), (kd, False)):
+        out = tmp_path / f"out{len(more)}"
+        command = corpus.options(out, *more, "--max_epoch", "1", text=text)
+        asr_kd_train.main([*command, "--dry_run", "true"])
+        assert [p.name for p in out.iterdir()] == [".lock"]
+        asr_kd_train.main(command)
+        before = {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+        asr_kd_train.main([*command, "--dry_run", "true", "--num_workers", "1"])
+        assert before == {p: p.read_bytes() for p in out.rglob("*") if p.is_file()}
+
+
 def test_without_a_page_it_is_espnets_training(corpus, tmp_path):
     asr_kd_train.main(corpus.options(tmp_path / "out", "--max_epoch", "1"))
     assert (tmp_path / "out" / "1epoch.pth").is_file() and not (tmp_path / "out" / "kd_stage.json").exists()

@@ -117,7 +117,7 @@ def test_a_plain_training_without_a_single_step_is_not_finished(corpus, tmp_path
         assert not (out / "checkpoint.pth").exists() and not (out / "1epoch.pth").exists()
 
 
-#: Statistics that no epoch of a pure CTC student has.
+#: Criteria that no epoch of a pure CTC student has.
 CRITERIA = {
     "acc": ["valid", "acc", "max"],
     "of training": ["train", "acc", "max"],
@@ -125,6 +125,9 @@ CRITERIA = {
     "loss_att": ["valid", "loss_att", "min"],
     "a typing error": ["valid", "los_ctc", "min"],
     "another page's": ["valid", "loss_ctc_student", "min"],
+    "no phase of ESPnet's": ["validation", "loss_ctc", "min"],
+    "no mode": ["valid", "loss_ctc", "lowest"],
+    "of validation alone": ["train", "cer_ctc", "min"],
 }
 
 
@@ -135,6 +138,40 @@ def test_a_criterion_that_no_epoch_has(corpus, teacher_dir, tmp_path, criterion)
     with pytest.raises(UserError, match=rf"best_model_criterion.*{criterion[1]}"):
         asr_kd_train.main(corpus.options(tmp_path / "out", *options, max_epoch=2, best_model_criterion=[criterion]))
     assert not list((tmp_path / "out").glob("*epoch.pth"))
+
+
+@pytest.mark.parametrize(
+    "option, used",
+    [
+        (["--early_stopping_criterion", "valid", "acc", "max"], ["--patience", "2"]),
+        (["--early_stopping_criterion", "valid", "loss", "lowest"], ["--patience", "2"]),
+        (["--val_scheduler_criterion", "valid", "acc"], ["--scheduler", "reducelronplateau"]),
+    ],
+)
+def test_other_criteria_that_no_epoch_has(corpus, tmp_path, option, used):
+    """ESPnet would end with a traceback after the first epoch."""
+    name = option[0].removeprefix("--")
+    with pytest.raises(UserError, match=f"^{name}: (no epoch of this training has valid,acc |expected the phase)"):
+        asr_kd_train.main(corpus.options(tmp_path / "out", *option, *used))
+    assert not list((tmp_path / "out").glob("*epoch.pth"))
+
+
+@pytest.mark.parametrize(
+    "statistic, last",
+    [
+        ("acc", {"attention": {"weight": 0}}),
+        ("loss_kd", {}),
+        ("agreement", {"objectives": [{"objective": "inter_ctc"}]}),
+    ],
+)
+def test_a_criterion_that_validation_has_not_at_the_end(corpus, teacher_dir, tmp_path, write_page, statistic, last):
+    """Validation has the weights of the end: here without the attention branch, without KD, and without the teacher."""
+    stages = [{"share": 0.5, "objectives": [{"objective": "kl"}]}, {"share": 0.5, **last}]
+    options = ["--teacher", str(teacher_dir), "--kd_config", str(write_page({"stages": stages}))]
+    options += ["--model_conf", "ctc_weight=0.3", "--decoder", "transformer", "--decoder_conf", "num_blocks=1"]
+    criterion = [["valid", statistic, "max"]]
+    with pytest.raises(UserError, match=f"best_model_criterion: no epoch of this training has valid,{statistic} "):
+        asr_kd_train.main(corpus.options(tmp_path / "out", *options, best_model_criterion=criterion))
 
 
 @pytest.fixture

@@ -52,10 +52,10 @@ def check_models(
 ) -> None:
     """Check a training whose models are made, before its first step.
 
-    In this order: the teacher's outputs on some training utterances; ``best_model_criterion`` against the statistics
-    that an epoch will have; transcripts against the student's frames; room on the disk. Whether student, teacher,
-    targets and page fit each other is checked when the KD model is made (:mod:`espnet_kd.distill.checks.pairs`), the
-    statistics of its features when the student is.
+    In this order: the teacher's outputs on some training utterances; the criteria of the best model, of early stopping
+    and of the learning rate against the statistics that an epoch will have; transcripts against the student's frames;
+    room on the disk. Whether student, teacher, targets and page fit each other is checked when the KD model is made
+    (:mod:`espnet_kd.distill.checks.pairs`), the statistics of its features when the student is.
 
     Args:
         student: the plain student.

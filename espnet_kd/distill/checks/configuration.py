@@ -12,11 +12,11 @@ from typing import Any, Callable, Dict, Iterable, List, Mapping, Optional, Tuple
 
 import torch
 from espnet2.utils.nested_dict_action import NestedDictAction
-from espnet2.utils.types import float_or_none, int_or_none, str2bool, str_or_none
+from espnet2.utils.types import float_or_none, int_or_none, str2bool, str2triple_str, str_or_none
 
 from espnet_kd.cli import UserError
 from espnet_kd.experiments.models import read_config
-from espnet_kd.strict import check_mapping, check_type, describe_type, nearest, parameters, takes_anything
+from espnet_kd.strict import check_mapping, check_type, describe_type, fits, nearest, parameters, takes_anything
 
 #: What an option's converter makes of a word, as annotations. YAML's numbers serve as words.
 _TYPES: Dict[Any, Any] = {
@@ -63,6 +63,11 @@ def _check_option(action: argparse.Action, value: Any, where: str) -> None:
     hint = _TYPES.get(action.type)
     if action.dest == "token_list" and isinstance(value, list):  # as a saved configuration has it
         check_type(value, List[str], where)
+        return
+    if action.type is str2triple_str and not isinstance(value, (str, type(None))):  # criteria, data files
+        triples = value if isinstance(value, list) else [None]
+        if not all(isinstance(x, list) and len(x) == 3 and fits(x, List[str]) for x in triples):
+            raise UserError(f"{where}: expected a list of lists of three texts, found {value!r}")
         return
     if isinstance(value, str) and action.type is not None:  # argparse converts a default that is a word
         try:

@@ -31,13 +31,22 @@ def check_files(args: argparse.Namespace) -> None:
     Raises:
         UserError: naming file and utterances.
     """
+    if args.multiple_iterator:
+        # KD stages and ramps follow the steps of an epoch, which would begin again with each part of the data.
+        raise UserError(
+            "--multiple_iterator true (of asr.sh: --num_splits_asr above 1) reads the training data in parts, which is "
+            "not supported here; give undivided files"
+        )
     for part in ("train", "valid"):
-        data = getattr(args, f"{part}_data_path_and_name_and_type") or []
+        option = f"--{part}_data_path_and_name_and_type"
+        data = getattr(args, option[2:]) or []
         shapes: List[str] = getattr(args, f"{part}_shape_file") or []
-        if not data or any(Path(p).is_dir() for p, _, _ in data):  # with --multiple_iterator directories of parts
+        if not data:
             continue
+        folder = next((path for path, _, _ in data if Path(path).is_dir()), None)
+        if folder is not None:
+            raise UserError(f"{option}: {folder} is a directory; give a file, such as {folder}/wav.scp,speech,sound")
         if "speech" not in [name for _, name, _ in data]:
-            option = f"--{part}_data_path_and_name_and_type"
             raise UserError(f"{option} names no speech: give it {Path(data[0][0]).parent}/wav.scp,speech,sound as well")
         if not shapes and args.iterator_type == "sequence":
             raise UserError(f"no --{part}_shape_file: make statistics first (stage 4 of run.sh)")

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Optional
 
 import torch
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives import Objective, lay_on
+from espnet_kd.distill.plan import Phase
 from espnet_kd.inference.encode import EncoderOutputs, check_taps, probe
 from espnet_kd.targets.teacher import Teacher
 
@@ -30,6 +32,17 @@ def check_objective(objective: Objective, student: ESPnetASRModel, teacher: Opti
     check_taps(student, objective.student_taps, "student")
     if teacher is not None:
         teacher.check(objective.needs())
+
+
+def check_phase(phase: Phase, student: ESPnetASRModel, page: Path) -> None:
+    """Refuse a KD stage in which nothing is trained: without objective, and with weights 0 (:class:`UserError`)."""
+    stage = phase.stage
+    weights = [stage.ctc_weight, *([stage.attention_weight] if student.ctc_weight < 1.0 else [])]
+    if not phase.terms and all(weight == 0.0 for weight in weights):
+        raise UserError(
+            f"{page}: KD stage {stage.number} ({stage.name}) trains nothing: the weight of CTC is 0, and there is no "
+            "objective"
+        )
 
 
 def check_rates(student: ESPnetASRModel, frame_shift: float, teacher: Teacher, rate: float) -> None:

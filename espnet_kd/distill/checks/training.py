@@ -9,7 +9,7 @@ import argparse
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, List, Optional, Set
+from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Set, Tuple
 
 import torch
 
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from espnet2.asr.espnet_model import ESPnetASRModel
 
 SHOWN = 5  # utterances in a message
+#: Statistics that ESPnet computes in validation alone.
+RATES = {"cer_ctc", "cer", "wer", "cer_transducer", "wer_transducer"}
 GIB = 2**30
 #: Utterances, and frames of them, on which a teacher is tried.
 TRIED, ENOUGH = 50, 1000
@@ -32,37 +34,75 @@ SILENT = 0.01
 
 
 def check_criteria(args: argparse.Namespace, model: ESPnetASRModel, plan: Optional[Plan]) -> None:
-    """Refuse ``best_model_criterion`` where no epoch will have one of them; warn of single ones.
+    """Refuse ``best_model_criterion`` where no epoch will have one of them, and log single ones; refuse a criterion of
+    early stopping, or of the learning rate, that no epoch will have.
 
-    By a statistic that does not exist ESPnet chooses no model, and removes every epoch's but the last.
+    By a statistic that does not exist ESPnet chooses no model, and removes every epoch's but the last. By the other
+    criteria it ends with a KeyError after the first epoch.
 
     Raises:
-        UserError: naming them, and what there is.
+        UserError: naming them, and what there is; or a criterion has another form.
     """
-    known = statistics(args, model, plan)
-    absent = [f"{phase},{key}" for phase, key, _ in args.best_model_criterion if key not in known]
-    if not absent:
-        return
-    there = ", ".join(sorted(known))
-    message = f"best_model_criterion: no epoch of this training has {', '.join(absent)} (there are {there})"
-    if len(absent) == len(args.best_model_criterion):
-        raise UserError(f"{message}; give one of these, for instance valid,loss_ctc,min")
-    logging.info("%s", message)  # ESPnet's default names some that only attention has
+    known = {phase: statistics(args, model, plan, phase) for phase in ("train", "valid")}
+    for option, criteria in _criteria(args):
+        for criterion in criteria:
+            _check_form(option, criterion)
+        absent = [f"{phase},{key}" for phase, key, _ in criteria if key not in known[phase]]
+        if not absent:
+            continue
+        there = ", ".join(sorted(known["valid"]))
+        message = f"{option}: no epoch of this training has {', '.join(absent)} (there are {there})"
+        if len(absent) == len(criteria):
+            raise UserError(f"{message}; give one of these, for instance valid,loss_ctc,min")
+        logging.info("%s", message)  # ESPnet's default names some that only attention has
 
 
-def statistics(args: argparse.Namespace, model: ESPnetASRModel, plan: Optional[Plan]) -> Set[str]:
-    """Names of what an epoch reports in validation."""
+def _criteria(args: argparse.Namespace) -> Iterator[Tuple[str, List[Any]]]:
+    """Yield the options with criteria that this training uses, each with its criteria [phase, statistic, mode]."""
+    from espnet2.schedulers.abs_scheduler import AbsValEpochStepScheduler
+    from espnet2.tasks.abs_task import scheduler_classes
+
+    best = args.best_model_criterion
+    yield "best_model_criterion", list(best) if isinstance(best, (list, tuple)) else [best]
+    if args.patience is not None:
+        yield "early_stopping_criterion", [args.early_stopping_criterion]
+    if issubclass(scheduler_classes.get(args.scheduler, object), AbsValEpochStepScheduler):
+        yield "val_scheduler_criterion", [[*args.val_scheduler_criterion, "min"]]  # its mode is the scheduler's
+
+
+def _check_form(option: str, criterion: Any) -> None:
+    """Refuse a criterion that is no [phase, statistic, mode] (:class:`UserError`)."""
+    parts = list(criterion) if isinstance(criterion, (list, tuple)) else [criterion]
+    if len(parts) != 3 or parts[0] not in ("train", "valid") or parts[2] not in ("min", "max"):
+        raise UserError(
+            f"{option}: expected the phase (train or valid), a statistic and the mode (min or max), found {criterion!r}"
+        )
+
+
+def statistics(
+    args: argparse.Namespace, model: ESPnetASRModel, plan: Optional[Plan], phase: str = "valid"
+) -> Set[str]:
+    """Names of what an epoch reports in validation, or in training (``phase`` train)."""
     known = {"loss"}
-    if any(name == "text" for _, name, _ in args.valid_data_path_and_name_and_type or []):
+    if any(name == "text" for _, name, _ in getattr(args, f"{phase}_data_path_and_name_and_type") or []):
         known |= {"loss_ctc", "cer_ctc"} if model.ctc is not None else set()
         known |= {f"loss_interctc_layer{n}" for n in getattr(model.encoder, "interctc_layer_idx", None) or []}
-        if model.ctc_weight < 1.0:
+        if model.ctc_weight < 1.0 and (plan is None or _uses_decoder(plan)):
             known |= {"acc", "cer", "wer", "loss_att", "loss_transducer", "cer_transducer", "wer_transducer"}
-    if plan is not None:
-        known |= {"loss_kd", "nonblank_share", "agreement"}
-        for spec, _ in plan.phases[-1].terms:
-            known |= {f"loss_{spec.key}", *spec.make().statistics}
+    if phase == "train":
+        known -= RATES
+    for spec, _ in [] if plan is None else plan.phases[-1].terms:
+        objective = spec.make()
+        known |= {"loss_kd", f"loss_{spec.key}", *objective.statistics}
+        known |= {"nonblank_share", "agreement"} if objective.uses_teacher else set()
     return known
+
+
+def _uses_decoder(plan: Plan) -> bool:
+    """Whether validation, which has the weights of the end, computes the attention decoder."""
+    now = plan.last
+    taps = {tap for spec, _ in now.phase.terms for tap in spec.make().student_taps}
+    return bool(now(now.phase.stage.attention_weight)) or "decoder" in taps
 
 
 def check_normalisation(args: argparse.Namespace, model: ESPnetASRModel) -> None:

@@ -239,5 +239,7 @@ class AttentionKL(ScaledObjective):
         # mask would make the host wait for the GPU.
         rows = (batch.text_lengths == 0).to(torch.uint8).argsort(stable=True)[: student.decoder.size(0)]
         lengths = batch.text_lengths[rows] + 1  # <sos/eos> too
-        value = losses.kl(student.decoder, target.decoder[rows], lengths, temperature=self.temperature)
+        # Targets that were kept in memory may have the padding of an earlier batch with longer texts.
+        outputs = target.decoder[rows, : student.decoder.size(1)]
+        value = losses.kl(student.decoder, outputs, lengths, temperature=self.temperature)
         return self.factor * value, lengths.sum()
