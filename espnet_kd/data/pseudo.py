@@ -15,8 +15,10 @@ from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines, split_line
 from espnet_kd.data.text_fit import fit_text
 
-#: Names of the three fields in the files of different recognisers.
-IDS, TEXTS, CONFIDENCES = ("utt_id", "id", "key"), ("text", "pred_text", "transcript"), ("confidence", "score")
+#: Names of the three fields in the files of different recognisers; of several in one line, the first counts.
+IDS, CONFIDENCES = ("utt_id", "id", "key"), ("confidence", "score")
+# NeMo leaves the reference of its manifest in "text", and adds what it recognises as "pred_text".
+TEXTS = ("pred_text", "text", "transcript")
 LONGEST_PHRASE = 8  #: words; repetitions of longer phrases are not searched for
 
 

@@ -77,10 +77,11 @@ def test_forms_of_other_recognisers(tmp_path):
         {"id": "a", "text": " one  two "},
         {"audio_filepath": "/x/b.wav", "pred_text": "three"},
         {"utt_id": "c", "transcript": "", "confidence": 0.5},
+        {"audio_filepath": "/x/d.wav", "text": "the reference", "pred_text": "four"},  # as NeMo writes both
     ]
     (tmp_path / "labels").write_text("".join(json.dumps(x) + "\n" for x in lines))
     found = read_labels(tmp_path / "labels")
-    assert found == {"a": Label("one two"), "b": Label("three"), "c": Label("", 0.5)}
+    assert found == {"a": Label("one two"), "b": Label("three"), "c": Label("", 0.5), "d": Label("four")}
     for content in ("", None):
         path = tmp_path / ("none" if content is None else "empty")
         if content is not None:
