@@ -39,6 +39,9 @@ def test_distance(a, b, wanted):
         (Label("a bad cab"), Limits(), ""),
         (Label(" ... "), Limits(), "empty"),
         (Label("a 5"), Limits(), "character 5"),
+        (Label("a bad %"), Limits(), "character %"),
+        (Label("[Bad] cab"), Limits(), "character ["),
+        (Label("a <unk> cab"), Limits(), "character <"),
         (Label("a bad", 0.4), Limits(min_confidence=0.5), "confidence"),
         (Label("a bad"), Limits(min_confidence=0.5), "confidence"),  # an unknown confidence is not enough
         (Label("a bad", 0.6), Limits(min_confidence=0.5), ""),
