@@ -106,7 +106,12 @@ def _json_label(line: str, where: str) -> Tuple[str, Label]:
 
 
 def judge(
-    label: Label, seconds: float, limits: Limits, tokens: Collection[str] = (), other: Optional[str] = None
+    label: Label,
+    seconds: float,
+    limits: Limits,
+    tokens: Collection[str] = (),
+    other: Optional[str] = None,
+    others_characters: Collection[str] = (),
 ) -> Verdict:
     """Decide on one transcript.
 
@@ -115,6 +120,7 @@ def judge(
         tokens: characters that the text must consist of; it is rewritten to them first (:func:`fit_text`). If none
             are given, the text is not changed.
         other: the CTC teacher's text for this audio, with which the text is compared.
+        others_characters: the characters of the CTC teacher, to which the text is brought for this comparison.
     """
     text = fit_text(label.text, tokens) if tokens else label.text
     verdict = Verdict(text)
@@ -133,7 +139,8 @@ def judge(
     ):
         return replace(verdict, reason="speaking rate")
     if other is not None:
-        apart = distance(text, other)
+        same = fit_text(text, others_characters) if others_characters else text
+        apart = distance(same, " ".join(other.split()))
         verdict = replace(verdict, distance=apart)
         if limits.max_distance is not None and apart > limits.max_distance:
             return replace(verdict, reason="distance to the CTC teacher")

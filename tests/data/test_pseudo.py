@@ -57,6 +57,24 @@ def test_verdicts(label, limits, reason):
     assert judge(label, 2.0, limits, TOKENS, "A BAD CAB").reason == reason
 
 
+LOWER = [t.lower() for t in TOKENS if t != "'"]
+
+
+@pytest.mark.parametrize(
+    "text, tokens, other, characters, reason",
+    [
+        ("A bad, cab.", TOKENS, "a bad cab", LOWER, ""),  # the student's letters are in upper case
+        ("a bad cab's", [*LOWER, "'", "s"], " A BAD  CAB'S ", [*TOKENS, "S"], ""),
+        ("a bad cab'd", TOKENS, "a bad cabd", LOWER, ""),  # the teacher has no apostrophe
+        ("A BAD!", (), "a bad", LOWER, ""),
+        ("a dad", TOKENS, "a bad", LOWER, "distance to the CTC teacher"),
+    ],
+)
+def test_case_and_punctuation_are_no_distance_to_a_ctc_teacher(text, tokens, other, characters, reason):
+    verdict = judge(Label(text), 2.0, Limits(max_distance=0.0), tokens, other, characters)
+    assert verdict.reason == reason and (verdict.distance == 0) == (not reason)
+
+
 @pytest.mark.parametrize(
     "line, named",
     [
@@ -150,6 +168,11 @@ def test_a_teacher_makes_and_checks_transcripts(tmp_path, data):
     asr_kd_pseudo.main([*command, "--max_repeats", "-1", "--out", str(tmp_path / "out")])
     rows = [line.split("\t") for line in (tmp_path / "out/pseudo.tsv").read_text().splitlines()[1:]]
     assert {r[5] for r in rows if r[1] == "1"} == {"0.000"}  # the teacher agrees with itself
+    texts = {r[0]: r[6] for r in rows if r[1] == "1"}
+    (tmp_path / "labels").write_text("".join(f"{u} {t.upper()}.\n" for u, t in texts.items()))
+    labels = ["--labels", str(tmp_path / "labels"), "--max_repeats", "-1", "--max_distance", "0"]
+    asr_kd_pseudo.main([*command[:2], *labels, *command[4:], "--out", str(tmp_path / "upper")])
+    assert len((tmp_path / "upper/text").read_text().splitlines()) == len(texts)  # in other characters, too
 
 
 def test_mistakes_of_a_user(tmp_path, data):
