@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
 from espnet_kd import cli
-from espnet_kd.files import replacing
+from espnet_kd.files import check_writable, replacing
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -40,8 +40,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rewrite", metavar="FILE", help="first rewrite them by these rules, a regular expression, a "
                         "tab and what comes in its place in each line, such as for digits")  # fmt: skip
     parser.add_argument("--ctc_teacher", metavar="EXP[/FILE.pth]", help="its greedy output is compared with them")
-    limits = parser.add_argument_group("limits; a negative number switches one off")
-    limits.add_argument("--min_confidence", type=float, help="of --labels with confidences; no default")
+    limits = parser.add_argument_group("limits; a negative number switches one off, except --min_confidence")
+    limits.add_argument(
+        "--min_confidence", type=float,
+        help="lowest confidence, of --labels that have it, in the units of their recogniser; no default",
+    )
     limits.add_argument(
         "--max_repeats", type=int, default=3,
         help="largest number of times that a phrase may be repeated in a row (3)",
@@ -69,6 +72,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     from espnet_kd.targets.nbest import Hypotheses, write_nbest
 
     refuse_same([args.data_dir], args.out, "--out")
+    check_writable(args.out)  # before teachers decode the data, which may take hours
     tokens = TokenList(args.token_list, args.token_type) if args.token_list else None
     characters = tokens.characters() if tokens else ()
     if any(len(c) > 1 and not c.startswith("<") for c in characters):
@@ -100,6 +104,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
             f"none of {len(verdicts)} transcripts is kept: {count_reasons(verdicts)}; are the limits too narrow?"
         )
     out = Path(args.out)
+    (out / "nbest").unlink(missing_ok=True)  # of an earlier run, with other transcripts
     write_data_dir(
         out, (Utterance(u.utt_id, u.speaker, u.audio, verdicts[u.utt_id].text, u.num_samples) for u in kept)
     )

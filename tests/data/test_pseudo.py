@@ -188,6 +188,23 @@ def test_mistakes_of_a_user(tmp_path, data):
     assert not (tmp_path / "out").exists()
 
 
+def test_no_teacher_runs_for_a_place_that_cannot_be_written(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(asr_kd_pseudo, "_texts", lambda *args: pytest.fail("a teacher ran"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write into .*file"):
+        asr_kd_pseudo.main(["--data_dir", str(data), "--teacher", "exp/t", "--out", str(tmp_path / "file")])
+
+
+def test_no_nbest_of_an_earlier_run_stays(tmp_path, data):
+    (tmp_path / "labels").write_text("u0 a bad cab\n")
+    command = ["--data_dir", str(data), "--labels", str(tmp_path / "labels"), "--out", str(tmp_path / "out")]
+    asr_kd_pseudo.main([*command, "--token_list", str(tmp_path / "tokens.txt")])
+    assert (tmp_path / "out/nbest").exists()
+    (tmp_path / "labels").write_text("u1 a dad\n")
+    asr_kd_pseudo.main(command)
+    assert not (tmp_path / "out/nbest").exists()  # it has the transcripts of the first run
+
+
 def test_whispers_output_in_the_form_that_is_read(tmp_path, data, monkeypatch):
     """The script of egs2/foundation for faster-whisper runs with a stand-in for that package."""
     signs = {"no_speech_prob": 0.2, "compression_ratio": 1.0}
