@@ -28,7 +28,7 @@ def get_parser() -> argparse.ArgumentParser:
     onnx = parser.add_argument_group("for an ONNX file")
     onnx.add_argument("--tokens", help="file with its tokens, one per line; tokens.txt of sherpa-onnx is accepted too")
     onnx.add_argument("--blank", type=int, help="number of the CTC blank (default: of <blank>, <blk>, <pad> or [PAD])")
-    onnx.add_argument("--word_delimiter", help="the token between words (default: | or ▁)")
+    onnx.add_argument("--word_delimiter", help="the token between words (default: |, ▁, <space> or a blank)")
     onnx.add_argument("--fs", type=int, help="sampling rate in Hz (default: 16000)")
     return parser
 

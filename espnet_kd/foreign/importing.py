@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -12,15 +13,17 @@ import yaml
 from torch import Tensor
 
 from espnet_kd.cli import UserError
-from espnet_kd.files import replacing
+from espnet_kd.files import remove_leftovers, replacing
 from espnet_kd.foreign import encoders
 from espnet_kd.foreign.pieces import has_pieces, sentencepiece_model
 from espnet_kd.foreign.sources import CONFIG, RECORD, need, read_features, read_mapping, weights_of
 from espnet_kd.foreign.vocabulary import Vocabulary, make_vocabulary
-from espnet_kd.pieces import BPE_MODEL, UNKNOWN
+from espnet_kd.pieces import BPE_MODEL, SPACE, UNKNOWN, WORD_START
 
 #: Names of the CTC blank; names that can have no other meaning come first.
 BLANKS = ("<blank>", "<blk>", "<pad>", "[PAD]")
+#: Names of the token between words.
+DELIMITERS = ("|", WORD_START, SPACE, " ")
 #: Options of a feature extractor that only name classes; they are left out.
 NAMES_OF_CLASSES = ("feature_extractor_type", "processor_class")
 
@@ -132,7 +135,7 @@ def read_onnx(
     Args:
         tokens: a file with V' tokens, one a line; numbers after the tokens (sherpa-onnx's tokens.txt) are left out.
         blank: number of the CTC blank; default: the first of ``BLANKS`` that is among the tokens.
-        word_delimiter: the token between words; default: ``|`` or ``▁``, if it is among the tokens.
+        word_delimiter: the token between words; default: the first of ``DELIMITERS`` that is among the tokens.
         fs: sampling rate in Hz; default 16000.
 
     Raises:
@@ -162,7 +165,7 @@ def read_onnx(
     if not 0 <= blank < len(rows):
         raise UserError(f"--blank {blank}: {tokens} has the tokens 0 to {len(rows) - 1}")
     if word_delimiter is None:
-        word_delimiter = next((t for t in ("|", "▁") if t in rows), None)
+        word_delimiter = next((t for t in DELIMITERS if t in rows), None)
     elif word_delimiter not in rows:
         raise UserError(f"--word_delimiter: {tokens} has no token {word_delimiter!r}")
     # Tokens that a text cannot contain: marks such as <s>, and white space that is not the word delimiter.
@@ -271,13 +274,15 @@ def _renamed_weight_norm(state: Mapping[str, Tensor], wanted: Mapping[str, Tenso
 
 
 def _lines(path: Path) -> List[str]:
-    """The tokens of a file, one a line, without the numbers that follow them in sherpa-onnx's files."""
+    """The tokens of a file, one a line, without the numbers that follow them in sherpa-onnx's files.
+
+    In these a line with nothing but its number has the token of a blank.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which ends a line at characters that may be tokens; -sig skips a byte order mark.
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--tokens: cannot read {path}: {e}") from e
-    lines = [line.rstrip("\r") for line in lines]
-    numbered = [line.rsplit(maxsplit=1) for line in lines]
-    if lines and all(len(x) == 2 and x[1] == str(i) for i, x in enumerate(numbered)):
-        return [x[0] for x in numbered]
-    return lines
+    found = [re.fullmatch(r"(?:(.*?)[ \t]+)?([0-9]+)", line) for line in lines]
+    numbered = [match[1] or " " for i, match in enumerate(found) if match and match[2] == str(i)]
+    return numbered if len(numbered) == len(lines) and numbered.count(" ") <= 1 else lines

@@ -98,3 +98,28 @@ def test_marks_and_white_space_are_left_out(tmp_path):
 def test_options_of_onnx_are_refused_for_hugging_face(tmp_path):
     with pytest.raises(UserError, match="--blank"):
         asr_kd_import.main(["hf:x", "--blank", "1", "--output_dir", str(tmp_path / "exp")])
+
+
+@pytest.mark.parametrize("delimiter", ["<space>", "▁", " "])
+def test_the_usual_names_of_the_space_are_known(tmp_path, delimiter):
+    """Without one of them, a model's words would run together."""
+    tokens = ["<blk>", "a", delimiter, "b", "<sos/eos>"]
+    teacher = run(tmp_path, *tiny_onnx.save(tmp_path / "in", tokens))  # with numbers, as in sherpa-onnx's tokens.txt
+    assert teacher.token_list == ["<blank>", "<unk>", "a", "<space>", "b", "<sos/eos>"]
+    assert "token_type: char" in (tmp_path / "exp/config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "content, tokens",
+    [
+        ("\ufeffa 0\r\n<blank> 1\r\nb 2\r\n", ["a", "b"]),  # as an editor on Windows writes it
+        ("\ufeffa\n<blank>\nb\n", ["a", "b"]),
+        ("a 0\n<blank> 1\n 2\n", ["a", "<space>"]),  # a number alone: sherpa-onnx takes the token for a blank
+        ("a\n<blank>\n\x85\n", ["a"]),  # a white-space token at which only Python's splitlines() ends a line
+        ("0\n<blank>\n1\n", ["0", "1"]),
+    ],
+)
+def test_files_of_tokens(tmp_path, content, tokens):
+    model, _ = tiny_onnx.save(tmp_path / "in", ["a", "<blank>", "b"])
+    (tmp_path / "tokens").write_bytes(content.encode())
+    assert run(tmp_path, model, tmp_path / "tokens").token_list == ["<blank>", "<unk>", *tokens, "<sos/eos>"]
