@@ -53,7 +53,15 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     from espnet_kd.targets.online import OnlineTeacher
 
     import_model(args.source, args.output_dir, files, record, **options)
-    teacher = OnlineTeacher(args.output_dir)  # as every stage will load it
+    try:
+        teacher = OnlineTeacher(args.output_dir)  # as every stage will load it
+    except Exception as e:
+        # Without this file, the same command again does not take the import for finished.
+        (args.output_dir / "config.yaml").unlink(missing_ok=True)
+        if not isinstance(e, RuntimeError):
+            raise
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        raise cli.UserError(f"{args.source}: the model does not run on audio of 10 and 30 s: {reason}") from e
     logging.info(
         "%s: %d tokens, a frame each %g ms, audio of %g Hz",
         args.output_dir, len(teacher.token_list), teacher.frame_shift * 1000, teacher.sampling_rate,

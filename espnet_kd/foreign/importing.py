@@ -148,15 +148,24 @@ def read_onnx(
         audio, _ = encoders.graph_inputs(session)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
-    rate, single = fs or 16000, audio.shape[0] == 1
-    try:
-        out = torch.from_numpy(encoders.run_graph(session, torch.randn(1, rate).mul(0.1).numpy()))
-    except RuntimeError as e:
-        raise UserError(f"{path}: it cannot run on a second of noise at {rate} Hz: {e}") from e
+    rate, single = 16000 if fs is None else fs, audio.shape[0] == 1
+    if rate < 1:
+        raise UserError(f"--fs {rate}: a sampling rate is a positive number of Hz")
+    if isinstance(audio.shape[1], int):
+        raise UserError(
+            f"{path}: its input has {audio.shape[1]} samples, and no other number; export it with a dynamic axis for "
+            "the samples (dynamic_axes of torch.onnx.export)"
+        )
+    out, longer = (_scores(session, seconds, rate, path) for seconds in (1, 3))
     if out.dim() != 3 or out.size(2) != len(rows):
         raise UserError(
             f"{path}: the first output must be (utterances, frames, {len(rows)} tokens of {tokens}); "
             f"found {tuple(out.shape)}"
+        )
+    if longer.size(1) <= out.size(1):
+        raise UserError(
+            f"{path}: 1 s of audio has {out.size(1)} frames, and 3 s have {longer.size(1)}: the output does not follow "
+            "the length of the audio; export it with dynamic axes (dynamic_axes of torch.onnx.export)"
         )
     if blank is None:
         blank = next((rows.index(t) for t in BLANKS if t in rows), None)
@@ -186,6 +195,14 @@ def read_onnx(
         rate,
         _token_type(vocabulary),
     )
+
+
+def _scores(session: Any, seconds: int, rate: int, path: Path) -> Tensor:
+    """The first output of an ONNX file for noise; (1, T, V') if it is a model that can be imported."""
+    try:
+        return torch.from_numpy(encoders.run_graph(session, torch.randn(1, seconds * rate).mul(0.1).numpy()))
+    except RuntimeError as e:
+        raise UserError(f"{path}: it cannot run on {seconds} s of noise at {rate} Hz: {e}") from e
 
 
 def write_experiment(model: Imported, output_dir: Path) -> None:

@@ -123,3 +123,33 @@ def test_files_of_tokens(tmp_path, content, tokens):
     model, _ = tiny_onnx.save(tmp_path / "in", ["a", "<blank>", "b"])
     (tmp_path / "tokens").write_bytes(content.encode())
     assert run(tmp_path, model, tmp_path / "tokens").token_list == ["<blank>", "<unk>", *tokens, "<sos/eos>"]
+
+
+@pytest.mark.parametrize("options, named", [({"samples": 16000}, "16000 samples"), ({"change": "cut"}, "10 frames")])
+def test_a_graph_of_one_length_is_refused(tmp_path, options, named):
+    """It runs on the second of audio that it was exported with, and on nothing else."""
+    with pytest.raises(UserError, match=f"model.onnx: .*{named}"):
+        run(tmp_path, *tiny_onnx.save(tmp_path / "in", **options))
+    assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("too long"), UserError("the teacher gives NaN")])
+def test_a_model_that_cannot_be_a_teacher_is_not_imported(tmp_path, monkeypatch, error):
+    """The same command again must not take it for imported."""
+    model, tokens = tiny_onnx.save(tmp_path / "in")
+
+    def fails(path):
+        raise error
+
+    with monkeypatch.context() as changed:
+        changed.setattr("espnet_kd.targets.online.OnlineTeacher", fails)
+        for _ in range(2):
+            with pytest.raises(UserError, match=str(error)):
+                run(tmp_path, model, tokens)
+    assert run(tmp_path, model, tokens).frame_shift == 0.02
+
+
+@pytest.mark.parametrize("rate", ["0", "-16000"])
+def test_a_rate_that_is_none_is_refused(tmp_path, rate):
+    with pytest.raises(UserError, match=f"--fs {rate}"):
+        run(tmp_path, *tiny_onnx.save(tmp_path / "in"), "--fs", rate)
