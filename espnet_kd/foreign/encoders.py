@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from espnet_kd.cli import UserError
 from espnet_kd.foreign.sources import need
+from espnet_kd.foreign.vocabulary import ABSENT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -162,7 +163,8 @@ class OnnxCTCEncoder(ForeignEncoder):
         parts = given.split(1) if self.single else [given]
         out = torch.cat([torch.from_numpy(run_graph(self._session, part.numpy())) for part in parts])
         out = out.to(speech.device)
-        return (out.clamp(min=torch.finfo(out.dtype).tiny).log() if self.probabilities else out), []
+        # Finite, also where a file masks a token by -inf, from which the identity matrix of the head would make NaN.
+        return (out.clamp(min=torch.finfo(out.dtype).tiny).log() if self.probabilities else out.clamp(min=ABSENT)), []
 
 
 #: {value of ``encoder`` in config.yaml: class}.

@@ -153,3 +153,11 @@ def test_a_model_that_cannot_be_a_teacher_is_not_imported(tmp_path, monkeypatch,
 def test_a_rate_that_is_none_is_refused(tmp_path, rate):
     with pytest.raises(UserError, match=f"--fs {rate}"):
         run(tmp_path, *tiny_onnx.save(tmp_path / "in"), "--fs", rate)
+
+
+def test_a_token_that_the_file_masks(tmp_path):
+    teacher = run(tmp_path, *tiny_onnx.save(tmp_path / "in", change="mask"))
+    out = teacher.targets(["a"], torch.from_numpy(tiny_asr.audio(1.0, 0))[None], torch.tensor([16000]))
+    mine = out.logits.softmax(-1)
+    assert mine.isfinite().all() and mine[..., teacher.token_list.index("a")].max() == 0
+    assert (mine.sum(-1) - 1).abs().max() <= 1e-5
