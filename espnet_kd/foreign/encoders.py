@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 SAMPLES = ("wav2vec2", "hubert", "wavlm", "wav2vec2-conformer", "data2vec-audio", "unispeech", "unispeech-sat", "sew")
 #: Model families that take features, each with the class of transformers that computes the features.
 FEATURES = {"wav2vec2-bert": "SeamlessM4TFeatureExtractor", "parakeet_ctc": "ParakeetFeatureExtractor"}
+#: Entries of config.json that do not describe the model, or its dtype: a teacher on a CPU computes in float32.
+NO_OPTIONS = ("model_type", "auto_map", "transformers_version", "torch_dtype", "dtype")
 #: Added to the variance when audio is normalised, as in transformers' Wav2Vec2FeatureExtractor.
 EPS = 1e-7
 
@@ -198,7 +200,7 @@ def build_hugging_face(config: Mapping[str, Any]) -> PreTrainedModel:
     if family not in SAMPLES and family not in FEATURES:
         known = ", ".join((*SAMPLES, *FEATURES))
         raise UserError(f"model_type: {family} is not a CTC family that can be imported; known: {known}")
-    options = {k: v for k, v in config.items() if k not in ("model_type", "auto_map", "transformers_version")}
+    options = {k: v for k, v in config.items() if k not in NO_OPTIONS}
     try:
         return transformers.AutoModelForCTC.from_config(
             transformers.AutoConfig.for_model(family, **options), trust_remote_code=False

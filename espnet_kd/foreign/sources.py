@@ -75,7 +75,10 @@ def locate(where: str) -> Tuple[Path, Dict[str, Any]]:
     hub = need("huggingface_hub")
     try:
         found = hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
+            name,
+            revision=revision or None,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+            ignore_patterns=["adapter.*"],  # of MMS, for more than a thousand languages
         )
     except Exception as e:  # the hub, its cache and the network each have errors of their own
         reason = next(iter(str(e).splitlines()), type(e).__name__)

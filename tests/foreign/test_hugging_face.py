@@ -78,6 +78,29 @@ def test_families_that_take_features(tmp_path, family, shift):
         assert (mine[:, :-1] - logits.softmax(-1)[:, order]).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_a_checkpoint_in_half_precision_computes_in_single(tmp_path, kind, key):
+    from safetensors.torch import load_file, save_file
+
+    directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
+    state = load_file(directory / "model.safetensors")
+    save_file({k: v.to(getattr(torch, kind)) for k, v in state.items()}, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+    (directory / "config.json").write_text(json.dumps({**config, key: kind}))
+    asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])
+    teacher = OnlineTeacher(tmp_path / "exp")
+    assert {v.dtype for v in teacher.state_dict().values() if v.is_floating_point()} == {torch.float32}
+    speech, lengths = utterances([1.3])
+    mine = teacher.targets(["a"], speech, lengths).logits[0].softmax(-1)
+    (directory / "config.json").write_text(json.dumps({**config, key: "float32"}))
+    [(logits, _)] = theirs(directory, speech, lengths)
+    blank = tiny_hf.names(False).index("<pad>")
+    keep = [i for i, name in enumerate(tiny_hf.names(False)) if name not in ("<s>", "</s>")]
+    assert (mine[:, 0] - logits[:, keep].softmax(-1)[:, blank]).abs().max() <= 1e-5
+
+
 def test_a_model_of_8_khz_says_so(tmp_path):
     directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
     conf = json.loads((directory / "preprocessor_config.json").read_text())
@@ -157,10 +180,11 @@ def test_a_name_on_the_hub_is_fetched_with_its_revision(tmp_path, monkeypatch):
     import huggingface_hub
 
     directory = tiny_hf.save(tmp_path / "abc123", "wav2vec2")
-    asked = []
+    asked, patterns = [], []
 
-    def snapshot_download(name, revision, allow_patterns):
+    def snapshot_download(name, revision, allow_patterns, ignore_patterns):
         asked.append((name, revision))
+        patterns.append((allow_patterns, ignore_patterns))
         if revision == "gone":
             raise OSError("404 Client Error")
         return str(directory)
@@ -168,6 +192,11 @@ def test_a_name_on_the_hub_is_fetched_with_its_revision(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     asr_kd_import.main(["hf:owner/name@main", "--output_dir", str(tmp_path / "exp")])
     assert asked == [("owner/name", "main")]
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = ["config.json", "model-00001-of-00002.safetensors", "adapter.fra.safetensors", "pytorch_model.bin"]
+    fetched = list(filter_repo_objects(there, allow_patterns=patterns[0][0], ignore_patterns=patterns[0][1]))
+    assert fetched == there[:2]  # MMS has adapters of a thousand languages, 9 MB each, which are not read
     assert yaml.safe_load((tmp_path / "exp/config.yaml").read_text())["foreign"]["revision"] == "abc123"
     with pytest.raises(UserError, match="hf:owner/name@gone.*404"):
         asr_kd_import.main(["hf:owner/name@gone", "--output_dir", str(tmp_path / "other")])
