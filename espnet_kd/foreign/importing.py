@@ -13,7 +13,7 @@ import yaml
 from torch import Tensor
 
 from espnet_kd.cli import UserError
-from espnet_kd.files import remove_leftovers, replacing
+from espnet_kd.files import replacing
 from espnet_kd.foreign import encoders
 from espnet_kd.foreign.pieces import has_pieces, sentencepiece_model
 from espnet_kd.foreign.sources import CONFIG, RECORD, need, read_features, read_mapping, weights_of

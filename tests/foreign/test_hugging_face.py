@@ -176,6 +176,20 @@ def test_the_same_import_again_changes_nothing_and_a_changed_source_is_refused(t
     assert before == {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "exp").iterdir()}
 
 
+def test_an_import_that_was_killed_is_made_again(tmp_path):
+    directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
+    exp = tmp_path / "exp"
+    exp.mkdir()
+    for name in ("model.pth", ".model.pth.0a1b2c3d", ".config.yaml.0a1b2c3d"):  # as a kill leaves them
+        (exp / name).write_text("half a file")
+    asr_kd_import.main([f"hf:{directory}", "--output_dir", str(exp)])
+    assert (exp / "config.yaml").is_file() and OnlineTeacher(exp).frame_shift == 0.02
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").touch()
+    with pytest.raises(UserError, match="full holds other files"):
+        asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "full")])
+
+
 def test_a_name_on_the_hub_is_fetched_with_its_revision(tmp_path, monkeypatch):
     import huggingface_hub
 
