@@ -44,7 +44,7 @@ def get_parser() -> argparse.ArgumentParser:
         "--quantize",
         choices=("none", "int8"),
         default="none",
-        help="int8: a smaller model; measure the loss of accuracy",
+        help="int8: a smaller graph, in all formats but espnet; measure the loss of accuracy",
     )
     parser.add_argument(
         "--max_seconds", type=float, default=30.0,
@@ -73,6 +73,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     output_dir = args.output_dir and Path(args.output_dir)
     if output_dir and len(formats) > 1:
         raise UserError("--output_dir goes with one --format; leave it out for several")
+    if args.quantize != "none" and formats == ["espnet"]:
+        raise UserError(f"--quantize {args.quantize}: an export for ESPnet has no graph; give --format, such as onnx")
     # Imported here, so that --help and mistakes in the command line do not wait for the import.
     from espnet_kd.distill.export import export
     from espnet_kd.experiments.models import find_experiment
