@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import soundfile
 import tiny_asr
 
 from espnet_kd.bin import asr_kd_pseudo
@@ -219,3 +221,22 @@ def test_whispers_output_in_the_form_that_is_read(tmp_path, data, monkeypatch):
     labels = read_labels(tmp_path / "labels")
     assert labels["u0"] == Label("A bad cab.", pytest.approx(math.exp(-0.2)))
     assert labels["u1"] == Label("", 0.0) and len(labels) == 4
+
+
+def test_whisper_gets_audio_at_its_own_rate(tmp_path, monkeypatch):
+    """Whisper takes samples without their rate; audio of 8 kHz would be taken at double speed."""
+    given = []
+    model = SimpleNamespace(transcribe=lambda audio, **options: (given.append(audio) or iter([]), None))
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=lambda *args, **options: model))
+    main = runpy.run_path(str(FOUNDATION / "local/whisper_labels.py"))["main"]
+    for name, rate, channels in (("a", 8000, 1), ("b", 16000, 2)):
+        soundfile.write(tmp_path / f"{name}.wav", np.full((2 * rate, channels), 0.25), rate)
+    (tmp_path / "wav.scp").write_text(f"a {tmp_path / 'a.wav'}\n\nb {tmp_path / 'b.wav'}\n")
+    command = ["--model", "tiny", "--out", str(tmp_path / "labels"), "--data_dir"]
+    main([*command, str(tmp_path)])
+    assert [(x.shape, str(x.dtype)) for x in given] == [((32000,), "float32")] * 2
+    assert all(abs(x[16000] - 0.25) < 1e-3 for x in given)
+    (tmp_path / "segments").touch()
+    for directory, named in ((tmp_path, "segments"), (tmp_path / "nowhere", "wav.scp")):
+        with pytest.raises(UserError, match=named):
+            main([*command, str(directory)])
