@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Collection, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple, Union
@@ -19,7 +21,10 @@ from espnet_kd.data.text_fit import fit_text
 IDS, CONFIDENCES = ("utt_id", "id", "key"), ("confidence", "score")
 # NeMo leaves the reference of its manifest in "text", and adds what it recognises as "pred_text".
 TEXTS = ("pred_text", "text", "transcript")
-LONGEST_PHRASE = 8  #: words; repetitions of longer phrases are not searched for
+#: Repetitions of longer phrases are not searched for, in words and in characters of a script without blanks.
+LONGEST_PHRASE, LONGEST_PHRASE_UNSPACED = 8, 24
+#: Beginnings of the Unicode names of characters of scripts that are written without blanks between words.
+UNSPACED = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")
 
 
 class Label(NamedTuple):
@@ -131,7 +136,7 @@ def judge(
         return replace(verdict, reason=f"character {strange}")
     if limits.min_confidence is not None and (label.confidence is None or label.confidence < limits.min_confidence):
         return replace(verdict, reason="confidence")
-    if limits.max_repeats is not None and most_repeats(text.split()) > limits.max_repeats:
+    if limits.max_repeats is not None and most_repeats(text) > limits.max_repeats:
         return replace(verdict, reason="repetition")
     rate = len(text) / max(seconds, 1e-6)
     if (limits.min_rate is not None and rate < limits.min_rate) or (
@@ -147,18 +152,31 @@ def judge(
     return verdict
 
 
-def most_repeats(words: List[str]) -> int:
+def most_repeats(text: str) -> int:
     """Return the greatest number of times in a row that a phrase of up to ``LONGEST_PHRASE`` words occurs.
+
+    In a script without blanks, each character counts as a word, and a phrase has up to ``LONGEST_PHRASE_UNSPACED``.
 
     Recognisers with an attention decoder repeat phrases when attention loses its position in the audio.
     """
+    words: List[str] = []
+    longest = LONGEST_PHRASE
+    for word in text.split():
+        for unspaced, group in itertools.groupby(word, _is_unspaced):
+            characters = list(group)
+            words += characters if unspaced else ["".join(characters)]
+            longest = LONGEST_PHRASE_UNSPACED if unspaced else longest
     most = 1 if words else 0
-    for size in range(1, min(LONGEST_PHRASE, len(words)) + 1):
+    for size in range(1, min(longest, len(words)) + 1):
         run = 0  # number of words in a row that equal the word ``size`` places before
         for i in range(size, len(words)):
             run = run + 1 if words[i] == words[i - size] else 0
             most = max(most, 1 + run // size)
     return most
+
+
+def _is_unspaced(character: str) -> bool:
+    return unicodedata.name(character, "").startswith(UNSPACED)
 
 
 def distance(text: str, other: str) -> float:

@@ -27,7 +27,22 @@ TOKENS = ["<blank>", "<unk>", "<space>", *"ABCDE'", "<sos/eos>"]
     [("", 0), ("a", 1), ("a b c", 1), ("a a a", 3), ("a b a b a b c", 3), ("x a b c a b c", 2), ("a b a c a", 1)],
 )
 def test_repetitions(text, repeats):
-    assert most_repeats(text.split()) == repeats
+    assert most_repeats(text) == repeats
+
+
+@pytest.mark.parametrize(
+    "text, repeats",
+    [
+        ("谢谢大家", 2),
+        ("我们谢谢谢谢谢谢谢谢", 8),  # written without blanks, so that it has one word
+        ("请订阅我的频道" * 4, 4),
+        ("请 订阅 我的频道" * 4, 4),
+        ("สวัสดี" * 5, 5),
+        ("他说 hello hello 8888", 2),
+    ],
+)
+def test_repetitions_in_scripts_without_blanks(text, repeats):
+    assert most_repeats(text) == repeats
 
 
 @pytest.mark.parametrize("a, b, wanted", [("abc", "abc", 0), ("abc", "abd", 1 / 3), ("ab", "abcd", 0.5), ("", "a", 1)])
