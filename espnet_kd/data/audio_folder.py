@@ -45,9 +45,14 @@ def prepare_audio_folder(
         longest: seconds; a longer file becomes several utterances of equal length.
 
     Raises:
-        UserError: no such directory, fewer than 10 files in it, two files that would have one name, or a name
-            that is not UTF-8.
+        UserError: a number out of range, no such directory, fewer than 10 files in it, two files that would have
+            one name, or a name that is not UTF-8.
     """
+    for name, number in (("valid", valid), ("test", test)):
+        if number < 1:
+            raise UserError(f"--{name} is {number}; it must be 1 or more")
+    if not 0 < longest < math.inf:
+        raise UserError(f"--longest is {longest:g}; it must be a number of seconds above 0")
     root = Path(audio)
     if not root.is_dir():
         raise UserError(f"--audio {audio}: there is no such directory")

@@ -90,3 +90,12 @@ def test_mistakes(tmp_path, audio):
     soundfile.write(audio / "speaker 0" / "file0.flac", tiny_asr.audio(0.5, 0), 16000)
     with pytest.raises(UserError, match="speaker_0-file0"):
         run(tmp_path, audio)
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--longest", "0"), ("--longest", "nan"), ("--valid", "0"), ("--test", "-1")]
+)
+def test_numbers_out_of_range(tmp_path, audio, option, value):
+    with pytest.raises(UserError, match=f"{option} is {value}"):
+        run(tmp_path, audio, option, value)
+    assert not (tmp_path / "data").exists()
