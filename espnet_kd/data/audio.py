@@ -153,8 +153,12 @@ def write_audio(path: Union[str, Path], samples, rate: int, sync: bool = True) -
 
 
 def _read_head(path: str) -> str:
-    with open(path, "rb") as f:
-        return f.read(1024).decode("latin-1")
+    """The beginning of a file (:class:`UserError`: the system refuses to read it)."""
+    try:
+        with open(path, "rb") as f:
+            return f.read(1024).decode("latin-1")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
 
 
 def _opened(source: Union[str, IO[bytes]], name: str):

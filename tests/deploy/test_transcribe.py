@@ -13,6 +13,7 @@ import tiny_students
 
 from espnet_kd.bin import asr_kd_export, asr_kd_transcribe
 from espnet_kd.cli import UserError
+from espnet_kd.data import audio
 from espnet_kd.deploy import backends, reading
 from espnet_kd.deploy.student import load_student
 from espnet_kd.deploy.transcript import Segment, Token, Transcript, read_tokens, render, subtitles, words_of
@@ -126,6 +127,22 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_others(exports, expected, 
     assert out == f"{good}\t{expected.text}\n" and "no.wav" in err and "Traceback" not in err
     with pytest.raises(UserError, match="missing.wav"):
         asr_kd_transcribe.main(["--model", str(exports["onnx"]), str(tmp_path / "missing.wav")])
+
+
+def test_a_file_that_may_not_be_read_does_not_stop_the_others(exports, expected, tmp_path, capsys, monkeypatch):
+    (tmp_path / "secret.wav").write_text("libsndfile fails on it, as on a file of another user")
+
+    def refuse(path, mode):
+        if "secret" in path:
+            raise PermissionError(13, "Permission denied", path)
+        return open(path, mode)
+
+    monkeypatch.setattr(audio, "open", refuse, raising=False)
+    good = saved(tmp_path / "a.flac", subtype="PCM_16")
+    with pytest.raises(UserError, match="1 of 2 files"):
+        asr_kd_transcribe.main(["--model", str(exports["onnx"]), str(tmp_path / "secret.wav"), good])
+    out, err = capsys.readouterr()
+    assert out == f"{good}\t{expected.text}\n" and "secret.wav: Permission denied" in err
 
 
 @pytest.mark.parametrize(
