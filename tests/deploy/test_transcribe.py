@@ -300,3 +300,9 @@ def test_pieces_of_words(tmp_path):
     assert found.text == Transcriber(experiment)(WAVE).text != ""
     words = words_of(found.tokens, Transcriber(experiment).backend.to_text)
     assert " ".join(w.text for w in words).split() == found.text.split()
+
+
+def test_pieces_of_a_writing_without_blanks_are_joined_without_them():
+    pieces = [Segment(float(i), i + 1.0, text) for i, text in enumerate(("今天", "", " 天气 ", "ok", "很好"))]
+    assert Transcript("a.wav", 5.0, pieces).text == "今天天气 ok 很好"
+    assert Transcript("a.wav", 5.0, []).text == Transcript("a.wav", 5.0, pieces[1:2]).text == ""
