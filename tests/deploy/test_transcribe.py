@@ -306,3 +306,10 @@ def test_pieces_of_a_writing_without_blanks_are_joined_without_them():
     pieces = [Segment(float(i), i + 1.0, text) for i, text in enumerate(("今天", "", " 天气 ", "ok", "很好"))]
     assert Transcript("a.wav", 5.0, pieces).text == "今天天气 ok 很好"
     assert Transcript("a.wav", 5.0, []).text == Transcript("a.wav", 5.0, pieces[1:2]).text == ""
+
+
+@pytest.mark.parametrize("samples", [np.stack([WAVE, WAVE], axis=1), (WAVE * 32768).astype(np.int16)])
+def test_samples_of_another_shape_or_type_are_refused(exports, samples):
+    """Integers would be taken for very loud audio, and their text would be wrong."""
+    with pytest.raises(UserError, match=f"shape .*{len(WAVE)}.*{samples.dtype}"):
+        Transcriber(exports["onnx"])(samples)
