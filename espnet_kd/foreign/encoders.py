@@ -105,7 +105,10 @@ class HuggingFaceCTCEncoder(ForeignEncoder):
         self.model, self._output_size = base_model(build_hugging_face(model))
         self.normalize = normalize
         self.extractor = _extractor(model["model_type"], features) if features is not None else None
-        self.encoders = torch.nn.ModuleList(Tap() for _ in range(int(self.model.config.num_hidden_layers)))
+        # With an adapter after the layers, or SEW's squeezing before them, their frames are not those of the output.
+        config = self.model.config
+        same_frames = not getattr(config, "add_adapter", False) and getattr(config, "squeeze_factor", 1) == 1
+        self.encoders = torch.nn.ModuleList(Tap() for _ in range(int(config.num_hidden_layers) if same_frames else 0))
 
     def output_size(self) -> int:
         """Width of the hidden states."""

@@ -14,6 +14,7 @@ import tiny_hf  # noqa: E402
 from espnet_kd.bin import asr_kd_import  # noqa: E402
 from espnet_kd.cli import UserError  # noqa: E402
 from espnet_kd.targets.online import OnlineTeacher  # noqa: E402
+from espnet_kd.targets.teacher import Needs  # noqa: E402
 
 
 def utterances(seconds):
@@ -160,6 +161,23 @@ def test_taps_are_the_layers_hidden_states(tmp_path):
             out = model.wav2vec2(given, output_hidden_states=True)
         for tap, wanted in (("encoder", out.last_hidden_state), ("encoder.1", out.hidden_states[1])):
             assert (hidden[tap][i, : wanted.size(1)] - wanted[0]).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("family", ["sew", "wav2vec2-bert"])
+def test_layers_with_other_frames_than_the_output_have_no_taps(tmp_path, family):
+    """SEW squeezes frames before its layers, and an adapter does so after them, usual in fine-tuned wav2vec2-bert."""
+    if family == "sew":
+        directory = tiny_hf.save(tmp_path / "hf", family)
+    else:
+        directory = tiny_hf.save_of_features(tmp_path / "hf", family, add_adapter=True, num_adapter_layers=1)
+    asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])
+    teacher = OnlineTeacher(tmp_path / "exp")
+    assert teacher.frame_shift == pytest.approx(0.02 if family == "sew" else 0.04)
+    speech, lengths = utterances([1.3, 0.7])
+    out = teacher.targets(["a", "b"], speech, lengths, ["encoder"])
+    assert out.hidden["encoder"].shape[:2] == out.logits.shape[:2]
+    with pytest.raises(UserError, match="teacher .* has no tap 'encoder.1'; it has: encoder$"):
+        teacher.check(Needs(taps=("encoder.1",)))
 
 
 def test_the_same_import_again_changes_nothing_and_a_changed_source_is_refused(tmp_path):
