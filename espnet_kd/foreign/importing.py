@@ -22,6 +22,8 @@ from espnet_kd.pieces import BPE_MODEL, SPACE, UNKNOWN, WORD_START
 
 #: Names of the CTC blank; names that can have no other meaning come first.
 BLANKS = ("<blank>", "<blk>", "<pad>", "[PAD]")
+#: Names of the token for unknown characters.
+UNKNOWNS = (UNKNOWN, "[UNK]")
 #: Names of the token between words.
 DELIMITERS = ("|", WORD_START, SPACE, " ")
 #: Options of a feature extractor that only name classes; they are left out.
@@ -178,8 +180,9 @@ def read_onnx(
     elif word_delimiter not in rows:
         raise UserError(f"--word_delimiter: {tokens} has no token {word_delimiter!r}")
     # Tokens that a text cannot contain: marks such as <s>, and white space that is not the word delimiter.
-    marks = {t for t in rows if (t[:1] == "<" and t[-1:] == ">" and t != UNKNOWN) or (t and not t.strip())}
-    vocabulary = _vocabulary(tokens, rows, blank, word_delimiter, UNKNOWN, marks - {word_delimiter})
+    marks = {t for t in rows if (t[:1] == "<" and t[-1:] == ">") or (t and not t.strip())}
+    unknown = next((t for t in UNKNOWNS if t in rows), UNKNOWN)
+    vocabulary = _vocabulary(tokens, rows, blank, word_delimiter, unknown, marks - {word_delimiter})
     conf = dict(
         graph_bytes=len(content),
         tokens=len(rows),

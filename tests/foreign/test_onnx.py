@@ -161,3 +161,10 @@ def test_a_token_that_the_file_masks(tmp_path):
     mine = out.logits.softmax(-1)
     assert mine.isfinite().all() and mine[..., teacher.token_list.index("a")].max() == 0
     assert (mine.sum(-1) - 1).abs().max() <= 1e-5
+
+
+def test_the_usual_names_of_wav2vec2_tokens(tmp_path):
+    """[UNK] is not a token of several characters, which would make the token type word and separate all letters."""
+    teacher = run(tmp_path, *tiny_onnx.save(tmp_path / "in", ["[UNK]", "a", "|", "b", "[PAD]"]))
+    assert teacher.token_list == ["<blank>", "<unk>", "a", "<space>", "b", "<sos/eos>"]
+    assert "token_type: char" in (tmp_path / "exp/config.yaml").read_text()
