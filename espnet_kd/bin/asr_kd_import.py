@@ -4,8 +4,10 @@
     python -m espnet_kd.bin.asr_kd_import onnx:model.onnx --tokens tokens.txt --output_dir exp/phones
 
 hf: is a fine-tuned CTC model of Hugging Face's transformers: a directory, or OWNER/NAME[@REVISION] on the hub. onnx: is
-a file that maps audio (utterances, samples) to CTC scores. No code that comes with a model is run. The experiment
-contains the whole model, so that the source is not needed afterwards. Repeating an import changes nothing.
+a file that maps audio (utterances, samples), as it is, to CTC scores. An export of wav2vec 2.0 needs audio of zero mean
+and unit variance, which is not computed for onnx:, so that such a model is imported with hf:. No code that comes with a
+model is run. The experiment contains the whole model, so that the source is not needed afterwards. Repeating an import
+changes nothing.
 """
 
 from __future__ import annotations
