@@ -13,7 +13,7 @@ from typing import Dict, Iterator, List, Optional, Tuple
 from tqdm import tqdm
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.audio import read_audio_info
+from espnet_kd.data.audio import check_name, read_audio_info
 from espnet_kd.data.characters import MAX_ID, id_fault
 from espnet_kd.data.datadir import Utterance, write_data_dir
 from espnet_kd.files import PathLike
@@ -95,10 +95,7 @@ def prepare_audio_folder(
 
 def _name(path: Path, root: Path) -> str:
     """Make an utterance id from a file's path below ``root``."""
-    try:
-        str(path).encode()
-    except UnicodeEncodeError as e:  # Linux allows any bytes in names
-        raise UserError(f"--audio: the file name {str(path)!a} is not UTF-8; rename it (convmv does so)") from e
+    check_name(str(path))
     name = re.sub(r"\s+", "_", "-".join(path.relative_to(root).with_suffix("").parts))
     if len(name.encode()) > MAX_ID - 10:  # the number of a segment is appended later
         name = hashlib.sha256(name.encode()).hexdigest()

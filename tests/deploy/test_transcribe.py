@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -127,6 +128,17 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_others(exports, expected, 
     assert out == f"{good}\t{expected.text}\n" and "no.wav" in err and "Traceback" not in err
     with pytest.raises(UserError, match="missing.wav"):
         asr_kd_transcribe.main(["--model", str(exports["onnx"]), str(tmp_path / "missing.wav")])
+
+
+def test_a_name_that_is_not_utf_8(exports, expected, tmp_path, capsys):
+    """It does not stop the others."""
+    good = saved(tmp_path / "a.wav", subtype="PCM_16")
+    latin = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.wav")
+    os.rename(saved(tmp_path / "b.wav", subtype="PCM_16"), latin)
+    with pytest.raises(UserError, match="1 of 2 files"):
+        asr_kd_transcribe.main(["--model", str(exports["onnx"]), latin, good])
+    out, err = capsys.readouterr()
+    assert out == f"{good}\t{expected.text}\n" and r"caf\udce9.wav" in err
 
 
 def test_a_file_that_may_not_be_read_does_not_stop_the_others(exports, expected, tmp_path, capsys, monkeypatch):
