@@ -123,7 +123,8 @@ def _espnet(args: argparse.Namespace) -> None:
 
 
 def _add_audio(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("--audio", required=True, help="directory with audio files, at any depth; no transcripts")
+    sub.add_argument("--audio", required=True, help="directory with audio files (wav, flac, mp3, ogg, opus, sph, aiff) "
+                     "at any depth; no transcripts")  # fmt: skip
     sub.add_argument("--out", default="data", help="directory that gets train/, valid/, test/")
     sub.add_argument("--valid", type=int, default=100, help="files for validation, at most a tenth of all")
     sub.add_argument("--test", type=int, default=100, help="files for testing, at most a tenth of all")

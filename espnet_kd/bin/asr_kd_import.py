@@ -4,8 +4,10 @@
     python -m espnet_kd.bin.asr_kd_import onnx:model.onnx --tokens tokens.txt --output_dir exp/phones
 
 hf: is a fine-tuned CTC model of Hugging Face's transformers: a directory, or OWNER/NAME[@REVISION] on the hub. onnx: is
-a file that maps audio (utterances, samples) to CTC scores. No code that comes with a model is run. The experiment
-contains the whole model, so that the source is not needed afterwards. Repeating an import changes nothing.
+a file that maps audio (utterances, samples), as it is, to CTC scores. An export of wav2vec 2.0 needs audio of zero mean
+and unit variance, which is not computed for onnx:, so that such a model is imported with hf:. No code that comes with a
+model is run. The experiment contains the whole model, so that the source is not needed afterwards. Repeating an import
+changes nothing.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ def get_parser() -> argparse.ArgumentParser:
     onnx = parser.add_argument_group("for an ONNX file")
     onnx.add_argument("--tokens", help="file with its tokens, one per line; tokens.txt of sherpa-onnx is accepted too")
     onnx.add_argument("--blank", type=int, help="number of the CTC blank (default: of <blank>, <blk>, <pad> or [PAD])")
-    onnx.add_argument("--word_delimiter", help="the token between words (default: | or ▁)")
+    onnx.add_argument("--word_delimiter", help="the token between words (default: |, ▁, <space> or a blank)")
     onnx.add_argument("--fs", type=int, help="sampling rate in Hz (default: 16000)")
     return parser
 
@@ -53,7 +55,15 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     from espnet_kd.targets.online import OnlineTeacher
 
     import_model(args.source, args.output_dir, files, record, **options)
-    teacher = OnlineTeacher(args.output_dir)  # as every stage will load it
+    try:
+        teacher = OnlineTeacher(args.output_dir)  # as every stage will load it
+    except Exception as e:
+        # Without this file, the same command again does not take the import for finished.
+        (args.output_dir / "config.yaml").unlink(missing_ok=True)
+        if not isinstance(e, RuntimeError):
+            raise
+        reason = next(iter(str(e).splitlines()), type(e).__name__)
+        raise cli.UserError(f"{args.source}: the model does not run on audio of 10 and 30 s: {reason}") from e
     logging.info(
         "%s: %d tokens, a frame each %g ms, audio of %g Hz",
         args.output_dir, len(teacher.token_list), teacher.frame_shift * 1000, teacher.sampling_rate,

@@ -19,10 +19,10 @@ import csv
 import json
 import logging
 from pathlib import Path
-from typing import Dict, Optional, Sequence
+from typing import Dict, List, Optional, Sequence, Tuple
 
 from espnet_kd import cli
-from espnet_kd.files import replacing
+from espnet_kd.files import check_writable, replacing
 
 
 def get_parser() -> argparse.ArgumentParser:
@@ -40,8 +40,11 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--rewrite", metavar="FILE", help="first rewrite them by these rules, a regular expression, a "
                         "tab and what comes in its place in each line, such as for digits")  # fmt: skip
     parser.add_argument("--ctc_teacher", metavar="EXP[/FILE.pth]", help="its greedy output is compared with them")
-    limits = parser.add_argument_group("limits; a negative number switches one off")
-    limits.add_argument("--min_confidence", type=float, help="of --labels with confidences; no default")
+    limits = parser.add_argument_group("limits; a negative number switches one off, except --min_confidence")
+    limits.add_argument(
+        "--min_confidence", type=float,
+        help="lowest confidence, of --labels that have it, in the units of their recogniser; no default",
+    )
     limits.add_argument(
         "--max_repeats", type=int, default=3,
         help="largest number of times that a phrase may be repeated in a row (3)",
@@ -69,6 +72,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     from espnet_kd.targets.nbest import Hypotheses, write_nbest
 
     refuse_same([args.data_dir], args.out, "--out")
+    check_writable(args.out)  # before teachers decode the data, which may take hours
     tokens = TokenList(args.token_list, args.token_type) if args.token_list else None
     characters = tokens.characters() if tokens else ()
     if any(len(c) > 1 and not c.startswith("<") for c in characters):
@@ -81,16 +85,18 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     utterances = list(read_data_dir(args.data_dir, read_text=False))
     lengths = {u.utt_id: u.samples / u.rate for u in read_utterances(args.data_dir)}
     if args.teacher:
-        labels = {u: Label(text) for u, text in _texts(args.teacher, args).items()}
+        labels = {u: Label(text) for u, text in _texts(args.teacher, args)[0].items()}
     labels = {u: label._replace(text=rewrite(label.text, rules)) for u, label in labels.items()}
     lost = missing(labels, lengths)
     if len(lost) == len(lengths):
         raise cli.UserError(f"--labels: {args.labels} has none of the utterances of {args.data_dir}, such as {lost[0]}")
-    others = _texts(args.ctc_teacher, args) if args.ctc_teacher else {}
+    others, theirs = _texts(args.ctc_teacher, args) if args.ctc_teacher else ({}, [])
     given = ("max_repeats", "min_rate", "max_rate", "max_distance")
     limits = Limits(args.min_confidence, *(v if (v := getattr(args, name)) >= 0 else None for name in given))
     verdicts = {
-        u: judge(labels[u], seconds, limits, characters, others.get(u)) for u, seconds in lengths.items() if u in labels
+        u: judge(labels[u], seconds, limits, characters, others.get(u), theirs)
+        for u, seconds in lengths.items()
+        if u in labels
     }
     kept = [u for u in utterances if u.utt_id in verdicts and verdicts[u.utt_id].kept]
     if not kept:
@@ -98,6 +104,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
             f"none of {len(verdicts)} transcripts is kept: {count_reasons(verdicts)}; are the limits too narrow?"
         )
     out = Path(args.out)
+    (out / "nbest").unlink(missing_ok=True)  # of an earlier run, with other transcripts
     write_data_dir(
         out, (Utterance(u.utt_id, u.speaker, u.audio, verdicts[u.utt_id].text, u.num_samples) for u in kept)
     )
@@ -120,9 +127,10 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     )  # fmt: skip
 
 
-def _texts(experiment: str, args: argparse.Namespace) -> Dict[str, str]:
-    """Greedy transcripts of the data dir by an experiment."""
+def _texts(experiment: str, args: argparse.Namespace) -> Tuple[Dict[str, str], List[str]]:
+    """Greedy transcripts of the data dir by an experiment, and the characters that its tokens consist of."""
     import espnet_kd.offline  # noqa: F401, I001  (before espnet2)
+    from espnet_kd.data.tokenizing import characters_of
     from espnet_kd.inference.recognise import Recogniser, choose_device, read_utterances, recognise
     from espnet_kd.experiments.models import find_experiment, load_model
 
@@ -131,7 +139,8 @@ def _texts(experiment: str, args: argparse.Namespace) -> Dict[str, str]:
     model, options = load_model(config, model_file, device)
     recogniser = Recogniser(model, options, config.parent)
     found, _ = recognise(recogniser, read_utterances(args.data_dir, recogniser.rate), nj=args.nj)
-    return {u: hypotheses[0].text for u, hypotheses in found.items()}
+    texts = {u: hypotheses[0].text for u, hypotheses in found.items()}
+    return texts, characters_of(recogniser.token_list)
 
 
 if __name__ == "__main__":

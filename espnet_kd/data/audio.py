@@ -31,6 +31,14 @@ def is_pipe(entry: str) -> bool:
     return entry.rstrip().endswith("|")
 
 
+def check_name(path: str) -> None:
+    """Refuse a file name that is not UTF-8 (:class:`UserError`): Linux allows it, soundfile and data dirs do not."""
+    try:
+        path.encode()
+    except UnicodeEncodeError as e:
+        raise UserError(f"the file name {path!a} is not UTF-8; rename it (convmv does so)") from e
+
+
 def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
     """Return (samples per channel, sampling rate in Hz, channels) from the file's header.
 
@@ -47,6 +55,7 @@ def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
         raise UserError(f"'{path}' is a shell pipe, which is not run here: convert the audio to a file (flac, wav)")
     if is_in_ark(path):
         raise UserError(f"{path} is a place in an ark: make a data dir with files of it (asr_kd_data espnet --help)")
+    check_name(path)
     if not os.path.isfile(path):
         raise UserError(f"no such audio file: {path} (relative paths count from the working directory)")
     if path.lower().endswith(".raw"):
@@ -153,8 +162,12 @@ def write_audio(path: Union[str, Path], samples, rate: int, sync: bool = True) -
 
 
 def _read_head(path: str) -> str:
-    with open(path, "rb") as f:
-        return f.read(1024).decode("latin-1")
+    """The beginning of a file (:class:`UserError`: the system refuses to read it)."""
+    try:
+        with open(path, "rb") as f:
+            return f.read(1024).decode("latin-1")
+    except OSError as e:
+        raise UserError(f"cannot read {path}: {e.strerror}") from e
 
 
 def _opened(source: Union[str, IO[bytes]], name: str):

@@ -6,18 +6,24 @@ import hashlib
 import logging
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Dict, Iterator, List, Optional, Tuple
 
 from tqdm import tqdm
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.audio import read_audio_info
+from espnet_kd.data.audio import check_name, read_audio_info
 from espnet_kd.data.characters import MAX_ID, id_fault
 from espnet_kd.data.datadir import Utterance, write_data_dir
 from espnet_kd.files import PathLike
 
-SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".sph", ".aiff")
+SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".sph", ".aiff", ".aif")
+#: Suffixes of audio and video that is not read here.
+UNREAD = (
+    *(".m4a", ".m4b", ".mp4", ".aac", ".wma", ".webm", ".amr", ".3gp", ".mka", ".mkv", ".mov"),
+    *(".oga", ".au", ".caf", ".w64", ".raw", ".pcm"),
+)
 NAMES = ("train", "valid", "test")
 
 
@@ -25,6 +31,8 @@ def prepare_audio_folder(
     out: PathLike, audio: PathLike, *, valid: int = 100, test: int = 100, longest: float = 15.0
 ) -> Dict[str, int]:
     """Write ``out/{train,valid,test}`` and return their numbers of utterances.
+
+    Files that cannot be read, and files of other formats, are left out and logged.
 
     An utterance is named after its file and the directories between ``audio`` and the file. Which files are for
     validation and testing depends on a hash of their names: once these sets have their full sizes, audio that is added
@@ -37,19 +45,35 @@ def prepare_audio_folder(
         longest: seconds; a longer file becomes several utterances of equal length.
 
     Raises:
-        UserError: no such directory, fewer than 10 files in it, or two files that would have one name.
+        UserError: a number out of range, no such directory, fewer than 10 files in it, two files that would have
+            one name, or a name that is not UTF-8.
     """
+    for name, number in (("valid", valid), ("test", test)):
+        if number < 1:
+            raise UserError(f"--{name} is {number}; it must be 1 or more")
+    if not 0 < longest < math.inf:
+        raise UserError(f"--longest is {longest:g}; it must be a number of seconds above 0")
     root = Path(audio)
     if not root.is_dir():
         raise UserError(f"--audio {audio}: there is no such directory")
     found: Dict[str, Path] = {}
-    for path in sorted(p for p in root.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file()):
-        name = _name(path.relative_to(root))
+    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in (*SUFFIXES, *UNREAD) and p.is_file())
+    unread = Counter(p.suffix.lower() for p in files if p.suffix.lower() in UNREAD)
+    for path in (p for p in files if p.suffix.lower() in SUFFIXES):
+        name = _name(path, root)
         if name in found:
             raise UserError(f"--audio {audio}: {found[name]} and {path} would both be named {name}; rename one")
         found[name] = path
     if len(found) < 10:
-        raise UserError(f"--audio {audio}: {len(found)} audio files ({' '.join(SUFFIXES)}); at least 10 are needed")
+        others = f", and {unread.total()} of other formats" if unread else ""
+        raise UserError(
+            f"--audio {audio}: {len(found)} audio files ({' '.join(SUFFIXES)}){others}; at least 10 are needed"
+        )
+    if unread:
+        kinds = ", ".join(f"{number} {suffix}" for suffix, number in unread.most_common())
+        logging.warning(
+            "--audio %s: left out for their format: %s; convert them (ffmpeg -i FILE FILE.flac)", audio, kinds
+        )
     order = sorted(found, key=lambda name: hashlib.sha256(name.encode()).digest())
     most = len(order) // 10
     valid, test = min(valid, most), min(test, most)
@@ -69,9 +93,10 @@ def prepare_audio_folder(
     return counts
 
 
-def _name(path: Path) -> str:
-    """Make an utterance id from a file's path."""
-    name = re.sub(r"\s+", "_", "-".join(path.with_suffix("").parts))
+def _name(path: Path, root: Path) -> str:
+    """Make an utterance id from a file's path below ``root``."""
+    check_name(str(path))
+    name = re.sub(r"\s+", "_", "-".join(path.relative_to(root).with_suffix("").parts))
     if len(name.encode()) > MAX_ID - 10:  # the number of a segment is appended later
         name = hashlib.sha256(name.encode()).hexdigest()
     if fault := id_fault(name):
@@ -80,9 +105,9 @@ def _name(path: Path) -> str:
 
 
 def _length(path: Path, left_out: List[str]) -> Tuple[int, float]:
-    """Samples and seconds of a file; 0 if it cannot be read or is empty, which is added to ``left_out``."""
+    """Samples and seconds of a file; 0 if it cannot be read, is cut or is empty, which is added to ``left_out``."""
     try:
-        frames, rate, _ = read_audio_info(str(path))
+        frames, rate, _ = read_audio_info(str(path), whole=True)
     except UserError as e:
         left_out.append(f"{path}: {e}")
         return 0, 0.0

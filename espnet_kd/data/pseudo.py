@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import re
+import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Collection, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple, Union
@@ -15,9 +17,14 @@ from espnet_kd.cli import UserError
 from espnet_kd.data.datadir import iter_lines, split_line
 from espnet_kd.data.text_fit import fit_text
 
-#: Names of the three fields in the files of different recognisers.
-IDS, TEXTS, CONFIDENCES = ("utt_id", "id", "key"), ("text", "pred_text", "transcript"), ("confidence", "score")
-LONGEST_PHRASE = 8  #: words; repetitions of longer phrases are not searched for
+#: Names of the three fields in the files of different recognisers; of several in one line, the first counts.
+IDS, CONFIDENCES = ("utt_id", "id", "key"), ("confidence", "score")
+# NeMo leaves the reference of its manifest in "text", and adds what it recognises as "pred_text".
+TEXTS = ("pred_text", "text", "transcript")
+#: Repetitions of longer phrases are not searched for, in words and in characters of a script without blanks.
+LONGEST_PHRASE, LONGEST_PHRASE_UNSPACED = 8, 24
+#: Beginnings of the Unicode names of characters of scripts that are written without blanks between words.
+UNSPACED = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")
 
 
 class Label(NamedTuple):
@@ -104,7 +111,12 @@ def _json_label(line: str, where: str) -> Tuple[str, Label]:
 
 
 def judge(
-    label: Label, seconds: float, limits: Limits, tokens: Collection[str] = (), other: Optional[str] = None
+    label: Label,
+    seconds: float,
+    limits: Limits,
+    tokens: Collection[str] = (),
+    other: Optional[str] = None,
+    others_characters: Collection[str] = (),
 ) -> Verdict:
     """Decide on one transcript.
 
@@ -113,6 +125,7 @@ def judge(
         tokens: characters that the text must consist of; it is rewritten to them first (:func:`fit_text`). If none
             are given, the text is not changed.
         other: the CTC teacher's text for this audio, with which the text is compared.
+        others_characters: the characters of the CTC teacher, to which the text is brought for this comparison.
     """
     text = fit_text(label.text, tokens) if tokens else label.text
     verdict = Verdict(text)
@@ -123,7 +136,7 @@ def judge(
         return replace(verdict, reason=f"character {strange}")
     if limits.min_confidence is not None and (label.confidence is None or label.confidence < limits.min_confidence):
         return replace(verdict, reason="confidence")
-    if limits.max_repeats is not None and most_repeats(text.split()) > limits.max_repeats:
+    if limits.max_repeats is not None and most_repeats(text) > limits.max_repeats:
         return replace(verdict, reason="repetition")
     rate = len(text) / max(seconds, 1e-6)
     if (limits.min_rate is not None and rate < limits.min_rate) or (
@@ -131,25 +144,39 @@ def judge(
     ):
         return replace(verdict, reason="speaking rate")
     if other is not None:
-        apart = distance(text, other)
+        same = fit_text(text, others_characters) if others_characters else text
+        apart = distance(same, " ".join(other.split()))
         verdict = replace(verdict, distance=apart)
         if limits.max_distance is not None and apart > limits.max_distance:
             return replace(verdict, reason="distance to the CTC teacher")
     return verdict
 
 
-def most_repeats(words: List[str]) -> int:
+def most_repeats(text: str) -> int:
     """Return the greatest number of times in a row that a phrase of up to ``LONGEST_PHRASE`` words occurs.
+
+    In a script without blanks, each character counts as a word, and a phrase has up to ``LONGEST_PHRASE_UNSPACED``.
 
     Recognisers with an attention decoder repeat phrases when attention loses its position in the audio.
     """
+    words: List[str] = []
+    longest = LONGEST_PHRASE
+    for word in text.split():
+        for unspaced, group in itertools.groupby(word, _is_unspaced):
+            characters = list(group)
+            words += characters if unspaced else ["".join(characters)]
+            longest = LONGEST_PHRASE_UNSPACED if unspaced else longest
     most = 1 if words else 0
-    for size in range(1, min(LONGEST_PHRASE, len(words)) + 1):
+    for size in range(1, min(longest, len(words)) + 1):
         run = 0  # number of words in a row that equal the word ``size`` places before
         for i in range(size, len(words)):
             run = run + 1 if words[i] == words[i - size] else 0
             most = max(most, 1 + run // size)
     return most
+
+
+def _is_unspaced(character: str) -> bool:
+    return unicodedata.name(character, "").startswith(UNSPACED)
 
 
 def distance(text: str, other: str) -> float:

@@ -15,13 +15,16 @@ from espnet_kd.files import replacing
 
 #: Characters that stand for an apostrophe.
 APOSTROPHES = "\u2019\u2018\u02bc\u0060\u00b4"
+#: Symbols that stand for words (beside those of currencies), and brackets of annotations such as ``[Music]`` and
+#: ``<unk>``: without them a text would lack a word, or would have one that nobody has spoken.
+SYMBOLS = "%\u2030&@#*+=\u00b1\u00d7\u00f7\u00b0\u00a7<>[]{}"
 
 
 def fit_text(text: str, tokens: Collection[str]) -> str:
     """Return ``text`` rewritten to the characters of ``tokens``.
 
     In this order: letters get the case of the tokens, if these have only one case; other apostrophe characters become
-    ``'``; punctuation that is not a token is removed. All other characters are kept.
+    ``'``; punctuation that is not a token is removed, except ``SYMBOLS``. All other characters are kept.
     """
     letters = {t for t in tokens if len(t) == 1 and t.isalpha()}
     if letters and not any(t.islower() for t in letters):
@@ -32,7 +35,8 @@ def fit_text(text: str, tokens: Collection[str]) -> str:
     for char in text:
         if char in APOSTROPHES and char not in tokens:
             char = "'"
-        if char in tokens or not unicodedata.category(char).startswith(("P", "S")):
+        category = unicodedata.category(char)
+        if char in tokens or char in SYMBOLS or category == "Sc" or not category.startswith(("P", "S")):
             kept.append(char)
         elif char in "-\u2013\u2014/":  # these separate words
             kept.append(" ")

@@ -91,10 +91,7 @@ class TokenList(Tokenizer):
 
     def characters(self) -> List[str]:
         """Return what texts may consist of, besides blanks: the tokens, or for BPE the characters of the pieces."""
-        if not self._is_bpe:
-            return self.tokens
-        pieces = (token for token in self.tokens if not (token.startswith("<") and token.endswith(">")))
-        return sorted(set("".join(pieces)) - {WORD_START})
+        return characters_of(self.tokens) if self._is_bpe else self.tokens
 
     def ids(self, text: str) -> List[int]:
         """Return the ids of a text's tokens; as in ESPnet, a token that the list lacks has the id of ``<unk>``."""
@@ -103,6 +100,12 @@ class TokenList(Tokenizer):
     def unknown(self, text: str) -> List[str]:
         """Return the tokens of ``text`` that the list lacks, sorted; ESPnet replaces each by ``<unk>``."""
         return sorted({token for token in self.split(text) if token not in self._number})
+
+
+def characters_of(tokens: Sequence[str]) -> List[str]:
+    """Return the characters, without blanks, that tokens consist of; tokens such as ``<unk>`` have none."""
+    named = (token for token in tokens if not (token.startswith("<") and token.endswith(">")))
+    return sorted(set("".join(named)) - {WORD_START})
 
 
 def usable_pieces(model: bytes, name: str = "the BPE model") -> List[str]:

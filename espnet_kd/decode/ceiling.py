@@ -50,7 +50,7 @@ def measure_ceiling(
         tokenizer: cuts the transcripts into the teacher's tokens; without one they are not read.
 
     Raises:
-        UserError: there is no audio, or it has another sampling rate.
+        UserError: there is no audio, it has another sampling rate, or an utterance is too short for the student.
     """
     found = read_utterances(data_dir, int(teacher.sampling_rate))[:utterances]
     text = Path(data_dir) / "text"
@@ -62,7 +62,13 @@ def measure_ceiling(
     for utterance in tqdm(found, unit="utt", desc="teacher ceiling"):
         samples = torch.from_numpy(read_audio(utterance))[None]
         out = teacher.targets([utterance.utt_id], samples, torch.tensor([samples.size(1)]))
-        frames = torch.tensor([frames_of(samples.size(1))])
+        try:
+            frames = torch.tensor([frames_of(samples.size(1))])
+        except Exception as e:  # ESPnet's TooShortUttError, or a kernel that is larger than its input
+            raise UserError(
+                f"{data_dir}, utterance {utterance.utt_id}: {utterance.samples / utterance.rate:.3f} s are too short "
+                f"for the student's encoder; leave it out ({' '.join(str(e).split()) or type(e).__name__})"
+            ) from e
         try:
             logits, _, lengths = align(
                 out.logits, {}, out.lengths, out.frame_shift, int(frames), frames, student_shift, pool=pool

@@ -68,7 +68,8 @@ def read_live(rate: int, seconds: float = 0.1) -> Iterator[np.ndarray]:
             raise UserError("standard input is cut: a WAV header without samples")
         if chunk[:4] == b"data":
             break
-        body = stream.read(int.from_bytes(chunk[4:], "little"))
+        size = int.from_bytes(chunk[4:], "little")
+        body = stream.read(size + size % 2)  # a chunk of an odd size is followed by a byte of padding
         if chunk[:4] == b"fmt ":
             kind, channels, found = (int.from_bytes(body[a:b], "little") for a, b in ((0, 2), (2, 4), (4, 8)))
             if (channels, found, body[14:16]) != (1, rate, b"\x10\x00") or kind not in (1, 0xFFFE):

@@ -7,6 +7,7 @@ from typing import Iterable, Optional, Union
 
 import numpy as np
 
+from espnet_kd.cli import UserError
 from espnet_kd.deploy import backends, reading
 from espnet_kd.deploy.transcript import Segment, Transcript, read_tokens, render
 
@@ -35,10 +36,14 @@ class Transcriber:
         """Recognise a file (``-``: standard input), or samples (N,) in [-1, 1] at ``rate`` Hz (default: the student's).
 
         Raises:
-            UserError: the file cannot be read.
+            UserError: the file cannot be read, or the samples have another shape or type.
         """
         wanted = self.backend.rate
         if isinstance(audio, np.ndarray):
+            if audio.ndim != 1 or audio.dtype.kind != "f":
+                raise UserError(
+                    f"samples of shape {audio.shape}, {audio.dtype}: give one channel, (N,), as floats in [-1, 1]"
+                )
             name, blocks = "", reading.resampled([(audio[:, None], rate or wanted)], wanted)
         else:
             name, blocks = str(audio), reading.read_blocks(str(audio), wanted)

@@ -45,7 +45,10 @@ class Transcript:
     @property
     def text(self) -> str:
         """The whole text, in one line."""
-        return " ".join(s.text.strip() for s in self.segments if s.text.strip())
+        text = ""
+        for part in (s.text.strip() for s in self.segments):
+            text += f"{_between(text, part)}{part}" if text and part else part
+        return text
 
     @property
     def tokens(self) -> List[Token]:
@@ -112,6 +115,11 @@ def _has_no_blanks(character: str) -> bool:
     return bool(character) and unicodedata.name(character, "").startswith(("CJK ", "HIRAGANA ", "KATAKANA "))
 
 
+def _between(text: str, following: str) -> str:
+    """What stands between two texts: a blank, except in scripts without blanks."""
+    return "" if _has_no_blanks(text[-1]) and _has_no_blanks(following[0]) else " "
+
+
 def subtitles(words: Sequence[Segment]) -> List[Segment]:
     """Group words into subtitles."""
     found: List[Segment] = []
@@ -125,8 +133,7 @@ def subtitles(words: Sequence[Segment]) -> List[Segment]:
         ):
             found.append(Segment(word.start, word.end, word.text))
         else:
-            between = "" if _has_no_blanks(last.text[-1]) and _has_no_blanks(word.text[0]) else " "
-            last.text, last.end = f"{last.text}{between}{word.text}", word.end
+            last.text, last.end = f"{last.text}{_between(last.text, word.text)}{word.text}", word.end
     return found
 
 

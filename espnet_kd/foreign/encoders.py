@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from espnet_kd.cli import UserError
 from espnet_kd.foreign.sources import need
+from espnet_kd.foreign.vocabulary import ABSENT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 SAMPLES = ("wav2vec2", "hubert", "wavlm", "wav2vec2-conformer", "data2vec-audio", "unispeech", "unispeech-sat", "sew")
 #: Model families that take features, each with the class of transformers that computes the features.
 FEATURES = {"wav2vec2-bert": "SeamlessM4TFeatureExtractor", "parakeet_ctc": "ParakeetFeatureExtractor"}
+#: Entries of config.json that do not describe the model, or its dtype: a teacher on a CPU computes in float32.
+NO_OPTIONS = ("model_type", "auto_map", "transformers_version", "torch_dtype", "dtype")
 #: Added to the variance when audio is normalised, as in transformers' Wav2Vec2FeatureExtractor.
 EPS = 1e-7
 
@@ -102,7 +105,10 @@ class HuggingFaceCTCEncoder(ForeignEncoder):
         self.model, self._output_size = base_model(build_hugging_face(model))
         self.normalize = normalize
         self.extractor = _extractor(model["model_type"], features) if features is not None else None
-        self.encoders = torch.nn.ModuleList(Tap() for _ in range(int(self.model.config.num_hidden_layers)))
+        # With an adapter after the layers, or SEW's squeezing before them, their frames are not those of the output.
+        config = self.model.config
+        same_frames = not getattr(config, "add_adapter", False) and getattr(config, "squeeze_factor", 1) == 1
+        self.encoders = torch.nn.ModuleList(Tap() for _ in range(int(config.num_hidden_layers) if same_frames else 0))
 
     def output_size(self) -> int:
         """Width of the hidden states."""
@@ -162,7 +168,8 @@ class OnnxCTCEncoder(ForeignEncoder):
         parts = given.split(1) if self.single else [given]
         out = torch.cat([torch.from_numpy(run_graph(self._session, part.numpy())) for part in parts])
         out = out.to(speech.device)
-        return (out.clamp(min=torch.finfo(out.dtype).tiny).log() if self.probabilities else out), []
+        # Finite, also where a file masks a token by -inf, from which the identity matrix of the head would make NaN.
+        return (out.clamp(min=torch.finfo(out.dtype).tiny).log() if self.probabilities else out.clamp(min=ABSENT)), []
 
 
 #: {value of ``encoder`` in config.yaml: class}.
@@ -196,7 +203,7 @@ def build_hugging_face(config: Mapping[str, Any]) -> PreTrainedModel:
     if family not in SAMPLES and family not in FEATURES:
         known = ", ".join((*SAMPLES, *FEATURES))
         raise UserError(f"model_type: {family} is not a CTC family that can be imported; known: {known}")
-    options = {k: v for k, v in config.items() if k not in ("model_type", "auto_map", "transformers_version")}
+    options = {k: v for k, v in config.items() if k not in NO_OPTIONS}
     try:
         return transformers.AutoModelForCTC.from_config(
             transformers.AutoConfig.for_model(family, **options), trust_remote_code=False

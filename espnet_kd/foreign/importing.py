@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
@@ -17,10 +18,14 @@ from espnet_kd.foreign import encoders
 from espnet_kd.foreign.pieces import has_pieces, sentencepiece_model
 from espnet_kd.foreign.sources import CONFIG, RECORD, need, read_features, read_mapping, weights_of
 from espnet_kd.foreign.vocabulary import Vocabulary, make_vocabulary
-from espnet_kd.pieces import BPE_MODEL, UNKNOWN
+from espnet_kd.pieces import BPE_MODEL, SPACE, UNKNOWN, WORD_START
 
 #: Names of the CTC blank; names that can have no other meaning come first.
 BLANKS = ("<blank>", "<blk>", "<pad>", "[PAD]")
+#: Names of the token for unknown characters.
+UNKNOWNS = (UNKNOWN, "[UNK]")
+#: Names of the token between words.
+DELIMITERS = ("|", WORD_START, SPACE, " ")
 #: Options of a feature extractor that only name classes; they are left out.
 NAMES_OF_CLASSES = ("feature_extractor_type", "processor_class")
 
@@ -132,7 +137,7 @@ def read_onnx(
     Args:
         tokens: a file with V' tokens, one a line; numbers after the tokens (sherpa-onnx's tokens.txt) are left out.
         blank: number of the CTC blank; default: the first of ``BLANKS`` that is among the tokens.
-        word_delimiter: the token between words; default: ``|`` or ``▁``, if it is among the tokens.
+        word_delimiter: the token between words; default: the first of ``DELIMITERS`` that is among the tokens.
         fs: sampling rate in Hz; default 16000.
 
     Raises:
@@ -145,15 +150,24 @@ def read_onnx(
         audio, _ = encoders.graph_inputs(session)
     except UserError as e:
         raise UserError(f"{path}: {e}") from e
-    rate, single = fs or 16000, audio.shape[0] == 1
-    try:
-        out = torch.from_numpy(encoders.run_graph(session, torch.randn(1, rate).mul(0.1).numpy()))
-    except RuntimeError as e:
-        raise UserError(f"{path}: it cannot run on a second of noise at {rate} Hz: {e}") from e
+    rate, single = 16000 if fs is None else fs, audio.shape[0] == 1
+    if rate < 1:
+        raise UserError(f"--fs {rate}: a sampling rate is a positive number of Hz")
+    if isinstance(audio.shape[1], int):
+        raise UserError(
+            f"{path}: its input has {audio.shape[1]} samples, and no other number; export it with a dynamic axis for "
+            "the samples (dynamic_axes of torch.onnx.export)"
+        )
+    out, longer = (_scores(session, seconds, rate, path) for seconds in (1, 3))
     if out.dim() != 3 or out.size(2) != len(rows):
         raise UserError(
             f"{path}: the first output must be (utterances, frames, {len(rows)} tokens of {tokens}); "
             f"found {tuple(out.shape)}"
+        )
+    if longer.size(1) <= out.size(1):
+        raise UserError(
+            f"{path}: 1 s of audio has {out.size(1)} frames, and 3 s have {longer.size(1)}: the output does not follow "
+            "the length of the audio; export it with dynamic axes (dynamic_axes of torch.onnx.export)"
         )
     if blank is None:
         blank = next((rows.index(t) for t in BLANKS if t in rows), None)
@@ -162,12 +176,13 @@ def read_onnx(
     if not 0 <= blank < len(rows):
         raise UserError(f"--blank {blank}: {tokens} has the tokens 0 to {len(rows) - 1}")
     if word_delimiter is None:
-        word_delimiter = next((t for t in ("|", "▁") if t in rows), None)
+        word_delimiter = next((t for t in DELIMITERS if t in rows), None)
     elif word_delimiter not in rows:
         raise UserError(f"--word_delimiter: {tokens} has no token {word_delimiter!r}")
     # Tokens that a text cannot contain: marks such as <s>, and white space that is not the word delimiter.
-    marks = {t for t in rows if (t[:1] == "<" and t[-1:] == ">" and t != UNKNOWN) or (t and not t.strip())}
-    vocabulary = _vocabulary(tokens, rows, blank, word_delimiter, UNKNOWN, marks - {word_delimiter})
+    marks = {t for t in rows if (t[:1] == "<" and t[-1:] == ">") or (t and not t.strip())}
+    unknown = next((t for t in UNKNOWNS if t in rows), UNKNOWN)
+    vocabulary = _vocabulary(tokens, rows, blank, word_delimiter, unknown, marks - {word_delimiter})
     conf = dict(
         graph_bytes=len(content),
         tokens=len(rows),
@@ -183,6 +198,14 @@ def read_onnx(
         rate,
         _token_type(vocabulary),
     )
+
+
+def _scores(session: Any, seconds: int, rate: int, path: Path) -> Tensor:
+    """The first output of an ONNX file for noise; (1, T, V') if it is a model that can be imported."""
+    try:
+        return torch.from_numpy(encoders.run_graph(session, torch.randn(1, seconds * rate).mul(0.1).numpy()))
+    except RuntimeError as e:
+        raise UserError(f"{path}: it cannot run on {seconds} s of noise at {rate} Hz: {e}") from e
 
 
 def write_experiment(model: Imported, output_dir: Path) -> None:
@@ -271,13 +294,15 @@ def _renamed_weight_norm(state: Mapping[str, Tensor], wanted: Mapping[str, Tenso
 
 
 def _lines(path: Path) -> List[str]:
-    """The tokens of a file, one a line, without the numbers that follow them in sherpa-onnx's files."""
+    """The tokens of a file, one a line, without the numbers that follow them in sherpa-onnx's files.
+
+    In these a line with nothing but its number has the token of a blank.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines(), which ends a line at characters that may be tokens; -sig skips a byte order mark.
+        lines = path.read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"--tokens: cannot read {path}: {e}") from e
-    lines = [line.rstrip("\r") for line in lines]
-    numbered = [line.rsplit(maxsplit=1) for line in lines]
-    if lines and all(len(x) == 2 and x[1] == str(i) for i, x in enumerate(numbered)):
-        return [x[0] for x in numbered]
-    return lines
+    found = [re.fullmatch(r"(?:(.*?)[ \t]+)?([0-9]+)", line) for line in lines]
+    numbered = [match[1] or " " for i, match in enumerate(found) if match and match[2] == str(i)]
+    return numbered if len(numbered) == len(lines) and numbered.count(" ") <= 1 else lines

@@ -75,7 +75,10 @@ def locate(where: str) -> Tuple[Path, Dict[str, Any]]:
     hub = need("huggingface_hub")
     try:
         found = hub.snapshot_download(
-            name, revision=revision or None, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]
+            name,
+            revision=revision or None,
+            allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"],
+            ignore_patterns=["adapter.*"],  # of MMS, for more than a thousand languages
         )
     except Exception as e:  # the hub, its cache and the network each have errors of their own
         reason = next(iter(str(e).splitlines()), type(e).__name__)
@@ -132,7 +135,7 @@ def is_imported(output_dir: Path, record: Mapping[str, Any]) -> bool:
     if not output_dir.exists() or not any(output_dir.iterdir()):
         return False
     if not (output_dir / "config.yaml").is_file():
-        if set(p.name for p in output_dir.iterdir()) <= {"model.pth", "bpe.model"}:
+        if all(_is_unfinished(p.name) for p in output_dir.iterdir()):
             return False  # left by an import that was stopped
         raise UserError(f"--output_dir: {output_dir} holds other files; give another directory")
     config = output_dir / "config.yaml"
@@ -154,6 +157,12 @@ def is_imported(output_dir: Path, record: Mapping[str, Any]) -> bool:
             )
     needed = ["model.pth", *(["bpe.model"] if content.get("token_type") == "bpe" else [])]
     return all((output_dir / name).is_file() for name in needed)
+
+
+def _is_unfinished(name: str) -> bool:
+    """Whether an import that was stopped before its end may have left a file of this name."""
+    written = ("model.pth", "bpe.model", "config.yaml")
+    return name in written[:2] or any(name.startswith(f".{other}.") for other in written)
 
 
 def read_mapping(path: Path) -> Dict[str, Any]:

@@ -1,5 +1,7 @@
 """A directory of audio without transcripts becomes data dirs."""
 
+import os
+
 import pytest
 import soundfile
 import tiny_asr
@@ -55,6 +57,30 @@ def test_what_cannot_be_read_is_left_out_and_counted(tmp_path, audio, caplog):
     assert "left out: 1" in caplog.text and "broken.wav" in caplog.text
 
 
+def test_a_file_that_is_cut_is_left_out(tmp_path, audio, caplog):
+    """Stage 2 would refuse it, and stop."""
+    caplog.set_level("INFO")
+    cut = audio / "speaker 0" / "file0.wav"
+    cut.write_bytes(cut.read_bytes()[:5000])
+    assert sum(map(len, run(tmp_path, audio).values())) == 19
+    assert "left out: 1" in caplog.text and "file0.wav is cut" in caplog.text
+
+
+def test_audio_of_other_formats_is_counted(tmp_path, audio, caplog):
+    for name in ("a.m4a", "b.M4A", "c.wma", "notes.txt"):
+        (audio / name).touch()
+    soundfile.write(audio / "d.aif", tiny_asr.audio(0.5, 0), 16000, format="AIFF")
+    assert sum(map(len, run(tmp_path, audio).values())) == 21
+    assert "2 .m4a, 1 .wma" in caplog.text and ".txt" not in caplog.text
+
+
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path, audio):
+    soundfile.write(audio / "x.wav", tiny_asr.audio(0.5, 0), 16000)
+    os.rename(audio / "x.wav", os.fsencode(audio) + b"/caf\xe9.wav")
+    with pytest.raises(UserError, match=r"caf\\udce9\.wav"):
+        run(tmp_path, audio)
+
+
 def test_mistakes(tmp_path, audio):
     with pytest.raises(UserError, match="--audio .*nowhere"):
         run(tmp_path, tmp_path / "nowhere")
@@ -64,3 +90,12 @@ def test_mistakes(tmp_path, audio):
     soundfile.write(audio / "speaker 0" / "file0.flac", tiny_asr.audio(0.5, 0), 16000)
     with pytest.raises(UserError, match="speaker_0-file0"):
         run(tmp_path, audio)
+
+
+@pytest.mark.parametrize(
+    "option, value", [("--longest", "0"), ("--longest", "nan"), ("--valid", "0"), ("--test", "-1")]
+)
+def test_numbers_out_of_range(tmp_path, audio, option, value):
+    with pytest.raises(UserError, match=f"{option} is {value}"):
+        run(tmp_path, audio, option, value)
+    assert not (tmp_path / "data").exists()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import soundfile
 import tiny_asr
@@ -26,7 +27,22 @@ TOKENS = ["<blank>", "<unk>", "<space>", *"ABCDE'", "<sos/eos>"]
     [("", 0), ("a", 1), ("a b c", 1), ("a a a", 3), ("a b a b a b c", 3), ("x a b c a b c", 2), ("a b a c a", 1)],
 )
 def test_repetitions(text, repeats):
-    assert most_repeats(text.split()) == repeats
+    assert most_repeats(text) == repeats
+
+
+@pytest.mark.parametrize(
+    "text, repeats",
+    [
+        ("谢谢大家", 2),
+        ("我们谢谢谢谢谢谢谢谢", 8),  # written without blanks, so that it has one word
+        ("请订阅我的频道" * 4, 4),
+        ("请 订阅 我的频道" * 4, 4),
+        ("สวัสดี" * 5, 5),
+        ("他说 hello hello 8888", 2),
+    ],
+)
+def test_repetitions_in_scripts_without_blanks(text, repeats):
+    assert most_repeats(text) == repeats
 
 
 @pytest.mark.parametrize("a, b, wanted", [("abc", "abc", 0), ("abc", "abd", 1 / 3), ("ab", "abcd", 0.5), ("", "a", 1)])
@@ -40,6 +56,9 @@ def test_distance(a, b, wanted):
         (Label("a bad cab"), Limits(), ""),
         (Label(" ... "), Limits(), "empty"),
         (Label("a 5"), Limits(), "character 5"),
+        (Label("a bad %"), Limits(), "character %"),
+        (Label("[Bad] cab"), Limits(), "character ["),
+        (Label("a <unk> cab"), Limits(), "character <"),
         (Label("a bad", 0.4), Limits(min_confidence=0.5), "confidence"),
         (Label("a bad"), Limits(min_confidence=0.5), "confidence"),  # an unknown confidence is not enough
         (Label("a bad", 0.6), Limits(min_confidence=0.5), ""),
@@ -53,6 +72,24 @@ def test_distance(a, b, wanted):
 )
 def test_verdicts(label, limits, reason):
     assert judge(label, 2.0, limits, TOKENS, "A BAD CAB").reason == reason
+
+
+LOWER = [t.lower() for t in TOKENS if t != "'"]
+
+
+@pytest.mark.parametrize(
+    "text, tokens, other, characters, reason",
+    [
+        ("A bad, cab.", TOKENS, "a bad cab", LOWER, ""),  # the student's letters are in upper case
+        ("a bad cab's", [*LOWER, "'", "s"], " A BAD  CAB'S ", [*TOKENS, "S"], ""),
+        ("a bad cab'd", TOKENS, "a bad cabd", LOWER, ""),  # the teacher has no apostrophe
+        ("A BAD!", (), "a bad", LOWER, ""),
+        ("a dad", TOKENS, "a bad", LOWER, "distance to the CTC teacher"),
+    ],
+)
+def test_case_and_punctuation_are_no_distance_to_a_ctc_teacher(text, tokens, other, characters, reason):
+    verdict = judge(Label(text), 2.0, Limits(max_distance=0.0), tokens, other, characters)
+    assert verdict.reason == reason and (verdict.distance == 0) == (not reason)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +115,11 @@ def test_forms_of_other_recognisers(tmp_path):
         {"id": "a", "text": " one  two "},
         {"audio_filepath": "/x/b.wav", "pred_text": "three"},
         {"utt_id": "c", "transcript": "", "confidence": 0.5},
+        {"audio_filepath": "/x/d.wav", "text": "the reference", "pred_text": "four"},  # as NeMo writes both
     ]
     (tmp_path / "labels").write_text("".join(json.dumps(x) + "\n" for x in lines))
     found = read_labels(tmp_path / "labels")
-    assert found == {"a": Label("one two"), "b": Label("three"), "c": Label("", 0.5)}
+    assert found == {"a": Label("one two"), "b": Label("three"), "c": Label("", 0.5), "d": Label("four")}
     for content in ("", None):
         path = tmp_path / ("none" if content is None else "empty")
         if content is not None:
@@ -147,6 +185,11 @@ def test_a_teacher_makes_and_checks_transcripts(tmp_path, data):
     asr_kd_pseudo.main([*command, "--max_repeats", "-1", "--out", str(tmp_path / "out")])
     rows = [line.split("\t") for line in (tmp_path / "out/pseudo.tsv").read_text().splitlines()[1:]]
     assert {r[5] for r in rows if r[1] == "1"} == {"0.000"}  # the teacher agrees with itself
+    texts = {r[0]: r[6] for r in rows if r[1] == "1"}
+    (tmp_path / "labels").write_text("".join(f"{u} {t.upper()}.\n" for u, t in texts.items()))
+    labels = ["--labels", str(tmp_path / "labels"), "--max_repeats", "-1", "--max_distance", "0"]
+    asr_kd_pseudo.main([*command[:2], *labels, *command[4:], "--out", str(tmp_path / "upper")])
+    assert len((tmp_path / "upper/text").read_text().splitlines()) == len(texts)  # in other characters, too
 
 
 def test_mistakes_of_a_user(tmp_path, data):
@@ -160,6 +203,23 @@ def test_mistakes_of_a_user(tmp_path, data):
     with pytest.raises(UserError, match="none of 2 transcripts is kept"):
         asr_kd_pseudo.main([*command, str(tmp_path / "out"), "--token_list", str(tmp_path / "tokens.txt")])
     assert not (tmp_path / "out").exists()
+
+
+def test_no_teacher_runs_for_a_place_that_cannot_be_written(tmp_path, data, monkeypatch):
+    monkeypatch.setattr(asr_kd_pseudo, "_texts", lambda *args: pytest.fail("a teacher ran"))
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write into .*file"):
+        asr_kd_pseudo.main(["--data_dir", str(data), "--teacher", "exp/t", "--out", str(tmp_path / "file")])
+
+
+def test_no_nbest_of_an_earlier_run_stays(tmp_path, data):
+    (tmp_path / "labels").write_text("u0 a bad cab\n")
+    command = ["--data_dir", str(data), "--labels", str(tmp_path / "labels"), "--out", str(tmp_path / "out")]
+    asr_kd_pseudo.main([*command, "--token_list", str(tmp_path / "tokens.txt")])
+    assert (tmp_path / "out/nbest").exists()
+    (tmp_path / "labels").write_text("u1 a dad\n")
+    asr_kd_pseudo.main(command)
+    assert not (tmp_path / "out/nbest").exists()  # it has the transcripts of the first run
 
 
 def test_whispers_output_in_the_form_that_is_read(tmp_path, data, monkeypatch):
@@ -184,10 +244,7 @@ def test_whispers_output_in_the_form_that_is_read(tmp_path, data, monkeypatch):
     with pytest.raises(KeyboardInterrupt):  # the earlier file stays
         script["main"](["--model", "tiny", "--data_dir", str(data), "--out", str(tmp_path / "labels")])
     assert read_labels(tmp_path / "labels") == labels
-    slow = tiny_asr.data_dir(tmp_path / "slow", {"u9": tiny_asr.audio(1.0, 9)})
-    soundfile.write(slow / "u9.wav", tiny_asr.audio(1.0, 9), 8000)
     for options, message in (
-        (["--data_dir", str(slow)], r"u9 .*8000 Hz"),
         (["--data_dir", str(tmp_path / "nowhere")], "nowhere/wav.scp"),
         (["--data_dir", str(data), "--threads", "0"], "--threads is 0"),
         (["--data_dir", str(data), "--out", str(tmp_path)], "--out .* is a directory"),
@@ -195,3 +252,22 @@ def test_whispers_output_in_the_form_that_is_read(tmp_path, data, monkeypatch):
         with pytest.raises(UserError, match=message):
             script["main"](["--model", "tiny", "--out", str(tmp_path / "other"), *options])
     assert not (tmp_path / "other").exists()
+
+
+def test_whisper_gets_audio_at_its_own_rate(tmp_path, monkeypatch):
+    """Whisper takes samples without their rate; audio of 8 kHz would be taken at double speed."""
+    given = []
+    model = SimpleNamespace(transcribe=lambda audio, **options: (given.append(audio) or iter([]), None))
+    monkeypatch.setitem(sys.modules, "faster_whisper", SimpleNamespace(WhisperModel=lambda *args, **options: model))
+    main = runpy.run_path(str(FOUNDATION / "local/whisper_labels.py"))["main"]
+    for name, rate, channels in (("a", 8000, 1), ("b", 16000, 2)):
+        soundfile.write(tmp_path / f"{name}.wav", np.full((2 * rate, channels), 0.25), rate)
+    (tmp_path / "wav.scp").write_text(f"a {tmp_path / 'a.wav'}\n\nb {tmp_path / 'b.wav'}\n")
+    command = ["--model", "tiny", "--out", str(tmp_path / "labels"), "--data_dir"]
+    main([*command, str(tmp_path)])
+    assert [(x.shape, str(x.dtype)) for x in given] == [((32000,), "float32")] * 2
+    assert all(abs(x[16000] - 0.25) < 1e-3 for x in given)
+    (tmp_path / "segments").touch()
+    for directory, named in ((tmp_path, "segments"), (tmp_path / "nowhere", "wav.scp")):
+        with pytest.raises(UserError, match=named):
+            main([*command, str(directory)])

@@ -26,6 +26,9 @@ UPPER = ["<blank>", "<unk>", "<space>", *"ABCDEÉ'", "<sos/eos>"]
         ("\u5317\u4eac", ["<blank>", "<unk>", "\u5317", "\u4eac", "<sos/eos>"], "\u5317\u4eac"),  # letters without case
         ("", UPPER, ""),
         ("a 5", UPPER, "A 5"),  # a character that does not fit stays, and is refused below
+        ("a 5%, $b & c", UPPER, "A 5% $B & C"),  # so do symbols that are spoken
+        ("a <unk> b [bad]", UPPER, "A <UNK> B [BAD]"),  # and annotations, which would become words
+        ("a [b]", [*UPPER, "[", "]"], "A [B]"),
     ],
 )
 def test_rule(text, tokens, fitted):

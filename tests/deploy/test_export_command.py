@@ -119,6 +119,7 @@ def test_one_format_elsewhere(recipe):
         (["--format", "onnx", "--output_dir", ""], "--output_dir is empty"),
         (["--format", "onnx", "--max_seconds", "nan"], "--max_seconds"),
         (["--format", "web", "--ort_web", "nowhere"], "--ort_web: nowhere"),
+        (["--quantize", "int8"], "--quantize int8"),
     ],
 )
 def test_mistakes(recipe, monkeypatch, options, message):

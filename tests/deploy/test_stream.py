@@ -184,3 +184,13 @@ def test_a_stream_of_another_rate(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BufferedReader(io.BytesIO(content))}))
     with pytest.raises(UserError, match="standard input.*16000 Hz"):
         list(reading.read_live(16000))
+
+
+def test_a_stream_with_a_chunk_of_odd_size(tmp_path, monkeypatch):
+    """RIFF pads it with a byte, which its size does not count."""
+    wave = tiny_asr.audio(0.5, 8)
+    soundfile.write(tmp_path / "a.wav", wave, 16000, subtype="PCM_16")
+    content = (tmp_path / "a.wav").read_bytes()
+    content = content[:12] + b"note" + (3).to_bytes(4, "little") + b"abc\0" + content[12:]
+    monkeypatch.setattr(sys, "stdin", type("Stdin", (), {"buffer": io.BufferedReader(io.BytesIO(content))}))
+    assert np.array_equal(np.concatenate(list(reading.read_live(16000))), wave)

@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import subprocess
 import sys
 
@@ -13,6 +14,7 @@ import tiny_students
 
 from espnet_kd.bin import asr_kd_export, asr_kd_transcribe
 from espnet_kd.cli import UserError
+from espnet_kd.data import audio
 from espnet_kd.deploy import backends, reading
 from espnet_kd.deploy.student import load_student
 from espnet_kd.deploy.transcript import Segment, Token, Transcript, read_tokens, render, subtitles, words_of
@@ -126,6 +128,33 @@ def test_a_file_that_cannot_be_read_does_not_stop_the_others(exports, expected, 
     assert out == f"{good}\t{expected.text}\n" and "no.wav" in err and "Traceback" not in err
     with pytest.raises(UserError, match="missing.wav"):
         asr_kd_transcribe.main(["--model", str(exports["onnx"]), str(tmp_path / "missing.wav")])
+
+
+def test_a_name_that_is_not_utf_8(exports, expected, tmp_path, capsys):
+    """It does not stop the others."""
+    good = saved(tmp_path / "a.wav", subtype="PCM_16")
+    latin = os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.wav")
+    os.rename(saved(tmp_path / "b.wav", subtype="PCM_16"), latin)
+    with pytest.raises(UserError, match="1 of 2 files"):
+        asr_kd_transcribe.main(["--model", str(exports["onnx"]), latin, good])
+    out, err = capsys.readouterr()
+    assert out == f"{good}\t{expected.text}\n" and r"caf\udce9.wav" in err
+
+
+def test_a_file_that_may_not_be_read_does_not_stop_the_others(exports, expected, tmp_path, capsys, monkeypatch):
+    (tmp_path / "secret.wav").write_text("libsndfile fails on it, as on a file of another user")
+
+    def refuse(path, mode):
+        if "secret" in path:
+            raise PermissionError(13, "Permission denied", path)
+        return open(path, mode)
+
+    monkeypatch.setattr(audio, "open", refuse, raising=False)
+    good = saved(tmp_path / "a.flac", subtype="PCM_16")
+    with pytest.raises(UserError, match="1 of 2 files"):
+        asr_kd_transcribe.main(["--model", str(exports["onnx"]), str(tmp_path / "secret.wav"), good])
+    out, err = capsys.readouterr()
+    assert out == f"{good}\t{expected.text}\n" and "secret.wav: Permission denied" in err
 
 
 @pytest.mark.parametrize(
@@ -283,3 +312,16 @@ def test_pieces_of_words(tmp_path):
     assert found.text == Transcriber(experiment)(WAVE).text != ""
     words = words_of(found.tokens, Transcriber(experiment).backend.to_text)
     assert " ".join(w.text for w in words).split() == found.text.split()
+
+
+def test_pieces_of_a_writing_without_blanks_are_joined_without_them():
+    pieces = [Segment(float(i), i + 1.0, text) for i, text in enumerate(("今天", "", " 天气 ", "ok", "很好"))]
+    assert Transcript("a.wav", 5.0, pieces).text == "今天天气 ok 很好"
+    assert Transcript("a.wav", 5.0, []).text == Transcript("a.wav", 5.0, pieces[1:2]).text == ""
+
+
+@pytest.mark.parametrize("samples", [np.stack([WAVE, WAVE], axis=1), (WAVE * 32768).astype(np.int16)])
+def test_samples_of_another_shape_or_type_are_refused(exports, samples):
+    """Integers would be taken for very loud audio, and their text would be wrong."""
+    with pytest.raises(UserError, match=f"shape .*{len(WAVE)}.*{samples.dtype}"):
+        Transcriber(exports["onnx"])(samples)

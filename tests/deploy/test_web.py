@@ -4,6 +4,8 @@ import io
 import json
 import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -70,6 +72,23 @@ def test_without_onnxruntime_web_nothing_is_written(tmp_path, stand_in, monkeypa
     with pytest.raises(UserError, match="npm cannot fetch .*: no network; give --ort_web"):
         write.write_form(student, "web", tmp_path / "out", write.Options())
     assert {p.name for p in tmp_path.iterdir()} == {"dist", "npm"}
+
+
+@pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's functions")
+@pytest.mark.parametrize(
+    "texts, whole",
+    [([], ""), (["a b"], "a b"), (["a", "b", "c"], "a b c"), (["今天", "天气", "ok", "很好"], "今天天气 ok 很好")],
+)
+def test_the_page_joins_the_pieces_of_long_audio(tmp_path, texts, whole):
+    (tmp_path / "ort").mkdir()
+    (tmp_path / "ort" / web.ORT_FILES[0]).write_text("export const env = { wasm: {} };")
+    (tmp_path / "package.json").write_text('{"type": "module"}')
+    shutil.copy(web.PAGE / "recognise.js", tmp_path)
+    (tmp_path / "run.js").write_text(
+        f'import {{ join }} from "./recognise.js"; process.stdout.write(join({json.dumps(texts)}));'
+    )
+    done = subprocess.run(["node", str(tmp_path / "run.js")], capture_output=True, text=True, encoding="utf-8")
+    assert done.stdout == whole, done.stderr
 
 
 def encoded(samples, form, **options):

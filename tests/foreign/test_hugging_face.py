@@ -14,6 +14,7 @@ import tiny_hf  # noqa: E402
 from espnet_kd.bin import asr_kd_import  # noqa: E402
 from espnet_kd.cli import UserError  # noqa: E402
 from espnet_kd.targets.online import OnlineTeacher  # noqa: E402
+from espnet_kd.targets.teacher import Needs  # noqa: E402
 
 
 def utterances(seconds):
@@ -78,6 +79,29 @@ def test_families_that_take_features(tmp_path, family, shift):
         assert (mine[:, :-1] - logits.softmax(-1)[:, order]).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
+@pytest.mark.parametrize("kind", ["float16", "bfloat16"])
+def test_a_checkpoint_in_half_precision_computes_in_single(tmp_path, kind, key):
+    from safetensors.torch import load_file, save_file
+
+    directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
+    state = load_file(directory / "model.safetensors")
+    save_file({k: v.to(getattr(torch, kind)) for k, v in state.items()}, directory / "model.safetensors")
+    config = json.loads((directory / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")}
+    (directory / "config.json").write_text(json.dumps({**config, key: kind}))
+    asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])
+    teacher = OnlineTeacher(tmp_path / "exp")
+    assert {v.dtype for v in teacher.state_dict().values() if v.is_floating_point()} == {torch.float32}
+    speech, lengths = utterances([1.3])
+    mine = teacher.targets(["a"], speech, lengths).logits[0].softmax(-1)
+    (directory / "config.json").write_text(json.dumps({**config, key: "float32"}))
+    [(logits, _)] = theirs(directory, speech, lengths)
+    blank = tiny_hf.names(False).index("<pad>")
+    keep = [i for i, name in enumerate(tiny_hf.names(False)) if name not in ("<s>", "</s>")]
+    assert (mine[:, 0] - logits[:, keep].softmax(-1)[:, blank]).abs().max() <= 1e-5
+
+
 def test_a_model_of_8_khz_says_so(tmp_path):
     directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
     conf = json.loads((directory / "preprocessor_config.json").read_text())
@@ -139,6 +163,23 @@ def test_taps_are_the_layers_hidden_states(tmp_path):
             assert (hidden[tap][i, : wanted.size(1)] - wanted[0]).abs().max() <= 1e-5
 
 
+@pytest.mark.parametrize("family", ["sew", "wav2vec2-bert"])
+def test_layers_with_other_frames_than_the_output_have_no_taps(tmp_path, family):
+    """SEW squeezes frames before its layers, and an adapter does so after them, usual in fine-tuned wav2vec2-bert."""
+    if family == "sew":
+        directory = tiny_hf.save(tmp_path / "hf", family)
+    else:
+        directory = tiny_hf.save_of_features(tmp_path / "hf", family, add_adapter=True, num_adapter_layers=1)
+    asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])
+    teacher = OnlineTeacher(tmp_path / "exp")
+    assert teacher.frame_shift == pytest.approx(0.02 if family == "sew" else 0.04)
+    speech, lengths = utterances([1.3, 0.7])
+    out = teacher.targets(["a", "b"], speech, lengths, ["encoder"])
+    assert out.hidden["encoder"].shape[:2] == out.logits.shape[:2]
+    with pytest.raises(UserError, match="teacher .* has no tap 'encoder.1'; it has: encoder$"):
+        teacher.check(Needs(taps=("encoder.1",)))
+
+
 def test_the_same_import_again_changes_nothing_and_a_changed_source_is_refused(tmp_path):
     directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
     command = [f"hf:{directory}", "--output_dir", str(tmp_path / "exp")]
@@ -153,14 +194,29 @@ def test_the_same_import_again_changes_nothing_and_a_changed_source_is_refused(t
     assert before == {p.name: (p.stat().st_mtime_ns, p.read_bytes()) for p in (tmp_path / "exp").iterdir()}
 
 
+def test_an_import_that_was_killed_is_made_again(tmp_path):
+    directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
+    exp = tmp_path / "exp"
+    exp.mkdir()
+    for name in ("model.pth", ".model.pth.0a1b2c3d", ".config.yaml.0a1b2c3d"):  # as a kill leaves them
+        (exp / name).write_text("half a file")
+    asr_kd_import.main([f"hf:{directory}", "--output_dir", str(exp)])
+    assert (exp / "config.yaml").is_file() and OnlineTeacher(exp).frame_shift == 0.02
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/notes.txt").touch()
+    with pytest.raises(UserError, match="full holds other files"):
+        asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "full")])
+
+
 def test_a_name_on_the_hub_is_fetched_with_its_revision(tmp_path, monkeypatch):
     import huggingface_hub
 
     directory = tiny_hf.save(tmp_path / "abc123", "wav2vec2")
-    asked = []
+    asked, patterns = [], []
 
-    def snapshot_download(name, revision, allow_patterns):
+    def snapshot_download(name, revision, allow_patterns, ignore_patterns):
         asked.append((name, revision))
+        patterns.append((allow_patterns, ignore_patterns))
         if revision == "gone":
             raise OSError("404 Client Error")
         return str(directory)
@@ -168,6 +224,11 @@ def test_a_name_on_the_hub_is_fetched_with_its_revision(tmp_path, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
     asr_kd_import.main(["hf:owner/name@main", "--output_dir", str(tmp_path / "exp")])
     assert asked == [("owner/name", "main")]
+    from huggingface_hub.utils import filter_repo_objects
+
+    there = ["config.json", "model-00001-of-00002.safetensors", "adapter.fra.safetensors", "pytorch_model.bin"]
+    fetched = list(filter_repo_objects(there, allow_patterns=patterns[0][0], ignore_patterns=patterns[0][1]))
+    assert fetched == there[:2]  # MMS has adapters of a thousand languages, 9 MB each, which are not read
     assert yaml.safe_load((tmp_path / "exp/config.yaml").read_text())["foreign"]["revision"] == "abc123"
     with pytest.raises(UserError, match="hf:owner/name@gone.*404"):
         asr_kd_import.main(["hf:owner/name@gone", "--output_dir", str(tmp_path / "other")])

@@ -98,3 +98,73 @@ def test_marks_and_white_space_are_left_out(tmp_path):
 def test_options_of_onnx_are_refused_for_hugging_face(tmp_path):
     with pytest.raises(UserError, match="--blank"):
         asr_kd_import.main(["hf:x", "--blank", "1", "--output_dir", str(tmp_path / "exp")])
+
+
+@pytest.mark.parametrize("delimiter", ["<space>", "▁", " "])
+def test_the_usual_names_of_the_space_are_known(tmp_path, delimiter):
+    """Without one of them, a model's words would run together."""
+    tokens = ["<blk>", "a", delimiter, "b", "<sos/eos>"]
+    teacher = run(tmp_path, *tiny_onnx.save(tmp_path / "in", tokens))  # with numbers, as in sherpa-onnx's tokens.txt
+    assert teacher.token_list == ["<blank>", "<unk>", "a", "<space>", "b", "<sos/eos>"]
+    assert "token_type: char" in (tmp_path / "exp/config.yaml").read_text()
+
+
+@pytest.mark.parametrize(
+    "content, tokens",
+    [
+        ("\ufeffa 0\r\n<blank> 1\r\nb 2\r\n", ["a", "b"]),  # as an editor on Windows writes it
+        ("\ufeffa\n<blank>\nb\n", ["a", "b"]),
+        ("a 0\n<blank> 1\n 2\n", ["a", "<space>"]),  # a number alone: sherpa-onnx takes the token for a blank
+        ("a\n<blank>\n\x85\n", ["a"]),  # a white-space token at which only Python's splitlines() ends a line
+        ("0\n<blank>\n1\n", ["0", "1"]),
+    ],
+)
+def test_files_of_tokens(tmp_path, content, tokens):
+    model, _ = tiny_onnx.save(tmp_path / "in", ["a", "<blank>", "b"])
+    (tmp_path / "tokens").write_bytes(content.encode())
+    assert run(tmp_path, model, tmp_path / "tokens").token_list == ["<blank>", "<unk>", *tokens, "<sos/eos>"]
+
+
+@pytest.mark.parametrize("options, named", [({"samples": 16000}, "16000 samples"), ({"change": "cut"}, "10 frames")])
+def test_a_graph_of_one_length_is_refused(tmp_path, options, named):
+    """It runs on the second of audio that it was exported with, and on nothing else."""
+    with pytest.raises(UserError, match=f"model.onnx: .*{named}"):
+        run(tmp_path, *tiny_onnx.save(tmp_path / "in", **options))
+    assert not (tmp_path / "exp").exists()
+
+
+@pytest.mark.parametrize("error", [RuntimeError("too long"), UserError("the teacher gives NaN")])
+def test_a_model_that_cannot_be_a_teacher_is_not_imported(tmp_path, monkeypatch, error):
+    """The same command again must not take it for imported."""
+    model, tokens = tiny_onnx.save(tmp_path / "in")
+
+    def fails(path):
+        raise error
+
+    with monkeypatch.context() as changed:
+        changed.setattr("espnet_kd.targets.online.OnlineTeacher", fails)
+        for _ in range(2):
+            with pytest.raises(UserError, match=str(error)):
+                run(tmp_path, model, tokens)
+    assert run(tmp_path, model, tokens).frame_shift == 0.02
+
+
+@pytest.mark.parametrize("rate", ["0", "-16000"])
+def test_a_rate_that_is_none_is_refused(tmp_path, rate):
+    with pytest.raises(UserError, match=f"--fs {rate}"):
+        run(tmp_path, *tiny_onnx.save(tmp_path / "in"), "--fs", rate)
+
+
+def test_a_token_that_the_file_masks(tmp_path):
+    teacher = run(tmp_path, *tiny_onnx.save(tmp_path / "in", change="mask"))
+    out = teacher.targets(["a"], torch.from_numpy(tiny_asr.audio(1.0, 0))[None], torch.tensor([16000]))
+    mine = out.logits.softmax(-1)
+    assert mine.isfinite().all() and mine[..., teacher.token_list.index("a")].max() == 0
+    assert (mine.sum(-1) - 1).abs().max() <= 1e-5
+
+
+def test_the_usual_names_of_wav2vec2_tokens(tmp_path):
+    """[UNK] is not a token of several characters, which would make the token type word and separate all letters."""
+    teacher = run(tmp_path, *tiny_onnx.save(tmp_path / "in", ["[UNK]", "a", "|", "b", "[PAD]"]))
+    assert teacher.token_list == ["<blank>", "<unk>", "a", "<space>", "b", "<sos/eos>"]
+    assert "token_type: char" in (tmp_path / "exp/config.yaml").read_text()

@@ -68,8 +68,8 @@ def save(directory: Path, family: str, blank_last: bool = False, seed: int = 0, 
     return directory
 
 
-def save_of_features(directory: Path, family: str) -> Path:
-    """Write a model of a family that takes features, with its feature extractor."""
+def save_of_features(directory: Path, family: str, **more) -> Path:
+    """Write a model of a family that takes features, with its feature extractor; ``more``: entries of config.json."""
     import transformers
 
     tokens = names(False)
@@ -81,7 +81,7 @@ def save_of_features(directory: Path, family: str) -> Path:
         extractor = transformers.ParakeetFeatureExtractor(feature_size=80)
     torch.manual_seed(0)
     model = transformers.AutoModelForCTC.from_config(
-        transformers.AutoConfig.for_model(family, vocab_size=len(tokens), pad_token_id=0, **options)
+        transformers.AutoConfig.for_model(family, vocab_size=len(tokens), pad_token_id=0, **options, **more)
     ).eval()
     directory.mkdir(parents=True)
     (directory / "vocab.json").write_text(json.dumps({t: i for i, t in enumerate(tokens)}))

@@ -207,6 +207,21 @@ def test_the_validation_set_as_a_test_set(egs2, test_sets):
     assert sorted(taken[taken.index("--sets") + 1 :]) == sorted({"train", "valid", *test_sets.split()})
 
 
+def test_a_validation_set_without_transcripts_as_a_test_set(egs2):
+    """As for other test sets, the text of a given teacher is the reference then."""
+    options = ["--teacher", "exp/t", "--test_sets", "valid test", "--stage", "2", "--stop_stage", "2", "--dry_run"]
+    for words in commands(Recipe(egs2, "mini").run(*options).stdout):
+        assert "format" not in words or words[words.index("--text") + 1] == "optional"
+
+
+def test_all_texts_get_the_characters_of_an_imported_teacher(egs2):
+    """Beside untranscribed audio, the plain student is trained on the transcribed part, which has texts of its own."""
+    options = ["--teacher", "hf:/m", "--untranscribed", "data/more", "--token_type", "char", "--dry_run"]
+    [words] = [w for w in commands(Recipe(egs2, "mini").run(*options).stdout) if "fit_text" in w]
+    parts = ("train", "train_and_untranscribed", "valid", "test")
+    assert [w for w in words if w.startswith("dump/")] == [f"dump/raw/{part}" for part in parts]
+
+
 def test_a_token_list_belongs_to_what_it_was_made_of(egs2):
     """Another training set or dumpdir has its own list, so that the list of finished experiments is not overwritten."""
     recipe, places = Recipe(egs2, "an4"), []

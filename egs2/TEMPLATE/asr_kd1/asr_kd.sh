@@ -181,7 +181,7 @@ if running 2; then
         format --src "${sources[@]}" --dst "${raw}/${dset}" "${opts[@]}"
     done
     if [ ${#only_test[@]} -lt ${#test_list[@]} ]; then
-        format --src "data/${valid_set}" --dst "${raw}/whole/${valid_set}"
+        format --src "data/${valid_set}" --dst "${raw}/whole/${valid_set}" ${teacher:+--text optional}
     fi
     if [ -n "${untranscribed}" ]; then
         format --src "${untranscribed_list[@]}" --dst "${raw}/${train_set}_untranscribed" --text none \

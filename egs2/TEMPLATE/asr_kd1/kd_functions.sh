@@ -345,8 +345,10 @@ same_rate() {
 }
 # fit_texts TOKENS TYPE: convert the texts to the characters of a token list
 fit_texts() {
+    local dirs=("${raw}/${train_set}")
+    [ "${kd_set}" = "${train_set}" ] || dirs+=("${raw}/${kd_set}") # it has a copy of the texts
     [ "$2" = word ] || # words and phones have no characters
-        kd data fit_text --token_list "$1" --token_type "$2" "${raw}/${kd_set}" "${raw}/${valid_set}" "${test_dirs[@]}"
+        kd data fit_text --token_list "$1" --token_type "$2" "${dirs[@]}" "${raw}/${valid_set}" "${test_dirs[@]}"
 }
 
 # given_teacher I: set found to a link in expdir to the given teacher number I, so that its decoding results are not written

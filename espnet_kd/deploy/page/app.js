@@ -1,5 +1,5 @@
 // The page: a file or the microphone in, text out.
-import { Student, quietest } from "./recognise.js";
+import { Student, join, quietest } from "./recognise.js";
 
 const element = (id) => document.getElementById(id);
 const show = (text) => (element("text").textContent = text);
@@ -74,7 +74,7 @@ class Recording {
       this.done.push((await student.recognise(piece)).trim());
     }
     const text = await student.recognise(this.held.slice(0, student.longest));
-    show([...this.done, text.trim()].filter(Boolean).join(" "));
+    show(join([...this.done, text.trim()].filter(Boolean)));
   }
 
   async end() {

@@ -39,10 +39,10 @@ export class Student {
       const end = rest.length > this.longest ? quietest(rest.subarray(0, this.longest), this.rate) : rest.length;
       const text = await this.recognise(rest.slice(0, end));
       if (text.trim()) texts.push(text.trim());
-      onText(texts.join(" "));
+      onText(join(texts));
       rest = rest.subarray(end);
     }
-    return texts.join(" ");
+    return join(texts);
   }
 }
 
@@ -65,6 +65,16 @@ export function toText(about, tokens) {
   if (about.token_type === "word") return tokens.join(" ");
   if (about.token_type === "bpe") return tokens.join("").replaceAll("▁", " ").trim();
   return tokens.map((t) => (t === about.space_symbol ? " " : t)).join("");
+}
+
+// Scripts that are written without blanks between words, at the end and at the beginning of a text.
+const ENDS = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}]$/u;
+const BEGINS = /^[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}]/u;
+
+// The texts of pieces as one text.
+export function join(texts) {
+  const add = (all, text) => all + (ENDS.test(all) && BEGINS.test(text) ? "" : " ") + text;
+  return texts.slice(1).reduce(add, texts[0] ?? "");
 }
 
 // Middle of the quietest window in the second half of samples.

@@ -15,17 +15,21 @@ import math
 from pathlib import Path
 from typing import Any, Dict, Optional, Sequence
 
+import soxr
 from tqdm import tqdm
 
 from espnet_kd.cli import UserError, check_positive, run
 from espnet_kd.files import replacing
-from espnet_kd.inference.recognise import read_audio, read_utterances
+from espnet_kd.inference.recognise import AudioFile, read_audio, read_utterances
 
-RATE = 16000  #: sampling rate of every Whisper model, in Hz
+RATE = 16000  #: sampling rate of the audio that Whisper takes, in Hz
 
 
-def transcribe(whisper: Any, audio: Any, language: str) -> Dict[str, Any]:
-    """Text and confidences of the samples of one utterance."""
+def transcribe(whisper: Any, utterance: AudioFile, language: str) -> Dict[str, Any]:
+    """Text and confidences of one utterance."""
+    audio = read_audio(utterance)
+    if utterance.rate != RATE:
+        audio = soxr.resample(audio, utterance.rate, RATE)
     segments = list(whisper.transcribe(audio, language=language, temperature=0)[0])
     tokens = sum(len(s.tokens) for s in segments)
     mean = sum(s.avg_logprob * len(s.tokens) for s in segments) / max(tokens, 1)
@@ -41,7 +45,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     """Transcribe a formatted data dir."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", required=True, help="directory, or name such as small.en")
-    parser.add_argument("--data_dir", required=True, type=Path, help="formatted data dir (stage 2): files of 16 kHz")
+    parser.add_argument("--data_dir", required=True, type=Path, help="formatted data dir (stage 2)")
     parser.add_argument("--out", required=True, type=Path, help="file to write")
     parser.add_argument("--language", default="en", help="code of the language (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -50,7 +54,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     check_positive(args, "threads")
     if args.out.is_dir():
         raise UserError(f"--out {args.out} is a directory; give a file")
-    utterances = read_utterances(args.data_dir, RATE)
+    utterances = read_utterances(args.data_dir)
     try:
         from faster_whisper import WhisperModel
     except ImportError as e:
@@ -61,7 +65,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
         raise UserError(f"--model {args.model} on --device {args.device}: {e}") from e
     with replacing(args.out) as f:
         for utterance in tqdm(utterances, desc=str(args.out), unit="utt"):
-            found = {"utt_id": utterance.utt_id, **transcribe(whisper, read_audio(utterance), args.language)}
+            found = {"utt_id": utterance.utt_id, **transcribe(whisper, utterance, args.language)}
             f.write(json.dumps(found, ensure_ascii=False) + "\n")
 
 
