@@ -67,6 +67,9 @@ def test_the_command_warns_of_a_slow_student(corpus, teacher_dir, tmp_path, capl
     assert "loses 0.0 %" in caplog.text and "input_layer" not in caplog.text
     asr_kd_ceiling.main([*command, str(slow)])
     assert "frames of 80 ms" in caplog.text and "input_layer: conv2d1" in caplog.text
+    caplog.clear()
+    asr_kd_ceiling.main([*command, str(corpus.config()), "--student_args=--encoder_conf input_layer=conv2d8"])
+    assert "frames of 80 ms" in caplog.text
     for option, value in (("--utterances", "0"), ("--student_config", "/nowhere.yaml")):
         with pytest.raises(UserError, match=option):
             asr_kd_ceiling.main([*command, str(corpus.config()), option, value])
