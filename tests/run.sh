@@ -37,6 +37,6 @@ fi
 ruff check .
 mypy
 git ls-files '*.sh' .ci/run | xargs shellcheck --external-sources
-[ "${long}" = 1 ] || echo "left out: the embedded recipe in full length, 15 minutes (tests/run.sh --long)" >&2
+[ "${long}" = 1 ] || echo "left out: the embedded recipe in full length, some minutes (tests/run.sh --long)" >&2
 # -rs: print the reason of every skip. Two workers, because a recipe test mostly runs one process.
 ESPNET_KD_TEST_LONG=${long} exec python -m pytest -n 2 --dist loadfile -rs --durations 10

@@ -8,8 +8,8 @@ r"""Decode data dirs with the CTC heads of ESPnet experiments in batches, greedi
 Every experiment decodes every data dir into EXP/decode_<name of the data dir>; a decoding with EXP/export is written
 there too. Each directory has 1best_recog/{text,token,token_int,score} in ESPnet's layout, 2best_recog and so
 on up to --nbest, and decode.json. A finished decoding of the same model, data and search is kept; --force decodes
-again. With --ctc_weight below 1 espnet2.bin.asr_inference decodes, one utterance at a time, with the attention decoder
-in its search.
+again. A new decoding removes the error rates of the earlier one. With --ctc_weight below 1 espnet2.bin.asr_inference
+decodes, one utterance at a time, with the attention decoder in its search.
 """
 
 from __future__ import annotations

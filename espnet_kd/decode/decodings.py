@@ -21,6 +21,8 @@ from espnet_kd.files import check_writable, replacing, sha256_of
 MODELS = ("model.pth", "*.ave.pth", "*.ave_*best.pth", "*.best.pth", "latest.pth", "student.pth")
 #: Suffixes of files that are accepted as an experiment: a model beside its config.yaml, or a zip that ESPnet packed.
 FILES = (".pth", ".zip")
+#: Files that `asr_kd_score` writes beside the hypotheses.
+SCORES = ("score.json", "score.txt", "per_utt.tsv")
 #: The numeric options of a search.
 SEARCH = ("beam_size", "nbest", "beam_size_token", "ngram_weight", "ctc_weight")
 BEAM_SIZE_TOKEN_HELP = "likeliest tokens of a frame that a beam search tries"
@@ -157,6 +159,8 @@ def _decode(recogniser, utterances: List, output_dir: Path, facts: Dict, args: a
     hypotheses, timing = recognise(recogniser, utterances, args.batch_seconds, args.nj)
     record = record_of(output_dir)
     record.begin()
+    for name in SCORES:  # the error rates of an earlier decoding must not be reported as those of this one
+        (output_dir / name).unlink(missing_ok=True)
     write_recog_dirs(output_dir, hypotheses, args.nbest)
     rtf = timing.decode_seconds / timing.audio_seconds if timing.audio_seconds else None
     facts = {

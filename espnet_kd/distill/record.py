@@ -23,7 +23,7 @@ RECORD = "kd_stage.json"
 #: Files that only a training leaves.
 TRACES = ("checkpoint.pth", "config.yaml", "*epoch.pth")
 #: The options that choose the directory, for messages.
-OUTPUT_OPTION = "--output_dir (of run.sh: --tag or --expdir)"
+OUTPUT_OPTION = "--output_dir (of run.sh: --expdir, or for a student --tag)"
 
 
 def make_record(args: argparse.Namespace, parser: argparse.ArgumentParser, plan: Plan) -> Dict[str, Any]:

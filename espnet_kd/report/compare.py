@@ -10,8 +10,8 @@ import numpy as np
 
 from espnet_kd.decode.bootstrap import bootstrap_seeds
 from espnet_kd.decode.score import COUNTS, Counts
-from espnet_kd.report.labels import Row, label_rows
-from espnet_kd.report.results import Gathered
+from espnet_kd.report.labels import Row, divide_by_tag, label_rows
+from espnet_kd.report.results import Gathered, find_teacher, had_no_teacher, model_homes
 
 UNITS = ("cer", "wer")
 
@@ -34,7 +34,6 @@ class Difference:
     rates: Dict[str, Rate]
     plain: Dict[str, float]  #: the plain students' error rates over these seeds, in percent
     utterances: int
-    unit: str = "wer"  #: the main one of `UNITS`: CER if no reference has a second word
     other_epochs: bool = False  #: whether a student and its plain student were trained for different numbers of epochs
 
 
@@ -51,6 +50,8 @@ class Kind:
     split: Optional[Dict[str, float]] = None
     alone: bool = True  #: whether nothing else was trained at the same time as any of these, as far as it is known
     rtf: Optional[float] = None  #: real-time factor, a mean over all models of this size on the test set
+    teacher: Optional[Kind] = None  #: the teacher of a distilled student, if it is in the table and decoded alike
+    unit: str = "wer"  #: the main one of `UNITS` on this test set (`main_unit`)
 
     def mean(self, key: str) -> Optional[float]:
         """Mean of one number over the rows that have it."""
@@ -61,8 +62,8 @@ class Kind:
 def find_plain(row: Row, rows: Sequence[Row]) -> Union[Row, str]:
     """The plain student that a student is compared with, or the reason why there is none.
 
-    It has the same test set, seed and number of parameters. Of several, one with the same number of epochs is taken,
-    then the first by name.
+    It has the same test set, seed and number of parameters, and was decoded with the same search. Of several, one with
+    the same number of epochs is taken, then the one with the same tag in its name, then the first by name.
     """
     plain = [r for r in rows if r["role"] == "plain" and r["testset"] == row["testset"] and r["wer"] is not None]
     equal = [r for r in plain if r["params"] == row["params"] is not None]
@@ -71,7 +72,24 @@ def find_plain(row: Row, rows: Sequence[Row]) -> Union[Row, str]:
     equal = [r for r in equal if r["seed"] == row["seed"]]
     if not equal:
         return "no plain student of this seed"
-    return min(equal, key=lambda r: (r["epochs"] != row["epochs"], r["experiment"]))
+    equal = [r for r in equal if _same_search(r, row)]
+    if not equal:
+        return "the plain student was decoded with another search"
+    return min(equal, key=lambda r: (r["epochs"] != row["epochs"], -_common_tag(r, row), r["experiment"]))
+
+
+def _same_search(one: Row, other: Row) -> bool:
+    """Whether two rows were decoded alike, as far as it is known."""
+    return one["search"] == other["search"] or None in (one["search"], other["search"])
+
+
+def _common_tag(plain: Row, student: Row) -> int:
+    """Length of what follows ``student_plain`` in a plain student's name, if a student's name ends with it; else -1.
+
+    run.sh adds the same to both names: ``--tag`` or the seed, and ``pseudo`` for a training set with pseudo-labels.
+    """
+    tag = plain["experiment"].removeprefix("student_plain")
+    return len(tag) if student["experiment"].replace("_untranscribed", "").endswith(tag) else -1
 
 
 def compare(gathered: Gathered) -> List[Kind]:
@@ -87,13 +105,11 @@ def compare(gathered: Gathered) -> List[Kind]:
             groups.setdefault((row["testset"], label(row), row["params"]), []).append(row)
     kinds = []
     for (_, name, _), members in groups.items():
-        if len({r["seed"] for r in members}) < len(members):  # some have the same seed, so that only their tags differ
-            parts = [(f"{name} ({r['experiment']})", [r]) for r in members]
-        else:
-            parts = [(name, members)]
-        for title, part in parts:
-            kind = Kind(title, part, {unit: _mean(part, gathered, unit) for unit in UNITS})
+        for tag, part in divide_by_tag(members):
+            kind = Kind(f"{name}{tag}", part, {unit: _mean(part, gathered, unit) for unit in UNITS})
             kind.split = _split(part, gathered)
+            counts = read_counts(gathered, part[0], "wer")
+            kind.unit = main_unit(counts.lengths) if counts else "wer"
             kind.alone = all(gathered.ran_alone(row) for row in part if row["train_seconds"])
             kind.rtf = _speed(part[0], rows)
             if part[0]["role"] == "student":
@@ -102,13 +118,30 @@ def compare(gathered: Gathered) -> List[Kind]:
                 kind.against = _against(pairs, gathered) if pairs else str(found[0][1])
                 kind.cost = _cost([p for p in pairs if all(map(gathered.ran_alone, p))])
             kinds.append(kind)
+    for kind in kinds:
+        if kind.rows[0]["role"] == "student":
+            kind.teacher = _teacher_of(kind, kinds, gathered)
     return sorted(kinds, key=_order)
+
+
+def _teacher_of(kind: Kind, kinds: Sequence[Kind], gathered: Gathered) -> Optional[Kind]:
+    """The teacher of a student; None if it had none, if it is not in the table, or if it is not known which it was."""
+    row = kind.rows[0]
+    experiment = gathered.paths[row["experiment"]]
+    if had_no_teacher(experiment):
+        return None
+    there = [k for k in kinds if (k.rows[0]["role"], k.rows[0]["testset"]) == ("teacher", row["testset"])]
+    there = [k for k in there if _same_search(k.rows[0], row)]
+    own = find_teacher(experiment)
+    if own is None:
+        return there[0] if len(there) == 1 else None
+    return next((k for k in there for r in k.rows if own in model_homes(gathered.paths[r["experiment"]])), None)
 
 
 def _order(kind: Kind) -> Tuple:
     row = kind.rows[0]
     role = {"teacher": 0, "plain": 1, "student": 2}.get(row["role"], 3)
-    gain = kind.against.rates["wer"].value if isinstance(kind.against, Difference) else None
+    gain = kind.against.rates[kind.unit].value if isinstance(kind.against, Difference) else None
     return row["testset"] or "", role, gain is None, gain or 0.0, row["params"] or 0, kind.label
 
 
@@ -118,7 +151,7 @@ def _mean(rows: Sequence[Row], gathered: Gathered, unit: str) -> Rate:
     if len(rows) == 1:
         return Rate(mean, rows[0][f"{unit}_low"], rows[0][f"{unit}_high"])
     tables = _all_counts(gathered, rows, unit)
-    if not tables or any(t.utt_ids != tables[0].utt_ids for t in tables) or not tables[0].lengths.sum():
+    if not tables or _unlike(tables) or not tables[0].lengths.sum():
         return Rate(mean)
     _, low, high, _ = bootstrap_seeds(np.stack([t.errors for t in tables]), tables[0].lengths)
     return Rate(mean, low, high)
@@ -137,6 +170,7 @@ def _split(rows: Sequence[Row], gathered: Gathered) -> Optional[Dict[str, float]
 def _speed(row: Row, rows: Sequence[Row]) -> Optional[float]:
     """Mean real-time factor of the models of one size: they do the same work, so that their differences are noise."""
     like = [r for r in rows if r["testset"] == row["testset"] and r["params"] == row["params"]]
+    like = [r for r in like if _same_search(r, row)]
     if row["params"] is None:
         like = [row]
     values = [r["rtf"] for r in like if r["rtf"] is not None]
@@ -152,20 +186,28 @@ def _cost(pairs: Sequence[Tuple[Row, Row]]) -> Optional[float]:
 def _against(pairs: Sequence[Tuple[Row, Row]], gathered: Gathered) -> Union[Difference, str]:
     rates: Dict[str, Rate] = {}
     plain: Dict[str, float] = {}
-    for unit in UNITS:  # words last: they decide which unit is the main one
+    for unit in UNITS:
         ours, theirs = (_all_counts(gathered, [pair[i] for pair in pairs], unit) for i in (0, 1))
         if not ours or not theirs:
             return "no per_utt.tsv: score again"
-        ids = ours[0].utt_ids
-        if any(table.utt_ids != ids for table in (*ours, *theirs)):
-            return "scored on other utterances"
-        lengths = ours[0].lengths
+        if reason := _unlike([*ours, *theirs]):
+            return reason
+        ids, lengths = ours[0].utt_ids, ours[0].lengths
         if not lengths.sum():
             return "the references are empty"
         rates[unit] = Rate(*bootstrap_seeds(np.stack([a.errors - b.errors for a, b in zip(ours, theirs)]), lengths))
         plain[unit] = 100.0 * sum(int(b.errors.sum()) for b in theirs) / (len(theirs) * int(lengths.sum()))
     other_epochs = any(row["epochs"] != other["epochs"] for row, other in pairs)
-    return Difference([row["seed"] for row, _ in pairs], rates, plain, len(ids), main_unit(lengths), other_epochs)
+    return Difference([row["seed"] for row, _ in pairs], rates, plain, len(ids), other_epochs)
+
+
+def _unlike(tables: Sequence[Counts]) -> str:
+    """The reason why counts cannot be compared utterance by utterance; empty if they can."""
+    if any(table.utt_ids != tables[0].utt_ids for table in tables):
+        return "scored on other utterances"
+    if any(not np.array_equal(table.lengths, tables[0].lengths) for table in tables):
+        return "scored against other references"
+    return ""
 
 
 def main_unit(words: np.ndarray) -> str:
@@ -188,9 +230,9 @@ def read_counts(gathered: Gathered, row: Row, unit: str) -> Optional[Counts]:
     path = gathered.decoding(row) / "per_utt.tsv"
     try:
         with path.open(encoding="utf-8", newline="") as f:
-            lines = {
-                r["utt_id"]: [int(r[f"{unit}_{k}"]) for k in COUNTS] for r in csv.DictReader(f, delimiter="\t")
-            }
+            # A quotation mark is a part of an id, not a mark of the file format.
+            table = csv.DictReader(f, delimiter="\t", quoting=csv.QUOTE_NONE)
+            lines = {r["utt_id"]: [int(r[f"{unit}_{k}"]) for k in COUNTS] for r in table}
     except (OSError, ValueError, KeyError, TypeError):
         return None
     ids = sorted(lines)

@@ -10,6 +10,7 @@ from typing import Dict, List, Optional, Sequence, Tuple
 import numpy as np
 
 from espnet_kd.report.curves import Curve
+from espnet_kd.report.labels import divide_by_tag
 from espnet_kd.report.plotting import add_legend, look, picture, scale_log
 from espnet_kd.report.results import Gathered
 
@@ -45,10 +46,9 @@ def collect_learning(gathered: Gathered) -> List[Learning]:
             groups.setdefault(curve.label, []).append(curve)
     found = []
     for label, curves in groups.items():
-        seeds = {rows[c.experiment]["seed"] for c in curves}
-        # Where two have the same seed, only their tags distinguish them.
-        apart = [(f"{label} ({c.experiment})", [c]) for c in curves] if len(seeds) < len(curves) else [(label, curves)]
-        found += [_average(name, members, gathered) for name, members in apart]
+        by_name = {curve.experiment: curve for curve in curves}
+        for tag, members in divide_by_tag([rows[name] for name in by_name]):
+            found.append(_average(f"{label}{tag}", [by_name[row["experiment"]] for row in members], gathered))
     return [learning for learning in found if len(learning.epochs)]
 
 

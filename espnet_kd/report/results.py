@@ -7,20 +7,20 @@ import logging
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 from espnet_kd.cli import UserError
 from espnet_kd.experiments.history import read_parts, read_stages, seconds
 from espnet_kd.files import replacing
 from espnet_kd.report.curves import Curve
-from espnet_kd.report.labels import Row, describe_kind, label_rows
+from espnet_kd.report.labels import GREEDY, Row, describe_kind, label_rows
 
 ROLES = ("teacher", "plain", "student")
 #: Keys of every row, in this order; a value is None if the fact is not known. ``expdir`` is the path as it was given;
-#: ``frames`` is the result of `espnet_kd.report.alignment`.
+#: ``search`` describes the decoding (`show_search`), and ``frames`` is the result of `espnet_kd.report.alignment`.
 KEYS = (
     "role", "method", "kd_stages", "params", "epochs", "seed", "testset", "cer", "wer", "wer_low", "wer_high", "rtf",
-    "train_seconds", "cer_low", "cer_high", "experiment", "expdir", "model_bytes", "frames",
+    "train_seconds", "cer_low", "cer_high", "experiment", "expdir", "model_bytes", "search", "frames",
 )  # fmt: skip
 
 
@@ -132,6 +132,49 @@ def find_data(decoding: Path) -> Optional[Tuple[Path, str]]:
     return None
 
 
+def find_teacher(experiment: Path) -> Optional[Path]:
+    """The directory or zip of a student's (first) teacher; None if it is not recorded, or does not exist any more."""
+    given = _record(experiment).get("teacher")
+    first = given[0] if isinstance(given, list) and given else None
+    recipe = find_recipe(experiment, first)
+    return _model_home(recipe / str(first)) if recipe else None
+
+
+def had_no_teacher(experiment: Path) -> bool:
+    """Whether a student's record shows that it was trained without a teacher, its targets on disk, and its N-best."""
+    record = _record(experiment)
+    return "teacher" in record and not any(record.get(name) for name in ("teacher", "target_cache", "nbest"))
+
+
+def _record(experiment: Path) -> Dict[str, Any]:
+    return read_json_object(experiment / "kd_stage.json", []) or {}
+
+
+def model_homes(teacher: Path) -> Set[Path]:
+    """The directories and zips that a teacher of the table can have as a student's teacher (`find_teacher`).
+
+    run.sh keeps the results of a given teacher in a directory of their own, with a link to the model.
+    """
+    return {_model_home(path) for path in (teacher, teacher / "export", teacher / "packed.zip")}
+
+
+def _model_home(path: Path) -> Path:
+    path = path.resolve()
+    return path.parent if path.suffix == ".pth" else path
+
+
+def show_search(decode: Mapping[str, Any]) -> Optional[str]:
+    """The search of a decoding in words; None if decode.json does not have it."""
+    width, weight = decode.get("beam_size"), decode.get("ctc_weight", 1.0)
+    if not isinstance(width, int) or not isinstance(weight, (int, float)):
+        return None
+    words = [GREEDY if width == 1 and weight == 1 else f"beam size {width}"]
+    words += [] if weight == 1 else [f"CTC weight {weight:g}"]
+    if decode.get("ngram_file"):
+        words.append(f"{Path(str(decode['ngram_file'])).name} with weight {decode.get('ngram_weight')}")
+    return ", ".join(words)
+
+
 def read_scores(run_dir: Path) -> List[Row]:
     """Test set, ``cer`` and ``wer`` of each decode_*/score.json in a directory, such as that of an earlier KD stage."""
     return [
@@ -143,7 +186,7 @@ def read_scores(run_dir: Path) -> List[Row]:
 
 def _add(result: Gathered, path: Path, forced: Dict[str, Any]) -> None:
     """Append the rows, the curve and the notes of one experiment."""
-    name = path.resolve().name
+    name = _name(path, result)
     given = read_json_object(path / "experiment.json", result.notes)
     if given is None and not forced:
         result.notes.append(f"{name}: no experiment.json, so role and method are not known")
@@ -181,6 +224,13 @@ def _add(result: Gathered, path: Path, forced: Dict[str, Any]) -> None:
     result.curves.append(Curve(name, stages, name, changes))  # `gather` replaces the label
 
 
+def _name(path: Path, result: Gathered) -> str:
+    """A name for an experiment: that of its directory, with those above it if another experiment has it already."""
+    parts = path.resolve().parts
+    names = ("/".join(parts[-n:]) for n in range(1, len(parts) + 1))
+    return next((name for name in names if name not in result.paths), str(path))
+
+
 def _score(score: Dict[str, Any], score_file: Path, result: Gathered) -> Dict[str, Any]:
     """Columns that come from a decoding directory."""
     where = f"{score_file.parent.parent.resolve().name}/{score_file.parent.name}"
@@ -195,6 +245,7 @@ def _score(score: Dict[str, Any], score_file: Path, result: Gathered) -> Dict[st
         "params": decode["params"] if isinstance(decode.get("params"), int) else None,
         "rtf": _finite(decode.get("rtf")),
         "model_bytes": model.stat().st_size if model and model.is_file() else None,
+        "search": show_search(decode),
     }
     return {**columns, **_rates(score)}
 

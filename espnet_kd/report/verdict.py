@@ -24,22 +24,17 @@ def make_verdicts(kinds: Sequence[Kind], where: str = "") -> List[str]:
         sentences = [_against_plain(kind) for kind in members]
         if any(isinstance(k.against, Difference) and k.against.other_epochs for k in members):
             sentences.append("The two were trained for different numbers of epochs.")
-        teacher = next((k for k in kinds if _is_teacher_of(k, members[0])), None)
-        if teacher is not None:
-            sentences.append(_against_teacher(members[0], teacher))
+        if members[0].teacher is not None:
+            testset = f" on {members[0].rows[0]['testset']}" if len(members) > 1 else ""
+            sentences.append(_against_teacher(members[0], members[0].teacher, testset))
         paragraphs.append(f"{label}{f' ({where})' if where else ''}: {' '.join(filter(None, sentences))}")
     return paragraphs
 
 
-def _is_teacher_of(kind: Kind, student: Kind) -> bool:
-    return kind.rows[0]["role"] == "teacher" and kind.rows[0]["testset"] == student.rows[0]["testset"]
-
-
 def _against_plain(kind: Kind) -> str:
-    testset, found = kind.rows[0]["testset"], kind.against
+    testset, found, unit = kind.rows[0]["testset"], kind.against, kind.unit
     if not isinstance(found, Difference):
-        return f"WER {kind.rates['wer'].value:.2f} on {testset}; not compared ({found})."
-    unit = found.unit
+        return f"{unit.upper()} {kind.rates[unit].value:.2f} on {testset}; not compared ({found})."
     rate, plain = found.rates[unit], found.plain[unit]
     change = abs(100 * rate.value / plain) if plain else None
     if not round(rate.value, 2):
@@ -60,16 +55,15 @@ def _against_plain(kind: Kind) -> str:
     return f"{text}."
 
 
-def _against_teacher(student: Kind, teacher: Kind) -> str:
-    found, facts = student.against, []
-    unit = found.unit if isinstance(found, Difference) else "wer"
+def _against_teacher(student: Kind, teacher: Kind, where: str) -> str:
+    unit, facts = student.unit, []
     ours, theirs = student.rows[0]["params"], teacher.rows[0]["params"]
     if ours and theirs:
         size = _times(theirs / ours, "smaller", "larger", "as large")
         facts.append(f"{size} ({_millions(ours)} parameters against {_millions(theirs)})")
     if student.rtf and teacher.rtf:
         facts.append(f"{_times(teacher.rtf / student.rtf, 'faster', 'slower', 'as fast')}, as decoding was timed here")
-    beside = f"Beside its teacher, {unit.upper()} {teacher.rates[unit].value:.2f}"
+    beside = f"Beside its teacher, {unit.upper()} {teacher.rates[unit].value:.2f}{where}"
     return f"{beside}, it is {' and '.join(facts)}." if facts else f"{beside}."
 
 

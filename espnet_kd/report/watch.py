@@ -108,7 +108,9 @@ def read_status(run: Path, name: str) -> Status:
     silent = time.time() - max(_written(run), default=run.stat().st_mtime)
     since = time.time() - (run / "checkpoint.pth").stat().st_mtime if (run / "checkpoint.pth").exists() else 0.0
     left_alone = not history and _has_result(run) and not (run / "checkpoint.pth").exists()
-    finished = bool(record.get("finished") or facts or (epochs and epoch >= epochs) or left_alone)
+    # A student still has its experiment.json while a higher max_epoch extends its training; its record is up to date.
+    described = bool(facts) and "finished" not in record
+    finished = bool(record.get("finished") or described or (epochs and epoch >= epochs) or left_alone)
     left = max(0.0, (epochs - epoch) * pace - since) if epochs and pace else None
     return Status(name, str(what), epoch, epochs, valid.get("loss"), left, silent, finished, pace)
 

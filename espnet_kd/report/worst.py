@@ -48,7 +48,7 @@ def choose_student(gathered: Gathered, kinds: Sequence[Kind], testset: str) -> O
         return None
     student = next((r for r in kind.rows if not isinstance(find_plain(r, gathered.rows), str)), kind.rows[0])
     plain = find_plain(student, gathered.rows)
-    teacher = next((k.rows[0] for k in mine if k.rows[0]["role"] == "teacher"), None)
+    teacher = kind.teacher.rows[0] if kind.teacher else None
     chosen = Chosen(student, kind.label, None if isinstance(plain, str) else plain, teacher)
     chosen.errors = _errors(gathered, student)
     before = _errors(gathered, chosen.plain) if chosen.plain else {}

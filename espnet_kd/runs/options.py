@@ -16,7 +16,7 @@ from espnet_kd.cli import UserError
 OWN = ("methods", "seeds", "jobs", "recipe")
 #: Options of run.sh: those that only run_all.sh sets, those that --methods excludes, and those that need no value.
 OF_RUN_SH = ("--stage", "--stop_stage", "--show_options", "--experiments")
-SAME_FOR_ALL = ("--method", "--kd_stages", "--seed", "--tag", "--untranscribed")
+SAME_FOR_ALL = ("--method", "--kd_stages", "--seed", "--tag", "--pseudo", "--untranscribed")
 FLAGS = ("--dry_run", "--show_options")
 
 

@@ -83,10 +83,12 @@ def one_method(job: Job) -> List[Step]:
     """The steps of one method, with the method, seed and tag among the options of run.sh."""
     get, epochs = job.settings, student_epochs(job)
     method, tag = name_of(get["method"]), get["tag"] or tag_of(get["seed"] or "0")
+    pseudo, untranscribed = (name if get[name] else "" for name in ("pseudo", "untranscribed"))
+    plain_name = tagged("student_plain", pseudo)
     student = tagged(f"student_{method}", get["kd_stages"].replace(" ", ""))
-    student = tagged(student, "untranscribed" if get["untranscribed"] else "")
+    student = tagged(tagged(student, pseudo), untranscribed)
     # Teacher and plain student do not need each other, and can be trained at the same time.
-    plain_dir, kd_dir = (job.exp / tagged(name, tag) for name in ("student_plain", student))
+    plain_dir, kd_dir = (job.exp / tagged(name, tag) for name in (plain_name, student))
     plain = Step("plain student", stages(6, 6), ("data",), directory=plain_dir, epochs=epochs)
     name = f"{method} student, decoding, results"
     last = Step(name, stages(7, 13), ("teacher", plain.name), directory=kd_dir, epochs=epochs)
@@ -186,6 +188,7 @@ def copy_without_text(job: Job) -> None:
     """Make the training data of methods without labels. They have no text, which proves that no label is used.
 
     All files except ``text`` are copied; the audio stays in place, because wav.scp has its paths.
+    The token list of the training set is copied too, because run.sh has one for each training set.
     """
     source = job.recipe / job.settings["dumpdir"] / "raw" / job.settings["train_set"]
     destination = source.with_name(f"{source.name}_without_text")
@@ -193,6 +196,17 @@ def copy_without_text(job: Job) -> None:
     for file in source.iterdir():
         if file.is_file() and file.name != "text":
             shutil.copy2(file, destination / file.name)
+    tokens = token_dir(job, source.name)
+    if (job.recipe / tokens).is_dir():  # with a given teacher, the students get the teacher's list
+        shutil.copytree(job.recipe / tokens, job.recipe / token_dir(job, destination.name), dirs_exist_ok=True)
+
+
+def token_dir(job: Job, train_set: str) -> str:
+    """The directory of a training set's token list, relative to the recipe, as run.sh names it."""
+    get = job.settings
+    home = "data" if get["dumpdir"] == "dump" else get["dumpdir"]
+    kind = f"bpe_unigram{get['nbpe']}" if get["token_type"] == "bpe" else get["token_type"]
+    return f"{home}/token_list/{tagged(kind, '' if train_set == 'train' else train_set)}"
 
 
 def choose_methods(job: Job, names: Sequence[str]) -> Tuple[List[str], List[str]]:

@@ -70,6 +70,9 @@ def test_the_command_warns_of_a_slow_student(corpus, teacher_dir, tmp_path, capl
     short = tiny_asr.data_dir(tmp_path / "short", {"brief": tiny_asr.audio(0.1, 0)})
     with pytest.raises(UserError, match="short, utterance brief: 0.100 s"):  # 80 ms frames need more
         asr_kd_ceiling.main([*command[:3], str(short), *command[4:], str(slow)])
+    caplog.clear()
+    asr_kd_ceiling.main([*command, str(corpus.config()), "--student_args=--encoder_conf input_layer=conv2d8"])
+    assert "frames of 80 ms" in caplog.text
     for option, value in (("--utterances", "0"), ("--student_config", "/nowhere.yaml")):
         with pytest.raises(UserError, match=option):
             asr_kd_ceiling.main([*command, str(corpus.config()), option, value])

@@ -13,7 +13,7 @@ import soundfile
 import tiny_asr
 import torch
 
-from espnet_kd.bin import asr_kd_inference
+from espnet_kd.bin import asr_kd_inference, asr_kd_score
 from espnet_kd.cli import UserError
 from espnet_kd.decode.decodings import decode_dir, describe_inputs
 from espnet_kd.experiments.models import find_experiment, load_model
@@ -213,6 +213,24 @@ def test_command(tmp_path, expdir, recogniser, waves, caplog):
     (data / "wav.scp").write_text((data / "wav.scp").read_text().replace("u0 ", "v0 ", 1))
     asr_kd_inference.main(argv)  # other data, so it is decoded again
     assert (out / "1best_recog" / "text").read_text().startswith("v0 ")
+
+
+def test_scores_of_an_earlier_decoding_are_removed(tmp_path, expdir, waves):
+    """Otherwise the report would show greedy error rates as those of the beam search."""
+    data = tiny_asr.data_dir(tmp_path / "test", {"u0": waves[0], "u1": waves[1]})
+    (data / "text").write_text("u0 a\nu1 b\n")
+    exp = tmp_path / "exp"
+    shutil.copytree(expdir, exp)
+    argv = ["--expdir", str(exp), "--data_dir", str(data)]
+    out = decode_dir(exp, data)
+    asr_kd_inference.main(argv)
+    decoded = {path.name for path in out.iterdir()}
+    asr_kd_score.main(argv)
+    assert {path.name for path in out.iterdir()} - decoded == {"score.json", "score.txt", "per_utt.tsv"}
+    asr_kd_inference.main(argv)  # finished, so nothing changes
+    assert (out / "score.json").exists()
+    asr_kd_inference.main([*argv, "--beam_size", "2"])
+    assert {path.name for path in out.iterdir()} == decoded
 
 
 def test_command_refuses_what_it_cannot_do(tmp_path, expdir):

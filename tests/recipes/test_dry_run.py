@@ -355,6 +355,20 @@ def test_a_model_of_other_settings(prepared, tmp_path, monkeypatch):
     assert re.search("error: exp/student_plain_trained holds a model of other tokens or audio .*wav.scp", done.stdout)
 
 
+def test_without_transcripts_there_is_no_plain_student(prepared):
+    """run_all.sh runs stage 6 alone, for a method that needs no transcripts too."""
+    audio = prepared.dir / "dump/raw/audio/wav.scp"
+    audio.parent.mkdir(exist_ok=True)
+    audio.write_text("x y\n")
+    options = ["--stage", "6", "--stop_stage", "6", "--train_set", "audio", "--tag", "audio", "--method"]
+    assert "stage 6: skipped" in prepared.run(*options, "label_free").stdout
+    done = prepared.run(*options, "kl", check=False)
+    assert done.returncode == 1 and "error: the plain model needs transcripts, and dump/raw/audio" in done.stdout
+    audio.unlink()
+    done = prepared.run(*options, "label_free", check=False)
+    assert done.returncode == 1 and "stage 4 makes it" in done.stdout
+
+
 def test_advice_keeps_the_users_options(egs2):
     """The advised command can be pasted into a shell, and begins with the stage that makes the missing input."""
     options = ["--dumpdir", "none", "--expdir", "no_such", "--train_args", "--max_epoch 3"]
@@ -372,6 +386,7 @@ def test_advice_keeps_the_users_options(egs2):
         (["--kd_stages", "4"], "--kd_stages 4: progressive_fkl has the KD stages 1 to 3"),
         (["--kd_stages", "1 2", "--method", "kl"], "--kd_stages 1 2: kl has the KD stages 1 to 1"),
         (["--kd_stages", "0"], "--kd_stages 0: progressive_fkl"),
+        (["--target_cache", "true", "--teacher", "conf run.sh"], "--target_cache true: it stores the outputs of one"),
         (["--ngpu", "1"], "--ngpu 1: torch finds 0 usable GPUs"),
     ],
 )

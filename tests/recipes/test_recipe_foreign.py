@@ -84,6 +84,9 @@ def test_a_model_of_8_khz_is_refused_before_any_stage(mini, tmp_path_factory):
     refused = mini.run("--stage", "2", *options, check=False)
     assert refused.returncode == 1 and "--fs 8000" in refused.stdout.splitlines()[-1]
     assert not (mini.dir / "dump_8k").exists()
+    # The command that the message advises works; stage 4 compares the frames of teacher and student.
+    done = mini.run("--stage", "2", "--stop_stage", "4", *options, "--fs", "8000", *SMALL)
+    assert "loses" in done.stdout
 
 
 def test_onnx(mini, tmp_path_factory):

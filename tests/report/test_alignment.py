@@ -96,9 +96,9 @@ def decoded(tmp_path_factory):
             exp = tiny_kd.save_teacher(Path("exp") / name, seed, input_layer=layer, num_blocks=2)
             kd = name == "student_kl"
             role = "student" if kd else name.rpartition("_")[2]
-            experiment(exp, role, [3, 1, 2, 2 + seed % 2], method="kl" if kd else None)
-            asr_kd_inference.main(["--expdir", str(exp), "--data_dir", str(data), "--force"])
+            asr_kd_inference.main(["--expdir", str(exp), "--data_dir", str(data)])
             facts = json.loads((exp / "decode_test/decode.json").read_text())
+            experiment(exp, role, [3, 1, 2, 2 + seed % 2], method="kl" if kd else None)
             (exp / "decode_test/decode.json").write_text(json.dumps({**facts, "params": 1000}))
         (exp / "kd_stage.json").write_text(json.dumps({"teacher": ["exp/teacher"]}))
     return home

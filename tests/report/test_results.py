@@ -202,6 +202,12 @@ def test_runs_that_cannot_be_paired_say_why(tmp_path):
     assert list(rates)[0] == "other" and rates["other"]["test set"] == "dev"
 
 
+def test_ids_with_quotation_marks(tmp_path):
+    experiment(tmp_path / "plain", "plain", [2] * 5, prefix='"u')
+    experiment(tmp_path / "kl", "student", [1] * 5, method="kl", prefix='"u')
+    assert comparison(report(tmp_path)[1])["kl"]["WER to plain"].startswith("-10.00 [")
+
+
 def test_runs_of_one_seed_and_different_tags_are_not_averaged(tmp_path):
     experiment(tmp_path / "student_plain", "plain", [1] * 5)
     experiment(tmp_path / "student_kl", "student", [1] * 5, method="kl")
@@ -210,6 +216,24 @@ def test_runs_of_one_seed_and_different_tags_are_not_averaged(tmp_path):
     rates = comparison(page)
     assert rates["kl (student_kl)"]["WER to plain"].startswith("+0.00")
     assert rates["kl (student_kl_again)"]["WER to plain"].startswith("+20.00")
+
+
+def test_seeds_are_averaged_within_a_tag_and_not_across_tags(tmp_path):
+    errors = {"": 1, "_seed1": 3, "_lr2_seed1": 5, "_lr2_seed2": 7, "_x": 9}
+    for tag, wrong in errors.items():
+        seed = int(tag[-1]) if "seed" in tag else 3 if tag else 0
+        experiment(tmp_path / f"student_kl{tag}", "student", [wrong] * 5, method="kl", seed=seed)
+    rates = comparison(report(tmp_path)[1])
+    assert {name: (line["seeds"], line["WER"].split()[0]) for name, line in rates.items()} == {
+        "kl (student_kl)": ("0 1", "20.00"), "kl (student_kl_lr2)": ("1 2", "60.00"),
+        "kl (student_kl_x)": ("3", "90.00"),
+    }  # fmt: skip
+
+
+def test_another_tag_is_not_another_seed(tmp_path):
+    experiment(tmp_path / "student_kl", "student", [1] * 5, method="kl", seed=0)
+    experiment(tmp_path / "student_kl_other", "student", [3] * 5, method="kl", seed=1)
+    assert sorted(comparison(report(tmp_path)[1])) == ["kl (student_kl)", "kl (student_kl_other)"]
 
 
 def test_kd_stages_are_named_where_a_method_has_several(tmp_path):
@@ -288,3 +312,70 @@ def test_speed_is_a_mean_over_models_of_one_size(tmp_path):
     speeds = {k: line["real-time factor"] for k, line in comparison(page).items()}
     assert speeds == {"plain": "0.0200", "kl": "0.0200", "teacher": "0.5000"}
     assert {r["experiment"]: r["rtf"] for r in rows} == {"a": 0.01, "b": 0.03, "t": 0.5}
+
+
+def test_of_several_plain_students_the_one_with_the_same_tag_is_compared(tmp_path):
+    """run.sh adds the tag, or the seed, to the names of both; and _pseudo if there is such training data."""
+    plain = {"": 1, "_lr2": 3, "_pseudo": 5, "_pseudo_lr2": 7, "_seed1": 9, "_pseudo_seed1": 8}
+    for tag, errors in plain.items():
+        experiment(tmp_path / f"student_plain{tag}", "plain", [errors] * 5, seed=int("seed1" in tag))
+    students = {tag: plain[tag] for tag in plain} | {"_other": 1, "_untranscribed_lr2": 3, "_pseudo_untranscribed": 5}
+    for tag in students:
+        experiment(tmp_path / f"student_kl{tag}", "student", [0] * 5, method="kl", seed=int("seed1" in tag))
+    runs = table(report(tmp_path)[1], "Every run")
+    found = {tag: runs[f"student_kl{tag}"]["WER to plain"] for tag in students}
+    assert found == {tag: f"-{10 * errors}.00" for tag, errors in students.items()}
+
+
+def test_equal_epochs_count_more_than_an_equal_tag(tmp_path):
+    for name, errors, epochs in (("student_plain_x", 1, 2), ("student_plain", 2, 4), ("student_kl_x", 0, 4)):
+        role = "plain" if "plain" in name else "student"
+        experiment(tmp_path / name, role, [errors] * 5, method="kl" if role == "student" else None)
+        train(tmp_path / name, epochs, ["loss"])
+    assert comparison(report(tmp_path)[1])["kl"]["WER to plain"].startswith("-20.00")
+
+
+def test_a_given_teacher_is_not_averaged_with_the_recipes_own(tmp_path):
+    """The seed of a given teacher is not known: it is another model, not another seed."""
+    experiment(tmp_path / "teacher", "teacher", [1] * 5, seed=0)
+    experiment(tmp_path / "teacher_given", "teacher", [3] * 5, seed=None)
+    rates = comparison(report(tmp_path)[1])
+    assert {name: line["WER"].split()[0] for name, line in rates.items()} == {
+        "teacher (teacher)": "10.00", "teacher (teacher_given)": "30.00"
+    }  # fmt: skip
+
+
+def test_teachers_of_one_name_keep_their_own_counts(tmp_path):
+    experiment(tmp_path / "exp/teacher", "teacher", [1] * 5, params=3000)
+    experiment(tmp_path / "other/teacher", "teacher", [3] * 5, params=4000)
+    rows, page = report(tmp_path / "exp", "--teacher", tmp_path / "other/teacher")
+    found = {line["parameters"]: (line["WER"].split()[0], line["Sub/Del/Ins"]) for line in comparison(page).values()}
+    assert found == {"3,000": ("10.00", "10.0/0.0/0.0"), "4,000": ("30.00", "30.0/0.0/0.0")}
+    assert len({row["experiment"] for row in rows}) == 2
+
+
+def test_scores_against_other_references_are_not_compared(tmp_path):
+    """The references have changed between two calls of asr_kd_score."""
+    experiment(tmp_path / "plain", "plain", [1] * 5)
+    experiment(tmp_path / "kl", "student", [1] * 5, method="kl")
+    path = tmp_path / "kl/decode_test/per_utt.tsv"
+    path.write_text(path.read_text().replace("\t9\t1\t0\t0\n", "\t7\t1\t0\t0\n", 1))  # a reference of 8 words, not 10
+    assert comparison(report(tmp_path)[1])["kl"]["WER to plain"] == "scored against other references"
+
+
+def test_a_beam_search_is_not_compared_with_greedy_decoding(tmp_path):
+    searches = {"plain": {"beam_size": 1}, "student_kl": {"beam_size": 1}, "student_fkl": {"beam_size": 10}}
+    searches["student_fkl"] |= {"ngram_file": "exp/4gram.arpa", "ngram_weight": 0.5}
+    for name, search in searches.items():
+        method = name.removeprefix("student_") if "student" in name else None
+        experiment(tmp_path / name, "student" if method else "plain", [1] * 5, method=method)
+        facts = tmp_path / name / "decode_test/decode.json"
+        rtf = 0.01 * search["beam_size"]
+        facts.write_text(json.dumps({"params": 1000, "rtf": rtf, "ctc_weight": 1.0, **search}))
+    rows, page = report(tmp_path)
+    rates = comparison(page)
+    assert {row["experiment"]: row["search"] for row in rows}["plain"] == "greedy"
+    assert rates["kl"]["WER to plain"].startswith("+0.00") and rates["kl"]["real-time factor"] == "0.0100"
+    other = rates["fkl, beam size 10, 4gram.arpa with weight 0.5"]
+    assert other["WER to plain"] == "the plain student was decoded with another search"
+    assert other["real-time factor"] == "0.1000"

@@ -84,6 +84,18 @@ def test_one_training_of_several_kd_stages(tmp_path, capsys):
     assert line.endswith("finished")
 
 
+def test_a_finished_training_that_goes_on_is_not_finished(tmp_path, capsys):
+    """A higher max_epoch extends it; experiment.json is still there."""
+    student = tmp_path / "exp/student"
+    describe(student, "student", "progressive_fkl")
+    for epochs, finished in ((4, True), (9, False)):
+        begin(student, epochs)
+        record(student, (1, 1), (2, epochs), finished=finished)
+        train(student, 4, ["loss"])
+        (line,) = once(tmp_path / "exp", capsys)
+        assert f"epoch 4 of {epochs}, " in line and line.endswith("finished") == finished
+
+
 def test_a_run_that_writes_nothing_is_called_silent(exp, capsys):
     age(exp / "plain", 600)
     assert "nothing written for 10 min 00 s: has it stopped?" in once(exp, capsys)[0]

@@ -46,6 +46,27 @@ def test_the_steps_of_one_method(job):
     assert plan.one_method(job(teacher="exp/big"))[1].epochs == 0  # a given teacher is not trained
 
 
+def test_the_directories_of_students_with_pseudo_labels(job):
+    _, _, plain, last = plan.one_method(job(pseudo="data/pseudo", untranscribed="more", tag="a"))
+    assert [s.directory.name for s in (plain, last)] == ["student_plain_pseudo_a", "student_kl_pseudo_untranscribed_a"]
+
+
+@pytest.mark.parametrize("settings", [{"token_type": "char"}, {"token_type": "bpe", "nbpe": "70", "dumpdir": "d"}])
+def test_methods_without_labels_get_the_token_list_too(job, settings):
+    """run.sh has a token list for each training set, and stage 3 cannot make one of data without text."""
+    one = job(**settings)
+    raw, home = ("dump/raw", "data") if "nbpe" not in settings else ("d/raw", "d")
+    kind = {"char": "char", "bpe": "bpe_unigram70"}[settings["token_type"]]
+    for name in (f"{raw}/train/wav.scp", f"{raw}/train/text", f"{home}/token_list/{kind}/tokens.txt"):
+        (one.recipe / name).parent.mkdir(parents=True, exist_ok=True)
+        (one.recipe / name).write_text(name)
+    for _ in range(2):  # a second run replaces the files
+        plan.copy_without_text(one)
+        copy = one.recipe / home / f"token_list/{kind}_train_without_text"
+        assert {p.name: p.read_text() for p in copy.iterdir()} == {"tokens.txt": f"{home}/token_list/{kind}/tokens.txt"}
+        assert [p.name for p in (one.recipe / raw / "train_without_text").iterdir()] == ["wav.scp"]
+
+
 def test_stage_7_is_run_once_for_each_method_and_one_after_the_other(job):
     methods = [plan.Method(name, True, True, 5) for name in ("a", "b")]
     methods += [plan.Method("c", False, False, 0)]

@@ -246,11 +246,18 @@ if running 5; then
     fi
 fi
 
-if running 6 && [ "${stage}" -lt 6 ] && ! { has_text "${train_set}" && has_text "${valid_set}"; }; then
-    log "stage 6: skipped, a student without KD needs transcripts, of ${train_set} and ${valid_set}"
-elif running 6; then
-    log "stage 6: student without KD, log in ${plain_exp}/train.log"
-    train_once plain "${plain_exp}" "${student_config}" "${scale[@]}" "${train_args_list[@]}"
+if running 6; then
+    transcribed=1
+    { has_text "${train_set}" && has_text "${valid_set}"; } || transcribed=
+    [ -n "${transcribed}" ] || page_of "${method}"
+    # run_all.sh runs stage 6 alone, for methods without transcripts too.
+    if [ -z "${transcribed}" ] &&
+        { [ "${stage}" -lt 6 ] || { [ "${page[labels]}" = 0 ] && [ -e "${raw}/${train_set}/wav.scp" ]; }; }; then
+        log "stage 6: skipped, a student without KD needs transcripts, of ${train_set} and ${valid_set}"
+    else
+        log "stage 6: student without KD, log in ${plain_exp}/train.log"
+        train_once plain "${plain_exp}" "${student_config}" "${scale[@]}" "${train_args_list[@]}"
+    fi
 fi
 
 if running 7; then
@@ -284,6 +291,8 @@ for k in 1 2 3; do
     page_of "${method}"
     if [ "${k}" -gt "${page[stages]}" ]; then
         log "stage $((7 + k)): nothing to do, the KD stages of ${method} are ${page[stages]}"
+    elif [ ${#kd_stages_list[@]} -gt 0 ] && [[ " ${kd_stages_list[*]} " != *" ${k} "* ]]; then
+        log "stage $((7 + k)): nothing to do, --kd_stages ${kd_stages} leaves out KD stage ${k}"
     else
         log "stage $((7 + k)): KD stage ${k} of ${method}"
         kd_stage=${k}

@@ -39,6 +39,11 @@ check_inputs() {
         [ "${page[teacher]}" = none ] || fail "--student_tokens own: ${method} compares what the teacher gives in each" \
             "frame, and needs the teacher's tokens; sequence_kd goes by its text, and so does asr_kd_pseudo"
     fi
+    if [ "${target_cache}" = true ] && [ ${#teachers[@]} -gt 1 ] && [ "${stop_stage}" -ge 7 ]; then
+        page_of "${method}"
+        ! cached || fail "--target_cache true: it stores the outputs of one teacher, and --teacher names ${#teachers[@]};" \
+            "the teachers run beside the student without this option"
+    fi
     [ -z "${given[method]:-}${kd_stages}" ] || page_of "${method}"
     for name in "${kd_stages_list[@]}"; do
         [[ "${name}" =~ ^[1-9]$ && "${name}" -le "${page[stages]}" ]] ||
@@ -201,10 +206,13 @@ check_lengths() {
 
 # check_ceiling: print once how many of the teacher's tokens are lost at the student's frame rate
 check_ceiling() {
-    local inputs=(--record "${teachers[0]}/.ceiling" --file "${teachers[0]}/config.yaml" "${student_config}"
-        "${raw}/${valid_set}/wav.scp")
+    local options=${train_args} inputs=()
+    [ "${fs}" = 16000 ] || options="--frontend_conf fs=${fs} ${options}"
+    inputs=(--record "${teachers[0]}/.ceiling" --value="${options}")
+    inputs+=(--file "${teachers[0]}/config.yaml" "${student_config}" "${raw}/${valid_set}/wav.scp")
     dry || ! recorded "${inputs[@]}" || return 0
-    kd ceiling --teacher "${teachers[0]}" --data_dir "${raw}/${valid_set}" --student_config "${student_config}"
+    kd ceiling --teacher "${teachers[0]}" --data_dir "${raw}/${valid_set}" --student_config "${student_config}" \
+        --student_args="${options}"
     record "${inputs[@]}"
 }
 

@@ -2,8 +2,8 @@
 # Run jobs on this machine, with the calling convention of Kaldi's run.pl:
 #   run_local.sh [--option value …] [JOB=1:N] LOG COMMAND …
 # The letters JOB in the log's name and in the command are replaced by the job's number. Options for clusters such as
-# --gpu and --mem are ignored. The epochs and errors of a single job are shown while it runs. A log is appended to, so that
-# a resumed run keeps the log of the earlier one.
+# --gpu and --mem are ignored. The epochs and errors of a single job are shown while it runs, and its log is appended to, so
+# that a resumed run keeps the log of the earlier one.
 set -euo pipefail
 
 while [[ "${1:-}" == --* ]]; do
