@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Optional, Sequence
 
 from espnet_kd import cli
-from espnet_kd.decode.decodings import list_decodings
+from espnet_kd.decode.decodings import REFERENCE_IS_TEACHER, list_decodings
 from espnet_kd.files import replacing
 
 
@@ -64,7 +64,6 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     if args.reference_exp:
         reference = list_decodings([args.reference_exp], args.data_dir)
         references = {data_dir: decoded for _, data_dir, decoded in reference if not (data_dir / "text").is_file()}
-        places = [p for p in places if p[2] not in references.values()]  # the reference is not compared with itself
     for expdir, data_dir, decoded in places:  # check all before the first is scored
         if not (decoded / "1best_recog" / "text").is_file():
             raise cli.UserError(
@@ -76,7 +75,7 @@ def main(argv: Optional[Sequence[str]] = None) -> None:
     for _, data_dir, decoded in tqdm(places, desc="scoring", unit="set", disable=len(places) < 2):
         testset, text = decoded.name[len("decode_") :], data_dir / "text"
         if data_dir in references:
-            testset, text = f"{testset} (reference: teacher)", references[data_dir] / "1best_recog" / "text"
+            testset, text = f"{testset}{REFERENCE_IS_TEACHER}", references[data_dir] / "1best_recog" / "text"
         score(decoded / "1best_recog" / "text", text, decoded, testset, args.resamples, args.seed)
 
 

@@ -23,6 +23,8 @@ MODELS = ("model.pth", "*.ave.pth", "*.ave_*best.pth", "*.best.pth", "latest.pth
 FILES = (".pth", ".zip")
 #: Files that `asr_kd_score` writes beside the hypotheses.
 SCORES = ("score.json", "score.txt", "per_utt.tsv")
+#: What follows the name of a test set without transcripts, whose reference is the output of the teacher.
+REFERENCE_IS_TEACHER = " (reference: teacher)"
 #: The numeric options of a search.
 SEARCH = ("beam_size", "nbest", "beam_size_token", "ngram_weight", "ctc_weight")
 BEAM_SIZE_TOKEN_HELP = "likeliest tokens of a frame that a beam search tries"

@@ -144,6 +144,9 @@ class OnnxCTCEncoder(ForeignEncoder):
         single: the file takes one utterance at a time.
     """
 
+    #: For the number of parameters, which are in the graph: the model's own are only the order of its tokens.
+    is_graph = True
+
     def __init__(
         self, input_size: int, graph_bytes: int, tokens: int, probabilities: bool = False, single: bool = False
     ):

@@ -107,7 +107,10 @@ class Recogniser:
         self.token_list: List[str] = ctc_tokens(model)
         self.to_text = build_detokeniser(args, config_dir)
         self.device = next(model.parameters()).device
-        self.num_parameters = sum(p.numel() for p in model.parameters())
+        #: None: not known, because they are in an ONNX graph
+        self.num_parameters: Optional[int] = None
+        if not getattr(model.encoder, "is_graph", False):
+            self.num_parameters = sum(p.numel() for p in model.parameters())
         self.no_text = sorted({model.sos, model.eos})
         self._min_samples = least_samples(model, self.rate or 16000)
         if not make_batch_exact(model):

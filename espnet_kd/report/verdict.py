@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Dict, List, Sequence
 
+from espnet_kd.decode.decodings import REFERENCE_IS_TEACHER
 from espnet_kd.report.compare import Difference, Kind
 
 #: {unit of errors: name of its errors}.
@@ -63,6 +64,8 @@ def _against_teacher(student: Kind, teacher: Kind, where: str) -> str:
         facts.append(f"{size} ({_millions(ours)} parameters against {_millions(theirs)})")
     if student.rtf and teacher.rtf:
         facts.append(f"{_times(teacher.rtf / student.rtf, 'faster', 'slower', 'as fast')}, as decoding was timed here")
+    if student.rows[0]["testset"].endswith(REFERENCE_IS_TEACHER):  # the teacher has no errors then, by definition
+        return f"Beside its teacher it is {' and '.join(facts)}." if facts else ""
     beside = f"Beside its teacher, {unit.upper()} {teacher.rates[unit].value:.2f}{where}"
     return f"{beside}, it is {' and '.join(facts)}." if facts else f"{beside}."
 

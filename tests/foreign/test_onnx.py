@@ -13,6 +13,8 @@ import tiny_onnx  # noqa: E402
 
 from espnet_kd.bin import asr_kd_import  # noqa: E402
 from espnet_kd.cli import UserError  # noqa: E402
+from espnet_kd.experiments.models import find_experiment, load_model  # noqa: E402
+from espnet_kd.inference.recognise import Recogniser  # noqa: E402
 from espnet_kd.targets.online import OnlineTeacher  # noqa: E402
 
 
@@ -38,6 +40,13 @@ def test_posteriors_are_those_of_onnxruntime(tmp_path, last, batch):
         mine = out.logits[i, : len(wanted)].softmax(-1)
         assert (mine[:, :-1] - wanted[:, [6, 5, 0, 1, 2, 3, 4]]).abs().max() <= 1e-6
         assert mine[:, -1].max() == 0 and mine.isfinite().all()
+
+
+def test_the_number_of_parameters_is_not_known(tmp_path):
+    """They are in the graph; the model's own, which order its tokens, would make the student look larger."""
+    run(tmp_path, *tiny_onnx.save(tmp_path / "in"))
+    model, args = load_model(*find_experiment(tmp_path / "exp"))
+    assert Recogniser(model, args, tmp_path / "exp").num_parameters is None
 
 
 def test_a_copy_of_the_model_runs_too(tmp_path):

@@ -108,7 +108,9 @@ def test_audio_without_transcripts(egs2, tmp_path_factory):
     small = ["--nj", "1", "--train_args", f"{TINY} --num_workers 0 --max_epoch 1"]
     recipe.run("--audio", str(home), "--teacher", f"hf:{directory}", *small)
     results = (recipe.dir / "exp/RESULTS.md").read_text()
-    assert "reference: teacher" in results
+    verdict = next(line for line in results.splitlines() if line.startswith("- label_free: "))
+    assert "on test (reference: teacher)" in verdict and "Beside its teacher it is " in verdict, verdict
+    assert "not scored yet" not in results
     assert (recipe.dir / "exp/student_label_free/export/model.pth").is_file()
     assert not (recipe.dir / "dump/raw/test/text").exists()
 
