@@ -34,7 +34,7 @@ OWN: Dict[str, Rule] = {
     "target_cache": "content",  # its teacher, and the kinds of targets in it
     "nbest": "content",
     "seed": "refused",
-    "teacher": "refused",
+    "teacher": "refused",  # the paths, and another model file at the same path
     "kd_stages": "refused",
     "max_epoch": "higher",
 }

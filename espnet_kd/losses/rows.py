@@ -79,8 +79,9 @@ class RowwiseFactorizedKL(torch.autograd.Function):
         of_nonblank, of_blank = (w / n for w, n in zip(weights[1:], counts))
         pull = torch.where(is_nonblank, of_nonblank, of_blank)
         ctx.frames = _Frames(block, mass, push, token_norm, norm, pull.to(compute_dtype(student)))
-        parts = zip(weights, (blanks, *sums), (len(rows), *counts))
-        loss = sum((w * s / n for w, s, n in parts if w), torch.zeros_like(blanks))  # without 0 · ∞, which is NaN
+        # A part of weight 0 is left out, because 0 · ∞ would be NaN.
+        loss = weights[0] * blanks / len(rows) if weights[0] else torch.zeros_like(blanks)
+        loss = loss + sum(w * s / n for w, s, n in zip(weights[1:], sums, counts))
         return loss.to(compute_dtype(student))
 
     @staticmethod

@@ -19,6 +19,7 @@ import torch
 from espnet_kd.cli import UserError, refuse_empty
 from espnet_kd.distill.checks import check_command
 from espnet_kd.distill.checks.configuration import check_configuration, check_options
+from espnet_kd.distill.checks.options import check_ranges
 from espnet_kd.distill.page import list_pages, load_page
 from espnet_kd.distill.plan import Phase, Plan, make_plan
 from espnet_kd.distill.record import OUTPUT_OPTION, RECORD, claim, claim_plain, make_record, write_record
@@ -92,6 +93,7 @@ def _run(cmd: List[str], args: argparse.Namespace) -> None:
     check_options(ASRKDTask.get_parser(), plan.options, f"{page.path}: train")
     cmd = [*to_options(plan.options), *cmd, "--resume", "true"]
     args = check_configuration(ASRKDTask.get_parser(), cmd)
+    check_ranges(args)  # with the page's options
     output_dir = Path(args.output_dir)
     record = make_record(args, ASRKDTask.get_parser(), plan)
     done = claim(output_dir, record, plan)

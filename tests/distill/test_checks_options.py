@@ -187,3 +187,39 @@ def test_statistics_of_the_users_own(corpus, tmp_path, content, message):
     with pytest.raises(UserError, match=f"mine.npz: .*{message}"):
         asr_kd_train.main(command)
     assert not (tmp_path / "out/config.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--accum_grad", "0"], "--accum_grad is 0; it must be 1 or more"),
+        (["--accum_grad", "-1"], "--accum_grad is -1"),  # the loss would change its sign
+        (["--batch_size", "0"], "--batch_size is 0"),
+        (["--batch_type", "numel", "--batch_bins", "0"], "--batch_bins is 0"),
+        (["--valid_batch_size", "0"], "--valid_batch_size is 0"),
+        (["--num_iters_per_epoch", "-1"], "--num_iters_per_epoch is -1"),
+        (["--log_interval", "0"], "--log_interval is 0"),
+        (["--num_workers", "-1"], "--num_workers is -1; it must be 0 or more"),
+        (["--keep_nbest_models", "5", "0"], "--keep_nbest_models is 0"),
+        (["--patience", "-1"], "--patience is -1"),  # training would end after its first epoch
+        (["--seed", "-1"], "--seed is -1"),
+        (["--seed", "99999999999"], "--seed is 99999999999; it must be at most"),
+        (["--grad_clip", "-1"], "--grad_clip is -1.0; it must be above 0"),  # gradients would change their sign
+        (["--grad_clip", "nan"], "--grad_clip is nan"),
+        (["--speech_volume_normalize", "0"], "--speech_volume_normalize is 0.0"),  # all audio would be silent
+        (["--batch_type", "folded"], "--fold_length has 0 numbers for 2 files of --train_shape_file"),
+        (["--freeze_param", "encoders"], "--freeze_param encoders: .*; did you mean 'encoder'?"),
+        (["--freeze_param", "encoder", "ctc"], "--freeze_param encoder ctc freezes all parameters"),
+    ],
+)
+def test_numbers_out_of_range(corpus, tmp_path, options, message):
+    with pytest.raises(UserError, match=f"^{message}"):
+        asr_kd_train.main(corpus.options(tmp_path / "out", *options, max_epoch=1))
+    assert not list((tmp_path / "out").glob("*.pth"))
+
+
+def test_a_number_out_of_range_in_a_page(corpus, teacher_dir, tmp_path, write_page):
+    page = write_page({"stages": [{"share": 1.0, "objectives": [{"objective": "kl"}]}], "train": {"accum_grad": 0}})
+    options = ["--teacher", str(teacher_dir), "--kd_config", str(page)]
+    with pytest.raises(UserError, match="^--accum_grad is 0"):
+        asr_kd_train.main(corpus.options(tmp_path / "out", *options, max_epoch=1))

@@ -11,8 +11,14 @@ from typing import TYPE_CHECKING, Optional
 
 from espnet_kd.cli import UserError, check_gpus
 from espnet_kd.distill.checks.data import check_files, check_teachers
-from espnet_kd.distill.checks.options import check_requirements
-from espnet_kd.distill.checks.training import check_criteria, check_disk, check_teacher_recognises, check_text_lengths
+from espnet_kd.distill.checks.options import check_ranges, check_requirements
+from espnet_kd.distill.checks.training import (
+    check_criteria,
+    check_disk,
+    check_frozen,
+    check_teacher_recognises,
+    check_text_lengths,
+)
 from espnet_kd.distill.plan import Plan
 from espnet_kd.experiments.audio_options import sampling_rate
 from espnet_kd.experiments.models import load_state
@@ -26,8 +32,9 @@ if TYPE_CHECKING:
 def check_command(args: argparse.Namespace) -> None:
     """Check what a training command names, in seconds, before ESPnet starts.
 
-    In this order: the number of GPUs and of epochs; data and shape files, their utterances, audio files and sampling
-    rate; the teachers' audio options against the student's; packages, statistics, token list and ``--init_param``.
+    In this order: the number of GPUs and of epochs; the ranges of other numbers; data and shape files, their
+    utterances, audio files and sampling rate; the teachers' audio options against the student's; packages, statistics,
+    token list and ``--init_param``.
 
     Raises:
         UserError: naming the option, the file and the utterances.
@@ -36,6 +43,7 @@ def check_command(args: argparse.Namespace) -> None:
         check_gpus(args.ngpu)
     if args.max_epoch < 1:
         raise UserError(f"--max_epoch is {args.max_epoch}; it must be 1 or more")
+    check_ranges(args)
     check_files(args)
     check_teachers(args)
     check_requirements(args)
@@ -67,6 +75,7 @@ def check_models(
     if teacher is not None:
         check_teacher_recognises(args, teacher)
     check_criteria(args, model, plan)
+    check_frozen(args, model)
     if not input_width(student):
         check_text_lengths(args, measure_frame_shift(student, sampling_rate(args)), sampling_rate(args))
     check_disk(args, model, 0 if plan is None else len(plan.phases))

@@ -32,6 +32,14 @@ PACKAGES: Tuple[Tuple[str, Optional[str], str, str], ...] = (
     ("cleaner", "whisper_en", "whisper", "openai-whisper"),
     ("cleaner", "whisper_basic", "whisper", "openai-whisper"),
 )
+#: Option → least value. With one below, ESPnet ends with a traceback, or trains in the wrong direction.
+LEAST: Dict[str, int] = {
+    **{"accum_grad": 1, "batch_size": 1, "valid_batch_size": 1, "batch_bins": 1, "valid_batch_bins": 1},
+    **{"num_iters_per_epoch": 1, "log_interval": 1, "keep_nbest_models": 1, "num_workers": 0, "patience": 0, "seed": 0},
+}
+#: Options whose value must be above 0: with one below, gradients or samples change their sign.
+POSITIVE = ("grad_clip", "speech_volume_normalize")
+LARGEST_SEED = 4 * 10**9  #: numpy takes 32 bits, and ESPnet adds the epoch
 #: Of --adapter, with --use_adapter true.
 ADAPTERS = {"lora": ("loralib", "loralib"), "houlsby": ("s3prl", "s3prl")}
 
@@ -48,6 +56,28 @@ def check_requirements(args: argparse.Namespace) -> None:
         check_statistics(args.normalize_conf["stats_file"])
     check_tokens(args)
     check_init_param(args)
+
+
+def check_ranges(args: argparse.Namespace) -> None:
+    """Refuse numbers out of range, and a ``--fold_length`` for another number of shape files (:class:`UserError`)."""
+    for option, least in LEAST.items():
+        value = getattr(args, option, None)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if number is not None and not number >= least:
+                raise UserError(f"--{option} is {number}; it must be {least} or more")
+    for option in POSITIVE:
+        number = getattr(args, option, None)
+        if number is not None and not number > 0:
+            raise UserError(f"--{option} is {number}; it must be above 0")
+    if args.seed > LARGEST_SEED:
+        raise UserError(f"--seed is {args.seed}; it must be at most {LARGEST_SEED}")
+    for part, kind in (("train", args.batch_type), ("valid", args.valid_batch_type or args.batch_type)):
+        shapes = getattr(args, f"{part}_shape_file") or []
+        if kind == "folded" and args.iterator_type == "sequence" and len(args.fold_length) != len(shapes):
+            raise UserError(
+                f"--fold_length has {len(args.fold_length)} numbers for {len(shapes)} files of --{part}_shape_file; "
+                "with batch_type: folded give one for each, or take batch_type: numel"
+            )
 
 
 def check_packages(args: argparse.Namespace) -> None:

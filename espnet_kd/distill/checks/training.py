@@ -18,6 +18,7 @@ from espnet_kd.data.audio import is_in_ark, is_pipe, read_samples
 from espnet_kd.data.datadir import read_map, read_pairs
 from espnet_kd.distill.plan import Plan
 from espnet_kd.frames import best, valid
+from espnet_kd.strict import nearest
 from espnet_kd.targets.teacher import Teacher
 
 if TYPE_CHECKING:
@@ -103,6 +104,19 @@ def _uses_decoder(plan: Plan) -> bool:
     now = plan.last
     taps = {tap for spec, _ in now.phase.terms for tap in spec.make().student_taps}
     return bool(now(now.phase.stage.attention_weight)) or "decoder" in taps
+
+
+def check_frozen(args: argparse.Namespace, model: torch.nn.Module) -> None:
+    """Refuse a ``--freeze_param`` that freezes nothing, as after a typing error, or everything (:class:`UserError`)."""
+    left = [name for name, _ in model.named_parameters()]
+    parts = sorted({name.split(".")[0] for name in left})
+    for given in args.freeze_param:
+        frozen = [name for name, _ in model.named_parameters() if name == given or name.startswith(f"{given}.")]
+        if not frozen:
+            raise UserError(f"--freeze_param {given}: the model has no such parameters{nearest(given, parts)}")
+        left = [name for name in left if name not in frozen]
+    if not left and not getattr(args, "use_adapter", False):
+        raise UserError(f"--freeze_param {' '.join(args.freeze_param)} freezes all parameters: nothing is trained")
 
 
 def check_normalisation(args: argparse.Namespace, model: ESPnetASRModel) -> None:

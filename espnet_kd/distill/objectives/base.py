@@ -179,6 +179,13 @@ def resolve_layer(layer: float, depth: int) -> int:
     return int(number)
 
 
+def check_weights(**weights: float) -> None:
+    """Refuse weights below 0, with which a student would be trained away from its teacher (:class:`UserError`)."""
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise UserError(f"{name}: must be a number, 0 or more, not {weight}")
+
+
 def check_layers(layers: Sequence[float]) -> None:
     """Refuse anything but a list of numbers above 0 (:class:`UserError`)."""
     numbers = [n for n in layers if isinstance(n, (int, float)) and not isinstance(n, bool) and 0 < n < math.inf]

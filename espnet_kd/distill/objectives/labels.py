@@ -16,6 +16,7 @@ from espnet_kd.distill.objectives.base import (
     Objective,
     SoftenedObjective,
     check_layers,
+    check_weights,
     resolve_layer,
     taps_at,
 )
@@ -85,6 +86,7 @@ class InterKD(SoftenedObjective):
         """See :class:`Objective`."""
         super().__post_init__()
         check_layers(self.layers)
+        check_weights(l2_weight=self.l2_weight)
 
     def place(self, student: ESPnetASRModel) -> None:
         """See :class:`Objective`."""

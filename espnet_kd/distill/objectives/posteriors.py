@@ -13,7 +13,7 @@ from torch import Tensor
 from espnet_kd import frames as fr
 from espnet_kd import losses
 from espnet_kd.cli import UserError
-from espnet_kd.distill.objectives.base import Batch, ScaledObjective, SoftenedObjective
+from espnet_kd.distill.objectives.base import Batch, ScaledObjective, SoftenedObjective, check_weights
 from espnet_kd.distill.schedule import Position
 from espnet_kd.inference.encode import StudentOutputs, TeacherOutputs
 from espnet_kd.topk import Posterior
@@ -171,6 +171,11 @@ class FactorizedKL(PosteriorObjective):
 
     def __post_init__(self) -> None:
         """See :class:`Objective`."""
+        check_weights(
+            blank_weight=self.blank_weight,
+            nonblank_weight=self.nonblank_weight,
+            nonblank_on_blank_weight=self.nonblank_on_blank_weight,
+        )
         self.nonblank_only = self.nonblank_on_blank_weight == 0
         super().__post_init__()
 
