@@ -222,6 +222,13 @@ def test_all_texts_get_the_characters_of_an_imported_teacher(egs2):
     assert [w for w in words if w.startswith("dump/")] == [f"dump/raw/{part}" for part in parts]
 
 
+def test_the_ceiling_is_that_of_the_student_that_is_trained(egs2):
+    """With its sampling rate and its --train_args, as the check of the lengths has them."""
+    options = ["--teacher", "hf:/m", "--fs", "8000", "--train_args", "--encoder_conf input_layer=conv2d", "--dry_run"]
+    [words] = [w for w in commands(Recipe(egs2, "mini").run(*options).stdout) if "espnet_kd.bin.asr_kd_ceiling" in w]
+    assert words[-1] == "--student_args=--frontend_conf fs=8000 --encoder_conf input_layer=conv2d"
+
+
 def test_a_token_list_belongs_to_what_it_was_made_of(egs2):
     """Another training set or dumpdir has its own list, so that the list of finished experiments is not overwritten."""
     recipe, places = Recipe(egs2, "an4"), []

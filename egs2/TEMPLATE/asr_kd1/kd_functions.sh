@@ -201,10 +201,14 @@ check_lengths() {
 
 # check_ceiling: print once how many of the teacher's tokens are lost at the student's frame rate
 check_ceiling() {
-    local inputs=(--record "${teachers[0]}/.ceiling" --file "${teachers[0]}/config.yaml" "${student_config}"
-        "${raw}/${valid_set}/wav.scp")
+    local inputs=() more=''
+    [ "${fs}" = 16000 ] || more="--frontend_conf fs=${fs} "
+    more+=${train_args}
+    inputs=(--record "${teachers[0]}/.ceiling" --value="student ${more}")
+    inputs+=(--file "${teachers[0]}/config.yaml" "${student_config}" "${raw}/${valid_set}/wav.scp")
     dry || ! recorded "${inputs[@]}" || return 0
-    kd ceiling --teacher "${teachers[0]}" --data_dir "${raw}/${valid_set}" --student_config "${student_config}"
+    kd ceiling --teacher "${teachers[0]}" --data_dir "${raw}/${valid_set}" --student_config "${student_config}" \
+        ${more:+--student_args="${more}"}
     record "${inputs[@]}"
 }
 
