@@ -33,7 +33,10 @@ def get_parser() -> argparse.ArgumentParser:
     parser.add_argument("--data_dir", required=True, help="formatted data dir; a text in it is the reference")
     parser.add_argument("--student_config", required=True, help="the student's ESPnet training YAML")
     parser.add_argument(
-        "--student_args", default="", metavar="OPTIONS", help="further options of asr_train for the student, in quotes"
+        "--student_args",
+        default="",
+        metavar="OPTIONS",
+        help="further options of asr_train for the student, such as --student_args='--frontend_conf fs=8000'",
     )
     parser.add_argument(
         "--utterances", type=int, default=200, help="number of utterances, from the beginning of the data dir"
@@ -45,7 +48,7 @@ def get_parser() -> argparse.ArgumentParser:
 def main(cmd: Optional[Sequence[str]] = None) -> None:
     """Measure (see the module's docstring)."""
     args = get_parser().parse_args(cmd)
-    cli.refuse_empty(args, may_be=["student_args"])
+    cli.refuse_empty(args, may_be=("student_args",))
     if args.utterances < 1:
         raise cli.UserError(f"--utterances: must be 1 or more, not {args.utterances}")
     if not Path(args.student_config).is_file():
@@ -65,8 +68,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     with tempfile.NamedTemporaryFile("w", suffix=".txt", encoding="utf-8") as tokens:
         tokens.write("".join(f"{t}\n" for t in teacher.token_list))
         tokens.flush()
-        options = ["--config", args.student_config, *args.student_args.split()]
-        frames_of, rate = espnet_encoder(options, tokens.name)
+        frames_of, rate = espnet_encoder(["--config", args.student_config, *args.student_args.split()], tokens.name)
     if rate != teacher.sampling_rate:
         raise cli.UserError(
             f"{args.student_config}: the student takes audio of {rate} Hz, the teacher {teacher.sampling_rate:g} Hz"

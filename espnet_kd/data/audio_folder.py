@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 import re
 from collections import Counter
 from pathlib import Path
@@ -57,7 +58,7 @@ def prepare_audio_folder(
     if not root.is_dir():
         raise UserError(f"--audio {audio}: there is no such directory")
     found: Dict[str, Path] = {}
-    files = sorted(p for p in root.rglob("*") if p.suffix.lower() in (*SUFFIXES, *UNREAD) and p.is_file())
+    files = sorted(p for p in _files_below(root) if p.suffix.lower() in (*SUFFIXES, *UNREAD) and p.is_file())
     unread = Counter(p.suffix.lower() for p in files if p.suffix.lower() in UNREAD)
     for path in (p for p in files if p.suffix.lower() in SUFFIXES):
         name = _name(path, root)
@@ -91,6 +92,19 @@ def prepare_audio_folder(
         logging.info("%s: %d utterances of %d files", part, counts[part], len(parts[part]))
     logging.info("left out: %d%s", len(left_out), "".join(f"\n  {item}" for item in left_out[:10]))
     return counts
+
+
+def _files_below(root: Path) -> Iterator[Path]:
+    """Yield all files below a directory; links to directories are followed, each directory once."""
+    known = set()
+    for place, inner, names in os.walk(root, followlinks=True):
+        inner.sort()  # so that the order, and with it the name of a directory with two names, is always the same
+        real = os.path.realpath(place)
+        if real in known:
+            inner.clear()
+            continue
+        known.add(real)
+        yield from (Path(place, name) for name in names)
 
 
 def _name(path: Path, root: Path) -> str:

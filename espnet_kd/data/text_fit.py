@@ -23,8 +23,9 @@ SYMBOLS = "%\u2030&@#*+=\u00b1\u00d7\u00f7\u00b0\u00a7<>[]{}"
 def fit_text(text: str, tokens: Collection[str]) -> str:
     """Return ``text`` rewritten to the characters of ``tokens``.
 
-    In this order: letters get the case of the tokens, if these have only one case; other apostrophe characters become
-    ``'``; punctuation that is not a token is removed, except ``SYMBOLS``. All other characters are kept.
+    In this order: letters get the case of the tokens, if these have only one case; characters with marks, such as
+    ``é``, get the normal form of the tokens (NFC or NFD); other apostrophe characters become ``'``; punctuation that is
+    not a token is removed, except ``SYMBOLS``. All other characters are kept.
     """
     letters = {t for t in tokens if len(t) == 1 and t.isalpha()}
     if letters and not any(t.islower() for t in letters):
@@ -32,7 +33,7 @@ def fit_text(text: str, tokens: Collection[str]) -> str:
     elif letters and not any(t.isupper() for t in letters):
         text = text.lower()
     kept = []
-    for char in text:
+    for char in _in_normal_form(text, tokens):
         if char in APOSTROPHES and char not in tokens:
             char = "'"
         category = unicodedata.category(char)
@@ -41,6 +42,12 @@ def fit_text(text: str, tokens: Collection[str]) -> str:
         elif char in "-\u2013\u2014/":  # these separate words
             kept.append(" ")
     return " ".join("".join(kept).split())
+
+
+def _in_normal_form(text: str, tokens: Collection[str]) -> str:
+    """Return ``text``, its NFC or its NFD: that with the fewest characters that are no tokens."""
+    forms = dict.fromkeys((text, *(unicodedata.normalize(form, text) for form in ("NFC", "NFD"))))
+    return min(forms, key=lambda form: sum(char not in tokens for char in form)) if len(forms) > 1 else text
 
 
 #: Pairs of a pattern and its replacement.

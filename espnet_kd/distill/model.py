@@ -14,7 +14,13 @@ from torch import Tensor
 
 from espnet_kd import frames as fr
 from espnet_kd.cli import UserError
-from espnet_kd.distill.checks.pairs import check_objective, check_pair, check_phase, check_rates
+from espnet_kd.distill.checks.pairs import (
+    check_objective,
+    check_pair,
+    check_phase,
+    check_rates,
+    warn_of_time_warp,
+)
 from espnet_kd.distill.objectives import Batch, Objective, lay_on
 from espnet_kd.distill.page import ObjectiveSpec
 from espnet_kd.distill.plan import Moment, Plan
@@ -99,6 +105,7 @@ class ESPnetASRKDModel(ESPnetASRModel):
                     new.append((spec, objective))
                 terms.append((spec, objective, weight))
             model.terms.append(terms)
+        warn_of_time_warp(student, [objective for _, objective in new])
         # If the training is resumed, its checkpoint later replaces these parameters.
         for _, objective in new:
             objective.init_student(student, teacher)

@@ -6,7 +6,7 @@ import json
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Mapping, Optional, Sequence, Tuple
+from typing import Any, Dict, List, Mapping, Optional, Sequence, Set, Tuple
 
 import torch
 import yaml
@@ -99,8 +99,10 @@ def read_hugging_face(directory: Path) -> Imported:
     names = _names(tokenizer.get_vocab(), len(weight), directory)
     blank = config.get("pad_token_id", tokenizer.pad_token_id)
     _check_blank(blank, len(names), directory)
-    unknown, delimiter = tokenizer.unk_token, getattr(tokenizer, "word_delimiter_token", None)
-    left_out = {t for t in tokenizer.all_special_tokens if t not in (unknown, delimiter)}
+    # Without a tokenizer_config.json, transformers gives | and <unk>, whatever the vocabulary has.
+    delimiter = next((t for t in (getattr(tokenizer, "word_delimiter_token", None), " ") if t in names), None)
+    unknown = next((t for t in (tokenizer.unk_token, *UNKNOWNS) if t in names), tokenizer.unk_token)
+    left_out = {t for t in tokenizer.all_special_tokens if t not in (unknown, delimiter)} | _blanks(names, delimiter)
     vocabulary = _vocabulary(directory, names, blank, delimiter, unknown, left_out)
     pieces = None
     if has_pieces(tokenizer):
@@ -180,7 +182,7 @@ def read_onnx(
     elif word_delimiter not in rows:
         raise UserError(f"--word_delimiter: {tokens} has no token {word_delimiter!r}")
     # Tokens that a text cannot contain: marks such as <s>, and white space that is not the word delimiter.
-    marks = {t for t in rows if (t[:1] == "<" and t[-1:] == ">") or (t and not t.strip())}
+    marks = {t for t in rows if t[:1] == "<" and t[-1:] == ">"} | _blanks(rows, word_delimiter)
     unknown = next((t for t in UNKNOWNS if t in rows), UNKNOWN)
     vocabulary = _vocabulary(tokens, rows, blank, word_delimiter, unknown, marks - {word_delimiter})
     conf = dict(
@@ -274,6 +276,11 @@ def _names(vocabulary: Mapping[str, int], rows: int, directory: Path) -> List[st
         if row < rows:
             names[row] = token
     return names
+
+
+def _blanks(names: Sequence[str], delimiter: Optional[str]) -> Set[str]:
+    """Tokens of white space other than the delimiter between words, which no transcript has."""
+    return {t for t in names if t and not t.strip() and t != delimiter}
 
 
 def _token_type(vocabulary: Vocabulary) -> str:

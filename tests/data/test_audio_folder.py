@@ -57,6 +57,15 @@ def test_what_cannot_be_read_is_left_out_and_counted(tmp_path, audio, caplog):
     assert "left out: 1" in caplog.text and "broken.wav" in caplog.text
 
 
+def test_links_to_directories_are_followed_once(tmp_path, audio):
+    (audio / "speaker 2").rename(tmp_path / "other disk")
+    (audio / "speaker 2").symlink_to(tmp_path / "other disk")
+    (audio / "speaker 2" / "back").symlink_to(audio)  # a loop
+    (audio / "z").symlink_to(tmp_path / "other disk")  # the same directory again
+    ids = {u.utt_id for utts in run(tmp_path, audio).values() for u in utts}
+    assert len(ids) == 20 and "speaker_2-file2" in ids
+
+
 def test_a_file_that_is_cut_is_left_out(tmp_path, audio, caplog):
     """Stage 2 would refuse it, and stop."""
     caplog.set_level("INFO")

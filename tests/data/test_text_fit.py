@@ -23,6 +23,8 @@ UPPER = ["<blank>", "<unk>", "<space>", *"ABCDEÉ'", "<sos/eos>"]
         ("a-b\u2014c", UPPER, "A B C"),
         ("a.b", [*UPPER, "."], "A.B"),  # punctuation that is a token stays
         ("b\u00e9b\u00e9", UPPER, "BÉBÉ"),
+        ("be\u0301be\u0301 5", UPPER, "B\u00c9B\u00c9 5"),  # decomposed letters, as macOS writes them
+        ("b\u00e9 \u1ec7", ["b", "e", "\u0301", "\u0302", "\u0323"], "be\u0301 e\u0323\u0302"),
         ("\u5317\u4eac", ["<blank>", "<unk>", "\u5317", "\u4eac", "<sos/eos>"], "\u5317\u4eac"),  # letters without case
         ("", UPPER, ""),
         ("a 5", UPPER, "A 5"),  # a character that does not fit stays, and is refused below

@@ -67,6 +67,11 @@ def test_the_command_warns_of_a_slow_student(corpus, teacher_dir, tmp_path, capl
     assert "loses 0.0 %" in caplog.text and "input_layer" not in caplog.text
     asr_kd_ceiling.main([*command, str(slow)])
     assert "frames of 80 ms" in caplog.text and "input_layer: conv2d1" in caplog.text
+    caplog.clear()
+    asr_kd_ceiling.main([*command, str(corpus.config()), "--student_args=--encoder_conf input_layer=conv2d8"])
+    assert "frames of 80 ms" in caplog.text
+    with pytest.raises(UserError, match="the student takes audio of 8000 Hz"):
+        asr_kd_ceiling.main([*command, str(corpus.config()), "--student_args=--frontend_conf fs=8000"])
     short = tiny_asr.data_dir(tmp_path / "short", {"brief": tiny_asr.audio(0.1, 0)})
     with pytest.raises(UserError, match="short, utterance brief: 0.100 s"):  # 80 ms frames need more
         asr_kd_ceiling.main([*command[:3], str(short), *command[4:], str(slow)])

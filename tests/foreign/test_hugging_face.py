@@ -79,6 +79,20 @@ def test_families_that_take_features(tmp_path, family, shift):
         assert (mine[:, :-1] - logits.softmax(-1)[:, order]).abs().max() <= 1e-6
 
 
+@pytest.mark.parametrize("other", [{"<unk>": "[UNK]", "<pad>": "[PAD]"}, {"J": "\u00a0"}, {"|": " "}])
+def test_vocabularies_of_other_people(tmp_path, other):
+    """[UNK] without a tokenizer_config.json, white space that was in someone's transcripts, a blank between words."""
+    directory = tiny_hf.save(tmp_path / "hf", "wav2vec2")
+    rows = {other.get(t, t): i for i, t in enumerate(tiny_hf.names(False))}
+    (directory / "vocab.json").write_text(json.dumps(rows))
+    if "[UNK]" in rows:
+        (directory / "tokenizer_config.json").unlink()
+    asr_kd_import.main([f"hf:{directory}", "--output_dir", str(tmp_path / "exp")])
+    letters = [t for t in tiny_hf.LETTERS if t in rows]
+    assert OnlineTeacher(tmp_path / "exp").token_list == ["<blank>", "<unk>", "<space>", *letters, "<sos/eos>"]
+    assert yaml.safe_load((tmp_path / "exp/config.yaml").read_text())["token_type"] == "char"
+
+
 @pytest.mark.parametrize("key", ["dtype", "torch_dtype"])
 @pytest.mark.parametrize("kind", ["float16", "bfloat16"])
 def test_a_checkpoint_in_half_precision_computes_in_single(tmp_path, kind, key):

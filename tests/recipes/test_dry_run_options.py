@@ -45,7 +45,7 @@ def test_stages_train_the_kd_stages_that_are_used(egs2, kd_stages, stages, train
 def test_the_ceiling_is_that_of_the_student_that_is_trained(egs2):
     options = ["--teacher", "hf:/models/x", "--stage", "4", "--stop_stage", "4", "--dry_run"]
     narrow = ["--train_args", "--max_epoch 3", "--fs", "8000"]
-    for given, expected in (([], ""), (narrow, "--frontend_conf fs=8000 --max_epoch 3")):
+    for given, expected in (([], None), (narrow, "--student_args=--frontend_conf fs=8000 --max_epoch 3")):
         said = commands(Recipe(egs2, "foundation").run(*options, *given).stdout)
         ceiling = next(words for words in said if "espnet_kd.bin.asr_kd_ceiling" in words)
-        assert ceiling[-1] == f"--student_args={expected}"
+        assert next((word for word in ceiling if "--student_args" in word), None) == expected

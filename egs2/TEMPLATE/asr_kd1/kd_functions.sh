@@ -206,13 +206,14 @@ check_lengths() {
 
 # check_ceiling: print once how many of the teacher's tokens are lost at the student's frame rate
 check_ceiling() {
-    local options=${train_args} inputs=()
-    [ "${fs}" = 16000 ] || options="--frontend_conf fs=${fs} ${options}"
-    inputs=(--record "${teachers[0]}/.ceiling" --value="${options}")
+    local inputs=() more=''
+    [ "${fs}" = 16000 ] || more="--frontend_conf fs=${fs} "
+    more+=${train_args}
+    inputs=(--record "${teachers[0]}/.ceiling" --value="student ${more}")
     inputs+=(--file "${teachers[0]}/config.yaml" "${student_config}" "${raw}/${valid_set}/wav.scp")
     dry || ! recorded "${inputs[@]}" || return 0
     kd ceiling --teacher "${teachers[0]}" --data_dir "${raw}/${valid_set}" --student_config "${student_config}" \
-        --student_args="${options}"
+        ${more:+--student_args="${more}"}
     record "${inputs[@]}"
 }
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
-from typing import TYPE_CHECKING, Optional
+from typing import TYPE_CHECKING, Optional, Sequence
 
 import torch
 
@@ -42,6 +43,17 @@ def check_phase(phase: Phase, student: ESPnetASRModel, page: Path) -> None:
         raise UserError(
             f"{page}: KD stage {stage.number} ({stage.name}) trains nothing: the weight of CTC is 0, and there is no "
             "objective"
+        )
+
+
+def warn_of_time_warp(student: ESPnetASRModel, objectives: Sequence[Objective]) -> None:
+    """Log that time warping moves the student's frames against those of the teacher, whose audio is not warped."""
+    warp = getattr(student.specaug, "time_warp", None)
+    if warp is not None and any(objective.uses_teacher for objective in objectives):
+        logging.warning(
+            "specaug_conf: time warping moves the student's frames by up to %d frames of its features, so that the "
+            "teacher's outputs are for other moments; set apply_time_warp: false",
+            warp.window,
         )
 
 
