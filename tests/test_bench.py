@@ -123,6 +123,9 @@ def test_decoding_part(tmp_path, capsys):
     (data / "text").write_text("".join(greedy.splitlines(keepends=True)[1:]))
     with pytest.raises(UserError, match="text lacks utterances of wav.scp: u0"):
         asr_kd_bench.main(argv)
+    (data / "text").write_text("".join(f"u{i}\n" for i in range(5)))
+    with pytest.raises(UserError, match="text has no words"):
+        asr_kd_bench.main(argv)
 
 
 def test_likelihoods_are_those_of_the_search(tmp_path):

@@ -60,7 +60,7 @@ def measure(
         seconds of each, and of loading (all four) and reading, which both loops would have to do.
 
     Raises:
-        UserError: an utterance has no text.
+        UserError: an utterance has no text, or all texts are empty.
     """
     import torch
 
@@ -93,6 +93,8 @@ def measure(
     references = read_map(data_dir / "text")
     if missing := {u.utt_id for u in utterances} - references.keys():
         raise UserError(f"{data_dir}/text lacks utterances of wav.scp: {name_some(missing)}")
+    if not any(references[u.utt_id].split() for u in utterances):
+        raise UserError(f"{data_dir}/text has no words, and an error rate needs them; give data with transcripts")
 
     start = time.perf_counter()
     audio = {u.utt_id: read_audio(u) for u in utterances}

@@ -103,7 +103,7 @@ def check_search_options(args: argparse.Namespace) -> None:
 def list_decodings(
     expdirs: Sequence[str], data_dirs: Sequence[str], output_dir: Optional[str] = None
 ) -> List[Tuple[str, Path, Path]]:
-    """Every (experiment, data dir, its output directory).
+    """Every (experiment, data dir, its output directory), once also if it is given twice.
 
     Raises:
         UserError: ``output_dir`` is given for several decodings, or two would be written to one directory.
@@ -115,9 +115,11 @@ def list_decodings(
     for expdir in expdirs:
         for data_dir in data_dirs:
             place = Path(output_dir) if output_dir else decode_dir(expdir, data_dir)
-            pair = f"{expdir} on {data_dir}"
+            pair = f"{os.path.normpath(expdir)} on {os.path.normpath(data_dir)}"
+            if pair in taken.values():
+                continue
             other = taken.setdefault(os.path.abspath(place), pair)
-            if other is not pair:
+            if other != pair:
                 raise cli.UserError(f"{other} and {pair} would both be in {place}; give --output_dir, one at a time")
             places.append((expdir, Path(data_dir), place))
     return places

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple
 
 Row = Dict[str, Any]  # keys: espnet_kd.report.results.KEYS
@@ -74,7 +75,9 @@ def divide_by_tag(rows: Sequence[Row]) -> List[Tuple[str, List[Row]]]:
 def _name_without_seed(row: Row) -> Optional[str]:
     """What the names of all seeds of a kind have in common; None if the name is not one of run.sh."""
     name, seed = row["experiment"], row["seed"]
-    common = name.removesuffix(f"_seed{seed}")
+    common = re.sub(f"_s(eed)?{seed}$", "", name)
+    if common == name:
+        common = re.sub(rf"(?<!\d){seed}$", "#", name)  # a tag of the user's own, such as run1, run2
     # The seed of a given teacher is not known: it is another model, not another seed.
     return common if common != name or seed in (0, None) or name.startswith("student_") else None
 

@@ -116,9 +116,10 @@ def compare_methods(parts: Sequence[ReportPart]) -> Section:
 
 
 _COMPARISON = (
-    "Means over seeds, in percent. To plain: difference in points to the plain student of the same seeds and size; "
-    "below 0 is better. In brackets 95 % bootstrap intervals, for differences paired by seed and utterance: over seeds "
-    "and utterances where a line has several seeds, so that they hold for other seeds and utterances of the same kind; "
+    "Means over seeds, in percent. To plain: difference in points to the plain student of the same seeds, size and "
+    "search, of several to that of the same tag; below 0 is better. In brackets 95 % bootstrap intervals, for "
+    "differences paired by seed and utterance: over seeds and utterances where a line has several seeds, so that they "
+    "hold for other seeds and utterances of the same kind; "
     "over utterances alone where it has one seed, and then another seed may well lie outside. With two or three seeds "
     "an interval is rough. p belongs to the difference in WER, of one method alone: of twenty that do nothing, one has "
     "p < 0.05. Sub/Del/Ins: words substituted, deleted, inserted. Real-time factor: the mean over all models of "

@@ -15,7 +15,7 @@ import torch
 
 from espnet_kd.bin import asr_kd_inference, asr_kd_score
 from espnet_kd.cli import UserError
-from espnet_kd.decode.decodings import decode_dir, describe_inputs
+from espnet_kd.decode.decodings import decode_dir, describe_inputs, list_decodings
 from espnet_kd.experiments.models import find_experiment, load_model
 from espnet_kd.inference.recognise import (
     AudioFile,
@@ -283,6 +283,10 @@ def test_places_of_several_decodings(tmp_path):
         asr_kd_inference.main(["--expdir", "a", "a/export", "--data_dir", str(here)])
     with pytest.raises(UserError, match="would both be in"):
         asr_kd_inference.main(["--expdir", "a", "--data_dir", str(here), str(tmp_path / "other" / "test")])
+    # The same experiment twice, as in --experiments exp/* of run.sh, which adds the teacher, is one decoding.
+    assert list_decodings(["a", "b", "a/"], ["raw/x", "raw/x/"]) == [
+        ("a", Path("raw/x"), Path("a/decode_x")), ("b", Path("raw/x"), Path("b/decode_x")),
+    ]  # fmt: skip
 
 
 def test_an_experiment_that_is_not_there_is_refused_before_any_is_decoded(tmp_path, expdir, waves):

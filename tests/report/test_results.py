@@ -230,6 +230,17 @@ def test_seeds_are_averaged_within_a_tag_and_not_across_tags(tmp_path):
     }  # fmt: skip
 
 
+NAMES = ["student_kl student_kl_s1", "student_kl_s0 student_kl_s1", "student_kl_run1 student_kl_run2"]
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_a_tag_may_name_the_seed(tmp_path, names):
+    for name in names.split():
+        seed = int(name[-1]) if name[-1].isdecimal() else 0
+        experiment(tmp_path / name, "student", [1 + seed] * 5, method="kl", seed=seed)
+    assert list(comparison(report(tmp_path)[1])) == ["kl"]
+
+
 def test_another_tag_is_not_another_seed(tmp_path):
     experiment(tmp_path / "student_kl", "student", [1] * 5, method="kl", seed=0)
     experiment(tmp_path / "student_kl_other", "student", [3] * 5, method="kl", seed=1)
