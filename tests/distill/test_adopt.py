@@ -40,7 +40,7 @@ def test_a_kd_stage_that_trains_nothing(write_page, teacher, stage, conf, trains
 @pytest.mark.parametrize("warped, objective", [(True, "kl"), (False, "kl"), (True, "inter_ctc")])
 def test_time_warping_moves_frames_against_the_teachers(write_page, teacher, caplog, warped, objective):
     conf = tiny_kd.student_config()
-    conf.update(specaug="specaug", specaug_conf={"apply_time_warp": warped, "time_warp_window": 5})
+    conf["specaug_conf"].update(apply_time_warp=warped, time_warp_window=5)
     page = write_page({"stages": [{"objectives": [{"objective": objective}]}]})
     adopt(conf, page, teacher=teacher)
     assert ("specaug_conf" in caplog.text and "5 frames" in caplog.text) == (warped and objective == "kl")
