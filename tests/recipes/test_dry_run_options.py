@@ -1,4 +1,5 @@
-"""What run.sh gives to its commands, as --dry_run shows it: token lists, KD stages, the student of the ceiling."""
+"""What run.sh gives to its commands, as --dry_run shows it: data sets, token lists, KD stages, the student of the
+ceiling."""
 
 import pytest
 from recipe import Recipe
@@ -49,3 +50,49 @@ def test_the_ceiling_is_that_of_the_student_that_is_trained(egs2):
         said = commands(Recipe(egs2, "foundation").run(*options, *given).stdout)
         ceiling = next(words for words in said if "espnet_kd.bin.asr_kd_ceiling" in words)
         assert next((word for word in ceiling if "--student_args" in word), None) == expected
+
+
+@pytest.mark.parametrize("test_sets", ["valid test", "test valid", "valid"])
+def test_the_validation_set_as_a_test_set(egs2, test_sets):
+    """It is formatted a second time with all its utterances, and this copy is decoded."""
+    said = commands(Recipe(egs2, "mini").run("--test_sets", test_sets, "--dry_run").stdout)
+    formats = [words for words in said if "format" in words]
+    whole = [words for words in formats if "dump/raw/whole/valid" in words]
+    assert len(whole) == 1 and "--drop_out_of_range" not in whole[0] and "data/valid" in whole[0]
+    assert len(formats) == 3 + ("test" in test_sets)
+    places = {"valid": "dump/raw/whole/valid", "test": "dump/raw/test"}
+    for verb in ("inference", "score"):
+        words = next(words for words in said if f"espnet_kd.bin.asr_kd_{verb}" in words)
+        at = words.index("--data_dir") + 1
+        assert words[at : at + len(test_sets.split())] == [places[name] for name in test_sets.split()]
+    given = ["--espnet_data", "/e", "--test_sets", test_sets, "--stop_stage", "1", "--dry_run"]
+    (taken,) = commands(Recipe(egs2, "mini").run(*given).stdout)
+    assert sorted(taken[taken.index("--sets") + 1 :]) == sorted({"train", "valid", *test_sets.split()})
+
+
+def test_a_validation_set_without_transcripts_as_a_test_set(egs2):
+    """As for other test sets, the text of a given teacher is the reference then."""
+    options = ["--teacher", "exp/t", "--test_sets", "valid test", "--stage", "2", "--stop_stage", "2", "--dry_run"]
+    for words in commands(Recipe(egs2, "mini").run(*options).stdout):
+        assert "format" not in words or words[words.index("--text") + 1] == "optional"
+
+
+def test_all_texts_get_the_characters_of_an_imported_teacher(egs2):
+    """Beside untranscribed audio, the plain student is trained on the transcribed part, which has texts of its own."""
+    options = ["--teacher", "hf:/m", "--untranscribed", "data/more", "--token_type", "char", "--dry_run"]
+    [words] = [w for w in commands(Recipe(egs2, "mini").run(*options).stdout) if "fit_text" in w]
+    parts = ("train", "train_and_untranscribed", "valid", "test")
+    assert [w for w in words if w.startswith("dump/")] == [f"dump/raw/{part}" for part in parts]
+
+
+def test_a_token_list_belongs_to_what_it_was_made_of(egs2):
+    """Another training set or dumpdir has its own list, so that the list of finished experiments is not overwritten."""
+    recipe, places = Recipe(egs2, "an4"), []
+    own = ("", "--train_set tr", "--dumpdir d2", "--dumpdir d2 --train_set tr", "--token_type bpe")
+    for options in (*own, "--teacher exp/t", "--teacher exp/t --dumpdir d2"):
+        done = recipe.run(*options.split(), "--stage", "3", "--stop_stage", "6", "--dry_run")
+        said = commands(done.stdout)
+        (place,) = words_after("--out", said, "tokens")
+        assert set(words_after("--token_list", said, "--token_list")) == {f"{place}/tokens.txt"}
+        places.append(place)
+    assert places[0] == "data/token_list/char" and len(set(places)) == len(places)
