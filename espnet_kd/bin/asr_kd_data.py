@@ -189,7 +189,7 @@ def _add_combine(sub: argparse.ArgumentParser) -> None:
 
 
 def _combine(args: argparse.Namespace) -> None:
-    from espnet_kd.data.formatting import combine
+    from espnet_kd.data.combining import combine
 
     combine(args.transcribed, args.untranscribed, args.dst)
 

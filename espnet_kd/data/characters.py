@@ -13,6 +13,8 @@ from typing import Optional
 MAX_ID = 240  # bytes; a file name may have 255, and temporary files add a prefix and a suffix to the id
 MARK = b"\xef\xbb\xbf"  # the byte order mark, U+FEFF, as UTF-8
 _OTHERS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
+#: Beginnings of the Unicode names of characters of scripts that are written without blanks between words.
+UNSPACED = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")
 _ODD_BLANK = re.compile(r"[^\S ]")
 _NO_TEXT = re.compile("[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\r\n\ufeff]")  # control characters and line ends
 _NO_ID = re.compile("[\\s/\x00-\x1f\x7f-\x9f\ufeff]")
@@ -70,3 +72,8 @@ def id_fault(name: str) -> Optional[str]:
     if size > MAX_ID:
         return f"the id has {size} bytes; files are named by ids, which may have {MAX_ID}: give it a shorter one"
     return None
+
+
+def is_unspaced(character: str) -> bool:
+    """Whether a character (or none, ``""``) belongs to a script that is written without blanks between words."""
+    return bool(character) and unicodedata.name(character, "").startswith(UNSPACED)

@@ -108,7 +108,7 @@ def format_data(
         odd: Counter[str] = Counter()
 
         def made() -> Iterator[Utterance]:
-            utts = (replace(u, text=with_plain_blanks(u.text)) if u.text else u for _, u in _merge(sources))
+            utts = (replace(u, text=with_plain_blanks(u.text)) if u.text else u for _, u in merge(sources))
             work = functools.partial(_format_one, plan=_Plan(str(dst / "audio"), fs, factors))
             for one in map_with_bar(work, utts, nj=nj, desc=str(dst), total=total):
                 rates[one.rate] += 1
@@ -132,41 +132,7 @@ def format_data(
     return number
 
 
-def combine(transcribed: PathLike, untranscribed: PathLike, dst: PathLike) -> int:
-    """Write the utterances of two formatted data dirs into ``dst`` and return their number; the audio stays in place.
-
-    ``dst/text`` has the transcripts of ``transcribed``, and the id alone for each utterance of ``untranscribed``, whose
-    ``text`` is not opened. If ``transcribed`` has no text, ``dst`` has none. A ``dst`` with this content is kept.
-
-    Raises:
-        UserError: an utterance id is in both, a transcript is empty or missing, or the system refuses to write.
-    """
-    transcribed, untranscribed, dst = Path(transcribed), Path(untranscribed), Path(dst)
-    refuse_same([transcribed, untranscribed], dst, "--dst")
-    has_text = (transcribed / "text").exists()
-    silent = 0
-
-    def both() -> Iterator[Utterance]:
-        nonlocal silent
-        silent = 0
-        for source, u in _merge({transcribed: True, untranscribed: False}):
-            if source == transcribed and has_text and not u.text:
-                why = "has no line in it" if u.text is None else "the text is empty"
-                raise UserError(f"{transcribed / 'text'}: utterance '{u.utt_id}': {why}; "
-                                "move untranscribed audio to the other data dir")  # fmt: skip
-            silent += not u.text
-            yield replace(u, text="") if has_text and u.text is None else u
-
-    with os_errors_as_user_errors(dst):
-        if (dst / "wav.scp").exists() and all(a == b for a, b in itertools.zip_longest(read_data_dir(dst), both())):
-            number = sum(1 for _ in read_pairs(dst / "utt2spk"))
-        else:
-            number = write_data_dir(dst, both())
-    logging.info("%s: %d utterances, %d of them without text", dst, number, silent)
-    return number
-
-
-def _merge(sources: Mapping[Path, bool]) -> Iterator[Tuple[Path, Utterance]]:
+def merge(sources: Mapping[Path, bool]) -> Iterator[Tuple[Path, Utterance]]:
     """Stream (data dir, utterance) of all data dirs, sorted by id; ``sources`` is {data dir: whether to open its text}.
 
     Raises:
@@ -207,7 +173,7 @@ def _survey(
     shown: Dict[Path, List[str]] = {source: [] for source in sources}
     odd: Dict[str, List] = {}  # {unusual white space: [first utterance with it, number of utterances]}
     previous, own = None, os.path.abspath(dst / "audio") + os.sep
-    for source, u in tqdm(_merge(sources), desc=f"reading {names}", unit="utt", mininterval=1.0):
+    for source, u in tqdm(merge(sources), desc=f"reading {names}", unit="utt", mininterval=1.0):
         total[source] += 1
         for name in (speed_id(name, factor) for name in (u.utt_id, u.speaker) for factor in factors):
             if fault := id_fault(name):

@@ -6,7 +6,6 @@ import itertools
 import json
 import math
 import re
-import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Collection, Dict, Iterable, List, Mapping, NamedTuple, Optional, Tuple, Union
@@ -14,6 +13,7 @@ from typing import Collection, Dict, Iterable, List, Mapping, NamedTuple, Option
 import jiwer
 
 from espnet_kd.cli import UserError
+from espnet_kd.data.characters import is_unspaced
 from espnet_kd.data.datadir import iter_lines, split_line
 from espnet_kd.data.text_fit import fit_text
 
@@ -23,8 +23,6 @@ IDS, CONFIDENCES = ("utt_id", "id", "key"), ("confidence", "score")
 TEXTS = ("pred_text", "text", "transcript")
 #: Repetitions of longer phrases are not searched for, in words and in characters of a script without blanks.
 LONGEST_PHRASE, LONGEST_PHRASE_UNSPACED = 8, 24
-#: Beginnings of the Unicode names of characters of scripts that are written without blanks between words.
-UNSPACED = ("CJK ", "HIRAGANA ", "KATAKANA ", "THAI ", "LAO ", "KHMER ", "MYANMAR ")
 
 
 class Label(NamedTuple):
@@ -162,7 +160,7 @@ def most_repeats(text: str) -> int:
     words: List[str] = []
     longest = LONGEST_PHRASE
     for word in text.split():
-        for unspaced, group in itertools.groupby(word, _is_unspaced):
+        for unspaced, group in itertools.groupby(word, is_unspaced):
             characters = list(group)
             words += characters if unspaced else ["".join(characters)]
             longest = LONGEST_PHRASE_UNSPACED if unspaced else longest
@@ -173,10 +171,6 @@ def most_repeats(text: str) -> int:
             run = run + 1 if words[i] == words[i - size] else 0
             most = max(most, 1 + run // size)
     return most
-
-
-def _is_unspaced(character: str) -> bool:
-    return unicodedata.name(character, "").startswith(UNSPACED)
 
 
 def distance(text: str, other: str) -> float:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import unicodedata
 from dataclasses import asdict, dataclass, field
 from typing import Any, Callable, Dict, List, Sequence
 
 import numpy as np
+
+from espnet_kd.data.characters import is_unspaced
 
 #: Limits of a subtitle: characters, seconds, and seconds of a pause, which ends it.
 MOST_CHARACTERS, MOST_SECONDS, PAUSE = 84, 6.0, 0.8
@@ -99,7 +100,7 @@ def words_of(tokens: Sequence[Token], to_text: Callable[[List[str]], str]) -> Li
         text = to_text([*held, token.token]).strip()
         added = text[len(before) :] if text.startswith(before) else ""
         blank = len(text.split()) > len(before.split())
-        if held and (blank or (_has_no_blanks(before[-1:]) and _has_no_blanks(added[:1]))):
+        if held and (blank or (is_unspaced(before[-1:]) and is_unspaced(added[:1]))):
             held, text = [], to_text([token.token]).strip()
         if text and not held:
             words.append(Segment(token.start, token.end, text))
@@ -110,14 +111,9 @@ def words_of(tokens: Sequence[Token], to_text: Callable[[List[str]], str]) -> Li
     return words
 
 
-def _has_no_blanks(character: str) -> bool:
-    """Whether a character belongs to a script without spaces between words."""
-    return bool(character) and unicodedata.name(character, "").startswith(("CJK ", "HIRAGANA ", "KATAKANA "))
-
-
 def _between(text: str, following: str) -> str:
     """What stands between two texts: a blank, except in scripts without blanks."""
-    return "" if _has_no_blanks(text[-1]) and _has_no_blanks(following[0]) else " "
+    return "" if is_unspaced(text[-1]) and is_unspaced(following[0]) else " "
 
 
 def subtitles(words: Sequence[Segment]) -> List[Segment]:

@@ -15,8 +15,9 @@ import pytest
 
 from espnet_kd.cli import UserError
 from espnet_kd.data import datadir, tokens
+from espnet_kd.data.combining import combine
 from espnet_kd.data.datadir import Utterance, join_sorted, read_data_dir, read_sorted, sort_externally, write_data_dir
-from espnet_kd.data.formatting import combine, format_data
+from espnet_kd.data.formatting import format_data
 from espnet_kd.data.librispeech import prepare_librispeech
 from espnet_kd.data.parallel import CHUNK, map_with_bar
 from espnet_kd.data.validation import validate

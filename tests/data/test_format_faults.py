@@ -19,7 +19,8 @@ from test_corpus_faults import AUDIO, CORPORA, WRITE, cut, empty_audio
 from tiny_layouts import snapshot
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.formatting import combine, format_data
+from espnet_kd.data.combining import combine
+from espnet_kd.data.formatting import format_data
 from espnet_kd.data.tokens import make_token_list
 
 ROOT = Path(__file__).parents[2]

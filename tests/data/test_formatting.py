@@ -11,8 +11,9 @@ import soundfile
 from tiny_layouts import snapshot
 
 from espnet_kd.cli import UserError
+from espnet_kd.data.combining import combine
 from espnet_kd.data.datadir import Utterance, read_data_dir, write_data_dir
-from espnet_kd.data.formatting import combine, format_data
+from espnet_kd.data.formatting import format_data
 from espnet_kd.data.validation import validate
 
 FS = 16000
