@@ -21,6 +21,7 @@ class Phase:
     """A KD stage with its place in the training, both ends as shares of it."""
 
     index: int  #: in the plan, from 0
+    part: int  #: number of the restarts up to it; phases of one part have the same optimizer and schedule
     stage: KDStage
     begin: float
     end: float
@@ -79,14 +80,13 @@ class Plan:
         """The epoch in which a KD stage ends; None: the last one does."""
         return self.phase(number).epochs(self.max_epoch)[1]
 
-    def parts(self) -> List[List[Phase]]:
-        """Groups of phases that share optimizer and schedule; ``restart`` in a page begins a new group."""
-        parts: List[List[Phase]] = []
-        for phase in self.phases:
-            if not parts or phase.stage.restart:
-                parts.append([])
-            parts[-1].append(phase)
-        return parts
+    def share(self, part: int) -> float:
+        """The share of the training that a part has: KD stages with the same optimizer and schedule."""
+        return sum(phase.end - phase.begin for phase in self.phases if phase.part == part)
+
+    def before(self, epoch: int) -> Phase:
+        """The phase in which the epoch before ``epoch`` ends; before the first epoch: the first phase."""
+        return next(p for p in self.phases if (epoch - 1) / self.max_epoch <= p.end + TINY)
 
     def as_record(self) -> List[Dict[str, Any]]:
         """The phases as JSON."""
@@ -109,13 +109,13 @@ def make_plan(page: Page, max_epoch: int, wanted: Optional[Sequence[int]] = None
     """Distribute KD stages over ``max_epoch`` epochs: each has its share, and the last one has the rest.
 
     The last KD stage thus also has the share of those that are left out, and every student trains ``max_epoch`` epochs.
-    A KD stage may begin at any step, except one with ``restart``, which begins with an epoch.
+    A KD stage may begin at any step.
 
     Args:
         wanted: numbers of the KD stages to use; default: all.
 
     Raises:
-        UserError: the page has no such KD stage, or there are too few epochs.
+        UserError: the page has no such KD stage.
     """
     chosen = sorted(set(wanted or range(1, len(page.stages) + 1)))
     if chosen[0] < 1 or chosen[-1] > len(page.stages):
@@ -125,15 +125,11 @@ def make_plan(page: Page, max_epoch: int, wanted: Optional[Sequence[int]] = None
     begin = 0.0
     for stage, following in zip(stages, [*stages[1:], None]):
         end = begin + stage.share if following else 1.0
-        if following and following.restart:
-            end = max(round(end * max_epoch), math.floor(begin * max_epoch + TINY) + 1) / max_epoch
-        # A share that was rounded up moves the KD stages after it, also those without a restart.
-        if following and end > 1 - TINY:
-            raise UserError(f"max_epoch {max_epoch} is too few for {len(chosen)} KD stages of {page.path}")
         before = phases[-1].terms if phases else []
         own = {o.key for o in stage.objectives}
         kept = [(o, end_of(w)) for o, w in before if o.key not in own and (stage.keep == "all" or o.key in stage.keep)]
-        phases.append(Phase(len(phases), stage, begin, end, [*kept, *((o, o.weight) for o in stage.objectives)]))
+        part = phases[-1].part + stage.restart if phases else 0
+        phases.append(Phase(len(phases), part, stage, begin, end, [*kept, *((o, o.weight) for o in stage.objectives)]))
         begin = end
     return Plan(page, max_epoch, phases)
 

@@ -87,10 +87,17 @@ class EpochHooks:
     also after a resume and in every spawned process.
     """
 
-    def __init__(self, factory: AbsIterFactory, progress: Progress, at_epoch: Callable[[int], None]):
+    def __init__(
+        self,
+        factory: AbsIterFactory,
+        progress: Progress,
+        at_epoch: Callable[[int], None],
+        at_step: Callable[[], None] = lambda: None,
+    ):
         self.factory = factory
         self.progress = progress
-        self.at_epoch = at_epoch
+        self.at_epoch = at_epoch  #: called before an epoch, with its number
+        self.at_step = at_step  #: called before each step
 
     def build_iter(self, epoch: int, shuffle: Optional[bool] = None) -> Iterator:
         """Yield the wrapped factory's batches, and count them in ``progress``."""
@@ -104,6 +111,7 @@ class EpochHooks:
     def _count(self, batches: Iterator) -> Iterator:
         steps = 0
         for steps, batch in enumerate(batches, 1):
+            self.at_step()
             yield batch
             self.progress.step = steps
         self.progress.steps_per_epoch = steps

@@ -85,13 +85,6 @@ def check_ended(output_dir: Path, max_epoch: int, early: bool) -> None:
         )
 
 
-def forget_optimizer(output_dir: Path) -> None:
-    """Remove optimizer and schedule from a checkpoint, so that ESPnet's resume continues with new ones."""
-    states = {**load_checkpoint(output_dir / CHECKPOINT), "optimizers": [], "schedulers": []}
-    with replacing(output_dir / CHECKPOINT, "wb") as f:
-        torch.save(states, f)
-
-
 def mend(output_dir: Path) -> int:
     """Make a killed run resumable, and log what was done.
 

@@ -13,6 +13,7 @@ from espnet2.asr.espnet_model import ESPnetASRModel
 from espnet2.iterators.abs_iter_factory import AbsIterFactory
 from espnet2.iterators.sequence_iter_factory import SequenceIterFactory
 from espnet2.train.distributed_utils import DistributedOption
+from espnet2.train.trainer import Trainer
 from torch import Tensor
 
 from espnet_kd.cli import UserError
@@ -25,6 +26,7 @@ from espnet_kd.distill.model import ESPnetASRKDModel
 from espnet_kd.distill.nonfinite import NonFiniteLosses
 from espnet_kd.distill.options import KD_OPTIONS
 from espnet_kd.distill.page import KDStage, Page, check_cacheable, load_page
+from espnet_kd.distill.phases import PhaseChanges
 from espnet_kd.distill.plan import Plan, make_plan
 from espnet_kd.distill.schedule import EpochHooks, Progress
 from espnet_kd.experiments.checkpoints import keep_previous
@@ -43,6 +45,18 @@ AbsIterFactory.register(EpochHooks)
 DATA_OPTIONS = ("train_data_path_and_name_and_type", "valid_data_path_and_name_and_type")
 
 
+class KDTrainer(Trainer):
+    """ESPnet's trainer, in which the KD stages of a page restart the optimizers and set the patience."""
+
+    @classmethod
+    def run(cls, **arguments: Any) -> None:
+        """Train as ESPnet does, with the arguments of its ``Trainer.run``."""
+        if ASRKDTask.plan is not None:
+            given = {name: arguments[name] for name in ("optimizers", "schedulers", "trainer_options")}
+            ASRKDTask.changes = PhaseChanges(ASRKDTask.plan, ASRKDTask.progress, ASRKDTask.scheduler_conf, **given)
+        super().run(**arguments)
+
+
 class ASRKDTask(ASRTask):
     """ASRTask with the options of :mod:`espnet_kd.distill.options`, of which ``--kd_config`` chooses the method."""
 
@@ -51,6 +65,10 @@ class ASRKDTask(ASRTask):
     plan: Optional[Plan] = None
     kd_model: Optional[ESPnetASRKDModel] = None
     losses: Optional[NonFiniteLosses] = None
+    changes: Optional[PhaseChanges] = None
+    scheduler_conf: Dict[str, Any] = {}
+
+    trainer = KDTrainer
 
     @classmethod
     def add_task_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -124,6 +142,7 @@ class ASRKDTask(ASRTask):
         optimizers = super().build_optimizers(args, model)
         for optimizer in optimizers:
             optimizer.register_step_post_hook(cls.progress.count_update)
+        cls.changes, cls.scheduler_conf = None, args.scheduler_conf
         if cls.plan is not None:
             args.max_epoch = cls.plan.end_epoch(args.kd_stage)
         return optimizers
@@ -195,8 +214,14 @@ class ASRKDTask(ASRTask):
                 keep_previous(Path(args.output_dir))
                 if cls.plan is not None:
                     hand_over(Path(args.output_dir), cls.plan, epoch - 1)
+            if cls.changes is not None:
+                cls.changes.at_epoch(epoch)
 
-        return EpochHooks(factory, cls.progress, at_epoch)
+        def at_step() -> None:
+            if cls.changes is not None:
+                cls.changes.at_step()
+
+        return EpochHooks(factory, cls.progress, at_epoch, at_step)
 
 
 class StatisticsModel(ESPnetASRModel):

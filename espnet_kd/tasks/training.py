@@ -1,4 +1,4 @@
-"""One training from its options to its end: checks, the directory's record, ESPnet's trainer for each part of it."""
+"""One training from its options to its end: checks, the directory's record, ESPnet's trainer."""
 
 from __future__ import annotations
 
@@ -6,11 +6,8 @@ import argparse
 import contextlib
 import json
 import logging
-import math
 import sys
 import tempfile
-import time
-import uuid
 from pathlib import Path
 from typing import Any, Dict, List, Sequence
 
@@ -21,10 +18,10 @@ from espnet_kd.distill.checks import check_command
 from espnet_kd.distill.checks.configuration import check_configuration, check_options
 from espnet_kd.distill.checks.options import check_ranges
 from espnet_kd.distill.page import list_pages, load_page
-from espnet_kd.distill.plan import Phase, Plan, make_plan
-from espnet_kd.distill.record import OUTPUT_OPTION, RECORD, claim, claim_plain, make_record, write_record
+from espnet_kd.distill.plan import Plan, make_plan
+from espnet_kd.distill.record import OUTPUT_OPTION, claim, claim_plain, make_record, write_record
 from espnet_kd.distill.train_options import to_options
-from espnet_kd.experiments.checkpoints import check_ended, forget_optimizer, mend
+from espnet_kd.experiments.checkpoints import check_ended, mend
 from espnet_kd.files import locked, replacing
 from espnet_kd.tasks.asr_kd import ASRKDTask
 
@@ -61,6 +58,10 @@ def train(cmd: List[str]) -> None:
         if e.exit_code != 1:
             raise
         sys.exit(1)  # one process per GPU: that process has printed the error
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        # Without this, a process of an externally launched job may abort when another one ends before it.
+        torch.distributed.barrier()
+        torch.distributed.destroy_process_group()
 
 
 def _run(cmd: List[str], args: argparse.Namespace) -> None:
@@ -100,20 +101,32 @@ def _run(cmd: List[str], args: argparse.Namespace) -> None:
     if args.dry_run:
         _try_out(cmd, output_dir)
         return
-    for part in plan.parts():
-        wanted = [p.stage.number for p in part if args.kd_stage is None or p.stage.number <= args.kd_stage]
-        finished = [number for number in wanted if number <= done]
-        if finished:
-            logging.info("KD stage %s is finished in %s", " and ".join(map(str, finished)), output_dir)
-        # Only the last KD stage may end early, so the earlier ones of its part are trained first, without patience.
-        alone = args.patience is not None and wanted[-1:] == plan.numbers[-1:]
-        for number in wanted[-2:] if alone else wanted[-1:]:
-            if number > done:
-                _train_part(cmd, args, plan, part, number, record, done)
-                done = number
-    if done == plan.numbers[-1] and first_rank(args):
+    number = args.kd_stage or plan.numbers[-1]
+    ended = number == plan.numbers[-1]
+    if number <= done:
+        logging.info("KD stage %d is finished in %s", number, output_dir)
+    else:
+        if first_rank(args):
+            _prepare(output_dir, record, plan, done, number)
+        train([*cmd, "--kd_stage", str(number)])
+        if first_rank(args):
+            check_ended(output_dir, plan.end_epoch(number), ended and args.patience is not None)
+            write_record(output_dir, record, number, ended)
+    if ended and first_rank(args):
         with replacing(output_dir / "experiment.json") as f:
             json.dump({"role": "student", "method": page.method, "kd_stages": plan.numbers, "seed": args.seed}, f)
+
+
+def _prepare(output_dir: Path, record: Dict[str, Any], plan: Plan, done: int, number: int) -> None:
+    """Make the directory ready for training up to the end of KD stage ``number``, and write the record."""
+    reached = mend(output_dir)
+    done = max((n for n in plan.numbers if n <= done and plan.end_epoch(n) <= reached), default=0)
+    write_record(output_dir, record, done, False)
+    names = ", ".join(f"{p.stage.number} ({p.stage.name})" for p in plan.phases if done < p.stage.number <= number)
+    since = f", from epoch {reached + 1}" if reached else ""
+    logging.info(
+        "KD stage %s: to epoch %d of %d in %s%s", names, plan.end_epoch(number), plan.max_epoch, output_dir, since
+    )
 
 
 def _try_out(cmd: List[str], output_dir: Path) -> None:
@@ -123,67 +136,6 @@ def _try_out(cmd: List[str], output_dir: Path) -> None:
         train([*cmd, "--output_dir", scratch])
 
 
-def _train_part(
-    cmd: List[str],
-    args: argparse.Namespace,
-    plan: Plan,
-    part: List[Phase],
-    number: int,
-    record: Dict[str, Any],
-    done: int,
-) -> None:
-    """Train KD stages that share an optimizer up to the end of ``number``: an ESPnet run, or the next epochs of one."""
-    output_dir, end = Path(args.output_dir), plan.end_epoch(number)
-    first, _ = part[0].epochs(plan.max_epoch)
-    if first_rank(args):
-        write_record(output_dir, record, done, False)
-        reached = mend(output_dir)
-        if reached < first - 1:
-            raise UserError(
-                f"{output_dir} has finished KD stage {done} by its record ({RECORD}), but its checkpoint is of epoch "
-                f"{reached}, before KD stage {part[0].stage.number} begins; remove {output_dir} to train again"
-            )
-        if part[0].stage.restart and reached == first - 1 > 0:
-            forget_optimizer(output_dir)
-        names = ", ".join(f"{p.stage.number} ({p.stage.name})" for p in part if p.stage.number <= number)
-        since = f", from epoch {reached + 1}" if reached else ""
-        logging.info("KD stage %s: to epoch %d of %d in %s%s", names, end, plan.max_epoch, output_dir, since)
-    own = [*cmd, "--kd_stage", str(number)]
-    if number != plan.numbers[-1]:
-        own += ["--patience", "none"]
-    # A part gets its share of the student's warm-up [ours], because a short part would never leave the whole warm-up.
-    warmup = (args.scheduler_conf or {}).get("warmup_steps")
-    share = part[-1].end - part[0].begin
-    if warmup and share < 1:
-        own += ["--scheduler_conf", f"warmup_steps={max(1, round(warmup * share))}"]
-    # Every part of an externally launched job forms a process group of its own, which needs its own file.
-    if args.dist_init_method.startswith("file://"):
-        own += ["--dist_init_method", f"{args.dist_init_method}.kd_stage{number}"]
-    train(own)
-    ended = number == plan.numbers[-1]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        if first_rank(args):
-            _finish(args, record, number, end, ended)
-        torch.distributed.barrier()
-        if not args.dist_init_method.startswith("file://"):
-            # The next part starts its group by a file, because torchrun's store would give it the old addresses.
-            name = [uuid.uuid4().hex]
-            torch.distributed.broadcast_object_list(name, src=0)
-            args.dist_init_method = f"file://{output_dir.resolve()}/.dist_init_{name[0]}"
-        torch.distributed.destroy_process_group()
-    elif first_rank(args):
-        _finish(args, record, number, end, ended)
-    else:
-        await_finish(output_dir, number)
-
-
-def _finish(args: argparse.Namespace, record: Dict[str, Any], number: int, end: int, ended: bool) -> None:
-    """Check that a KD stage has ended, and record it."""
-    check_ended(Path(args.output_dir), end, ended and args.patience is not None)
-    write_record(Path(args.output_dir), record, number, ended)
-
-
 def first_rank(args: argparse.Namespace) -> bool:
     """Whether this process is the one of an externally launched job (torchrun, slurm) that writes."""
     from espnet2.train.distributed_utils import get_node_rank, get_rank
@@ -191,17 +143,3 @@ def first_rank(args: argparse.Namespace) -> bool:
     if args.multiprocessing_distributed:  # one such process per machine, whose children are the ranks
         return not get_node_rank(args.dist_rank, args.dist_launcher)
     return not get_rank(args.dist_rank, args.dist_launcher)
-
-
-def await_finish(output_dir: Path, number: int, seconds: float = 600.0) -> None:
-    """Wait, on another machine, until the first one has recorded the end of a KD stage.
-
-    Raises:
-        UserError: it has not done so within ``seconds``.
-    """
-    for _ in range(math.ceil(seconds / 0.5)):
-        with contextlib.suppress(OSError, ValueError):
-            if json.loads((output_dir / RECORD).read_text(encoding="utf-8"))["finished_kd_stage"] >= number:
-                return
-        time.sleep(0.5)
-    raise UserError(f"the first machine did not finish {output_dir} in {seconds:.0f} s; do both see this directory?")

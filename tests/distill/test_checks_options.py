@@ -27,7 +27,6 @@ PACKAGES = {
     "wandb": ["--use_wandb", "true"],
     "tensorboard": ["--use_tensorboard", "true"],
     "matplotlib": ["--use_matplotlib", "true"],
-    "deepspeed": ["--use_deepspeed", "true"],
     "fairscale": ["--sharded_ddp", "true"],
     "loralib": ["--use_adapter", "true", "--adapter", "lora"],
     "s3prl": ["--use_adapter", "true", "--adapter", "houlsby"],
@@ -41,6 +40,10 @@ def test_packages_that_are_not_installed(corpus, tmp_path, monkeypatch, module, 
     find = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name, *a: None if name == module else find(name, *a))
     refused(corpus.options(tmp_path / "out", *options), r"^--\w+ \w+ needs .*not installed: pip install", tmp_path)
+
+
+def test_another_trainer(corpus, tmp_path):
+    refused(corpus.options(tmp_path / "out", "--use_deepspeed", "true"), "^--use_deepspeed true .*--ngpu", tmp_path)
 
 
 def test_tokens_that_cannot_be_made(corpus, tmp_path):

@@ -1,6 +1,6 @@
 """Two processes on CPU (gloo): after an epoch of each KD stage both ranks have the same parameters, bit for bit.
 
-The last of three KD stages begins with a fresh optimizer, in a new process group.
+The last of three KD stages begins with a fresh optimizer.
 """
 
 import json
@@ -120,9 +120,9 @@ def test_heads_views_decoder_and_a_rank_without_transcripts(tmp_path, corpus, wr
 def test_parameters_of_both_ranks_are_bit_equal(ranks):
     directory, (first, second) = ranks
     assert first["names"] == second["names"]
-    assert any(n.startswith("kd_heads.") for n in first["names"][1])
+    assert any(n.startswith("kd_heads.") for n in first["names"][0])
     assert first["parameters"] == second["parameters"]
-    assert len(set(first["parameters"])) == 2  # one model for KD stages 1 and 2, one for 3
+    assert len(first["parameters"]) == 1  # one model for all KD stages
     ends = [load_state(directory / "student" / d / "student.pth") for d in ("kd_stage1", "kd_stage2", ".")]
     assert len({str(state["ctc.ctc_lo.bias"].tolist()) for state in ends}) == 3  # each KD stage changed the student
 

@@ -4,15 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
-
-from espnet_kd.cli import UserError
-from espnet_kd.tasks.training import await_finish
 
 #: Replacements for Kaldi's slurm.pl and slurm's srun: each requested machine is a local process.
 SLURM_PL = """#!/usr/bin/env bash
@@ -91,15 +87,3 @@ def test_torchrun(tmp_path, corpus, teacher_dir, restarting, env):
     )
     assert done.returncode == 0, done.stderr[-8000:]
     check(out, done.stderr)
-
-
-def test_another_machine_waits_for_the_first(tmp_path):
-    record = tmp_path / "kd_stage.json"
-    record.write_text('{"finished_kd_stage": 1}')
-    await_finish(tmp_path, 1, 0.5)
-    with pytest.raises(UserError, match="do both see this directory"):
-        await_finish(tmp_path, 2, 0.5)
-    timer = threading.Timer(0.3, record.write_text, ['{"finished_kd_stage": 2}'])
-    timer.start()
-    await_finish(tmp_path, 2, 60)
-    timer.join()

@@ -1,7 +1,7 @@
 """After a kill in each KD stage and at each boundary, the same command gives the student of an unbroken training."""
 
 import pytest
-from tiny_phases import MID, RESTART, Killed, assert_same, train, write_page
+from tiny_phases import MID, MID_RESTART, RESTART, Killed, assert_same, train, write_page
 
 pytestmark = pytest.mark.trains
 
@@ -14,20 +14,25 @@ FILES = [
     *[("after", "hand-over", 2), ("after", "hand-over", 3), ("before", "hand-over", 4), ("after", "hand-over", 4)],
     *[("before", "record", 3), ("after", "record", 3)],
 ]
-#: For a KD stage that restarts with epoch 2: from the end of the stage before until its own first epochs are saved.
+#: For a KD stage that restarts in epoch 2: from the end of epoch 1 until the first epochs of the KD stage are saved.
 ANEW = [
-    *[("after", "model", 1), ("before", "hand-over", 1), ("after", "hand-over", 1), ("before", "record", 1)],
-    *[("after", "record", 1), ("before", "restart"), ("while", "restart"), ("after", "restart"), ("step", 2, 0)],
-    *[("step", 2, 2), ("while", "checkpoint", 1), ("while", "checkpoint", 2), ("step", 3, 2)],
+    *[("after", "model", 1), ("after", "restart", -1), ("before", "restart", 0), ("after", "restart", 0)],
+    *[("step", 2, 0), ("step", 2, 2), ("while", "checkpoint", 1), ("while", "checkpoint", 2), ("step", 3, 2)],
 ]
-MOMENTS = [*(("mid", ("step", *s)) for s in STEPS), *(("mid", f) for f in FILES), *(("restart", m) for m in ANEW)]
+PAGES = {"mid": MID, "restart": RESTART, "mid_restart": MID_RESTART}
+MOMENTS = [
+    *(("mid", ("step", *s)) for s in STEPS),
+    *(("mid", f) for f in FILES),
+    *((name, m) for name in ("restart", "mid_restart") for m in ANEW),
+    *(("restart", (when, "hand-over", 1)) for when in ("before", "after")),
+]
 
 
 @pytest.fixture(scope="module")
 def unbroken(corpus, teacher_dir, tmp_path_factory):
     """{name: (page, directory of a training without a kill)}."""
     runs = {}
-    for name, page in (("mid", MID), ("restart", RESTART)):
+    for name, page in PAGES.items():
         directory = tmp_path_factory.mktemp(name)
         page = write_page(directory, **page)
         train(corpus, directory / "student", page, "--teacher", teacher_dir)
@@ -46,6 +51,7 @@ def test_the_boundaries_lie_where_the_moments_are(unbroken):
         found[name] = [[plan.at(Progress(e, 4, s, 3)).phase.stage.number for s in range(3)] for e in (1, 2, 3, 4)]
     assert found["mid"] == [[1, 1, 1], [1, 2, 2], [2, 3, 3], [3, 3, 3]]
     assert found["restart"] == [[1, 1, 1], [2, 2, 2], [2, 2, 3], [3, 3, 3]]
+    assert found["mid_restart"] == [[1, 1, 1], [1, 2, 2], [2, 2, 3], [3, 3, 3]]
 
 
 @pytest.mark.faults("a training killed in each KD stage and at each boundary")

@@ -8,7 +8,7 @@ import tiny_asr
 import tiny_kd
 import torch
 from test_model import adopt, in_stage
-from tiny_phases import EPOCHS, MID, RESTART, Killed, assert_same, train, write_page
+from tiny_phases import EPOCHS, MID, MID_RESTART, RESTART, Killed, assert_same, train, write_page
 
 from espnet_kd.bin import asr_kd_cache
 from espnet_kd.cli import UserError
@@ -19,7 +19,7 @@ from espnet_kd.experiments.models import load_state
 
 pytestmark = pytest.mark.trains
 
-PAGES = {"mid": MID, "restart": RESTART, "whole epochs": dict(shares=(0.25, 0.25, 0.5))}
+PAGES = {"mid": MID, "restart": RESTART, "mid_restart": MID_RESTART, "whole epochs": dict(shares=(0.25, 0.25, 0.5))}
 
 
 @pytest.mark.parametrize("name", PAGES)
@@ -279,11 +279,11 @@ def test_an_end_before_the_end_of_a_kd_stage_is_an_error(corpus, teacher_dir, tm
     """If ESPnet ends a training too early without an error, for any reason, the error is raised here."""
     from espnet2.train.reporter import Reporter
 
-    from espnet_kd.tasks import training
+    from espnet_kd.distill.phases import PhaseChanges
 
     monkeypatch.setattr(Reporter, "check_early_stopping", lambda self, patience, *criterion: True)
-    original = training.train
-    monkeypatch.setattr(training, "train", lambda cmd: original([*cmd, "--patience", "1"]))
+    early = {"patience": 1}
+    monkeypatch.setattr(PhaseChanges, "at_epoch", lambda changes, _: vars(changes.trainer_options).update(early))
     page = write_page(tmp_path, **MID)
     with pytest.raises(
         UserError, match="training ended after epoch 1 of 2 in .*patience may only end the last KD stage"

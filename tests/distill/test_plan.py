@@ -40,43 +40,24 @@ def test_they_follow_each_other_from_0_to_1(page, shares, restart):
 
 
 @pytest.mark.parametrize(
-    "max_epoch, chosen, epochs",
+    "chosen, shares",
     [
-        (100, [1, 2, 3], {1: 10, 2: 10, 3: 80}),
-        (40, [1, 2, 3], {1: 4, 2: 4, 3: 32}),
-        (40, [1, 3], {1: 4, 3: 36}),
-        (40, [2, 3], {2: 4, 3: 36}),
-        (40, [3], {3: 40}),
-        (40, [1, 2], {1: 4, 2: 36}),
-        (40, [2, 1, 2], {1: 4, 2: 36}),
-        (3, [1, 2, 3], {1: 1, 2: 1, 3: 1}),
-        (7, [1, 2, 3], {1: 1, 2: 1, 3: 5}),
-        (1, [3], {3: 1}),
-        (40, None, {1: 4, 2: 4, 3: 32}),
+        ([1, 2, 3], {1: 0.1, 2: 0.1, 3: 0.8}),
+        ([1, 3], {1: 0.1, 3: 0.9}),
+        ([2, 3], {2: 0.1, 3: 0.9}),
+        ([3], {3: 1.0}),
+        ([1, 2], {1: 0.1, 2: 0.9}),
+        ([2, 1, 2], {1: 0.1, 2: 0.9}),
+        (None, {1: 0.1, 2: 0.1, 3: 0.8}),
     ],
 )
-def test_whole_epochs_where_each_begins_with_a_restart(page, max_epoch, chosen, epochs):
-    """The last KD stage gets the share of those left out, so that every student trains ``max_epoch`` epochs."""
-    plan = make_plan(page((0.1, 0.1, 0.8), *restarts(3)), max_epoch, chosen)
-    assert plan.numbers == sorted(epochs)
-    first, expected = 1, []
-    for number, count in epochs.items():
-        expected.append((first, first + count - 1))
-        assert plan.end_epoch(number) == first + count - 1
-        first += count
-    assert [phase.epochs(max_epoch) for phase in plan.phases] == expected
-    assert plan.end_epoch(None) == expected[-1][1] == max_epoch
-    assert [[p.stage.number for p in part] for part in plan.parts()] == [[number] for number in plan.numbers]
-
-
-def test_too_few_epochs(page):
-    with pytest.raises(UserError, match="max_epoch 2 is too few for 3 KD stages of .*page.yaml"):
-        make_plan(page((0.1, 0.1, 0.8), *restarts(3)), 2)
-    assert len(make_plan(page((0.1, 0.1, 0.8)), 1).phases) == 3  # without restarts a KD stage may begin at any step
-    # The first share is rounded up to two of three epochs, so that the second one would end after the training.
-    with pytest.raises(UserError, match="max_epoch 3 is too few for 3 KD stages of .*page.yaml"):
-        make_plan(page((0.5, 0.45, 0.05), {}, {"restart": True}), 3)
-    assert make_plan(page((0.5, 0.45, 0.05), {}, {"restart": True}), 4).phases[1].end == pytest.approx(0.95)
+@pytest.mark.parametrize("restart", [False, True])
+def test_the_last_kd_stage_has_the_share_of_those_left_out(page, chosen, shares, restart):
+    """Every student therefore trains ``max_epoch`` epochs."""
+    plan = make_plan(page((0.1, 0.1, 0.8), *(restarts(3) if restart else [])), 40, chosen)
+    assert plan.numbers == sorted(shares)
+    assert [phase.end - phase.begin for phase in plan.phases] == pytest.approx(list(shares.values()))
+    assert plan.end_epoch(None) == plan.end_epoch(plan.numbers[-1]) == 40
 
 
 @pytest.mark.parametrize("wanted", [[1, 4], [0], [-1, 2]])
@@ -121,16 +102,35 @@ def test_each_step_is_in_one_of_them(page, shares, steps, max_epoch):
     assert seen == sorted(seen)
 
 
-def test_a_restart_and_a_boundary_in_the_middle_of_an_epoch(page):
-    """Before a KD stage with ``restart`` the boundary is at the end of an epoch; others are exactly at the shares."""
-    plan = make_plan(page((0.13, 0.2, 0.67), {}, {}, {"restart": True}), 10)
-    assert [p.end for p in plan.phases] == [0.13, 0.3, 1.0]
-    assert [[p.stage.number for p in part] for part in plan.parts()] == [[1, 2], [3]]
-    plan = make_plan(page((0.13, 0.2, 0.67), {}, {"restart": True}), 10)
-    assert [p.end for p in plan.phases] == pytest.approx([0.1, 0.3, 1.0])
-    assert [[p.stage.number for p in part] for part in plan.parts()] == [[1], [2, 3]]
-    # Without KD stage 1, stage 2 has nothing to restart after, and stages 2 and 3 are one part.
-    assert [[p.stage.number for p in part] for part in make_plan(plan.page, 10, [2, 3]).parts()] == [[2, 3]]
+def test_parts_that_restarts_divide(page):
+    """A part is KD stages with the same optimizer. A restart moves no boundary, also within an epoch."""
+    shares = (0.13, 0.2, 0.67)
+    for wanted, restarting, parts in [
+        (None, (), [0, 0, 0]),
+        (None, (3,), [0, 0, 1]),
+        (None, (2,), [0, 1, 1]),
+        (None, (2, 3), [0, 1, 2]),
+        # Without KD stage 1, stage 2 has nothing to restart after.
+        ([2, 3], (2,), [0, 0]),
+        ([1, 3], (2,), [0, 0]),
+        ([1, 3], (2, 3), [0, 1]),
+    ]:
+        plan = make_plan(page(shares, *({"restart": True} if n in restarting else {} for n in (1, 2, 3))), 10, wanted)
+        assert [phase.part for phase in plan.phases] == parts
+        if wanted is None:
+            assert [phase.end for phase in plan.phases] == pytest.approx([0.13, 0.33, 1.0])
+        for part in set(parts):
+            assert plan.share(part) == pytest.approx(sum(p.end - p.begin for p in plan.phases if p.part == part))
+        assert sum(map(plan.share, set(parts))) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("max_epoch", [1, 3, 10, 30, 100])
+@pytest.mark.parametrize("shares", [(0.1, 0.2, 0.7), (0.7, 0.1, 0.2), (1 / 3, 1 / 3, 1 / 3), (0.02, 0.03, 0.95)])
+def test_the_phase_before_an_epoch_is_that_of_the_last_step(page, shares, max_epoch):
+    plan, steps = make_plan(page(shares), max_epoch), 1000
+    for epoch in range(2, max_epoch + 1):
+        assert plan.before(epoch) is plan.at(Progress(epoch - 1, max_epoch, steps - 1, steps)).phase
+    assert plan.before(1) is plan.phases[0]
 
 
 def weights(plan, index):

@@ -1,6 +1,7 @@
 """Resuming after a kill, also if it came while a checkpoint was written."""
 
 import datetime
+import json
 import shutil
 
 import pytest
@@ -204,9 +205,13 @@ def test_training_resumes_to_the_same_student(corpus, teacher_dir, unbroken, kil
 
 @pytest.mark.faults("half-written and foreign checkpoints")
 def test_nothing_readable_is_left_of_the_kd_stages_before(corpus, teacher_dir, tmp_path):
-    """This is an error: otherwise the last KD stage would start from an untrained student, against the record."""
-    page, out = write_page(tmp_path, **RESTART), tmp_path / "student"
-    train(corpus, out, page, "--teacher", teacher_dir, "--kd_stage", 1)
-    truncate(out / "checkpoint.pth")
-    with pytest.raises(UserError, match="student has finished KD stage 1 by its record .*of epoch 0.*remove .*student"):
-        train(corpus, out, page, "--teacher", teacher_dir)
+    """Their record alone is not enough: they are trained again."""
+    page, one, other = write_page(tmp_path, **RESTART), tmp_path / "one", tmp_path / "other"
+    train(corpus, one, page, "--teacher", teacher_dir)
+    train(corpus, other, page, "--teacher", teacher_dir, "--kd_stage", 1)
+    truncate(other / "checkpoint.pth")
+    with pytest.raises(Killed):
+        train(corpus, other, page, "--teacher", teacher_dir, kill_at=("step", 1, 1))
+    assert json.loads((other / "kd_stage.json").read_text())["finished_kd_stage"] == 0
+    train(corpus, other, page, "--teacher", teacher_dir)
+    assert_same(one, other)

@@ -10,6 +10,7 @@ import yaml
 
 from espnet_kd.bin import asr_kd_train
 from espnet_kd.distill.page import METHODS_DIR
+from espnet_kd.distill.phases import PhaseChanges
 from espnet_kd.distill.schedule import EpochHooks
 from espnet_kd.experiments import checkpoints
 from espnet_kd.experiments.checkpoints import read_checkpoint
@@ -20,7 +21,9 @@ EPOCHS = 4
 #: KD stages end with the first step of epoch 2 and of epoch 3.
 MID = dict(shares=(0.3, 0.25, 0.45))
 #: KD stage 2 restarts with epoch 2, and ends with the second step of epoch 3.
-RESTART = dict(shares=(0.3, 0.38, 0.32), restart=2)
+RESTART = dict(shares=(0.25, 0.38, 0.37), restart=2)
+#: KD stage 2 restarts with the second step of epoch 2, and ends with the second step of epoch 3.
+MID_RESTART = dict(shares=(0.3, 0.33, 0.37), restart=2)
 
 
 class Killed(BaseException):
@@ -57,7 +60,8 @@ class Moments:
     ("step", epoch, step): before this step.
     (when, file, epoch): ``before``, ``while`` or ``after`` a file (``checkpoint``, ``model``) of this epoch is written.
     (when, "hand-over", epoch), (when, "record", KD stage): ``before`` or ``after`` it.
-    (when, "restart"): ``before``, ``while`` or ``after`` the optimizer is forgotten.
+    (when, "restart", part): ``before`` or ``after`` the optimizer is restarted at the end of this part; -1: at the
+    beginning of the training.
     """
 
     def __init__(self, at):
@@ -108,11 +112,11 @@ class Moments:
         patch.setattr(EpochHooks, "_count", stepping)
         patch.setattr(torch, "save", saving)
         patch.setattr(asr_kd, "hand_over", self.around(asr_kd.hand_over, "hand-over", lambda o, p, epoch, **_: epoch))
-        finish = self.around(training._finish, "record", lambda a, r, number, *_: number)
-        patch.setattr(training, "_finish", finish)
-        patch.setattr(training, "forget_optimizer", self.around(training.forget_optimizer, "restart"))
-        if at == ("while", "restart"):
-            patch.setattr(checkpoints.os, "replace", lambda *a: self.pass_by("while", "restart"))
+        # Its first record is that of the KD stages that were finished before.
+        write = self.around(training.write_record, "record", lambda out, record, done, ended: done)
+        patch.setattr(training, "write_record", write)
+        restart = self.around(PhaseChanges._restart, "restart", lambda changes, share: changes.part)
+        patch.setattr(PhaseChanges, "_restart", restart)
 
 
 def assert_same(one, other, ends=("kd_stage1", "kd_stage2", ".")):

@@ -24,7 +24,6 @@ PACKAGES: Tuple[Tuple[str, Optional[str], str, str], ...] = (
     ("use_wandb", None, "wandb", "wandb"),
     ("use_tensorboard", None, "tensorboard", "tensorboard"),
     ("use_matplotlib", None, "matplotlib", "matplotlib"),
-    ("use_deepspeed", None, "deepspeed", "deepspeed"),
     ("sharded_ddp", None, "fairscale", "fairscale"),
     ("token_type", "hugging_face", "transformers", "transformers"),
     ("token_type", "whisper_en", "whisper", "openai-whisper"),
@@ -81,7 +80,12 @@ def check_ranges(args: argparse.Namespace) -> None:
 
 
 def check_packages(args: argparse.Namespace) -> None:
-    """Refuse options that need a package which is not installed (:class:`UserError`)."""
+    """Refuse DeepSpeed, and options that need a package which is not installed (:class:`UserError`)."""
+    if getattr(args, "use_deepspeed", False):
+        raise UserError(
+            "--use_deepspeed true replaces the trainer and the optimizer in which KD stages and checks work; for more "
+            "GPUs give --ngpu or --num_nodes"
+        )
     needed = [p for p in PACKAGES if getattr(args, p[0], None) == (True if p[1] is None else p[1])]
     if getattr(args, "use_adapter", False):
         module, package = ADAPTERS.get(args.adapter, (None, None))
