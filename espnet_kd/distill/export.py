@@ -28,6 +28,7 @@ from espnet_kd.experiments.models import (
 )
 from espnet_kd.experiments.named_files import find_token_model
 from espnet_kd.experiments.portable import PORTABLE, can_fold, fold, unfold_config, unfold_state
+from espnet_kd.experiments.trust import FOREIGN
 from espnet_kd.files import replacing, replacing_directory
 
 MODEL, CONFIG, STATISTICS, TOKEN_MODEL = "model.pth", "config.yaml", "feats_stats.npz", "bpe.model"
@@ -44,12 +45,17 @@ def export(experiment: Union[str, Path], output_dir: Optional[Path] = None) -> P
     The zip is that of ``espnet2.bin.pack``. Both are whole or absent; an earlier export is replaced.
 
     Raises:
-        UserError: the experiment is incomplete, a file that its config names is missing or of another kind, or the
-            output directory has other files.
+        UserError: the experiment is incomplete or an imported model, a file that its config names is missing or of
+            another kind, or the output directory has other files.
     """
     config_file, model_file = find_experiment(experiment)
     out = output_dir or config_file.parent / "export"
     config, state = without_distillation(config_file, load_state(model_file))
+    if str(config.get("encoder")).lower() in FOREIGN:
+        raise UserError(
+            f"{config_file}: its encoder, {config['encoder']}, runs a model of another toolkit, which ESPnet alone "
+            f"cannot load; distil it (run.sh --teacher {config_file.parent}), and export the student"
+        )
     # Reset options that only training needs, and files that the user of the model does not have.
     config.update(output_dir=str(out), init_param=[], resume=False)
     with replacing_directory(out, FILES) as part:

@@ -102,14 +102,17 @@ def read_status(run: Path, name: str) -> Status:
         if "method" in record
         else facts.get("role", "training")
     )
-    epochs = record.get("epochs") or _max_epoch(run / "config.yaml")
+    config = _read_config(run / "config.yaml")
+    epochs = record.get("epochs") or _whole_number(config.get("max_epoch"))
     valid = history[epoch].get("valid", {}) if history else {}
     pace = seconds(history) / len(history) if history else 0.0
     silent = time.time() - max(_written(run), default=run.stat().st_mtime)
     since = time.time() - (run / "checkpoint.pth").stat().st_mtime if (run / "checkpoint.pth").exists() else 0.0
     left_alone = not history and _has_result(run) and not (run / "checkpoint.pth").exists()
-    # A student still has its experiment.json while a higher max_epoch extends its training; its record is up to date.
-    described = bool(facts) and "finished" not in record
+    # A model still has its experiment.json while a higher max_epoch extends its training. The record of a distilled
+    # student is up to date; without one, only patience ends a training before its last epoch.
+    extended = history and epochs and epoch < epochs and config.get("patience") is None
+    described = bool(facts) and "finished" not in record and not extended
     finished = bool(record.get("finished") or described or (epochs and epoch >= epochs) or left_alone)
     left = max(0.0, (epochs - epoch) * pace - since) if epochs and pace else None
     return Status(name, str(what), epoch, epochs, valid.get("loss"), left, silent, finished, pace)
@@ -137,12 +140,15 @@ def _written(run: Path) -> List[float]:
     return [p.stat().st_mtime for p in (*logs, run / "checkpoint.pth", run / "config.yaml") if p.exists()]
 
 
-def _max_epoch(config: Path) -> Optional[int]:
+def _read_config(path: Path) -> Dict[str, Any]:
     try:
-        content = parse_yaml(config.read_text(encoding="utf-8"), str(config))
+        content = parse_yaml(path.read_text(encoding="utf-8"), str(path))
     except (OSError, UnicodeDecodeError, UserError):
-        return None
-    value = content.get("max_epoch") if isinstance(content, dict) else None
+        return {}
+    return content if isinstance(content, dict) else {}
+
+
+def _whole_number(value: Any) -> Optional[int]:
     return value if isinstance(value, int) else None
 
 

@@ -77,7 +77,10 @@ def test_without_onnxruntime_web_nothing_is_written(tmp_path, stand_in, monkeypa
 @pytest.mark.skipif(shutil.which("node") is None, reason="node runs the page's functions")
 @pytest.mark.parametrize(
     "texts, whole",
-    [([], ""), (["a b"], "a b"), (["a", "b", "c"], "a b c"), (["今天", "天气", "ok", "很好"], "今天天气 ok 很好")],
+    [
+        *[([], ""), (["a b"], "a b"), (["a", "b", "c"], "a b c"), (["今天", "天气", "ok", "很好"], "今天天气 ok 很好")],
+        *[(["สวัสดี", "ครับ"], "สวัสดีครับ"), (["한국", "사람"], "한국 사람")],
+    ],
 )
 def test_the_page_joins_the_pieces_of_long_audio(tmp_path, texts, whole):
     (tmp_path / "ort").mkdir()

@@ -196,6 +196,14 @@ def test_an_entry_that_was_changed_is_refused(moved, changes):
         load_model(*find_experiment(place / "folder"))
 
 
+def test_an_imported_model_is_refused(tmp_path):
+    conf = tiny_asr.config()
+    tiny_asr.save(tiny_asr.build(conf), {**conf, "encoder": "onnx_ctc"}, tmp_path / "imported")
+    with pytest.raises(UserError, match="imported/config.yaml: its encoder, onnx_ctc, .*--teacher .*imported"):
+        export(tmp_path / "imported")
+    assert not (tmp_path / "imported/export").exists()
+
+
 @pytest.fixture
 def bpe(tmp_path, monkeypatch):
     """A recipe whose student uses BPE tokens."""

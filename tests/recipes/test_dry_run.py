@@ -143,6 +143,7 @@ NAMES = ["tag", "train_set", "valid_set", "test_sets"]
         ("mini", ["--train_set", "test"], "--train_set test is one of --test_sets"),
         ("mini", ["--expdir", "my exp"], "--expdir must be without blanks, not 'my exp'"),
         ("mini", ["--dumpdir", "my dump"], "--dumpdir must be without blanks"),
+        ("mini", ["--student_config", "my conf.yaml"], "--student_config must be without blanks"),
         ("mini", ["--stage", "6", "--stop_stage", "5"], "--stage 6 lies after --stop_stage 5: nothing to run"),
         ("mini", ["--stage", "14"], "--stage 14 lies after --stop_stage 13"),
         ("mini", ["--nj", "0"], "--nj must be a whole number above 0, not '0'"),

@@ -96,6 +96,17 @@ def test_a_finished_training_that_goes_on_is_not_finished(tmp_path, capsys):
         assert f"epoch 4 of {epochs}, " in line and line.endswith("finished") == finished
 
 
+def test_a_plain_training_that_goes_on_is_not_finished(tmp_path, capsys):
+    plain = tmp_path / "exp/plain"
+    describe(plain, "plain")
+    for epochs, patience, finished in ((4, None, True), (9, None, False), (9, 3, True)):
+        plain.mkdir(exist_ok=True)
+        (plain / "config.yaml").write_text(yaml.safe_dump({"max_epoch": epochs, "patience": patience}))
+        train(plain, 4, ["loss"])
+        (line,) = once(tmp_path / "exp", capsys)
+        assert f"epoch 4 of {epochs}, " in line and line.endswith("finished") == finished
+
+
 def test_a_run_that_writes_nothing_is_called_silent(exp, capsys):
     age(exp / "plain", 600)
     assert "nothing written for 10 min 00 s: has it stopped?" in once(exp, capsys)[0]

@@ -117,7 +117,7 @@ check_options() {
         [ -n "${!name//[[:space:]]/}" ] ||
             refuse "--${name} is empty (an unset variable?); give a value, or leave the option out"
     done
-    for name in expdir dumpdir train_set valid_set tag; do
+    for name in expdir dumpdir train_set valid_set tag teacher_config student_config; do
         [[ "${!name}" != *[[:space:]]* ]] || refuse "--${name} must be without blanks, not '${!name}'"
     done
     read -r -a list <<<"${test_sets}"

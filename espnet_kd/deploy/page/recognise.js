@@ -68,8 +68,10 @@ export function toText(about, tokens) {
 }
 
 // Scripts that are written without blanks between words, at the end and at the beginning of a text.
-const ENDS = /[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}]$/u;
-const BEGINS = /^[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}]/u;
+const UNSPACED = ["Han", "Hiragana", "Katakana", "Thai", "Lao", "Khmer", "Myanmar"];
+const UNSPACED_CHARACTER = `[${UNSPACED.map((name) => `\\p{Script=${name}}`).join("")}]`;
+const ENDS = new RegExp(`${UNSPACED_CHARACTER}$`, "u");
+const BEGINS = new RegExp(`^${UNSPACED_CHARACTER}`, "u");
 
 // The texts of pieces as one text.
 export function join(texts) {
