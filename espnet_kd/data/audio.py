@@ -100,7 +100,7 @@ def read_samples(
     with _opened(source, name) as f:
         if isinstance(channels, int) and channels >= f.channels:
             raise UserError(f"{name} has {f.channels} channel(s), and channel {channels}, counted from 0, is asked for")
-        f.seek(start)
+        _go_to(f, name, start)
         blocks = list(_blocks(f, name, start, f.frames if stop is None else stop))
         rate, number = f.samplerate, f.channels
     x = np.concatenate(blocks) if blocks else np.zeros((0, number))
@@ -139,6 +139,12 @@ def check_samples(path: str) -> bool:
         if f.subtype.startswith("PCM_") and f.format != "FLAC":
             return False
         return any([bool(np.abs(block).max() > 1) for block in _blocks(f, path, 0, f.frames)])
+
+
+def can_seek(path: str) -> bool:
+    """Whether a file that can be read allows seeking, as ESPnet's reader needs it; GSM 6.10 in WAV does not."""
+    with _opened(path, path) as f:
+        return bool(f.seekable())
 
 
 def to_int16(samples):
@@ -184,6 +190,15 @@ def _opened(source: Union[str, IO[bytes]], name: str):
     if not _is_whole(f, _read_head(source) if isinstance(source, str) else ""):
         raise UserError(f"{name} is cut: it is shorter than its header states")
     return f
+
+
+def _go_to(f, name: str, start: int) -> None:
+    """Move an open soundfile to a sample; if its format does not allow seeking, it is decoded up to there."""
+    if f.seekable():
+        f.seek(start)
+        return
+    for _ in _blocks(f, name, 0, start):
+        pass
 
 
 def _blocks(f, name: str, start: int, stop: int):

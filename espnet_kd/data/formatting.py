@@ -1,7 +1,7 @@
 """Stage 2: a data dir → ``dump/raw/<name>``: one mono file per utterance, one sampling rate, speed-perturbed copies.
 
-Files that need no change (right rate, mono, complete, factor 1.0, quick to decode) are referenced where they are; all
-others are written as 16-bit FLAC to ``<dst>/audio/<speaker>/<utterance>.flac``.
+Files that need no change (right rate, mono, complete, factor 1.0, quick to decode, of a format that allows seeking) are
+referenced where they are; all others are written as 16-bit FLAC to ``<dst>/audio/<speaker>/<utterance>.flac``.
 """
 
 from __future__ import annotations
@@ -22,7 +22,16 @@ from typing import Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, 
 from tqdm import tqdm
 
 from espnet_kd.cli import UserError
-from espnet_kd.data.audio import check_samples, is_in_ark, is_pipe, read_audio_info, read_samples, to_int16, write_audio
+from espnet_kd.data.audio import (
+    can_seek,
+    check_samples,
+    is_in_ark,
+    is_pipe,
+    read_audio_info,
+    read_samples,
+    to_int16,
+    write_audio,
+)
 from espnet_kd.data.characters import id_fault, name_character, odd_blank, with_plain_blanks
 from espnet_kd.data.datadir import (
     MAX_OVERSHOOT,
@@ -307,6 +316,7 @@ def _format_one(utt: Utterance, plan: _Plan) -> _Made:
         as_it_is = utt.recording is None and rate == plan.fs and channels == 1 and quick and 1.0 in plan.speed_factors
         if frames == 0:
             raise UserError(f"the audio has zero length: {utt.audio}")
+        as_it_is = as_it_is and can_seek(utt.audio)
         # A file that is only referenced is decoded too, because a fault in it would stop a training later. If it has
         # clipped samples, it is written as a new file, like the other copies.
         clipped = as_it_is and check_samples(utt.audio)

@@ -215,3 +215,19 @@ def test_statistics_have_to_be_numbers(value, message: str, tmp_path: Path) -> N
         asr_kd_data.main(["statistics", str(path)])
     np.savez(path, **good)
     asr_kd_data.main(["statistics", str(path)])
+
+
+def test_audio_without_seeking_becomes_flac(tmp_path: Path) -> None:
+    """GSM 6.10 in WAV, as telephone systems record it: ESPnet's reader would seek, and end the training."""
+    (tmp_path / "call.wav").write_bytes(as_bytes(NOISE, "WAV", "GSM610"))
+    whole, _ = soundfile.read(tmp_path / "call.wav")
+    write_data_dir(tmp_path / "src", [Utterance("u1", "s", str(tmp_path / "call.wav"), "A")])
+    format_data(tmp_path / "src", tmp_path / "dst", speed_factors=(0.9, 1.0))
+    found = {u.utt_id: u for u in read_data_dir(tmp_path / "dst")}
+    assert found["u1"].audio.endswith("/u1.flac") and np.array_equal(soundfile.read(found["u1"].audio)[0], whole)
+    assert found["sp0.9-u1"].num_samples == round(FS / 0.9)
+    part = Utterance("u1", "s", str(tmp_path / "call.wav"), "A", recording="r", start=0.25, end=0.5)
+    write_data_dir(tmp_path / "cut", [part])
+    format_data(tmp_path / "cut", tmp_path / "segment")
+    [cut] = read_data_dir(tmp_path / "segment")
+    assert np.array_equal(soundfile.read(cut.audio)[0], whole[FS // 4 : FS // 2])
