@@ -222,16 +222,24 @@ def _tokens(args: argparse.Namespace) -> None:
 
 def _add_fit_text(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("data_dirs", nargs="+", metavar="DATA_DIR", help="formatted data dirs, whose text is rewritten")
-    sub.add_argument("--token_list", required=True, help="tokens.txt with the characters to use")
+    sub.add_argument("--token_list", help="tokens.txt with the characters to use; required without --undo")
     sub.add_argument("--token_type", choices=("char", "bpe"), default="char", help="bpe: those of its pieces")
     sub.add_argument("--rewrite", metavar="FILE", help="first by these rules, a regular expression, a tab and what "
                      "comes in its place in each line, such as for digits")  # fmt: skip
+    sub.add_argument("--undo", action="store_true", help="give the data dirs the texts again that they had before")
 
 
 def _fit_text(args: argparse.Namespace) -> None:
-    from espnet_kd.data.text_fit import fit_data_dir, read_rules
+    from espnet_kd.data.text_fit import fit_data_dir, read_rules, unfit_data_dir
     from espnet_kd.data.tokenizing import TokenList
 
+    if args.undo == bool(args.token_list or args.rewrite):
+        raise UserError("give either --token_list, with or without --rewrite, or --undo")
+    if args.undo:
+        for data_dir in args.data_dirs:
+            if unfit_data_dir(data_dir):
+                logging.info("%s: the texts are those from before the conversion to a teacher's characters", data_dir)
+        return
     tokens = TokenList(args.token_list, args.token_type).characters()
     rules = read_rules(args.rewrite) if args.rewrite else ()
     for data_dir in args.data_dirs:

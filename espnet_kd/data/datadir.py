@@ -29,6 +29,8 @@ from espnet_kd.files import PathLike
 
 Item = TypeVar("Item")
 NumberedLine = Tuple[str, int, str]  # id, line number from 1, rest of the line
+#: The file with the texts from before their conversion to a teacher's characters (`espnet_kd.data.text_fit`).
+OWN_TEXT = "text.before_fit"
 MAX_SHOWN = 10  # faults that a message names; more are only counted
 MAX_OVERSHOOT = 0.5  # seconds by which a segment may end after its recording, as in Kaldi's extract-segments
 RUN = 20_000  # items sorted in memory at a time, some 20 MB of utterances
@@ -289,7 +291,7 @@ def write_data_dir(data_dir: PathLike, utterances: Iterable[Utterance]) -> int:
             partial.mkdir(parents=True)
             number = _write_files(data_dir, partial, itertools.chain([first], ordered), kinds)
             # Files of an earlier run must not be read together with the new ones.
-            for name in ("wav.scp", "text", "segments", "utt2num_samples"):
+            for name in ("wav.scp", "text", OWN_TEXT, "segments", "utt2num_samples"):
                 (data_dir / name).unlink(missing_ok=True)
             for path in sorted(partial.iterdir(), key=lambda path: path.name == "wav.scp"):
                 os.replace(path, data_dir / path.name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import unicodedata
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import Collection, Dict, List, Pattern, Sequence, Tuple, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.characters import name_character
-from espnet_kd.data.datadir import iter_lines, read_map
-from espnet_kd.files import replacing
+from espnet_kd.data.datadir import OWN_TEXT, iter_lines, read_map
+from espnet_kd.experiments.record import Record
+from espnet_kd.files import replacing, sha256_of
 
 #: Characters that stand for an apostrophe.
 APOSTROPHES = "\u2019\u2018\u02bc\u0060\u00b4"
@@ -93,6 +95,9 @@ def rewrite(text: str, rules: Rules) -> str:
 def fit_data_dir(data_dir: Union[str, Path], tokens: Collection[str], rules: Rules = ()) -> Tuple[int, int]:
     """Rewrite ``text`` of a data dir by :func:`rewrite` and :func:`fit_text`; a text that fits is left as it is.
 
+    The texts before are kept in ``OWN_TEXT``, after ``rules``. A later call for other tokens begins with them, because
+    punctuation and case that one teacher lacks another teacher may have; :func:`unfit_data_dir` restores them.
+
     Returns:
         utterances that were changed, utterances with a text
 
@@ -103,7 +108,8 @@ def fit_data_dir(data_dir: Union[str, Path], tokens: Collection[str], rules: Rul
     if not path.is_file():
         return 0, 0
     texts = read_map(path)
-    fitted = {u: fit_text(rewrite(t, rules), tokens) for u, t in texts.items()}
+    own = {u: rewrite(t, rules) for u, t in (read_map(path.with_name(OWN_TEXT)) if is_fitted(path) else texts).items()}
+    fitted = {u: fit_text(t, tokens) for u, t in own.items()}
     strange: Dict[str, str] = {}
     for utt_id, text in fitted.items():
         if left := next((c for c in text if c != " " and c not in tokens), None):
@@ -117,10 +123,36 @@ def fit_data_dir(data_dir: Union[str, Path], tokens: Collection[str], rules: Rul
         )
     changed = [u for u, text in fitted.items() if text != " ".join(texts[u].split())]
     if changed:
-        with replacing(path) as f:
-            f.writelines(f"{u} {text}\n" if text else f"{u}\n" for u, text in fitted.items())
+        for file, content in ((path.with_name(OWN_TEXT), own), (path, fitted)):
+            with replacing(file) as f:
+                f.writelines(f"{u} {text}\n" if text else f"{u}\n" for u, text in content.items())
+        _record_of(path).finish(sha256_of(path))
         logging.info(
             "%s: %d of %d texts were changed to the teacher's characters, such as that of %s: %r → %r",
             path, len(changed), len(texts), changed[0], texts[changed[0]], fitted[changed[0]],
         )  # fmt: skip
     return len(changed), len(texts)
+
+
+def unfit_data_dir(data_dir: Union[str, Path]) -> bool:
+    """Restore the texts that :func:`fit_data_dir` has changed; return whether there were any.
+
+    A ``text`` that was written since then is kept.
+    """
+    path = Path(data_dir) / "text"
+    fitted = is_fitted(path)
+    if fitted:
+        os.replace(path.with_name(OWN_TEXT), path)
+    path.with_name(OWN_TEXT).unlink(missing_ok=True)
+    _record_of(path).path.unlink(missing_ok=True)
+    return fitted
+
+
+def is_fitted(text: Path) -> bool:
+    """Whether a ``text`` is as :func:`fit_data_dir` has written it, and the texts before are there."""
+    return text.is_file() and text.with_name(OWN_TEXT).is_file() and _record_of(text).is_of(sha256_of(text))
+
+
+def _record_of(text: Path) -> Record:
+    """The record of a fitted ``text``: its hash."""
+    return Record(text.with_name(".fitted"))

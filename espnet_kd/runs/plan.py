@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Dict, List, Optional, Sequence, Tuple
 
+from espnet_kd.data.datadir import OWN_TEXT
 from espnet_kd.runs.options import Job, WrongOption
 from espnet_kd.runs.steps import Step
 
@@ -187,14 +188,14 @@ def decoding(experiments: Sequence[str]) -> Optional[Step]:
 def copy_without_text(job: Job) -> None:
     """Make the training data of methods without labels. They have no text, which proves that no label is used.
 
-    All files except ``text`` are copied; the audio stays in place, because wav.scp has its paths.
+    All files except the texts are copied; the audio stays in place, because wav.scp has its paths.
     The token list of the training set is copied too, because run.sh has one for each training set.
     """
     source = job.recipe / job.settings["dumpdir"] / "raw" / job.settings["train_set"]
     destination = source.with_name(f"{source.name}_without_text")
     destination.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if file.is_file() and file.name != "text":
+        if file.is_file() and file.name not in ("text", OWN_TEXT):
             shutil.copy2(file, destination / file.name)
     tokens = token_dir(job, source.name)
     if (job.recipe / tokens).is_dir():  # with a given teacher, the students get the teacher's list

@@ -108,3 +108,46 @@ def test_the_shipped_rules_for_english_numbers():
         "I'm 19": "I'M ONE NINE",
     }
     assert {t: fit_text(rewrite(t, rules), tokens) for t in written} == written
+
+
+MIXED = ["<blank>", "<unk>", "<space>", *"abcdeABCDE,.", "<sos/eos>"]
+
+
+def fit(tmp_path, tokens, *options):
+    (tmp_path / "tokens.txt").write_text("".join(f"{t}\n" for t in tokens), encoding="utf-8")
+    asr_kd_data.main(["fit_text", str(tmp_path), "--token_list", str(tmp_path / "tokens.txt"), *options])
+    return (tmp_path / "text").read_text(encoding="utf-8")
+
+
+def test_a_second_teacher_gets_what_the_first_one_lacks(tmp_path):
+    own = "u1 A bad, bad cab.\nu2\n"
+    assert command(tmp_path, own) == "u1 A BAD BAD CAB\nu2\n"
+    assert fit(tmp_path, UPPER) == "u1 A BAD BAD CAB\nu2\n"
+    assert fit(tmp_path, MIXED) == own
+    assert fit(tmp_path, [t.lower() for t in UPPER]) == "u1 a bad bad cab\nu2\n"
+
+
+def test_undo_restores_the_texts_but_keeps_what_was_written_since(tmp_path, caplog):
+    caplog.set_level("INFO")
+    undo = ["fit_text", "--undo", str(tmp_path)]
+    own = "u1 A bad, bad cab.\n"
+    command(tmp_path, own)
+    asr_kd_data.main(undo)
+    assert (tmp_path / "text").read_text() == own and str(tmp_path) in caplog.messages[-1]
+    assert {p.name for p in tmp_path.iterdir()} == {"text", "tokens.txt"}
+    fit(tmp_path, UPPER)
+    (tmp_path / "text").write_text("u1 a dead cab.\n")  # a corrected transcript
+    assert fit(tmp_path, UPPER) == "u1 A DEAD CAB\n"
+    asr_kd_data.main(undo)
+    assert (tmp_path / "text").read_text() == "u1 a dead cab.\n"
+    asr_kd_data.main(undo)
+    assert (tmp_path / "text").read_text() == "u1 a dead cab.\n"
+    for wrong in (undo + ["--token_list", "x"], undo[:1] + undo[2:]):
+        with pytest.raises(UserError, match="--token_list.* or --undo"):
+            asr_kd_data.main(wrong)
+
+
+def test_rules_stay_when_the_texts_are_fitted_again(tmp_path):
+    (tmp_path / "rules.tsv").write_text("5\tdad\n")
+    assert command(tmp_path, "u1 a 5, a cab\n", rewrite=tmp_path / "rules.tsv") == "u1 A DAD A CAB\n"
+    assert fit(tmp_path, MIXED) == "u1 a dad , a cab\n"

@@ -96,3 +96,20 @@ def test_a_token_list_belongs_to_what_it_was_made_of(egs2):
         assert set(words_after("--token_list", said, "--token_list")) == {f"{place}/tokens.txt"}
         places.append(place)
     assert places[0] == "data/token_list/char" and len(set(places)) == len(places)
+
+
+def test_texts_in_an_imported_teachers_characters_are_not_taken_for_the_own_ones(egs2, tmp_path):
+    """They would change the token list, the training and the references of a run without that teacher."""
+    recipe = Recipe(egs2, "mini")
+    raw = tmp_path / "d/raw"
+    (raw / "valid").mkdir(parents=True)
+    (raw / "valid/text.before_fit").write_text("u a\n")
+    options = ["--dumpdir", str(tmp_path / "d"), "--dry_run"]
+    for stage in ("2", "3"):
+        done = commands(recipe.run(*options, "--stage", stage, "--stop_stage", stage).stdout)
+        assert [w[-2:] for w in done if "fit_text" in w] == [["--undo", str(raw / "valid")]]
+    refused = recipe.run("--dumpdir", str(tmp_path / "d"), "--stage", "5", check=False)
+    assert refused.returncode == 1 and f"{raw}/valid/text " in refused.stdout, refused.stdout
+    assert "./run.sh --stage 2 --dumpdir" in refused.stdout
+    given = [*options, "--teacher", "exp/t", "--stage", "2", "--stop_stage", "8"]
+    assert not any("--undo" in w for w in commands(recipe.run(*given).stdout))

@@ -57,7 +57,8 @@ def test_methods_without_labels_get_the_token_list_too(job, settings):
     one = job(**settings)
     raw, home = ("dump/raw", "data") if "nbpe" not in settings else ("d/raw", "d")
     kind = {"char": "char", "bpe": "bpe_unigram70"}[settings["token_type"]]
-    for name in (f"{raw}/train/wav.scp", f"{raw}/train/text", f"{home}/token_list/{kind}/tokens.txt"):
+    texts = (f"{raw}/train/text", f"{raw}/train/text.before_fit")
+    for name in (f"{raw}/train/wav.scp", *texts, f"{home}/token_list/{kind}/tokens.txt"):
         (one.recipe / name).parent.mkdir(parents=True, exist_ok=True)
         (one.recipe / name).write_text(name)
     for _ in range(2):  # a second run replaces the files

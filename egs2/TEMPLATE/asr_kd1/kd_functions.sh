@@ -359,6 +359,22 @@ fit_texts() {
     [ "$2" = word ] || # words and phones have no characters
         kd data fit_text --token_list "$1" --token_type "$2" "${dirs[@]}" "${raw}/${valid_set}" "${test_dirs[@]}"
 }
+# own_texts: restore the texts that an earlier run has converted for an imported teacher, if stage 2 or 3 runs; otherwise end
+# with an error before anything is trained on them
+own_texts() {
+    local dir
+    list=()
+    for dir in "${raw}/${train_set}" "${raw}/${kd_set}" "${raw}/${valid_set}" "${test_dirs[@]}"; do
+        [ ! -e "${dir}/text.before_fit" ] || list+=("${dir}")
+    done
+    [ ${#list[@]} -gt 0 ] || return 0
+    if running 2 || running 3; then
+        kd data fit_text --undo "${list[@]}"
+    elif ! dry && [ "${stage}" -le 10 ] && [ "${stop_stage}" -ge 4 ]; then
+        fail "${list[0]}/text was converted to the characters of an imported teacher (an earlier --teacher hf: or onnx:)," \
+            "and no --teacher is given; give it, or restore the texts: ./run.sh --stage 2$(own_options)"
+    fi
+}
 
 # given_teacher I: set found to a link in expdir to the given teacher number I, so that its decoding results are not written
 # into its own directory
