@@ -13,6 +13,7 @@ import itertools
 import logging
 import math
 import os
+import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -51,6 +52,7 @@ from espnet_kd.files import PathLike, remove_leftovers, replacing
 # Decoding these again every epoch took a quarter of a small student's training step.
 SLOW_TO_DECODE = (".opus", ".ogg", ".mp3")
 MAX_FS = 655_350  # Hz; the limit of FLAC
+PERTURBED = re.compile(r"sp[0-2]\.\d+-")  # the beginning of the ids that speed_id makes, as ESPnet's
 VERSION = 3  # part of the settings: raise it when the same settings give other files
 
 
@@ -172,9 +174,9 @@ def _survey(
     The hash includes the size and time of each audio file, so that a corpus that was made again is formatted again.
 
     Raises:
-        UserError: an audio file is missing, or is in the audio directory of ``dst``; an id with the prefix of a speed
-            factor is too long for a file name; or some utterances lack a text: a data dir must have a text for each
-            utterance, or, if ``text`` is not "required", for none.
+        UserError: an audio file is missing, or is in the audio directory of ``dst``; an id has the prefix of a speed
+            factor already, or with one is too long for a file name; or some utterances lack a text: a data dir must
+            have a text for each utterance, or, if ``text`` is not "required", for none.
     """
     digest = hashlib.sha256()
     total: Counter[Path] = Counter()
@@ -184,6 +186,10 @@ def _survey(
     previous, own = None, os.path.abspath(dst / "audio") + os.sep
     for source, u in tqdm(merge(sources), desc=f"reading {names}", unit="utt", mininterval=1.0):
         total[source] += 1
+        if PERTURBED.match(u.utt_id) and tuple(factors) != (1.0,):
+            raise UserError(f"{source}: utterance '{u.utt_id}': its id is that of a speed-perturbed copy, as in "
+                            "ESPnet, whose speed would be changed again; leave out --speed_factors (of run.sh: give "
+                            "--speed_perturb_factors \"\"), or such utterances")  # fmt: skip
         for name in (speed_id(name, factor) for name in (u.utt_id, u.speaker) for factor in factors):
             if fault := id_fault(name):
                 raise UserError(f"{source / 'utt2spk'}: utterance '{u.utt_id}': {fault}")

@@ -156,6 +156,15 @@ def test_faults_name_the_utterance(src: Path, tmp_path: Path, nj: int, breakage:
     assert not (tmp_path / "dump" / "wav.scp").exists()
 
 
+def test_speed_is_changed_once(src: Path, tmp_path: Path) -> None:
+    """As with the train_sp of an ESPnet recipe where run.sh has factors by default: ids sp0.9-sp0.9-…, speed 0.81."""
+    format_data(src, tmp_path / "sp", speed_factors=(0.9, 1.0))
+    with pytest.raises(UserError, match=r"sp: utterance 'sp0\.9-a-0'.*--speed_perturb_factors"):
+        format_data(tmp_path / "sp", tmp_path / "dump", speed_factors=(0.9, 1.0))
+    assert not (tmp_path / "dump" / "wav.scp").exists()
+    assert format_data(tmp_path / "sp", tmp_path / "dump") == 6
+
+
 def test_bad_options(src: Path, tmp_path: Path) -> None:
     for options, message in (
         ({"fs": 700_000}, "--fs is 700000"),
