@@ -69,7 +69,7 @@ def parse(root: Path, words: Sequence[str]) -> Job:
     for pair in pairs(words):
         name = pair[0].removeprefix("--")
         if pair[0].startswith("--") and name in own:
-            if len(pair) < 2 or not pair[1]:
+            if len(pair) < 2 or not pair[1].strip():
                 raise WrongOption(f"option {pair[0]} needs a value")
             own[name] = pair[1]
         else:

@@ -217,7 +217,7 @@ def choose_methods(job: Job, names: Sequence[str]) -> Tuple[List[str], List[str]
         names: names of the package's pages.
 
     Raises:
-        WrongOption: a method is named twice.
+        WrongOption: a method is named twice, or has the name of the plain students.
     """
     if job.methods == "all":
         # If another recipe has a student configuration for a method, the method needs one in this recipe too.
@@ -230,4 +230,6 @@ def choose_methods(job: Job, names: Sequence[str]) -> Tuple[List[str], List[str]
     for name in short:
         if short.count(name) > 1:
             raise WrongOption(f"--methods names {name} twice: its students would be in one directory")
+        if name == "plain":
+            raise WrongOption("--methods names plain, and student_plain is the student without KD: rename the page")
     return chosen, []

@@ -125,6 +125,15 @@ def test_pages_by_path_are_found_from_the_recipe(job, tmp_path, monkeypatch):
     assert chosen == ["kl", str(tmp_path / "my/page.yaml")] and left_out == []
     with pytest.raises(WrongOption, match="--methods names kl twice"):
         plan.choose_methods(job("kl my/kl.yaml"), [])
+    with pytest.raises(WrongOption, match="--methods names plain, .*student_plain"):
+        plan.choose_methods(job("my/plain.yaml"), [])
+
+
+@pytest.mark.parametrize("options", [["--methods", " "], ["--methods", "kl", "--seeds", " "], ["--recipe", ""]])
+def test_a_list_without_a_name_is_refused(tmp_path, options):
+    """As of a variable that is not set: no method, or seed 0, would run instead."""
+    with pytest.raises(WrongOption, match=f"{options[-2]} needs a value"):
+        parse(tmp_path, options)
 
 
 def test_nothing_heavy_is_imported_before_the_first_step():
