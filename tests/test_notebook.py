@@ -52,3 +52,17 @@ def test_its_outputs_are_saved_small_and_of_no_particular_machine():
     assert kinds == {"stream"}, "neither errors nor pictures nor audio"
     assert not re.search(r"/(home|root|tmp|work|Users|usr|opt|mnt)/", text)
     assert "student: WER" in text
+
+
+def test_the_first_cells_can_be_run_again(tmp_path, monkeypatch, capsys):
+    """As after an error in data and teacher: the paths are relative to the recipe, where the notebook is by then."""
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "egs2/mini").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "docs")
+    given: dict = {}
+    for _ in range(2):
+        exec("".join(CODE[0]["source"]), given)
+        given.update(recipe="../egs2/mini", prepare=["true"])
+        exec("".join(CODE[1]["source"]), given)
+        assert Path.cwd() == tmp_path / "egs2/mini"
+    assert capsys.readouterr().out.split() == ["ready", "ready"]
