@@ -60,6 +60,8 @@ class Distiller:
 
     def collect_stats(self) -> None:
         """Write shapes and feature statistics to ``stats_dir``: global_mvn reads ``train/feats_stats.npz``."""
+        for path in self.stats_dir.glob("*/*_stats.npz"):
+            path.unlink()  # they are written last: statistics that were stopped must not look complete
         # Normalisation is switched off, because it would read the statistics that are made here.
         _train([*self._options(self.stats_dir), "--collect_stats", "true", "--normalize", "none"])
 
@@ -67,14 +69,16 @@ class Distiller:
         """Train all KD stages and return the exported student's directory.
 
         Raises:
-            UserError: student, teacher, method and data don't fit, or there are no statistics.
+            UserError: student, teacher, method and data don't fit, or there are no complete statistics.
         """
         shapes: List[str] = []
         for part in ("train", "valid"):
-            for path in sorted((self.stats_dir / part).glob("*_shape")):
+            found = sorted((self.stats_dir / part).glob("*_shape"))
+            # The utterances of a training are those of its shape files, which a stopped collect_stats leaves cut.
+            if not found or not any((self.stats_dir / part).glob("*_stats.npz")):
+                raise UserError(f"no complete statistics in {self.stats_dir / part}: call collect_stats() first")
+            for path in found:
                 shapes += [f"--{part}_shape_file", str(path)]
-        if not shapes:
-            raise UserError(f"no statistics in {self.stats_dir}: call collect_stats() first")
         _train([*self._options(self.output_dir), *self._kd, *shapes])
         from espnet_kd.distill.export import export
 

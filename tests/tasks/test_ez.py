@@ -44,11 +44,23 @@ def test_mistakes_in_the_examples_command_line(tmp_path, monkeypatch, capfd, wor
     assert done.value.code == code and said in err and "Traceback" not in err
 
 
-def test_training_asks_for_statistics(tmp_path, corpus):
+def test_training_asks_for_statistics(tmp_path, corpus, monkeypatch):
     distiller = Distiller(
         corpus.config(), tmp_path / "student", tmp_path / "stats", method="cr_ctc",
         data_info={"speech": ("wav.scp", "sound"), "text": ("text", "text")},
         train_dump_dir=corpus.dir / "train", valid_dump_dir=corpus.dir / "valid",
     )  # fmt: skip
-    with pytest.raises(UserError, match=r"call collect_stats\(\) first"):
+    with pytest.raises(UserError, match=r"stats/train: call collect_stats\(\) first"):
+        distiller.train()
+    # Stopped within the validation data: training would choose its model on the utterances that are listed so far.
+    for name in ("train/speech_shape", "train/feats_stats.npz", "valid/speech_shape"):
+        (tmp_path / "stats" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "stats" / name).write_text("valid0 16000\n")
+    with pytest.raises(UserError, match=r"stats/valid: call collect_stats\(\) first"):
+        distiller.train()
+    # A second collect_stats that is stopped leaves no statistics that look complete either.
+    monkeypatch.setattr("espnet_kd.ez._train", lambda options: None)
+    (tmp_path / "stats/valid/feats_stats.npz").touch()
+    distiller.collect_stats()
+    with pytest.raises(UserError, match=r"stats/train: call collect_stats\(\) first"):
         distiller.train()
