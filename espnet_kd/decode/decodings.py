@@ -5,17 +5,19 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import hashlib
 import logging
 import math
 import os
 import time
 from pathlib import Path
-from typing import Dict, List, Optional, Sequence, Tuple, Union
+from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Union
 
 from espnet_kd import cli
+from espnet_kd.data.datadir import read_map
 from espnet_kd.experiments.record import Record
-from espnet_kd.files import check_writable, replacing, sha256_of
+from espnet_kd.files import check_writable, read_json, replacing, sha256_of
 
 #: The models that `espnet_kd.experiments.models.find_experiment` chooses from.
 MODELS = ("model.pth", "*.ave.pth", "*.ave_*best.pth", "*.best.pth", "latest.pth", "student.pth")
@@ -51,7 +53,7 @@ def decode_experiments(args: argparse.Namespace) -> None:
     todo: Dict[str, List[Tuple[Path, Path, Dict]]] = {}
     for expdir, data_dir, output_dir in places:
         inputs = {**describe_inputs(Path(expdir), data_dir), "search": {**search, **ngram}}
-        if not args.force and record_of(output_dir).is_of(inputs):
+        if not args.force and record_of(output_dir).is_of(inputs) and not audio_has_changed(output_dir, data_dir):
             logging.info("%s is decoded already with this model, data and search (--force decodes again)", output_dir)
         else:
             todo.setdefault(expdir, []).append((data_dir, output_dir, inputs))
@@ -180,6 +182,7 @@ def _decode(recogniser, utterances: List, output_dir: Path, facts: Dict, args: a
         "batch_seconds": args.batch_seconds,
         **_versions(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "audio_sha256": hash_audio(_with_times(u.path for u in utterances)),
         **facts,
     }
     record.finish(facts.pop("inputs"), **facts)
@@ -211,6 +214,36 @@ def describe_inputs(experiment: Path, data_dir: Path) -> Dict:
                 hashes[target] = sha256_of(target)
             models[file.name] = hashes[target]
     return {"models": models, "wav_scp_sha256": wav_scp}
+
+
+def audio_has_changed(output_dir: Path, data_dir: Path) -> bool:
+    """Whether the audio of a data dir has another content than when it was decoded into ``output_dir``.
+
+    A corpus that is made or formatted again keeps the names in wav.scp. Contents are compared only if a file was
+    written after the decoding. Audio that was removed counts as unchanged, and so does that of a decoding of an earlier
+    version, which has no hash.
+    """
+    record = record_of(output_dir).path
+    known, decoded = (read_json(record) or {}).get("audio_sha256"), record.stat().st_mtime_ns
+    try:
+        files = _with_times(read_map(data_dir / "wav.scp").values())
+        return bool(known) and any(time > decoded for _, time in files) and hash_audio(files) != known
+    except OSError:
+        return False
+
+
+def _with_times(files: Iterable[str]) -> Tuple[Tuple[str, int], ...]:
+    """Each file with the time of its last change, which, unlike that of its content, is new in a copy."""
+    return tuple((file, os.stat(file).st_ctime_ns) for file in files)
+
+
+@functools.lru_cache(maxsize=1)
+def hash_audio(files: Tuple[Tuple[str, int], ...]) -> str:
+    """The hash of the contents of files, which are given with the times of their last changes."""
+    digest = hashlib.sha256()
+    for file, _ in files:
+        digest.update(sha256_of(file).encode())
+    return digest.hexdigest()
 
 
 def _hash_ngram(path: str) -> str:

@@ -15,6 +15,7 @@ import torch
 
 from espnet_kd.bin import asr_kd_inference, asr_kd_score
 from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import read_map
 from espnet_kd.decode.decodings import decode_dir, describe_inputs, list_decodings
 from espnet_kd.experiments.models import find_experiment, load_model
 from espnet_kd.inference.recognise import (
@@ -213,6 +214,32 @@ def test_command(tmp_path, expdir, recogniser, waves, caplog):
     (data / "wav.scp").write_text((data / "wav.scp").read_text().replace("u0 ", "v0 ", 1))
     asr_kd_inference.main(argv)  # other data, so it is decoded again
     assert (out / "1best_recog" / "text").read_text().startswith("v0 ")
+
+
+def test_audio_that_was_made_again_under_its_names_is_decoded_again(tmp_path, expdir, waves):
+    data = tiny_asr.data_dir(tmp_path / "test", {"u0": waves[0], "u1": waves[1]})
+    argv = ["--expdir", str(expdir), "--data_dir", str(data), "--output_dir", str(tmp_path / "out")]
+    asr_kd_inference.main(argv)
+    result, file = tmp_path / "out/decode.json", Path(read_map(data / "wav.scp")["u0"])
+    first, content = result.read_bytes(), file.read_bytes()
+    file.write_bytes(content)  # the same content with another date
+    asr_kd_inference.main(argv)
+    assert result.read_bytes() == first
+    soundfile.write(file, 0.5 * waves[0], 16000)
+    asr_kd_inference.main(argv)
+    second = result.read_bytes()
+    assert second != first
+    # Decodings of earlier versions have no hash, and audio may be removed once it is decoded: both are kept.
+    facts = json.loads(second)
+    assert facts.pop("audio_sha256")
+    result.write_text(json.dumps(facts))
+    file.write_bytes(content)
+    asr_kd_inference.main(argv)
+    assert json.loads(result.read_text()) == facts
+    result.write_bytes(second)
+    file.unlink()
+    asr_kd_inference.main(argv)
+    assert result.read_bytes() == second
 
 
 def test_scores_of_an_earlier_decoding_are_removed(tmp_path, expdir, waves):
