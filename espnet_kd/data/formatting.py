@@ -209,6 +209,8 @@ def _survey(
                 raise UserError(f"{source / 'wav.scp'}: utterance '{u.utt_id}': {u.audio} is {dst}'s own, and would be "
                                 "removed; choose another --dst")  # fmt: skip
         previous = u.audio
+    if not total.total():
+        raise UserError(f"{names}: there is no utterance in it (an empty wav.scp or segments)")
     for char, (first, number) in odd.items():
         logging.warning("%s: %s becomes a plain blank in the texts of %d utterances, such as %s",
                         names, name_character(char), number, first)  # fmt: skip

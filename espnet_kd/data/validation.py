@@ -108,6 +108,8 @@ def validate(
     faults.raise_if_any()  # such files cannot be checked any further
     with os_errors_as_user_errors(data_dir):
         sizes = {name: _check_lines(data_dir / name, faults, what) for name, what in kinds.items()}
+        if not sizes[names[0]] and not faults.number:
+            faults.add(f"{data_dir / names[0]}: it is empty; a data dir needs an utterance")
         texts = _Texts(token_list, token_type, allow_empty, allow_unknown)
         _check_entries(data_dir, names, texts, faults)
         texts.report(data_dir / "text")

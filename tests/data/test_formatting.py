@@ -165,6 +165,15 @@ def test_speed_is_changed_once(src: Path, tmp_path: Path) -> None:
     assert format_data(tmp_path / "sp", tmp_path / "dump") == 6
 
 
+def test_an_empty_data_dir_is_named(src: Path, tmp_path: Path) -> None:
+    for path in src.iterdir():
+        path.write_text("")
+    with pytest.raises(UserError, match=f"{src}: there is no utterance in it"):
+        format_data(src, tmp_path / "dump")
+    with pytest.raises(UserError, match="1 fault.*\n.*src/wav.scp: it is empty"):
+        validate(src)
+
+
 def test_bad_options(src: Path, tmp_path: Path) -> None:
     for options, message in (
         ({"fs": 700_000}, "--fs is 700000"),
