@@ -17,7 +17,7 @@ from typing import Dict, Iterable, List, Optional, Sequence, Tuple, Union
 from espnet_kd import cli
 from espnet_kd.data.datadir import read_map
 from espnet_kd.experiments.record import Record
-from espnet_kd.files import check_writable, read_json, replacing, sha256_of
+from espnet_kd.files import PathLike, check_writable, read_json, replacing, sha256_of
 
 #: The models that `espnet_kd.experiments.models.find_experiment` chooses from.
 MODELS = ("model.pth", "*.ave.pth", "*.ave_*best.pth", "*.best.pth", "latest.pth", "student.pth")
@@ -53,7 +53,8 @@ def decode_experiments(args: argparse.Namespace) -> None:
     todo: Dict[str, List[Tuple[Path, Path, Dict]]] = {}
     for expdir, data_dir, output_dir in places:
         inputs = {**describe_inputs(Path(expdir), data_dir), "search": {**search, **ngram}}
-        if not args.force and record_of(output_dir).is_of(inputs) and not audio_has_changed(output_dir, data_dir):
+        record = record_of(output_dir)
+        if not args.force and record.is_of(inputs) and not audio_has_changed(record.path, [data_dir]):
             logging.info("%s is decoded already with this model, data and search (--force decodes again)", output_dir)
         else:
             todo.setdefault(expdir, []).append((data_dir, output_dir, inputs))
@@ -182,7 +183,7 @@ def _decode(recogniser, utterances: List, output_dir: Path, facts: Dict, args: a
         "batch_seconds": args.batch_seconds,
         **_versions(),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
-        "audio_sha256": hash_audio(_with_times(u.path for u in utterances)),
+        "audio_sha256": hash_audio(with_times(u.path for u in utterances)),
         **facts,
     }
     record.finish(facts.pop("inputs"), **facts)
@@ -216,23 +217,22 @@ def describe_inputs(experiment: Path, data_dir: Path) -> Dict:
     return {"models": models, "wav_scp_sha256": wav_scp}
 
 
-def audio_has_changed(output_dir: Path, data_dir: Path) -> bool:
-    """Whether the audio of a data dir has another content than when it was decoded into ``output_dir``.
+def audio_has_changed(record: Path, data_dirs: Iterable[PathLike]) -> bool:
+    """Whether the audio of data dirs has another content than when it was decoded, as ``record`` describes.
 
     A corpus that is made or formatted again keeps the names in wav.scp. Contents are compared only if a file was
     written after the decoding. Audio that was removed counts as unchanged, and so does that of a decoding of an earlier
     version, which has no hash.
     """
-    record = record_of(output_dir).path
     known, decoded = (read_json(record) or {}).get("audio_sha256"), record.stat().st_mtime_ns
     try:
-        files = _with_times(read_map(data_dir / "wav.scp").values())
+        files = with_times(file for data_dir in data_dirs for file in read_map(Path(data_dir) / "wav.scp").values())
         return bool(known) and any(time > decoded for _, time in files) and hash_audio(files) != known
     except OSError:
         return False
 
 
-def _with_times(files: Iterable[str]) -> Tuple[Tuple[str, int], ...]:
+def with_times(files: Iterable[str]) -> Tuple[Tuple[str, int], ...]:
     """Each file with the time of its last change, which, unlike that of its content, is new in a copy."""
     return tuple((file, os.stat(file).st_ctime_ns) for file in files)
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Dict, Mapping
 
 from espnet_kd import cli
 from espnet_kd.data.tokenizing import BPE_MODEL, CLEANER, NLSYMS, UNKNOWN, TokenList
-from espnet_kd.decode.decodings import describe_inputs
+from espnet_kd.decode.decodings import audio_has_changed, describe_inputs, hash_audio, with_times
 from espnet_kd.experiments.record import Record
 from espnet_kd.files import check_writable, replacing, sha256_of
 from espnet_kd.targets.nbest import Hypotheses
@@ -36,7 +36,8 @@ def make_nbest(args: argparse.Namespace) -> None:
     if tokens is not None:
         inputs["tokens"] = {"type": args.token_type, "files": hashes_of_list(Path(args.token_list))}
     record, log_prior = Record(Path(f"{output}.json"), key="inputs"), Path(f"{output}.log_prior.npy")
-    if not args.force and output.is_file() and (tokens or log_prior.is_file()) and record.is_of(inputs):
+    there = output.is_file() and (tokens or log_prior.is_file()) and record.is_of(inputs)
+    if there and not args.force and not audio_has_changed(record.path, args.data_dir):
         logging.info("%s is done already with this teacher, data and search (--force makes it again)", output)
         return
 
@@ -73,6 +74,7 @@ def make_nbest(args: argparse.Namespace) -> None:
         "audio_seconds": round(timing.audio_seconds, 3),
         "decode_seconds": round(timing.decode_seconds, 4),
         "read_seconds": round(timing.read_seconds, 4),
+        "audio_sha256": hash_audio(with_times(u.path for u in utterances)),
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
     }
     record.finish(inputs, **facts)

@@ -4,15 +4,18 @@ import itertools
 import json
 import math
 from collections import defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
 import sentencepiece
+import soundfile
 import tiny_asr
 import torch
 
 from espnet_kd.bin import asr_kd_nbest
 from espnet_kd.cli import UserError
+from espnet_kd.data.datadir import read_map
 from espnet_kd.data.tokens import make_token_list
 from espnet_kd.decode import nbest_list
 from espnet_kd.decode.beam import BeamSearch
@@ -207,6 +210,19 @@ def test_finished_file_is_kept_until_something_changes(tmp_path, expdir, dirs):
         output.unlink()
         asr_kd_nbest.main(options(expdir, dirs, output))
         assert output.read_bytes() == whole
+
+
+def test_audio_that_was_made_again_under_its_names_is_searched_again(tmp_path, expdir, waves):
+    data, output = str(tiny_asr.data_dir(tmp_path / "data", {"a": waves["a"], "b": waves["b"]})), tmp_path / "nbest"
+    asr_kd_nbest.main(options(expdir, [data], output))
+    first, file = output.read_bytes(), Path(read_map(f"{data}/wav.scp")["b"])
+    file.write_bytes(file.read_bytes())
+    output.write_text("kept")
+    asr_kd_nbest.main(options(expdir, [data], output))
+    assert output.read_text() == "kept"  # the audio has another date only
+    soundfile.write(file, waves["short"], 16000)
+    asr_kd_nbest.main(options(expdir, [data], output))
+    assert output.read_bytes() not in (b"kept", first)
 
 
 def test_nbest_in_the_tokens_of_a_student_with_another_list(tmp_path, expdir, dirs, caplog):
