@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 from typing import Callable, Optional, Sequence
 
 from espnet_kd.cli import UserError, refuse_empty, run
@@ -235,6 +236,9 @@ def _fit_text(args: argparse.Namespace) -> None:
 
     if args.undo == bool(args.token_list or args.rewrite):
         raise UserError("give either --token_list, with or without --rewrite, or --undo")
+    for data_dir in args.data_dirs:
+        if not os.path.isdir(data_dir):
+            raise UserError(f"{data_dir}: no such data directory")
     if args.undo:
         for data_dir in args.data_dirs:
             if unfit_data_dir(data_dir):

@@ -65,6 +65,13 @@ def test_a_data_dir_without_text_is_left_alone(tmp_path):
     assert not (tmp_path / "text").exists()
 
 
+@pytest.mark.parametrize("more", [["--token_list", "tokens.txt"], ["--undo"]])
+def test_a_data_dir_that_is_not_there_is_named(tmp_path, more):
+    """It was taken for one without text, so that the texts of a mistyped data dir stayed as they were."""
+    with pytest.raises(UserError, match="nowhere: no such data directory"):
+        asr_kd_data.main(["fit_text", str(tmp_path / "nowhere"), *more])
+
+
 RULES = "# a comment\n\n([A-Z])(?=[A-Z0-9])\t\\1\n\\b3rd\\b\tthird\n5\tfive\nmuh\t\n"
 
 
