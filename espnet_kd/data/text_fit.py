@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import os
 import re
 import unicodedata
 from pathlib import Path
-from typing import Collection, Dict, List, Pattern, Sequence, Tuple, Union
+from typing import Collection, Dict, List, Optional, Pattern, Sequence, Tuple, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.characters import name_character
-from espnet_kd.data.datadir import OWN_TEXT, iter_lines, read_map
+from espnet_kd.data.datadir import OWN_TEXT, iter_lines, read_map, read_pairs
 from espnet_kd.experiments.record import Record
 from espnet_kd.files import replacing, sha256_of
 
@@ -107,8 +108,13 @@ def fit_data_dir(data_dir: Union[str, Path], tokens: Collection[str], rules: Rul
     path = Path(data_dir) / "text"
     if not path.is_file():
         return 0, 0
+    record, own_path = _record_of(path), path.with_name(OWN_TEXT)
+    characters = hashlib.sha256("\n".join(sorted(tokens)).encode()).hexdigest()
+    if not rules and record.is_of(_inputs(path, characters)):
+        return 0, sum(1 for _ in read_pairs(path))
     texts = read_map(path)
-    own = {u: rewrite(t, rules) for u, t in (read_map(path.with_name(OWN_TEXT)) if is_fitted(path) else texts).items()}
+    fitted_before = is_fitted(path)
+    own = {u: rewrite(t, rules) for u, t in (read_map(own_path) if fitted_before else texts).items()}
     fitted = {u: fit_text(t, tokens) for u, t in own.items()}
     strange: Dict[str, str] = {}
     for utt_id, text in fitted.items():
@@ -121,16 +127,18 @@ def fit_data_dir(data_dir: Union[str, Path], tokens: Collection[str], rules: Rul
             f"{len(strange)} of {len(texts)} utterances have such: write them in letters (rules for it: asr_kd_data "
             "fit_text --rewrite FILE), or leave them out"
         )
+    if not fitted_before:
+        own_path.unlink(missing_ok=True)  # of a text that was replaced since
     changed = [u for u, text in fitted.items() if text != " ".join(texts[u].split())]
     if changed:
-        for file, content in ((path.with_name(OWN_TEXT), own), (path, fitted)):
+        for file, content in ((own_path, own), (path, fitted)):
             with replacing(file) as f:
                 f.writelines(f"{u} {text}\n" if text else f"{u}\n" for u, text in content.items())
-        _record_of(path).finish(sha256_of(path))
         logging.info(
             "%s: %d of %d texts were changed to the teacher's characters, such as that of %s: %r → %r",
             path, len(changed), len(texts), changed[0], texts[changed[0]], fitted[changed[0]],
         )  # fmt: skip
+    record.finish(_inputs(path, characters))
     return len(changed), len(texts)
 
 
@@ -150,9 +158,16 @@ def unfit_data_dir(data_dir: Union[str, Path]) -> bool:
 
 def is_fitted(text: Path) -> bool:
     """Whether a ``text`` is as :func:`fit_data_dir` has written it, and the texts before are there."""
-    return text.is_file() and text.with_name(OWN_TEXT).is_file() and _record_of(text).is_of(sha256_of(text))
+    there = text.is_file() and text.with_name(OWN_TEXT).is_file()
+    found = _record_of(text).inputs() if there else None
+    return isinstance(found, dict) and found == _inputs(text, found.get("characters"))
 
 
 def _record_of(text: Path) -> Record:
-    """The record of a fitted ``text``: its hash."""
+    """The record of a fitted ``text``."""
     return Record(text.with_name(".fitted"))
+
+
+def _inputs(text: Path, characters: Optional[str]) -> Dict[str, Optional[str]]:
+    """What the record holds: the hash of the text, and that of the characters that it was fitted to."""
+    return {"text": sha256_of(text), "characters": characters}

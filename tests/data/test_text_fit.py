@@ -132,6 +132,11 @@ def test_a_second_teacher_gets_what_the_first_one_lacks(tmp_path):
     assert fit(tmp_path, UPPER) == "u1 A BAD BAD CAB\nu2\n"
     assert fit(tmp_path, MIXED) == own
     assert fit(tmp_path, [t.lower() for t in UPPER]) == "u1 a bad bad cab\nu2\n"
+    asr_kd_data.main(["fit_text", "--undo", str(tmp_path)])
+    assert (tmp_path / "text").read_text() == own
+    assert fit(tmp_path, MIXED) == own
+    (tmp_path / "text").write_text("u1 Dad.\n")  # made anew after a conversion that changed nothing
+    assert fit(tmp_path, UPPER) == "u1 DAD\n" and fit(tmp_path, MIXED) == "u1 Dad.\n"
 
 
 def test_undo_restores_the_texts_but_keeps_what_was_written_since(tmp_path, caplog):

@@ -108,8 +108,24 @@ def test_texts_in_an_imported_teachers_characters_are_not_taken_for_the_own_ones
     for stage in ("2", "3"):
         done = commands(recipe.run(*options, "--stage", stage, "--stop_stage", stage).stdout)
         assert [w[-2:] for w in done if "fit_text" in w] == [["--undo", str(raw / "valid")]]
-    refused = recipe.run("--dumpdir", str(tmp_path / "d"), "--stage", "5", check=False)
-    assert refused.returncode == 1 and f"{raw}/valid/text " in refused.stdout, refused.stdout
-    assert "./run.sh --stage 2 --dumpdir" in refused.stdout
+    for stage in ("5", "13"):
+        refused = recipe.run("--dumpdir", str(tmp_path / "d"), "--stage", stage, check=False)
+        assert refused.returncode == 1 and f"{raw}/valid/text " in refused.stdout, refused.stdout
+        assert "./run.sh --stage 2 --stop_stage 3 --dumpdir" in refused.stdout
     given = [*options, "--teacher", "exp/t", "--stage", "2", "--stop_stage", "8"]
-    assert not any("--undo" in w for w in commands(recipe.run(*given).stdout))
+    assert not any("fit_text" in w for w in commands(recipe.run(*given).stdout))
+
+
+def test_a_later_stage_with_an_imported_teacher_gets_its_characters(egs2, tmp_path):
+    """Meanwhile a run with another teacher, or without one, may have changed the texts."""
+    recipe, teacher, dump = Recipe(egs2, "mini"), tmp_path / "exp/imported_a", tmp_path / "d"
+    tokens = dump / "token_list/teacher_imported_a/tokens.txt"
+    for path in (teacher / "config.yaml", tokens, dump / "raw/valid/text", dump / "raw/train/wav.scp"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("token_type: char\nforeign: x\n")
+    options = ["--dumpdir", str(dump), "--expdir", str(tmp_path / "exp"), "--teacher", str(teacher), "--dry_run"]
+    for first, last in (("4", "4"), ("13", "13"), ("1", "4")):
+        done = commands(recipe.run(*options, "--stage", first, "--stop_stage", last).stdout)
+        expected = [] if first == "1" else [[str(tokens), "--token_type", "char", str(dump / "raw/valid")]]
+        found = [w[w.index("--token_list") + 1 :] for w in done if "fit_text" in w]
+        assert [w[:4] for w in found] == expected and not any(str(dump / "raw/train") in w for w in found)

@@ -140,7 +140,7 @@ done
 [ ${#foreign[@]} -eq 0 ] || same_rate
 # A model from hf: or onnx: has its own token type, which replaces that of the recipe.
 [ ${#foreign[@]} -eq 0 ] || ! teachers_tokens || chosen token_type || token_type=$(type_of_teacher)
-[ -n "${teacher}" ] || own_texts
+[ "${stop_stage}" = 1 ] || right_texts
 # kd_decode LOG VERB OPTION…: run a model over data, either here with its progress on the screen, or by the command of cmd.sh
 kd_decode() {
     if [[ "${decode_cmd:-run_local.sh}" == *run_local.sh* ]]; then

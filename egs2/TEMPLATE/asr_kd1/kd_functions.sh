@@ -352,27 +352,32 @@ same_rate() {
             fail "--teacher ${pair%|*}: it takes audio of ${rate} Hz, and --fs is ${fs}; give --fs ${rate}"
     done
 }
-# fit_texts TOKENS TYPE: convert the texts to the characters of a token list
-fit_texts() {
-    local dirs=("${raw}/${train_set}")
-    [ "${kd_set}" = "${train_set}" ] || dirs+=("${raw}/${kd_set}") # it has a copy of the texts
-    [ "$2" = word ] || # words and phones have no characters
-        kd data fit_text --token_list "$1" --token_type "$2" "${dirs[@]}" "${raw}/${valid_set}" "${test_dirs[@]}"
-}
-# own_texts: restore the texts that an earlier run has converted for an imported teacher, if stage 2 or 3 runs; otherwise end
-# with an error before anything is trained on them
-own_texts() {
+# sets_with FILE: set list to the formatted data dirs that have it; a dry run assumes that those to be formatted have a text
+sets_with() {
     local dir
     list=()
     for dir in "${raw}/${train_set}" "${raw}/${kd_set}" "${raw}/${valid_set}" "${test_dirs[@]}"; do
-        [ ! -e "${dir}/text.before_fit" ] || list+=("${dir}")
+        [[ " ${list[*]} " == *" ${dir} "* ]] ||
+            { [ ! -s "${dir}/$1" ] && { ! dry || [ "$1" != text ] || [ -e "${dir}/wav.scp" ]; }; } || list+=("${dir}")
     done
-    [ ${#list[@]} -gt 0 ] || return 0
-    if running 2 || running 3; then
+}
+# fit_texts TOKENS TYPE: convert the texts to the characters of a token list; words and phones have none
+fit_texts() {
+    sets_with text
+    [ "$2" = word ] || [ ${#list[@]} -eq 0 ] || kd data fit_text --token_list "$1" --token_type "$2" "${list[@]}"
+}
+# right_texts: ensure that the texts are those for this run, which an earlier run with another teacher may have changed
+right_texts() {
+    local theirs=${token_lists}/teacher_${teacher_name}/tokens.txt
+    [ -z "${teacher}" ] || running 3 || [ ! -e "${theirs}" ] || ! grep -qs '^foreign:' "${teachers[0]%/*.pth}/config.yaml" ||
+        fit_texts "${theirs}" "$(type_of_teacher)"
+    [ -z "${teacher}" ] || return 0
+    sets_with text.before_fit
+    if [ ${#list[@]} -gt 0 ] && { running 2 || running 3; }; then
         kd data fit_text --undo "${list[@]}"
-    elif ! dry && [ "${stage}" -le 10 ] && [ "${stop_stage}" -ge 4 ]; then
+    elif [ ${#list[@]} -gt 0 ] && ! dry && [ "${stop_stage}" -ge 4 ] && [ "${stage},${stop_stage}" != 11,11 ]; then
         fail "${list[0]}/text was converted to the characters of an imported teacher (an earlier --teacher hf: or onnx:)," \
-            "and no --teacher is given; give it, or restore the texts: ./run.sh --stage 2$(own_options)"
+            "and no --teacher is given; give it, or restore the texts: ./run.sh --stage 2 --stop_stage 3$(own_options)"
     fi
 }
 
