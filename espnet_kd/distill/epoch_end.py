@@ -9,6 +9,7 @@ import torch
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.plan import Plan
+from espnet_kd.distill.record import finished_stage
 from espnet_kd.distill.schedule import Progress
 from espnet_kd.experiments.checkpoints import CHECKPOINT, PREVIOUS
 from espnet_kd.experiments.models import load_safely, student_only
@@ -48,20 +49,22 @@ def check_updated(output_dir: Path, progress: Progress, first_rank: bool = True)
 def hand_over(output_dir: Path, plan: Plan, epoch: int, stopped: bool = False) -> None:
     """Keep the student of each KD stage that ends in ``epoch``, which has just been trained.
 
-    The student of the last KD stage is ``student.pth`` in ``output_dir``; that of an earlier one is written to the
+    A KD stage that is finished by the record keeps its student: with more epochs it would end later by the plan. The
+    student of the last KD stage is ``student.pth`` in ``output_dir``; that of an earlier one is written to the
     directory ``kd_stage<k>`` with its configuration, so that it can be decoded.
 
     Args:
         stopped: whether training ended with this epoch, perhaps before ``max_epoch`` (ESPnet's ``patience``).
     """
+    finished = finished_stage(output_dir)
     for phase in plan.phases:
         if phase.epochs(plan.max_epoch)[1] != epoch and not (stopped and phase is plan.phases[-1]):
             continue
         number = phase.stage.number
         out = output_dir if number == plan.numbers[-1] else output_dir / f"kd_stage{number}"
         model = output_dir / f"{epoch}epoch.pth"
-        if not model.is_file() and (out / STUDENT).is_file():
-            continue  # kept earlier; training has gone on, and ESPnet has removed that epoch's model
+        if (out / STUDENT).is_file() and (number <= finished or not model.is_file()):
+            continue  # kept earlier; training has gone on, and ESPnet may have removed that epoch's model
         out.mkdir(exist_ok=True)
         with replacing(out / STUDENT, "wb") as f:
             torch.save(student_only(load_safely(model)), f)

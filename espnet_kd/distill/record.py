@@ -166,6 +166,15 @@ def write_record(output_dir: Path, record: Mapping[str, Any], done: int, ended: 
         json.dump({**record, "finished_kd_stage": done, "finished": ended}, f, indent=2)
 
 
+def finished_stage(output_dir: Path) -> int:
+    """The number of the last KD stage that is finished in a directory by its record, 0 for none."""
+    try:
+        number = json.loads((output_dir / RECORD).read_text(encoding="utf-8"))["finished_kd_stage"]
+    except (FileNotFoundError, ValueError, TypeError, KeyError):
+        return 0
+    return int(number)
+
+
 def _trained_epochs(output_dir: Path, planned: int) -> int:
     """The number of epochs of a training that has ended; with ``patience`` it may be below ``planned``."""
     states = read_checkpoint(output_dir / CHECKPOINT)

@@ -318,7 +318,7 @@ def test_a_finished_training_goes_on(corpus, teacher_dir, tmp_path, caplog):
     page, outs = write_page(tmp_path, **MID), [tmp_path / "one", tmp_path / "other"]
     for out in outs:
         train(corpus, out, page, "--teacher", teacher_dir)
-    early = load_state(outs[0] / "kd_stage1/student.pth")
+    early = {n: load_state(outs[0] / f"kd_stage{n}/student.pth") for n in (1, 2)}
     train(corpus, outs[0], page, "--teacher", teacher_dir, max_epoch=6)
     with pytest.raises(Killed):
         train(corpus, outs[1], page, "--teacher", teacher_dir, max_epoch=6, kill_at=("step", 6, 1))
@@ -331,9 +331,10 @@ def test_a_finished_training_goes_on(corpus, teacher_dir, tmp_path, caplog):
     assert_same(*outs)
     record = json.loads((outs[0] / "kd_stage.json").read_text())
     assert sorted(read_checkpoint(outs[0] / "checkpoint.pth")["reporter"]["stats"]) == [1, 2, 3, 4, 5, 6]
-    # The boundaries of the earlier KD stages have not moved.
+    # The boundaries of the earlier KD stages have not moved, although KD stage 2 would now end in epoch 4.
     assert [s["epochs"] for s in record["stages"]] == [[1, 2], [2, 3], [3, 6]]
-    assert all(torch.equal(v, early[k]) for k, v in load_state(outs[0] / "kd_stage1/student.pth").items())
+    for number, state in early.items():
+        assert all(torch.equal(v, state[k]) for k, v in load_state(outs[0] / f"kd_stage{number}/student.pth").items())
     with caplog.at_level("INFO"):
         train(corpus, outs[0], page, "--teacher", teacher_dir, max_epoch=6)
     assert "KD stage 3 is finished" in caplog.text
