@@ -7,7 +7,6 @@
 | channels | the frontend draws one | the first | several are refused where there is a teacher |
 | ``force_single_channel`` | the first | the first | the same |
 | ``rir_scp``, ``noise_scp``, ``data_aug_effects`` | drawn again | – | refused with an online teacher |
-| ``iterator_type: chunk`` | parts of utterances | whole ones | refused with a target cache |
 | ``specaug``, dropout | in the student | – | a teacher has none |
 """
 
@@ -15,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import Any, Mapping, Optional, Sequence, Union
+from typing import Any, Mapping, Optional, Union
 
 import torch
 from torch import Tensor
@@ -97,9 +96,3 @@ def check_channels(channels: int, student: argparse.Namespace, where: str) -> No
             f"{where} has {channels} channels, of which the student's frontend draws one at each step and a teacher "
             "takes the first; format the data to one channel, or give --preprocessor_conf force_single_channel=true"
         )
-
-
-def check_iterator(args: argparse.Namespace, caches: Sequence[Optional[str]]) -> None:
-    """Refuse training on parts of utterances with cached targets of whole utterances (:class:`UserError`)."""
-    if getattr(args, "iterator_type", None) == "chunk" and any(caches):
-        raise UserError("iterator_type: chunk trains on parts of utterances, and a target cache has whole ones")

@@ -100,5 +100,5 @@ def _message(utt_ids: Sequence[str], before: Tensor, prints: Tensor) -> str:
     changed = [utt_id for utt_id, same in zip(utt_ids, (before == prints).all(1).tolist()) if not same]
     return (
         f"{', '.join(changed[:5])}: the audio differs from the audio whose targets are kept in memory: utterances of "
-        "training and validation share an id, or are cut into chunks, or change between epochs; give --teacher_memory 0"
+        "training and validation share an id, or change between epochs; give --teacher_memory 0"
     )

@@ -186,9 +186,8 @@ class ASRKDTask(ASRTask):
                     f"{', '.join(found)} act before the model, so that an online teacher would get augmented audio; "
                     "take them out, or give --augmented_teacher true"
                 )
-        # Targets cannot be kept by id if the data loader changes an utterance in each epoch, or cuts it into chunks.
-        changing = args.augmented_teacher or args.iterator_type != "sequence"
-        memory = 0.0 if changing else args.teacher_memory * 1e6
+        # Targets cannot be kept by id if the data loader changes an utterance in each epoch.
+        memory = 0.0 if args.augmented_teacher else args.teacher_memory * 1e6
         teachers = [OnlineTeacher(path, memory / len(args.teacher)) for path in args.teacher]
         if len(teachers) == 1 and not page.teacher_weights:
             return teachers[0]
@@ -200,7 +199,6 @@ class ASRKDTask(ASRTask):
     ) -> AbsIterFactory:
         """Build the iterator factory; in training it also reports the epoch, and keeps the last finished checkpoint."""
         factory = super().build_iter_factory(args, distributed_option, mode, kwargs)
-        # Not for chunks, which are cut from collated batches.
         if cls.kd_model is not None and mode in ("train", "valid") and type(factory) is SequenceIterFactory:
             teacher = cls.kd_model.teacher if isinstance(cls.kd_model.teacher, CachedTeacher) else None
             parts = cls.kd_model.parts(mode == "train")

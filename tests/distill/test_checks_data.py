@@ -93,6 +93,33 @@ def test_data_in_parts_is_refused(own):
         asr_kd_train.main([*options, "--multiple_iterator", "true"])
 
 
+@pytest.mark.faults("data that do not fit, seen before training")
+@pytest.mark.parametrize("option", ["iterator_type", "valid_iterator_type"])
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        ("chunk", "cuts audio into parts, which have no transcripts and no lengths; .*sequence or category"),
+        ("task", "reads nothing; .*sequence or category"),
+        ("none", "reads nothing; .*sequence or category"),
+        ("category", "needs .*/{part}/category2utt"),
+    ],
+)
+def test_iterators_that_cannot_read_the_data(own, option, kind, message):
+    _, options = own
+    message = message.format(part="valid" if option.startswith("valid") else "train")
+    with pytest.raises(UserError, match=f"--{option} {kind} {message}"):
+        asr_kd_train.main([*options, f"--{option}", kind])
+
+
+def test_a_category_iterator_with_its_files(corpus, own):
+    directory, options = own
+    options = [o.replace(f"{corpus.dir}/valid", f"{directory}/valid") for o in options]
+    for part in ("train", "valid"):
+        ids = [line.split()[0] for line in (directory / part / "text").read_text().splitlines()]
+        (directory / part / "category2utt").write_text(f"one {' '.join(ids)}\n")
+    check_files(ASRKDTask.get_parser().parse_args([*options, "--iterator_type", "category"]))
+
+
 @pytest.mark.faults("a full disk")
 def test_a_full_disk_is_refused_before_training(corpus, teacher_dir, tmp_path, monkeypatch):
     options = corpus.options(tmp_path / "out", "--teacher", str(teacher_dir), "--kd_config", "progressive_fkl")

@@ -66,10 +66,3 @@ def test_channels():
         audio.check_channels(2, options(), "utt1")
     audio.check_channels(1, options(), "utt1")
     audio.check_channels(2, options(preprocessor_conf={"force_single_channel": True}), "utt1")
-
-
-def test_chunks():
-    with pytest.raises(UserError, match="iterator_type: chunk .* target cache"):
-        audio.check_iterator(options(iterator_type="chunk"), ["cache"])
-    audio.check_iterator(options(iterator_type="chunk"), [None])
-    audio.check_iterator(options(iterator_type="sequence"), ["cache"])
