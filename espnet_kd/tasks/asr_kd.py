@@ -97,7 +97,7 @@ class ASRKDTask(ASRTask):
         Raises:
             UserError: student, teacher and page don't fit together, or the disk has too little space.
         """
-        cls.kd_model = cls.losses = None
+        cls.kd_model = cls.losses = cls.plan = None
         try:
             student = super().build_model(args)
         except Exception as e:  # ESPnet's classes may raise anything for wrong arguments and files
@@ -106,7 +106,7 @@ class ASRKDTask(ASRTask):
             student.__class__ = StatisticsModel
             return student
         check_normalisation(args, student)
-        cls.progress, cls.plan = Progress(max_epoch=args.max_epoch or 1), None
+        cls.progress = Progress(max_epoch=args.max_epoch or 1)
         model, teacher = student, None
         if getattr(args, "kd_config", None) is not None:
             cls.plan = plan = make_plan(load_page(args.kd_config), args.max_epoch or 1, args.kd_stages)

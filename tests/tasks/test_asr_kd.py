@@ -77,6 +77,14 @@ def test_plain_and_statistics_load_no_teacher(corpus, tmp_path, more):
     assert isinstance(model, ESPnetASRModel) and not isinstance(model, ESPnetASRKDModel)
 
 
+def test_statistics_after_a_training_in_the_same_process(corpus, teacher_dir, tmp_path):
+    """In a notebook, the statistics of the next student know nothing of the last one's KD stages."""
+    ASRKDTask.build_model(parsed(corpus, tmp_path, "--teacher", str(teacher_dir), "--kd_config", "kl"))
+    args = parsed(corpus, tmp_path, "--collect_stats", "true", "--kd_stage", "2", max_epoch=5)
+    ASRKDTask.build_optimizers(args, ASRKDTask.build_model(args))
+    assert args.max_epoch == 5
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
