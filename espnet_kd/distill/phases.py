@@ -11,6 +11,9 @@ import torch
 from espnet_kd.distill.plan import Plan
 from espnet_kd.distill.schedule import Progress
 
+#: Key of an optimizer's parameter groups, and so of a checkpoint: the part of the training that the optimizer is of.
+PART = "kd_part"
+
 
 @dataclass
 class PhaseChanges:
@@ -31,20 +34,26 @@ class PhaseChanges:
         restarts = self.plan.phases[-1].part > 0
         self.new = [copy.deepcopy(optimizer.state_dict()) for optimizer in self.optimizers if restarts]
         self.patience = self.trainer_options.patience
-        self.part = -1  # that of the previous step
+        self.part = -1  # that of the optimizers
 
     def at_epoch(self, epoch: int) -> None:
         """Set what holds from the beginning of an epoch, also after a resume."""
-        self.part = self.plan.before(epoch).part if epoch > 1 else -1
+        if epoch > 1 and self.part < 0 and self.new:
+            found = self.optimizers[0].param_groups[0].get(PART)
+            # Checkpoints of earlier versions, which restarted between epochs, do not have it.
+            self.part = self.plan.before(epoch).part if found is None else found
         earlier = [phase.epochs(self.plan.max_epoch)[1] for phase in self.plan.phases[:-1]]
         self.trainer_options.patience = self.patience if epoch > max(earlier, default=0) else None
 
     def at_step(self) -> None:
         """Restart the optimizers and schedules if a KD stage begins with this step that asks for it."""
         part = self.plan.at(self.progress).phase.part
-        if part != self.part and self.new:
+        if part > self.part and self.new:
             self._restart(self.plan.share(part))
-        self.part = part
+            self.part = part
+            for optimizer in self.optimizers:
+                for group in optimizer.param_groups:
+                    group[PART] = part
 
     def _restart(self, share: float) -> None:
         conf = dict(self.scheduler_conf)

@@ -1,5 +1,6 @@
 """A KD stage with ``restart`` trains like a new optimizer and a new schedule, whatever their kinds."""
 
+import copy
 from types import SimpleNamespace
 
 import pytest
@@ -26,6 +27,8 @@ SCHEDULERS = {
     "one cycle": (lr_scheduler.OneCycleLR, {"max_lr": 0.1, "total_steps": EPOCHS * STEPS + 1, "cycle_momentum": False}),
 }
 
+SHARES = {"at an epoch": (0.5, 0.5), "within an epoch": (0.4, 0.6), "within the last step of an epoch": (0.49, 0.51)}
+
 
 def build(optimizer, scheduler, weights, **changed):
     parameter = torch.nn.Parameter(weights.clone())
@@ -44,7 +47,7 @@ def step(parameter, optimizer, scheduler, number):
 
 @pytest.mark.parametrize("scheduler", SCHEDULERS)
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("shares", [(0.5, 0.5), (0.4, 0.6)], ids=["at an epoch", "within an epoch"])
+@pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
 @pytest.mark.filterwarnings("ignore:.*NoamLR is deprecated")
 def test_it_trains_like_a_new_one(write_page_of, optimizer, scheduler, shares):
     plan = make_plan(write_page_of({"share": shares[0]}, {"share": shares[1], "restart": True}), EPOCHS)
@@ -70,6 +73,38 @@ def test_it_trains_like_a_new_one(write_page_of, optimizer, scheduler, shares):
             assert trained[1].param_groups[0]["lr"] == other[1].param_groups[0]["lr"]
     if other[2] is not None:
         assert trained[2].state_dict() == other[2].state_dict()
+
+
+@pytest.mark.parametrize("shares", SHARES.values(), ids=SHARES)
+def test_a_resume_restarts_neither_again_nor_too_late(write_page_of, shares):
+    """Whichever epoch it begins with. A training with more epochs has restarted, even if its plan would do so later."""
+    page = write_page_of({"share": shares[0]}, {"share": shares[1], "restart": True})
+
+    def train(max_epoch, first=1, saved=None):
+        """Each step's learning rate from an epoch on, and the state before each epoch."""
+        trained = build("adam", "warmup", torch.ones(4))
+        progress, options = Progress(max_epoch=max_epoch, steps_per_epoch=STEPS), SimpleNamespace(patience=None)
+        conf = SCHEDULERS["warmup"][1]
+        changes = PhaseChanges(make_plan(page, max_epoch), progress, conf, trained[1:2], trained[2:], options)
+        for x, state in zip(trained[1:], copy.deepcopy(saved or ())):
+            x.load_state_dict(state)
+        rates, states = [], []
+        for progress.epoch in range(first, max_epoch + 1):
+            states.append([copy.deepcopy(x.state_dict()) for x in trained[1:]])
+            changes.at_epoch(progress.epoch)
+            for progress.step in range(STEPS):
+                changes.at_step()
+                rates.append(trained[1].param_groups[0]["lr"])
+                step(*trained, progress.step)
+            progress.step = 0
+        return rates, [*states, [x.state_dict() for x in trained[1:]]]
+
+    whole, states = train(EPOCHS)
+    assert sum(later < rate / 2 for rate, later in zip(whole, whole[1:])) == 1
+    for epoch in range(2, EPOCHS + 1):
+        assert train(EPOCHS, epoch, states[epoch - 1])[0] == whole[STEPS * (epoch - 1) :]
+    longer, _ = train(7, EPOCHS + 1, states[-1])
+    assert all(later > rate / 2 for rate, later in zip([whole[-1], *longer], longer))
 
 
 @pytest.mark.parametrize("patience", [None, 3])
