@@ -20,8 +20,7 @@ STEPS = (
 )
 BATCHES = (
     *("batch_type", "batch_size", "batch_bins", "valid_batch_type", "valid_batch_size", "valid_batch_bins"),
-    *("fold_length", "sort_in_batch", "sort_batch", "shuffle_within_batch", "drop_last_iter"),
-    *("chunk_length", "chunk_shift_ratio", "num_cache_chunks", "chunk_excluded_key_prefixes", "iterator_type"),
+    *("fold_length", "sort_in_batch", "sort_batch", "shuffle_within_batch", "drop_last_iter", "iterator_type"),
 )
 MODELS = (
     *("best_model_criterion", "val_scheduler_criterion", "early_stopping_criterion", "patience"),

@@ -9,6 +9,7 @@ from espnet_kd.bin import asr_kd_train
 from espnet_kd.cli import UserError
 from espnet_kd.distill.checks import training as checks
 from espnet_kd.distill.checks.data import check_files
+from espnet_kd.distill.checks.options import check_ranges
 from espnet_kd.tasks.asr_kd import ASRKDTask
 
 Usage = namedtuple("Usage", "total used free")
@@ -98,7 +99,7 @@ def test_data_in_parts_is_refused(own):
 @pytest.mark.parametrize(
     "kind, message",
     [
-        ("chunk", "cuts audio into parts, which have no transcripts and no lengths; .*sequence or category"),
+        ("chunk", "cuts audio into parts, which have no transcripts and lengths; .*sequence or category"),
         ("task", "reads nothing; .*sequence or category"),
         ("none", "reads nothing; .*sequence or category"),
         ("category", "needs .*/{part}/category2utt"),
@@ -107,8 +108,15 @@ def test_data_in_parts_is_refused(own):
 def test_iterators_that_cannot_read_the_data(own, option, kind, message):
     _, options = own
     message = message.format(part="valid" if option.startswith("valid") else "train")
-    with pytest.raises(UserError, match=f"--{option} {kind} {message}"):
+    with pytest.raises(UserError, match=f"^{option}: {kind} {message}"):
         asr_kd_train.main([*options, f"--{option}", kind])
+
+
+def test_an_iterator_of_a_page(own, write_page, teacher_dir):
+    _, options = own
+    page = write_page({"train": {"iterator_type": "chunk"}, "stages": [{"objectives": [{"objective": "kl"}]}]})
+    with pytest.raises(UserError, match="^iterator_type: chunk cuts audio"):
+        asr_kd_train.main([*options, "--teacher", str(teacher_dir), "--kd_config", str(page)])
 
 
 def test_a_category_iterator_with_its_files(corpus, own):
@@ -117,7 +125,7 @@ def test_a_category_iterator_with_its_files(corpus, own):
     for part in ("train", "valid"):
         ids = [line.split()[0] for line in (directory / part / "text").read_text().splitlines()]
         (directory / part / "category2utt").write_text(f"one {' '.join(ids)}\n")
-    check_files(ASRKDTask.get_parser().parse_args([*options, "--iterator_type", "category"]))
+    check_ranges(ASRKDTask.get_parser().parse_args([*options, "--iterator_type", "category"]))
 
 
 @pytest.mark.faults("a full disk")

@@ -49,7 +49,6 @@ def check_files(args: argparse.Namespace) -> None:
             raise UserError(f"{option} names no speech: give it {Path(data[0][0]).parent}/wav.scp,speech,sound as well")
         if not shapes and args.iterator_type == "sequence":
             raise UserError(f"no --{part}_shape_file: make statistics first (stage 4 of run.sh)")
-        _check_iterator(args, part, Path(data[0][0]).parent)
         ids = [_ids(path) for path in shapes]
         for path, mine in zip(shapes, ids):
             if not mine:
@@ -70,24 +69,6 @@ def check_teachers(args: argparse.Namespace) -> None:
     for path in [] if args.target_cache else args.teacher:
         config, _ = find_experiment(path)
         check_teacher_audio(args, argparse.Namespace(**read_config(config)), path)
-
-
-def _check_iterator(args: argparse.Namespace, part: str, directory: Path) -> None:
-    """Refuse iterators that cannot read the data of an ASR model, and a category iterator without its file.
-
-    Args:
-        directory: of the data file that is given first.
-
-    Raises:
-        UserError: naming the option or the file.
-    """
-    own = getattr(args, "valid_iterator_type", None) if part == "valid" else None
-    option, kind = ("valid_iterator_type", own) if own else ("iterator_type", args.iterator_type)
-    if kind not in ("sequence", "category"):
-        why = "cuts audio into parts, which have no transcripts and no lengths" if kind == "chunk" else "reads nothing"
-        raise UserError(f"--{option} {kind} {why}; an ASR model is trained with sequence or category")
-    if kind == "category" and not (directory / "category2utt").is_file():
-        raise UserError(f"--{option} category needs {directory / 'category2utt'} (a line per category: its name, ids)")
 
 
 def _ids(path: str) -> Set[str]:

@@ -58,7 +58,9 @@ def check_requirements(args: argparse.Namespace) -> None:
 
 
 def check_ranges(args: argparse.Namespace) -> None:
-    """Refuse numbers out of range, and a ``--fold_length`` for another number of shape files (:class:`UserError`)."""
+    """Refuse numbers out of range, a ``--fold_length`` for another number of shape files, and iterators that cannot
+    read the data (:class:`UserError`).
+    """
     for option, least in LEAST.items():
         value = getattr(args, option, None)
         for number in value if isinstance(value, (list, tuple)) else [value]:
@@ -70,6 +72,7 @@ def check_ranges(args: argparse.Namespace) -> None:
             raise UserError(f"--{option} is {number}; it must be above 0")
     if args.seed > LARGEST_SEED:
         raise UserError(f"--seed is {args.seed}; it must be at most {LARGEST_SEED}")
+    check_iterators(args)
     for part, kind in (("train", args.batch_type), ("valid", args.valid_batch_type or args.batch_type)):
         shapes = getattr(args, f"{part}_shape_file") or []
         if kind == "folded" and args.iterator_type == "sequence" and len(args.fold_length) != len(shapes):
@@ -77,6 +80,24 @@ def check_ranges(args: argparse.Namespace) -> None:
                 f"--fold_length has {len(args.fold_length)} numbers for {len(shapes)} files of --{part}_shape_file; "
                 "with batch_type: folded give one for each, or take batch_type: numel"
             )
+
+
+def check_iterators(args: argparse.Namespace) -> None:
+    """Refuse iterators that cannot read the data of an ASR model, and a category iterator without its file.
+
+    Raises:
+        UserError: naming the option or the file.
+    """
+    own = getattr(args, "valid_iterator_type", None)
+    for part, option in (("train", "iterator_type"), ("valid", "valid_iterator_type" if own else "iterator_type")):
+        kind = getattr(args, option)
+        if kind not in ("sequence", "category"):
+            why = "reads nothing" if kind != "chunk" else "cuts audio into parts, which have no transcripts and lengths"
+            raise UserError(f"{option}: {kind} {why}; an ASR model is trained with sequence or category")
+        data = getattr(args, f"{part}_data_path_and_name_and_type") or []
+        file = Path(data[0][0]).parent / "category2utt" if data else None
+        if kind == "category" and file is not None and not file.is_file():
+            raise UserError(f"{option}: category needs {file} (a line per category: its name, then ids)")
 
 
 def check_packages(args: argparse.Namespace) -> None:
