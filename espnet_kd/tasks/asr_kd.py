@@ -54,7 +54,10 @@ class KDTrainer(Trainer):
         if ASRKDTask.plan is not None:
             given = {name: arguments[name] for name in ("optimizers", "schedulers", "trainer_options")}
             ASRKDTask.changes = PhaseChanges(ASRKDTask.plan, ASRKDTask.progress, ASRKDTask.scheduler_conf, **given)
-        super().run(**arguments)
+        try:
+            super().run(**arguments)
+        finally:
+            ASRKDTask.changes = None  # it holds the optimizers, which a notebook would keep in memory
 
 
 class ASRKDTask(ASRTask):
@@ -142,7 +145,7 @@ class ASRKDTask(ASRTask):
         optimizers = super().build_optimizers(args, model)
         for optimizer in optimizers:
             optimizer.register_step_post_hook(cls.progress.count_update)
-        cls.changes, cls.scheduler_conf = None, args.scheduler_conf
+        cls.scheduler_conf = args.scheduler_conf
         if cls.plan is not None:
             args.max_epoch = cls.plan.end_epoch(args.kd_stage)
         return optimizers

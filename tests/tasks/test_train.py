@@ -1,8 +1,10 @@
 """Training with the main method in this process, one epoch per KD stage; then export and decoding by stock ESPnet."""
 
+import gc
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +17,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.distill.options import KD_OPTIONS
 from espnet_kd.experiments.checkpoints import read_checkpoint
 from espnet_kd.experiments.models import find_experiment, load_model, load_state, student_only
+from espnet_kd.tasks.asr_kd import ASRKDTask
 
 each_stage = pytest.mark.parametrize("stage", [1, 2, 3])
 
@@ -121,6 +124,22 @@ def test_two_stages_and_no_labels(corpus, teacher_dir, tmp_path, write_page):
     assert all(torch.equal(last[k], student[k]) for k in student)
 
 
+def test_the_optimizer_is_freed_at_the_end(corpus, teacher_dir, tmp_path, monkeypatch):
+    """Its moments are twice the size of the student, and a notebook goes on after a training."""
+    kept, build = [], ASRKDTask.build_optimizers.__func__
+
+    def remembered(cls, args, model):
+        optimizers = build(cls, args, model)
+        kept.extend(map(weakref.ref, optimizers))
+        return optimizers
+
+    monkeypatch.setattr(ASRKDTask, "build_optimizers", classmethod(remembered))
+    options = ["--teacher", str(teacher_dir), "--kd_config", "kl", "--use_tensorboard", "false"]
+    asr_kd_train.main(corpus.options(tmp_path / "out", *options, max_epoch=1))
+    gc.collect()
+    assert kept and all(ref() is None for ref in kept)
+
+
 def test_a_dry_run_leaves_the_directory_as_it_was(corpus, teacher_dir, tmp_path):
     """It has the options of the page, such as the criterion, which without transcripts cannot be CTC's."""
     kd = ["--teacher", str(teacher_dir), "--kd_config", "label_free"]
@@ -208,6 +227,7 @@ def test_export_says_what_is_missing(trained, tmp_path):
 
 STOCK = """
 import sys
+import weakref
 class Blocker:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] == "espnet_kd":
