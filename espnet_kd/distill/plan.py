@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any, Dict, List, Optional, Sequence, Tuple, Union
+from typing import TYPE_CHECKING, Any, Dict, Iterator, List, Optional, Sequence, Tuple, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.distill.schedule import Position, Progress, Ramp, Weight, end_of, weight_at
@@ -66,6 +66,16 @@ class Plan:
         """The phase and position of a training step."""
         phase = next((p for p in self.phases if progress.fraction < p.end - TINY), self.phases[-1])
         return Moment(phase, progress.within(phase.begin, phase.end))
+
+    def in_epoch(self, epoch: int) -> Iterator[Moment]:
+        """Yield the first and the last moment in an epoch of each phase that has a part in it."""
+        first, end = (epoch - 1) / self.max_epoch, epoch / self.max_epoch
+        for phase in self.phases:
+            begin, until = max(phase.begin, first), min(phase.end, end)
+            if until - begin > TINY:
+                for share in (begin, until):
+                    within = ((x - phase.begin) / (phase.end - phase.begin) for x in (share, first))
+                    yield Moment(phase, Position(*(min(max(x, 0.0), 1.0) for x in within)))
 
     @property
     def last(self) -> Moment:

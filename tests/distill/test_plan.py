@@ -133,6 +133,23 @@ def test_the_phase_before_an_epoch_is_that_of_the_last_step(page, shares, max_ep
     assert plan.before(1) is plan.phases[0]
 
 
+@pytest.mark.parametrize("max_epoch", [1, 3, 7, 30])
+@pytest.mark.parametrize("shares", [(0.1, 0.2, 0.7), (1 / 3, 1 / 3, 1 / 3), (0.02, 0.03, 0.95)])
+def test_moments_of_an_epoch(page, shares, max_epoch):
+    """They are the first and the last of each phase that has steps in the epoch."""
+    plan, steps = make_plan(page(shares), max_epoch), 100
+    for epoch in range(1, max_epoch + 1):
+        each = [plan.at(Progress(epoch, max_epoch, step, steps)) for step in range(steps)]
+        moments = list(plan.in_epoch(epoch))
+        assert [now.phase.index for now in moments[::2]] == sorted({now.phase.index for now in each})
+        for first, last in zip(moments[::2], moments[1::2]):
+            of_phase = [now.position for now in each if now.phase is first.phase]
+            width = 1 / (steps * max_epoch * (first.phase.end - first.phase.begin)) + 1e-9
+            assert of_phase[0].fraction - width <= first.position.fraction <= of_phase[0].fraction + 1e-9
+            assert of_phase[-1].fraction - 1e-9 <= last.position.fraction <= of_phase[-1].fraction + width
+            assert {p.epoch_fraction for p in of_phase} == {first.position.epoch_fraction, last.position.epoch_fraction}
+
+
 def weights(plan, index):
     terms = [(spec.key, weight) for spec, weight in plan.phases[index].terms]
     assert len(dict(terms)) == len(terms)  # each objective occurs once

@@ -174,6 +174,41 @@ def test_a_criterion_that_validation_has_not_at_the_end(corpus, teacher_dir, tmp
         asr_kd_train.main(corpus.options(tmp_path / "out", *options, best_model_criterion=criterion))
 
 
+HYBRID = ["--model_conf", "ctc_weight=0.3", "--decoder", "transformer", "--decoder_conf", "num_blocks=1"]
+
+
+@pytest.mark.parametrize(
+    "option, more, statistic",
+    [
+        ("best_model_criterion", ["train,loss_softmax_l2,min"], "train,loss_softmax_l2"),
+        ("best_model_criterion", ["valid,loss_ctc,min", "train,loss_kl,min"], "train,loss_kl"),
+        ("best_model_criterion", ["train,loss,min", "valid,acc,max", "train,acc,max", *HYBRID], "train,acc"),
+        ("early_stopping_criterion", ["train", "loss_kl", "min", "--patience", "2"], "train,loss_kl"),
+        ("val_scheduler_criterion", ["train", "loss_kl", "--scheduler", "reducelronplateau"], "train,loss_kl"),
+    ],
+)
+def test_a_criterion_that_only_some_epochs_have(corpus, teacher_dir, tmp_path, write_page, option, more, statistic):
+    """ESPnet ends with a KeyError where it first meets the statistic, or first misses it; so does every resume."""
+    stages = [
+        {"share": 0.5, "ctc": {"weight": 0.0}, "objectives": [{"objective": "kl"}]},
+        {"share": 0.5, "objectives": [{"objective": "softmax_l2"}]},
+    ]
+    options = ["--teacher", str(teacher_dir), "--kd_config", str(write_page({"stages": stages}))]
+    with pytest.raises(UserError, match=f"^{option}: only some epochs of this training have {statistic},"):
+        asr_kd_train.main(corpus.options(tmp_path / "out", *options, f"--{option}", *more, max_epoch=2))
+    assert not list((tmp_path / "out").glob("*epoch.pth"))
+
+
+def test_a_criterion_of_training_that_every_epoch_has(corpus, teacher_dir, tmp_path, write_page):
+    """Its objective begins within the first epoch, and fades within the last one."""
+    kl, fading = {"objective": "kl"}, {"objective": "kl", "weight": {"start": 1.0, "end": 0.0}}
+    stages = [{"share": 0.1}, {"share": 0.3, "objectives": [kl]}, {"share": 0.6, "objectives": [fading]}]
+    options = ["--teacher", str(teacher_dir), "--kd_config", str(write_page({"stages": stages}))]
+    options += ["--use_tensorboard", "false", "--best_model_criterion", "train,loss_kl,min"]
+    asr_kd_train.main(corpus.options(tmp_path / "out", *options, max_epoch=2))
+    assert (tmp_path / "out/train.loss_kl.ave.pth").is_file()
+
+
 @pytest.fixture
 def long_texts(corpus, tmp_path):
     """Function that makes ``count`` transcripts of a part longer than their frames and returns training options."""

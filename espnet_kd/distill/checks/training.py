@@ -9,20 +9,22 @@ import argparse
 import logging
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Set, Tuple
+from typing import TYPE_CHECKING, Any, Iterator, List, Optional, Sequence, Set, Tuple
 
 import torch
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.audio import is_in_ark, is_pipe, read_samples
 from espnet_kd.data.datadir import read_map, read_pairs
-from espnet_kd.distill.plan import Plan
+from espnet_kd.distill.plan import Moment, Plan
 from espnet_kd.frames import best, valid
 from espnet_kd.strict import nearest
 from espnet_kd.targets.teacher import Teacher
 
 if TYPE_CHECKING:
     from espnet2.asr.espnet_model import ESPnetASRModel
+
+    from espnet_kd.distill.page import ObjectiveSpec
 
 SHOWN = 5  # utterances in a message
 #: Statistics that ESPnet computes in validation alone.
@@ -36,23 +38,30 @@ SILENT = 0.01
 
 def check_criteria(args: argparse.Namespace, model: ESPnetASRModel, plan: Optional[Plan]) -> None:
     """Refuse ``best_model_criterion`` where no epoch will have one of them, and log single ones; refuse a criterion of
-    early stopping, or of the learning rate, that no epoch will have.
+    early stopping, or of the learning rate, that no epoch will have, and any that only some epochs will have.
 
     By a statistic that does not exist ESPnet chooses no model, and removes every epoch's but the last. By the other
-    criteria it ends with a KeyError after the first epoch.
+    criteria it ends with a KeyError after the first epoch, and by one that earlier epochs lack when it finds it.
 
     Raises:
         UserError: naming them, and what there is; or a criterion has another form.
     """
-    known = {phase: statistics(args, model, plan, phase) for phase in ("train", "valid")}
+    of_validation = statistics(args, model, plan)
+    known = {"valid": [of_validation], "train": list(statistics_in_training(args, model, plan))}
+    there = f"(there are {', '.join(sorted(of_validation))})"
     for option, criteria in _criteria(args):
         for criterion in criteria:
             _check_form(option, criterion)
-        absent = [f"{phase},{key}" for phase, key, _ in criteria if key not in known[phase]]
+        found = {f"{phase},{key}": [key in epoch for epoch in known[phase]] for phase, key, _ in criteria}
+        if partly := [name for name, each in found.items() if any(each) and not all(each)]:
+            raise UserError(
+                f"{option}: only some epochs of this training have {', '.join(partly)}, because its KD stages differ; "
+                f"give a statistic of validation {there}, for instance valid,loss_ctc,min"
+            )
+        absent = [name for name, each in found.items() if not any(each)]
         if not absent:
             continue
-        there = ", ".join(sorted(known["valid"]))
-        message = f"{option}: no epoch of this training has {', '.join(absent)} (there are {there})"
+        message = f"{option}: no epoch of this training has {', '.join(absent)} {there}"
         if len(absent) == len(criteria):
             raise UserError(f"{message}; give one of these, for instance valid,loss_ctc,min")
         logging.info("%s", message)  # ESPnet's default names some that only attention has
@@ -80,29 +89,49 @@ def _check_form(option: str, criterion: Any) -> None:
         )
 
 
-def statistics(
-    args: argparse.Namespace, model: ESPnetASRModel, plan: Optional[Plan], phase: str = "valid"
+def statistics(args: argparse.Namespace, model: ESPnetASRModel, plan: Optional[Plan]) -> Set[str]:
+    """Names of what every epoch reports in validation, where all objectives of the last KD stage are computed."""
+    if plan is None:
+        return _reported(args, model, "valid", [], True)
+    specs = [spec for spec, _ in plan.last.phase.terms]
+    return _reported(args, model, "valid", specs, _uses_attention(plan.last, specs))
+
+
+def statistics_in_training(
+    args: argparse.Namespace, model: ESPnetASRModel, plan: Optional[Plan]
+) -> Iterator[Set[str]]:
+    """Yield, for each epoch, the names of what it reports in training, where weights of 0 are not computed."""
+    if plan is None:
+        yield _reported(args, model, "train", [], True)
+        return
+    for epoch in range(1, plan.max_epoch + 1):
+        active = [(now, [spec for spec, weight in now.phase.terms if now(weight)]) for now in plan.in_epoch(epoch)]
+        specs = [spec for _, each in active for spec in each]
+        yield _reported(args, model, "train", specs, any(_uses_attention(now, each) for now, each in active))
+
+
+def _reported(
+    args: argparse.Namespace, model: ESPnetASRModel, phase: str, specs: Sequence[ObjectiveSpec], attention: bool
 ) -> Set[str]:
-    """Names of what an epoch reports in validation, or in training (``phase`` train)."""
+    """Names of the statistics of some objectives, of CTC, and of attention where it is computed."""
     known = {"loss"}
     if any(name == "text" for _, name, _ in getattr(args, f"{phase}_data_path_and_name_and_type") or []):
         known |= {"loss_ctc", "cer_ctc"} if model.ctc is not None else set()
         known |= {f"loss_interctc_layer{n}" for n in getattr(model.encoder, "interctc_layer_idx", None) or []}
-        if model.ctc_weight < 1.0 and (plan is None or _uses_decoder(plan)):
+        if model.ctc_weight < 1.0 and attention:
             known |= {"acc", "cer", "wer", "loss_att", "loss_transducer", "cer_transducer", "wer_transducer"}
     if phase == "train":
         known -= RATES
-    for spec, _ in [] if plan is None else plan.phases[-1].terms:
+    for spec in specs:
         objective = spec.make()
         known |= {"loss_kd", f"loss_{spec.key}", *objective.statistics}
         known |= {"nonblank_share", "agreement"} if objective.uses_teacher else set()
     return known
 
 
-def _uses_decoder(plan: Plan) -> bool:
-    """Whether validation, which has the weights of the end, computes the attention decoder."""
-    now = plan.last
-    taps = {tap for spec, _ in now.phase.terms for tap in spec.make().student_taps}
+def _uses_attention(now: Moment, specs: Sequence[ObjectiveSpec]) -> bool:
+    """Whether the attention decoder is computed at this moment, with these objectives."""
+    taps = {tap for spec in specs for tap in spec.make().student_taps}
     return bool(now(now.phase.stage.attention_weight)) or "decoder" in taps
 
 
