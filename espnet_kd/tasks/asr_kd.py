@@ -189,8 +189,10 @@ class ASRKDTask(ASRTask):
                     f"{', '.join(found)} act before the model, so that an online teacher would get augmented audio; "
                     "take them out, or give --augmented_teacher true"
                 )
-        # Targets cannot be kept by id if the data loader changes an utterance in each epoch.
-        memory = 0.0 if args.augmented_teacher else args.teacher_memory * 1e6
+        # Targets cannot be kept by id if the data loader changes an utterance in each epoch; nor, if a resume is to be
+        # exact, if an utterance is in another batch in each epoch, with other padding (iterator_type: category).
+        changing = args.augmented_teacher or args.iterator_type != "sequence"
+        memory = 0.0 if changing else args.teacher_memory * 1e6
         teachers = [OnlineTeacher(path, memory / len(args.teacher)) for path in args.teacher]
         if len(teachers) == 1 and not page.teacher_weights:
             return teachers[0]
