@@ -190,8 +190,8 @@ class ASRKDTask(ASRTask):
                     "take them out, or give --augmented_teacher true"
                 )
         # Targets cannot be kept by id if the data loader changes an utterance in each epoch; nor, if a resume is to be
-        # exact, if an utterance is in another batch in each epoch, with other padding (iterator_type: category).
-        changing = args.augmented_teacher or args.iterator_type != "sequence"
+        # exact, if each epoch has other batches, because a teacher's outputs depend on the padding.
+        changing = args.augmented_teacher or args.iterator_type != "sequence" or args.shuffle_within_batch
         memory = 0.0 if changing else args.teacher_memory * 1e6
         teachers = [OnlineTeacher(path, memory / len(args.teacher)) for path in args.teacher]
         if len(teachers) == 1 and not page.teacher_weights:

@@ -203,6 +203,18 @@ def test_training_resumes_to_the_same_student(corpus, teacher_dir, unbroken, kil
     assert_same(whole, out)
 
 
+@pytest.mark.faults("a training killed in each KD stage and at each boundary")
+def test_a_resume_is_exact_if_batches_change(corpus, teacher_dir, tmp_path):
+    """A teacher's outputs depend a little on the padding, and so on the batch in which they are kept in memory."""
+    page, one, other = write_page(tmp_path, **MID), tmp_path / "one", tmp_path / "other"
+    more = ("--teacher", teacher_dir, "--shuffle_within_batch", "true")
+    train(corpus, one, page, *more)
+    with pytest.raises(Killed):
+        train(corpus, other, page, *more, kill_at=("step", 3, 0))
+    train(corpus, other, page, *more)
+    assert_same(one, other)
+
+
 @pytest.mark.faults("half-written and foreign checkpoints")
 def test_nothing_readable_is_left_of_the_kd_stages_before(corpus, teacher_dir, tmp_path):
     """Their record alone is not enough: they are trained again."""
