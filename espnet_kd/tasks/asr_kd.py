@@ -46,7 +46,9 @@ DATA_OPTIONS = ("train_data_path_and_name_and_type", "valid_data_path_and_name_a
 
 
 class KDTrainer(Trainer):
-    """ESPnet's trainer, in which the KD stages of a page restart the optimizers and set the patience."""
+    """ESPnet's trainer, in which the KD stages of a page restart the optimizers and set the patience, and every epoch
+    begins without gradients.
+    """
 
     @classmethod
     def run(cls, **arguments: Any) -> None:
@@ -58,6 +60,15 @@ class KDTrainer(Trainer):
             super().run(**arguments)
         finally:
             ASRKDTask.changes = None  # it holds the optimizers, which a notebook would keep in memory
+
+    @classmethod
+    def train_one_epoch(cls, **arguments: Any) -> bool:
+        """Train an epoch as ESPnet does, with the arguments of its ``Trainer.train_one_epoch``."""
+        # If accum_grad does not divide the steps of an epoch, ESPnet takes the gradients of the last ones into the next
+        # epoch, where a resumed training does not have them.
+        for optimizer in arguments["optimizers"]:
+            optimizer.zero_grad()
+        return super().train_one_epoch(**arguments)
 
 
 class ASRKDTask(ASRTask):
