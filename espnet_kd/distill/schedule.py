@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Callable, Iterator, Optional, Union
+from typing import TYPE_CHECKING, Any, Callable, Iterable, Iterator, Optional, Sized, Union
 
 if TYPE_CHECKING:
     from espnet2.iterators.abs_iter_factory import AbsIterFactory
@@ -24,7 +24,7 @@ class Progress:
     epoch: int = 1
     max_epoch: int = 1
     step: int = 0  #: step in this epoch, from 0
-    steps_per_epoch: Optional[int] = None  #: from the iterator factory, or else known after the first epoch
+    steps_per_epoch: Optional[int] = None  #: of the data loader, or else known after the first epoch
     updates: Optional[int] = None  #: optimizer updates in this epoch; None: no epoch has begun
 
     @property
@@ -103,12 +103,14 @@ class EpochHooks:
         """Yield the wrapped factory's batches, and count them in ``progress``."""
         self.at_epoch(epoch)
         self.progress.epoch, self.progress.step, self.progress.updates = epoch, 0, 0
-        # If the number is known beforehand, a ramp continues after a resume as without an interruption.
-        steps = getattr(self.factory, "num_iters_per_epoch", None) or len(getattr(self.factory, "sampler", ()))
-        self.progress.steps_per_epoch = steps or self.progress.steps_per_epoch
-        return self._count(self.factory.build_iter(epoch, shuffle))
+        batches = self.factory.build_iter(epoch, shuffle)
+        # If their number is known beforehand, a ramp continues after a resume as without an interruption. Asked of the
+        # data loader, not of the factory, because an epoch may have another number than the first one.
+        if isinstance(batches, Sized):
+            self.progress.steps_per_epoch = len(batches)
+        return self._count(batches)
 
-    def _count(self, batches: Iterator) -> Iterator:
+    def _count(self, batches: Iterable) -> Iterator:
         steps = 0
         for steps, batch in enumerate(batches, 1):
             self.at_step()

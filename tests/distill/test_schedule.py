@@ -6,12 +6,14 @@ from espnet_kd.distill.schedule import EpochHooks, Progress, Ramp
 
 
 class Factory:
-    def __init__(self, num):
-        self.num, self.asked = num, []
+    """``loader`` makes an epoch's batches: an iterator, or as a data loader something that has a length."""
+
+    def __init__(self, num, loader=iter):
+        self.num, self.loader, self.asked = num, loader, []
 
     def build_iter(self, epoch, shuffle=None):
         self.asked.append((epoch, shuffle))
-        return iter(range(self.num))
+        return self.loader(range(self.num if isinstance(self.num, int) else self.num[epoch]))
 
 
 def test_epochs_and_steps_are_counted():
@@ -47,15 +49,13 @@ def test_ramp_reaches_both_ends():
 
 
 @pytest.mark.parametrize("by", ["step", "epoch"])
-@pytest.mark.parametrize("told", ["num_iters_per_epoch", "sampler"])
-def test_a_ramp_goes_on_after_a_resume(by, told):
-    """If the factory has the length of an epoch, this includes the first epoch of the new process."""
+def test_a_ramp_goes_on_after_a_resume(by):
+    """If the data loader has the length of an epoch, this includes the first epoch of the new process."""
     ramp = Ramp(0.3, 0.7, 0.3, 0.7, by)
 
     def weights(epochs):
-        progress, factory = Progress(max_epoch=4), Factory(5)
-        setattr(factory, told, 5 if told == "num_iters_per_epoch" else range(5))
-        hooks = EpochHooks(factory, progress, lambda epoch: None)
+        progress = Progress(max_epoch=4)
+        hooks = EpochHooks(Factory(5, list), progress, lambda epoch: None)
         return [[ramp(progress) for _ in hooks.build_iter(epoch)] for epoch in epochs]
 
     whole = weights([1, 2, 3, 4])
@@ -63,3 +63,16 @@ def test_a_ramp_goes_on_after_a_resume(by, told):
     # This ramp is the α of self-KD: the progress, clipped to 0.3 and 0.7.
     done = [[(e + (s / 5 if by == "step" else 0)) / 4 for s in range(5)] for e in range(4)]
     assert whole == [pytest.approx([min(max(x, 0.3), 0.7) for x in epoch]) for epoch in done]
+
+
+def test_epochs_of_different_length():
+    """An iterator by category makes other batches in each epoch, which a resume must count as the unbroken training."""
+
+    def fractions(epochs):
+        progress = Progress(max_epoch=3)
+        hooks = EpochHooks(Factory({1: 4, 2: 2, 3: 5}, list), progress, lambda epoch: None)
+        return [[progress.fraction * 3 for _ in hooks.build_iter(epoch)] for epoch in epochs]
+
+    whole = fractions([1, 2, 3])
+    assert whole == [pytest.approx([e + s / n for s in range(n)]) for e, n in enumerate((4, 2, 5))]
+    assert fractions([3]) == whole[2:]
