@@ -5,10 +5,12 @@ python -m espnet_kd.bin.asr_kd_data an4 --out data --an4 /corpora/an4
 python -m espnet_kd.bin.asr_kd_data librispeech --out data --librispeech /corpora/LibriSpeech --nj 8
 python -m espnet_kd.bin.asr_kd_data aishell --out data --aishell /corpora/data_aishell --nj 8
 python -m espnet_kd.bin.asr_kd_data tedlium2 --out data --tedlium2 /corpora/TEDLIUM_release2 --nj 8
+python -m espnet_kd.bin.asr_kd_data audio --out data --audio /recordings
 python -m espnet_kd.bin.asr_kd_data espnet --espnet_data /espnet/egs2/an4/asr1 --sets train_nodev train_dev test
 python -m espnet_kd.bin.asr_kd_data format --src data/train --dst dump/raw/train_sp --speed_factors 0.9 1.0 1.1
 python -m espnet_kd.bin.asr_kd_data combine --transcribed dump/raw/a --untranscribed dump/raw/b --dst dump/raw/ab
 python -m espnet_kd.bin.asr_kd_data tokens --text dump/raw/train/text --out data/token_list/char
+python -m espnet_kd.bin.asr_kd_data fit_text dump/raw/train --token_list data/token_list/teacher_x/tokens.txt
 python -m espnet_kd.bin.asr_kd_data validate data/train data/valid --token_list data/token_list/char/tokens.txt
 python -m espnet_kd.bin.asr_kd_data lengths --model 'student=--config conf/train_student.yaml' --stats … (--help)
 python -m espnet_kd.bin.asr_kd_data ngram --text dump/raw/train/text --token_list … --out exp/4gram.arpa
@@ -69,7 +71,7 @@ def _add_librispeech(sub: argparse.ArgumentParser) -> None:
                      help="parts whose speakers are divided among train/, valid/, test/ (train-clean-5)")  # fmt: skip
     sub.add_argument("--speakers_valid", type=int, default=0, help="number of these speakers for valid/")
     sub.add_argument("--speakers_test", type=int, default=0, help="number of these speakers for test/")
-    sub.add_argument("--seed", type=int, default=0, help="picks those speakers")
+    sub.add_argument("--seed", type=int, default=0, help="seed for the choice of these speakers")
 
 
 def _librispeech(args: argparse.Namespace) -> None:
@@ -141,9 +143,9 @@ def _audio(args: argparse.Namespace) -> None:
 def _add_mini(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--out", default="data", help="directory that gets train/, valid/, test/, wav/, mini.json")
     sub.add_argument("--nj", type=int, default=1, help="processes; the bytes do not depend on it")
-    sub.add_argument("--seed", type=int, default=0)
+    sub.add_argument("--seed", type=int, default=0, help="seed of all that is drawn at random")
     sub.add_argument("--language", choices=("en", "cmn"), default="en", help="cmn: Mandarin, characters as tokens")
-    sub.add_argument("--train", type=int, default=2400, help="utterances")
+    sub.add_argument("--train", type=int, default=2400, help="number of utterances")
     sub.add_argument("--valid", type=int, default=100, help="number of utterances, of voices that are not in train")
     sub.add_argument("--test", type=int, default=250, help="number of utterances, of voices not in train and valid")
     sub.add_argument("--snr_low", type=float, default=20.0, help="lowest signal-to-noise ratio, dB")
@@ -168,8 +170,8 @@ def _add_format(sub: argparse.ArgumentParser) -> None:
                      help="optional: use a text if there is one; none: do not read it")  # fmt: skip
     sub.add_argument("--fs", type=int, default=16000, help="sampling rate, Hz")
     sub.add_argument("--speed_factors", type=float, nargs="+", default=[1.0], help="1.0 keeps an unchanged copy")
-    sub.add_argument("--min_seconds", type=float, default=0.1)
-    sub.add_argument("--max_seconds", type=float, default=30.0)
+    sub.add_argument("--min_seconds", type=float, default=0.1, help="shortest utterance")
+    sub.add_argument("--max_seconds", type=float, default=30.0, help="longest utterance")
     sub.add_argument("--drop_out_of_range", action="store_true",
                      help="leave out shorter and longer utterances (for train and valid, not for test)")  # fmt: skip
     sub.add_argument("--nj", type=int, default=1, help="processes")
@@ -200,7 +202,7 @@ def _add_tokens(sub: argparse.ArgumentParser) -> None:
     source.add_argument("--text", nargs="+", help="Kaldi-style text files, of training data only")
     source.add_argument("--teacher", metavar="EXP[/FILE.pth]", help="take this experiment's tokens (and BPE model)")
     sub.add_argument("--out", required=True, help="directory that gets tokens.txt (and bpe.model)")
-    sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char")
+    sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char", help="how a text is split")
     sub.add_argument("--nbpe", type=int, default=500, help="size of the list with --token_type bpe, made of --text")
     sub.add_argument("--nlsyms", help="file of symbols that stay whole, one a line, e.g. [NOISE]; not with --teacher, "
                      "whose own are taken")  # fmt: skip
@@ -252,13 +254,13 @@ def _fit_text(args: argparse.Namespace) -> None:
 
 
 def _add_validate(sub: argparse.ArgumentParser) -> None:
-    sub.add_argument("data_dirs", nargs="+", metavar="DATA_DIR")
+    sub.add_argument("data_dirs", nargs="+", metavar="DATA_DIR", help="data dirs to check")
     sub.add_argument("--token_list", help="tokens.txt that must have all tokens of the texts")
-    sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char")
+    sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char", help="how a text is split")
     sub.add_argument("--allow_unknown", action="store_true",
                      help="only count tokens that are not in the list (for validation data)")  # fmt: skip
-    sub.add_argument("--min_seconds", type=float, default=0.1)
-    sub.add_argument("--max_seconds", type=float, default=30.0)
+    sub.add_argument("--min_seconds", type=float, default=0.1, help="shortest utterance")
+    sub.add_argument("--max_seconds", type=float, default=30.0, help="longest utterance")
     sub.add_argument("--fs", type=int, default=16000, help="expected sampling rate, Hz; 0 accepts any")
     sub.add_argument("--no_text", action="store_true", help="text may be missing")
     sub.add_argument("--allow_empty", action="store_true",
@@ -305,7 +307,7 @@ def _add_lengths(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--stats", required=True, help="directory with {train,valid}/speech_shape (stage 4)")
     sub.add_argument("--data_dirs", required=True, nargs=2, metavar=("TRAIN", "VALID"), help="data dirs with the texts")
     sub.add_argument("--token_list", required=True, help="tokens.txt")
-    sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char")
+    sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char", help="how a text is split")
 
 
 def _lengths(args: argparse.Namespace) -> None:
@@ -325,7 +327,7 @@ def _add_ngram(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--text", nargs="+", default=[], help="Kaldi-style text files, such as that of the training data")
     sub.add_argument("--lm_text", nargs="+", default=[], help="texts without ids, a sentence in a line")
     sub.add_argument("--token_list", required=True, help="tokens.txt of the model that is decoded")
-    sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char")
+    sub.add_argument("--token_type", choices=("char", "word", "bpe"), default="char", help="how a text is split")
     sub.add_argument("--order", type=int, default=4, help="the longest n-gram, in tokens")
     sub.add_argument("--out", required=True, help="ARPA file, for asr_kd_inference --beam_size 10 --ngram_file FILE")
 

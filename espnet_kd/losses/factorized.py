@@ -29,7 +29,7 @@ def blank_kl(
 ) -> Tensor:
     """BKL: KL between the binary posteriors (blank, not blank), averaged over the frames that count.
 
-    Arguments and result as in :func:`espnet_kd.losses.kl`. Stage 1 of the progressive method (the paper; its exact
+    Arguments and result as in :func:`espnet_kd.losses.kl`. KD stage 1 of the progressive method (the paper; its exact
     form is a reconstruction).
     """
     return _weighted(student_logits, teacher_logits, lengths, frames, blank_id, temperature, (1.0, 0.0, 0.0))

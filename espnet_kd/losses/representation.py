@@ -41,7 +41,7 @@ def factorized_representation(
     Raises:
         ValueError: ``distance`` is unknown.
 
-    Source: stage 2 of the progressive method (the paper); the distance is a choice.
+    Source: KD stage 2 of the progressive method (the paper); the distance is a choice.
     """
     check_sizes(student_hidden, teacher_hidden, lengths, frames)
     counted = Counted.of(student_hidden, teacher_logits, lengths, frames)

@@ -148,6 +148,8 @@ def test_a_method_of_your_own_as_the_readme_has_it(corpus, directory, teacher_di
     checked: dict = {}
     exec(test, checked)
     checked["test_reverse_kl"]()
+    nothing = torch.zeros(1, 3, dtype=torch.bool)  # as a rule selects in a batch without speech
+    assert checked["reverse_kl"](*torch.randn(2, 1, 3, 5), torch.tensor([3]), frames=nothing) == 0
     out = directory / "own"
     asr_kd_train.main(
         corpus.options(out, "--teacher", str(teacher_dir), "--kd_config", str(outside / "my_kd.yaml"), max_epoch=1)
