@@ -71,7 +71,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         frames_of, rate = espnet_encoder(["--config", args.student_config, *args.student_args.split()], tokens.name)
     if rate != teacher.sampling_rate:
         raise cli.UserError(
-            f"{args.student_config}: the student takes audio of {rate} Hz, the teacher {teacher.sampling_rate:g} Hz"
+            f"{args.student_config}: the student takes audio of {rate} Hz, the teacher {teacher.sampling_rate:g} Hz; "
+            f"give the student that rate (--student_args='--frontend_conf fs={teacher.sampling_rate:g}')"
         )
     long, short = 30 * rate, 10 * rate
     shift = nearest_multiple((long - short) / rate / (frames_of(long) - frames_of(short)), 0.0005) * 0.0005
@@ -89,7 +90,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         logging.info("its token error rate: %.1f %%, %s %.1f %%", found.own, at, found.aligned)
     if found.lost > WARN:
         logging.warning(
-            "no student with these frames can learn more than that of this teacher: give it a subsampling of less "
+            "a student with these frames cannot learn the lost tokens from this teacher: give it less subsampling "
             "(encoder_conf: input_layer: conv2d1 or conv2d2; conf/models/conformer_6x96_20ms.yaml has frames of 20 ms)"
         )
 

@@ -95,7 +95,7 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
         given = Path(args.expdir)
         reference = folders.get("espnet") or (home / "export" if (home / "export").is_dir() else given)
         measure_exports(home, list(folders.values()), args.measure, reference)
-        logging.info("what they cost: %s", home / "exports.json")
+        logging.info("speed, size and error rates: %s", home / "exports.json")
     if args.card:
         from espnet_kd.deploy.card import write_cards
 

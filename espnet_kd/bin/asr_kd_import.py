@@ -44,7 +44,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     given = {name: getattr(args, name) for name in ("blank", "word_delimiter", "fs")}
     options = {name: value for name, value in given.items() if value is not None}
     if options and not args.source.startswith("onnx:"):
-        raise cli.UserError(f"--{next(iter(options))} is for an ONNX file; what other models need lies beside them")
+        option = next(iter(options))
+        raise cli.UserError(f"--{option} is for an ONNX file; a Hugging Face model has it in its own files")
     files, record = find_source(args.source, args.tokens)
     record.update(options)
     if is_imported(args.output_dir, record):

@@ -15,7 +15,7 @@ import urllib.request
 import zlib
 from dataclasses import replace
 from pathlib import Path
-from typing import Collection, Dict, Iterable, Iterator, List, Optional, Sequence, Set, Tuple, Union
+from typing import Collection, Dict, Iterable, Iterator, List, Mapping, Optional, Sequence, Set, Tuple, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.audio import read_audio_info
@@ -296,9 +296,9 @@ def pick_speakers(speakers: Sequence[str], number: int, seed: int) -> List[str]:
     return sorted(speakers, key=lambda s: hashlib.sha256(f"{seed} {s}".encode()).hexdigest())[:number]
 
 
-def refuse_overlap(**names: Set[str]) -> None:
-    """Refuse training data that is also validation or test data."""
-    for other in set(names) - {"train"}:
-        both = sorted(names["train"] & names[other])
+def refuse_overlap(option: str, parts: Sequence[str], others: Mapping[str, Sequence[str]]) -> None:
+    """Refuse parts of a corpus that one option names, and another of ``others`` too (:class:`UserError`)."""
+    for other, named in others.items():
+        both = sorted(set(parts) & set(named))
         if both:
-            raise UserError(f"{' '.join(both)}: for training and for {other}; take it out of one")
+            raise UserError(f"{' '.join(both)}: named by {option} and by {other}; leave it out of one")

@@ -325,7 +325,7 @@ def _check_fields(data_dir: Path, utterances: Iterable[Utterance], kinds: Set[st
 def _write_files(data_dir: Path, partial: Path, ordered: Iterable[Utterance], kinds: Set[str]) -> int:
     """Write the files of ``data_dir`` to ``partial``; return the number of utterances."""
     if {"whole file", "segment"} <= kinds:
-        raise UserError(f"{data_dir}: some utterances are segments of a recording and some whole files; one or other")
+        raise UserError(f"{data_dir}: some utterances are segments of a recording, others whole files; give one kind")
     names = ["utt2spk", "segments" if "segment" in kinds else "wav.scp"]
     names += ["text"] if "no text" not in kinds else []
     names += ["utt2num_samples"] if "no num_samples" not in kinds else []
@@ -340,7 +340,8 @@ def _write_files(data_dir: Path, partial: Path, ordered: Iterable[Utterance], ki
             lines = {"utt2spk": u.speaker, "text": u.text, "utt2num_samples": str(u.num_samples), "wav.scp": u.audio}
             if u.recording is not None:
                 if recordings.setdefault(u.recording, u.audio) != u.audio:
-                    raise UserError(f"{data_dir}: recording '{u.recording}' is {recordings[u.recording]} and {u.audio}")
+                    both = f"{recordings[u.recording]}, {u.audio}"
+                    raise UserError(f"{data_dir}: recording '{u.recording}' has two files: {both}")
                 channel = "" if u.channel is None else f" {u.channel}"
                 lines["segments"] = f"{u.recording} {u.start or 0:.3f} {u.end:.3f}{channel}"
             for name, f in files.items():

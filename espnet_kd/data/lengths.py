@@ -154,7 +154,7 @@ def check_lengths(
             with replacing(report) as f:
                 f.writelines(tight)
     else:
-        logging.info("%s: all %d utterances have frames enough in %s", name, number, model)
+        logging.info("%s: all %d utterances have enough frames in %s", name, number, model)
     return number, len(tight)
 
 

@@ -101,8 +101,9 @@ def prepare_librispeech(
     test = parts_of(test_parts, "" if divided else TEST)
     if (speakers_valid or speakers_test) and not divided:
         raise UserError("--speakers_valid and --speakers_test: give the part with --split_by_speaker")
-    refuse_overlap(train=set(train), valid=set(valid), test=set(test))
-    refuse_overlap(train=set(divided), valid=set(train + valid + test))
+    others = {"--valid_parts": valid, "--test_parts": test}
+    refuse_overlap("--train_parts", train, others)
+    refuse_overlap("--split_by_speaker", divided, {"--train_parts": train, **others})
     with os_errors_as_user_errors(out):
         where = _find_parts(divided + train + valid + test, librispeech, downloads, mirror, remove_archives)
         sources: Dict[str, List[Source]] = {"train": [], "valid": [], "test": []}

@@ -59,13 +59,13 @@ class Settings:
         if self.language not in ACCENTS:
             raise UserError(f"--language {self.language}: known are {', '.join(ACCENTS)}")
         if not all(map(math.isfinite, (self.snr_low, self.snr_high))):
-            raise UserError(f"--snr_low {self.snr_low} --snr_high {self.snr_high}: give numbers; 100 dB are no noise")
+            raise UserError(f"--snr_low {self.snr_low} --snr_high {self.snr_high}: give numbers; 100 is without noise")
         if self.snr_low > self.snr_high:
             raise UserError(f"--snr_low {self.snr_low} is above --snr_high {self.snr_high}")
         if not 0 <= self.reverb_ratio <= 1:
             raise UserError(f"--reverb_ratio {self.reverb_ratio} is not between 0 and 1")
         if self.seed < 0:
-            raise UserError(f"--seed {self.seed} is negative")
+            raise UserError(f"--seed is {self.seed}; it must be 0 or more")
 
 
 @dataclass(frozen=True)
@@ -225,8 +225,9 @@ def prepare_mini(
     sizes = {**DEFAULT_SIZES, **(sizes or {})}
     settings = Settings(seed, language, snr_low, snr_high, reverb_ratio)
     settings.check()
-    if min(sizes.values()) < 1 or nj < 1:
-        raise UserError(f"every split needs an utterance and nj a process: {sizes}, nj {nj}")
+    for name, number in {**sizes, "nj": nj}.items():
+        if number < 1:
+            raise UserError(f"--{name} is {number}; it must be 1 or more")
     inputs = {"version": VERSION, **settings.__dict__, "sizes": sizes}
     record = Record(out / "mini.json")
     if record.is_of(inputs):

@@ -100,7 +100,7 @@ def _json_label(line: str, where: str) -> Tuple[str, Label]:
     if utt_id is None and isinstance(content.get("audio_filepath"), str):
         utt_id = Path(content["audio_filepath"]).stem  # NeMo's manifests have the audio file instead of an id
     if not isinstance(utt_id, str) or not isinstance(text, str):
-        raise UserError(f"{where}: needed are {' or '.join(IDS)}, and {' or '.join(TEXTS)}, both texts")
+        raise UserError(f"{where}: it must have {' or '.join(IDS)}, and {' or '.join(TEXTS)}, both strings")
     if confidence is not None and (isinstance(confidence, bool) or not isinstance(confidence, (int, float))):
         raise UserError(f"{where}: the confidence {confidence!r} of '{utt_id}' is no number")
     if confidence is not None and not math.isfinite(confidence):

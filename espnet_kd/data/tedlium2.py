@@ -121,7 +121,7 @@ def parse_stm(path: Path, left_out: LeftOut, drop_fillers: bool = False) -> Iter
         except (IndexError, ValueError) as e:
             raise UserError(f"{where}: expected 'talk channel speaker start end <labels> words', found '{line}'") from e
         if talk != path.stem:
-            raise UserError(f"{where}: a line of '{talk}', and the file is named {path.name}; move the line or rename")
+            raise UserError(f"{where}: this line is of the talk '{talk}'; move it to the file of that talk")
         text = fields[5] if len(fields) > 5 else ""
         labels = _LABELS.match(text)
         text = clean(text[labels.end() :] if labels else text, drop_fillers)

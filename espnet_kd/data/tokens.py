@@ -174,7 +174,10 @@ def _beside(config: Path, name: str, key: str) -> Path:
     for place in places:
         if place.is_file():
             return place
-    raise UserError(f"{config} names {key} {name}, which is found neither from there nor from here; copy it beside it")
+    raise UserError(
+        f"{config}: {key}: {name} is found neither in a directory above this file nor in the working directory; copy "
+        f"it to {config.parent}"
+    )
 
 
 def _is_made(out_dir: Path, settings: Dict[str, Any]) -> bool:

@@ -100,7 +100,7 @@ def check_search_options(args: argparse.Namespace) -> None:
     """
     cli.check_positive(args, "nj", "nbest", "beam_size", "beam_size_token")
     if args.beam_size < args.nbest:
-        raise cli.UserError(f"--beam_size is {args.beam_size}; for --nbest {args.nbest} it must be that or more")
+        raise cli.UserError(f"--beam_size is {args.beam_size}; for --nbest {args.nbest} it must be at least as large")
 
 
 def list_decodings(

@@ -54,8 +54,8 @@ class StockRecogniser:
         model, args = load_model(config, model_file)
         if ctc_weight < 1 and model.decoder is None:
             raise UserError(
-                f"the model of {config} has no attention decoder (its ctc_weight is 1), so --ctc_weight {ctc_weight} "
-                "cannot be; leave it at 1"
+                f"the model of {config} has no attention decoder (its ctc_weight is 1), which "
+                f"--ctc_weight {ctc_weight} needs; leave it at 1"
             )
         if input_width(model):
             raise UserError(f"the model of {config} takes features (input_size is set), not audio")

@@ -89,15 +89,15 @@ class StudentGraph(nn.Module):
 def check_exportable(model: ESPnetASRModel) -> None:
     """Refuse a model whose graph would not have the outputs of ESPnet (:class:`UserError`)."""
     if getattr(model, "ctc", None) is None:
-        raise UserError("the model has no CTC head, which is what an export recognises with")
+        raise UserError("the model has no CTC head, which an export needs")
     encoder = type(model.encoder).__name__
     if encoder not in EXACT_ENCODERS:
         reason = REASONS.get(encoder, f"it is not known to be exact; known: {', '.join(EXACT_ENCODERS)}")
         raise UserError(f"encoder: {encoder} cannot be exported as a graph: {reason}")
     if not is_exact(model.encoder):
-        raise UserError("encoder_conf: rel_pos_type: legacy cannot be exported: it goes by the length of the batch")
+        raise UserError("encoder_conf: rel_pos_type: legacy cannot be exported: its output depends on the padding")
     if getattr(model.encoder, "ctc_trim", False):
-        raise UserError("encoder_conf: ctc_trim cannot be exported: it leaves out frames by what is in them")
+        raise UserError("encoder_conf: ctc_trim cannot be exported: it leaves out frames depending on their content")
     for part in ("preencoder", "postencoder"):
         if getattr(model, part) is not None:
             raise UserError(f"{part}: {type(getattr(model, part)).__name__} cannot be exported")

@@ -60,14 +60,14 @@ def check_student(graph: StudentGraph) -> None:
     if not blind and graph.volume is None:
         kind = "none" if graph.normalise is None else "global_mvn" if graph.normalise.is_global else "utterance_mvn"
         raise UserError(
-            f"normalize: {kind}: sherpa-onnx brings audio to zero mean and unit variance, which changes what this "
-            "student gives; train one with --feats_normalize utterance_mvn, or use --format onnx"
+            f"normalize: {kind}: sherpa-onnx brings audio to zero mean and unit variance, which changes the output "
+            "of this student; train one with --feats_normalize utterance_mvn, or use --format onnx"
         )
     repeats = graph.frame_shift / SHERPA_FRAME
     if abs(repeats - round(repeats)) > 1e-6 or repeats < 1:
         raise UserError(
-            f"frames of {graph.frame_shift * 1000:g} ms: sherpa-onnx takes frames for 20 ms, and times would be wrong; "
-            "give the encoder an input_layer whose frames are a multiple of that, or use --format onnx"
+            f"frames of {graph.frame_shift * 1000:g} ms: sherpa-onnx assumes 20 ms, and its times would be wrong; "
+            "train a student with frames of a multiple of that (input_layer), or use --format onnx"
         )
 
 

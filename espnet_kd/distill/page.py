@@ -135,9 +135,9 @@ def load_page(name: str, import_objectives: bool = True) -> Page:
 def check_cacheable(page: Page) -> None:
     """Refuse a page that cannot be trained from a target cache (:class:`UserError`)."""
     if page.pool == "mean":
-        raise UserError(f"{page.path}: pool: mean needs whole posteriors, which a target cache has not; use --teacher")
+        raise UserError(f"{page.path}: pool: mean needs whole posteriors, not a target cache; train with --teacher")
     if page.teacher_weights:
-        raise UserError(f"{page.path}: teacher_weights: a target cache holds one teacher's; use --teacher alone")
+        raise UserError(f"{page.path}: teacher_weights: a target cache has one teacher; train with --teacher")
 
 
 def needed_targets(pages: Sequence[str]) -> Needs:
@@ -180,7 +180,7 @@ def _page(path: Path, content: Any, imports: bool) -> Page:
         if not 0 < weight < math.inf:
             raise UserError(f"{where}: teacher_weights must be numbers above 0, not {page.teacher_weights}")
     if page.teacher == "none" and page.teacher_weights:
-        raise UserError(f"{where}: teacher_weights with teacher: none")
+        raise UserError(f"{where}: teacher_weights needs teachers, and the page has teacher: none; leave one out")
     total = sum(s.share for s in page.stages)
     if abs(total - 1) > 1e-6:
         raise UserError(f"{where}: the shares of the KD stages add up to {total:g}, not 1")

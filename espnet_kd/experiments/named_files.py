@@ -44,7 +44,7 @@ def read_token_list(value: Any, config: Path) -> List[str]:
     except (OSError, UnicodeDecodeError) as e:
         raise UserError(f"{config}: token_list: cannot read {found}: {e}") from e
     if BLANK not in tokens[:1] or UNKNOWN not in tokens or len(set(tokens)) < len(tokens):
-        raise UserError(f"{config}: token_list: {found} is none: it must begin with {BLANK} and hold {UNKNOWN}")
+        raise UserError(f"{config}: token_list: {found} must begin with {BLANK}, have {UNKNOWN}, and each token once")
     return tokens
 
 

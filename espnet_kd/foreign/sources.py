@@ -43,7 +43,7 @@ def find_source(source: str, tokens: str | None = None) -> Tuple[List[Path], Dic
     record: Dict[str, Any] = {"source": source}
     if kind == "hf" and where:
         if tokens is not None:
-            raise UserError("--tokens is for an ONNX file; the tokens of a model of Hugging Face's lie beside it")
+            raise UserError("--tokens is for an ONNX file; a Hugging Face model has them in its own files")
         directory, found = locate(where)
         record.update(found)
         files = files_of(directory)
@@ -118,7 +118,7 @@ def weights_of(directory: Path) -> List[Path]:
         return [single] if single.is_file() else []
     places = read_mapping(index).get("weight_map")
     if not isinstance(places, dict) or not all(isinstance(name, str) for name in places.values()):
-        raise UserError(f"{index}: weight_map does not say in which file each of the weights is")
+        raise UserError(f"{index}: it names no file for some of the weights (weight_map); download the model again")
     found = [directory / Path(name).name for name in sorted(set(places.values()))]
     for path in found:
         if not path.is_file():

@@ -57,7 +57,7 @@ class TargetRecogniser(Recogniser):
         super().__init__(model, args, config_dir)
         check_taps(self.model, policy.taps, "teacher")
         if "decoder" in policy.taps:
-            raise UserError("attention_kl reads the teacher's decoder, which a target cache has not; use --teacher")
+            raise UserError("attention_kl reads the teacher's decoder, and a target cache has none; use --teacher")
         self.policy = policy
 
     def encode(self, speech: torch.Tensor, lengths: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:

@@ -82,7 +82,7 @@ class OnlineTeacher:
         """Its outputs for a test signal (:class:`UserError`: it needs audio and gets features, or the reverse)."""
         given, wanted = (f"features of width {w[0]}" if w else "audio" for w in (speech.shape[2:], self._input_width))
         if given != wanted:
-            raise UserError(f"the student is fed with {given}, the teacher {self.name} with {wanted}")
+            raise UserError(f"the student gets {given}, the teacher {self.name} {wanted}; both need the same input")
         return self.targets((), speech, speech_lengths)
 
     def state_dict(self) -> Dict[str, Tensor]:

@@ -125,7 +125,8 @@ class ASRKDTask(ASRTask):
         if getattr(args, "kd_config", None) is not None:
             cls.plan = plan = make_plan(load_page(args.kd_config), args.max_epoch or 1, args.kd_stages)
             if args.kd_stage not in (None, *plan.numbers):
-                raise UserError(f"--kd_stage {args.kd_stage}: {plan.page.path} is trained with {plan.numbers} here")
+                known = f"{plan.numbers} of {plan.page.path}"
+                raise UserError(f"--kd_stage {args.kd_stage}: this training has the KD stages {known}")
             check_data(args, [phase.stage for phase in plan.phases])
             nbest = cls._nbest(args) if any(phase.stage.nbest for phase in plan.phases) else None
             teacher = cls._teacher(args, plan.page) if plan.page.teacher == "required" else None
@@ -274,7 +275,7 @@ def cached_teacher(args: argparse.Namespace, page: Page) -> CachedTeacher:
     check_cacheable(page)
     teacher = CachedTeacher(args.target_cache)
     if len(args.teacher) > 1:
-        raise UserError(f"--target_cache {args.target_cache} holds one teacher's targets; several need --teacher alone")
+        raise UserError(f"--target_cache {args.target_cache} has one teacher's targets; for several, leave it out")
     for path in args.teacher:
         config, file = find_experiment(path)
         for given, kept in ((file, teacher.manifest.teacher_sha256), (config, teacher.manifest.config_sha256)):

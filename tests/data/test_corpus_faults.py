@@ -144,7 +144,7 @@ FAULTS = {
             lambda r: edit(r / TED, "2.00 3.25", "2.00 inf"), f"{TED}:2: start 2 and end inf make no segment", True,
         ),
         "no number": (lambda r: edit(r / TED, "2.00", "two"), f"{TED}:2: expected 'talk channel", False),
-        "another talk": (lambda r: edit(r / TED, "CD_2011 1", "XY_2011 1"), f"{TED}:1: a line of 'XY_2011'", False),
+        "another talk": (lambda r: edit(r / TED, "CD_2011 1", "XY_2011 1"), f"{TED}:1: this line is of", False),
         "behind the end": (
             lambda r: edit(r / TED, "2.00 3.25", "4.50 5.25"),
             "segment behind the end of the recording: CD_2011-0000450", True,

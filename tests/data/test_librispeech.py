@@ -71,8 +71,8 @@ def test_split_by_speaker(tmp_path: Path) -> None:
 def test_bad_choices_of_parts(tmp_path: Path) -> None:
     root = write_librispeech(tmp_path / "LibriSpeech")
     for options, message in (
-        ({"train_parts": ["dev-clean"]}, "dev-clean: for training and for valid"),
-        ({"split_by_speaker": ["test-clean"], "test_parts": ["test-clean"]}, "test-clean: for training"),
+        ({"train_parts": ["dev-clean"]}, "dev-clean: named by --train_parts and by --valid_parts"),
+        ({"split_by_speaker": ["test-clean"], "test_parts": ["test-clean"]}, "--split_by_speaker and by --test_parts"),
         ({"train_parts": [], "valid_parts": [""], "test_parts": []}, "no part at all"),
         ({}, "train-clean-360: this part is missing; fetch train-clean-360.tar.gz"),
     ):

@@ -143,7 +143,7 @@ def test_mistakes_are_named(tmp_path: Path, engine: None, monkeypatch: pytest.Mo
             mini.prepare_mini(tmp_path, snr_low=low, snr_high=high)
     with pytest.raises(UserError, match="--language xx"):
         mini.prepare_mini(tmp_path, language="xx")
-    with pytest.raises(UserError, match="every split needs"):
+    with pytest.raises(UserError, match="--test is 0; it must be 1 or more"):
         mini.prepare_mini(tmp_path, sizes={"test": 0})
     with espeak.data_path() as data, pytest.raises(UserError, match="no voice 'nn-zz'"):
         espeak.synthesise("a", "nn-zz", rate=150, pitch=50, pitch_range=50, data=data)

@@ -150,7 +150,7 @@ def test_a_teachers_bpe_model(bpe: Path, tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(UserError, match="data/bpe/bpe.model does not belong to .*config.yaml"):
         take(bpe / "exp" / "teacher", "out2", "bpe")
     Path("data/bpe/bpe.model").unlink()
-    with pytest.raises(UserError, match="found neither from there nor from here"):
+    with pytest.raises(UserError, match="config.yaml: bpemodel: data/bpe/bpe.model is found neither .*; copy it to"):
         take(bpe / "exp" / "teacher", "out2", "bpe")
     assert not Path("out2").exists()
 

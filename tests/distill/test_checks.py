@@ -53,9 +53,9 @@ def fed_with_features(conf, directory, width):
 @pytest.mark.parametrize(
     "student, teacher, message",
     [
-        (None, 40, "student is fed with audio, the teacher .* with features of width 40"),
-        (40, None, "student is fed with features of width 40, the teacher .* with audio"),
-        (40, 20, "student is fed with features of width 40, the teacher .* with features of width 20"),
+        (None, 40, "student gets audio, the teacher .* features of width 40"),
+        (40, None, "student gets features of width 40, the teacher .* audio"),
+        (40, 20, "student gets features of width 40, the teacher .* features of width 20"),
         (40, 40, None),
     ],
 )

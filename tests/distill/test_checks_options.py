@@ -109,7 +109,7 @@ def test_parameters_that_do_not_fit(corpus, other):
     refused(corpus.options(out, "--init_param", wide), sizes, out)
     strange = "^--init_param .*: the student has no extra.weight; leave that out with .*extra.pth:::extra, or"
     refused(corpus.options(out, "--init_param", f"{other}/extra.pth"), strange, out)
-    refused(corpus.options(out, "--init_param", f"{wide}:decoder"), "nothing of the file is left", out)
+    refused(corpus.options(out, "--init_param", f"{wide}:decoder"), "no parameter of the file is left", out)
     refused(corpus.options(out, "--init_param", f"{other}/gone.pth"), "cannot load .*gone.pth", out)
 
 

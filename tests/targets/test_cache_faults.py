@@ -322,7 +322,7 @@ def test_missing_utterances_are_counted_and_named_before_training(corpus, teache
     "key, message",
     [
         ({"pool": "mean"}, "pool: mean needs whole posteriors"),
-        ({"teacher_weights": [1, 2]}, "teacher_weights: a target cache holds one teacher's"),
+        ({"teacher_weights": [1, 2]}, "teacher_weights: a target cache has one teacher"),
     ],
 )
 def test_pages_that_need_the_teacher_itself(corpus, teacher_dir, unbroken, tmp_path, key, message):

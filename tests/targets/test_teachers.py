@@ -279,7 +279,7 @@ def test_a_teacher_fed_with_features(corpus, tmp_path):
     features = torch.randn(2, 100, 40)
     out = teacher.targets((), features, torch.tensor([100, 60]))
     assert out.logits.shape[0] == 2 and out.lengths[0] > out.lengths[1]
-    with pytest.raises(UserError, match="the student is fed with audio, the teacher .* with features of width 40"):
+    with pytest.raises(UserError, match="the student gets audio, the teacher .* features of width 40"):
         asr_kd_train.main(corpus.options(tmp_path / "out", "--teacher", str(exp), "--kd_config", "kl"))
     data, place = str(corpus.dir / "valid"), str(tmp_path / "o")
     for command, argv in (

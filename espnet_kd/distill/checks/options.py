@@ -192,7 +192,10 @@ def selected(given: str) -> Dict[str, torch.Tensor]:
     if source:
         state = {k[len(source) + 1 :]: v for k, v in state.items() if k.startswith(source)}
     if not state:
-        raise UserError(f"--init_param {given}: nothing of the file is left by these keys")
+        raise UserError(
+            f"--init_param {given}: no parameter of the file is left; check the names after the file's (FILE:SOURCE:"
+            "TARGET:EXCLUDED)"
+        )
     return {f"{target}.{k}" if target else k: v for k, v in state.items()}
 
 

@@ -83,7 +83,7 @@ def check_pair(student: ESPnetASRModel, teacher: Teacher, rate: float) -> None:
     """
     if rate != teacher.sampling_rate:
         other = f"{teacher.name} of {teacher.sampling_rate:g} Hz"
-        raise UserError(f"the student takes audio of {rate:g} Hz, the teacher {other}")
+        raise UserError(f"the student takes audio of {rate:g} Hz, the teacher {other}; give the student that rate")
     mine, theirs = list(student.token_list), teacher.token_list
     if mine == theirs:
         return
