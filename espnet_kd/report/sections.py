@@ -173,9 +173,9 @@ def draw_training(parts: Sequence[ReportPart], pictures: Pictures) -> Section:
     """Curves of every loss."""
     section = Section(
         "Training curves",
-        "Every loss by epoch; solid lines are validation, dashed ones training. Dotted lines part KD stages: a loss of "
-        "training that jumps there means something else in the next KD stage. Validation counts with what the training "
-        "ends with, in every epoch.",
+        "Every loss by epoch; solid lines are validation, dashed ones training. Dotted lines separate KD stages; a "
+        "training loss may jump there, because the next KD stage has other objectives. In every epoch the validation "
+        "loss has the weights with which the training ends.",
     )
     for part in parts:
         path = pictures.name("curves")
@@ -191,7 +191,7 @@ def show_worst(parts: Sequence[ReportPart]) -> Section:
     section = Section(
         "Worst utterances",
         "Those with the most errors of the distilled student that stands first in the table, then those that changed "
-        "most against the plain student. What a model has too much is underlined, what it lacks is struck out.",
+        "most against the plain student. What a model adds is underlined, what it lacks is struck out.",
     )
     audio = Audio()
     for part in parts:

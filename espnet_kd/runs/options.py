@@ -76,7 +76,8 @@ def parse(root: Path, words: Sequence[str]) -> Job:
             options += pair
     recipe = root / "egs2" / (own["recipe"] or "mini") / "asr_kd1"
     if not os.access(recipe / "run.sh", os.X_OK):
-        raise WrongOption(f"no recipe egs2/{own['recipe'] or 'mini'}")
+        known = " ".join(sorted(path.parents[1].name for path in root.glob("egs2/*/asr_kd1/run.sh")))
+        raise WrongOption(f"--recipe {own['recipe']}: there is no recipe of that name; known: {known}")
     if not own["methods"] and (own["seeds"] or own["jobs"]):
         raise WrongOption("--seeds and --jobs go with --methods")
     names = [pair[0] for pair in pairs(options)]

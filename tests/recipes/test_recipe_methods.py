@@ -320,7 +320,7 @@ def test_stopped_while_decoding(egs2, stub, number, code):
         (["--methods", "kl", "--jobs", "0"], "--jobs must be a number above 0"),
         (["--methods"], "--methods needs a value"),
         (["--seeds", "0 1"], "go with --methods"),
-        (["--recipe", "nowhere"], "no recipe egs2/nowhere"),
+        (["--recipe", "nowhere"], "--recipe nowhere: there is no recipe of that name; known: "),
         (["--methods", "kll"], "did you mean 'kl'"),
     ],
 )
