@@ -14,11 +14,12 @@ from tiny_student import HYBRID, adopt, deeper, page_of, run
 from espnet_kd import frames as fr
 from espnet_kd import losses
 from espnet_kd.cli import UserError
-from espnet_kd.distill.objectives import OBJECTIVES
+from espnet_kd.distill.objectives import OBJECTIVES, PosteriorObjective
 from espnet_kd.distill.objectives.base import taps_at
 from espnet_kd.distill.page import list_pages, load_page
 from espnet_kd.inference.encode import encode
 from espnet_kd.targets.nbest import weights
+from espnet_kd.topk import NotKept, compress
 
 
 def ctc(plain, log_probs, lengths, batch):
@@ -48,6 +49,16 @@ def test_without_ctc_every_frame_has_a_target(stage):
         student = SimpleNamespace(logits=logits, lengths=lengths)
         made.compute(student, SimpleNamespace(logits=target, lengths=lengths), None, None)[0].backward()
     assert (logits.grad[0].abs().amax(-1) > 0).all()
+
+
+def test_a_loss_that_takes_tensors_alone_refuses_a_cache():
+    class Own(PosteriorObjective):
+        loss = staticmethod(lambda student, teacher, lengths, frames, temperature: (teacher / temperature).sum())
+
+    logits, lengths = torch.randn(1, 3, 5), torch.tensor([3])
+    student = SimpleNamespace(logits=logits, lengths=lengths)
+    with pytest.raises(NotKept, match="/.*give --teacher without --target_cache"):
+        Own().compute(student, SimpleNamespace(logits=compress(logits, 2), lengths=lengths), None, None)
 
 
 @pytest.mark.parametrize(

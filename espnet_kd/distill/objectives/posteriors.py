@@ -16,7 +16,7 @@ from espnet_kd.cli import UserError
 from espnet_kd.distill.objectives.base import Batch, ScaledObjective, SoftenedObjective, check_weights
 from espnet_kd.distill.schedule import Position
 from espnet_kd.inference.encode import StudentOutputs, TeacherOutputs
-from espnet_kd.topk import Posterior
+from espnet_kd.topk import NotKept, Posterior, TopK
 
 if TYPE_CHECKING:
     from espnet2.asr.espnet_model import ESPnetASRModel
@@ -112,7 +112,13 @@ class PosteriorObjective(FrameObjective):
         assert target is not None
         # The model has moved the blank of both token lists to token 0, where ESPnet has it.
         frames = self.selection(target.logits, target.lengths)
-        value = type(self).loss(student.logits, target.logits, target.lengths, frames=frames, **self.options)
+        try:
+            value = type(self).loss(student.logits, target.logits, target.lengths, frames=frames, **self.options)
+        except (TypeError, AttributeError) as e:
+            if not isinstance(target.logits, TopK):
+                raise
+            # a loss from outside this package that takes tensors alone
+            raise NotKept(f"the loss takes no targets of a cache ({e}); give --teacher without --target_cache") from e
         return self.factor * value, self.count(frames, target)
 
     def count(self, frames: Tensor, target: TeacherOutputs) -> Tensor:
