@@ -286,7 +286,7 @@ def test_a_teachers_symbols_and_cleaner(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe"
     names = {"token_type": "char", "token_list": tokens, "non_linguistic_symbols": "data/nlsyms.txt"}
     teacher = write_teacher(recipe / "exp/teacher", **names, cleaner="tacotron")
-    with pytest.raises(UserError, match="non_linguistic_symbols data/nlsyms.txt, which is found neither"):
+    with pytest.raises(UserError, match="non_linguistic_symbols: data/nlsyms.txt is found neither"):
         take(teacher, tmp_path / "out")
     (recipe / "data").mkdir()
     (recipe / "data/nlsyms.txt").write_text("[NOISE]\n")
