@@ -8,7 +8,7 @@ import os
 import re
 import unicodedata
 from pathlib import Path
-from typing import Collection, Dict, List, Optional, Pattern, Sequence, Tuple, Union
+from typing import Collection, Dict, List, Mapping, Optional, Pattern, Sequence, Tuple, Union
 
 from espnet_kd.cli import UserError
 from espnet_kd.data.characters import name_character
@@ -131,15 +131,27 @@ def fit_data_dir(data_dir: Union[str, Path], tokens: Collection[str], rules: Rul
         own_path.unlink(missing_ok=True)  # of a text that was replaced since
     changed = [u for u, text in fitted.items() if text != " ".join(texts[u].split())]
     if changed:
-        for file, content in ((own_path, own), (path, fitted)):
-            with replacing(file) as f:
-                f.writelines(f"{u} {text}\n" if text else f"{u}\n" for u, text in content.items())
+        # A kill between any two of these leaves a text that is known to be fitted, or the texts before in its place.
+        if fitted_before:
+            _write(path, own)
+        _write(own_path, own)
+        record.finish({"text": hashlib.sha256(_lines(fitted)).hexdigest(), "characters": characters})
+        _write(path, fitted)
         logging.info(
             "%s: %d of %d texts were changed to the teacher's characters, such as that of %s: %r → %r",
             path, len(changed), len(texts), changed[0], texts[changed[0]], fitted[changed[0]],
         )  # fmt: skip
     record.finish(_inputs(path, characters))
     return len(changed), len(texts)
+
+
+def _write(path: Path, texts: Mapping[str, str]) -> None:
+    with replacing(path, "wb") as f:
+        f.write(_lines(texts))
+
+
+def _lines(texts: Mapping[str, str]) -> bytes:
+    return "".join(f"{u} {text}\n" if text else f"{u}\n" for u, text in texts.items()).encode()
 
 
 def unfit_data_dir(data_dir: Union[str, Path]) -> bool:

@@ -1,5 +1,7 @@
 """Transcripts are rewritten with a teacher's characters."""
 
+import contextlib
+import os
 from pathlib import Path
 
 import pytest
@@ -137,6 +139,35 @@ def test_a_second_teacher_gets_what_the_first_one_lacks(tmp_path):
     assert fit(tmp_path, MIXED) == own
     (tmp_path / "text").write_text("u1 Dad.\n")  # made anew after a conversion that changed nothing
     assert fit(tmp_path, UPPER) == "u1 DAD\n" and fit(tmp_path, MIXED) == "u1 Dad.\n"
+
+
+@pytest.mark.parametrize("first", [[], [MIXED], [[t.lower() for t in UPPER]]])
+def test_a_kill_before_any_file_is_replaced_loses_no_text(tmp_path, monkeypatch, first):
+    """The texts from before can be restored, whichever teachers they were converted for."""
+    own, replace, left = "u1 A bad, bad cab.\n", os.replace, 0
+
+    def killed_after(*names):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise SystemExit("killed")
+        replace(*names)
+
+    for step in range(9):
+        (tmp_path / "text").write_text(own)
+        for tokens in first:
+            fit(tmp_path, tokens)
+        left = step
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "replace", killed_after)
+            with contextlib.suppress(SystemExit):
+                fit(tmp_path, UPPER)
+        if left >= 0:
+            break
+        assert fit(tmp_path, UPPER) == "u1 A BAD BAD CAB\n"
+        asr_kd_data.main(["fit_text", "--undo", str(tmp_path)])
+        assert (tmp_path / "text").read_text() == own, step
+    assert 3 <= step < 8
 
 
 def test_undo_restores_the_texts_but_keeps_what_was_written_since(tmp_path, caplog):
