@@ -311,12 +311,13 @@ def _add_lengths(sub: argparse.ArgumentParser) -> None:
 
 
 def _lengths(args: argparse.Namespace) -> None:
-    from espnet_kd.data.lengths import FrameCounter, check_lengths, espnet_encoder, read_needs
+    from espnet_kd.data.lengths import FrameCounter, check_lengths, espnet_encoder, parse_model, read_needs
     from espnet_kd.data.tokenizing import TokenList
 
+    models = [parse_model(model) for model in args.model]
     tokens = TokenList(args.token_list, args.token_type)
-    for name, _, options in (model.partition("=") for model in args.model):
-        encode, rate = espnet_encoder(options.split(), args.token_list)
+    for name, options in models:
+        encode, rate = espnet_encoder(options, args.token_list)
         counter = FrameCounter(encode, rate)
         for part, data_dir in zip(("train", "valid"), args.data_dirs):
             needs = read_needs(f"{args.stats}/{part}/speech_shape", f"{data_dir}/text", tokens)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import io
 import logging
+import re
 import warnings
 from pathlib import Path
 from typing import Callable, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple
@@ -156,6 +157,20 @@ def check_lengths(
     else:
         logging.info("%s: all %d utterances have enough frames in %s", name, number, model)
     return number, len(tight)
+
+
+def parse_model(value: str) -> Tuple[str, List[str]]:
+    """Return the name and the options of a ``--model NAME=OPTIONS``.
+
+    Raises:
+        UserError: it has no name or no options. ESPnet would make its default model without any, and ignores words that
+            are no options.
+    """
+    name, _, options = value.partition("=")
+    if not re.fullmatch(r"\w[\w.-]*", name) or not options.lstrip().startswith("--"):
+        raise UserError(f"--model '{value}': give a name and the options of asr_train that make the model, such as "
+                        "'student=--config conf/train_student.yaml'")  # fmt: skip
+    return name, options.split()
 
 
 def espnet_encoder(options: Sequence[str], token_list: PathLike) -> Tuple[Callable[[int], int], int]:

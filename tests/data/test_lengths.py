@@ -58,6 +58,14 @@ def write(root: Path, seconds: float, text: str, layer: str) -> list:
             "--token_list", str(root / "tokens.txt"), "--model", f"student=--config {root}/student.yaml"]  # fmt: skip
 
 
+@pytest.mark.parametrize("model", ["x.yaml", "--config x.yaml", "student=x.yaml", "student=", "a/b=--config x.yaml"])
+def test_a_model_without_a_name_or_options_is_refused(tmp_path: Path, model: str) -> None:
+    """ESPnet would make its default model, whose lengths are those of no model that is trained."""
+    options = write(tmp_path, 0.5, "AB", "conv2d")
+    with pytest.raises(UserError, match=f"--model '{model}'"):
+        asr_kd_data.main([*options[:-1], model])
+
+
 @pytest.mark.parametrize("layer", CONV)
 def test_espnets_own_subsampling(tmp_path: Path, layer: str, caplog: pytest.LogCaptureFixture) -> None:
     """ESPnet would find these faults in the middle of an epoch; the command finds them before training."""
