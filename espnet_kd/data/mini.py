@@ -230,7 +230,7 @@ def prepare_mini(
             raise UserError(f"--{name} is {number}; it must be 1 or more")
     inputs = {"version": VERSION, **settings.__dict__, "sizes": sizes}
     record = Record(out / "mini.json")
-    if record.is_of(inputs):
+    if record.is_of(inputs) and all((out / split / "wav.scp").is_file() for split in sizes):
         logging.info("%s: the corpus is there with these settings", out)
         return dict(sizes)
     _check_voices()

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import resource
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -85,6 +86,9 @@ def test_finished_is_kept_and_unfinished_made_anew(tmp_path: Path, engine: None)
     next(tmp_path.rglob("*.wav")).write_bytes(b"half a file")
     mini.prepare_mini(tmp_path, sizes=sizes)
     assert digests(tmp_path) == want
+    shutil.rmtree(tmp_path / "train")  # the error of stage 2 then says that stage 1 makes it
+    mini.prepare_mini(tmp_path, sizes=sizes)
+    assert len(read_map(tmp_path / "train/text")) == 2 and digests(tmp_path) == want
     (tmp_path / "mini.json").write_text("{")
     mini.prepare_mini(tmp_path, sizes={**sizes, "train": 1}, snr_low=0, snr_high=0)
     assert len(digests(tmp_path)) == 3 and json.loads((tmp_path / "mini.json").read_text())["snr_low"] == 0
