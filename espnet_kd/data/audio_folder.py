@@ -16,7 +16,7 @@ from tqdm import tqdm
 from espnet_kd.cli import UserError
 from espnet_kd.data.audio import check_name, read_audio_info
 from espnet_kd.data.characters import MAX_ID, id_fault
-from espnet_kd.data.datadir import Utterance, write_data_dir
+from espnet_kd.data.datadir import MAX_SHOWN, Utterance, write_data_dir
 from espnet_kd.files import PathLike
 
 SUFFIXES = (".wav", ".flac", ".mp3", ".ogg", ".opus", ".sph", ".aiff", ".aif")
@@ -33,7 +33,8 @@ def prepare_audio_folder(
 ) -> Dict[str, int]:
     """Write ``out/{train,valid,test}`` and return their numbers of utterances.
 
-    Files that cannot be read, and files of other formats, are left out and logged.
+    Files and directories that cannot be read, and files of other formats, are left out and logged. Hidden ones are
+    skipped.
 
     An utterance is named after its file and the directories between ``audio`` and the file. Which files are for
     validation and testing depends on a hash of their names: once these sets have their full sizes, audio that is added
@@ -58,7 +59,8 @@ def prepare_audio_folder(
     if not root.is_dir():
         raise UserError(f"--audio {audio}: there is no such directory")
     found: Dict[str, Path] = {}
-    files = sorted(p for p in _files_below(root) if p.suffix.lower() in (*SUFFIXES, *UNREAD) and p.is_file())
+    left_out: List[str] = []
+    files = sorted(p for p in _files_below(root, left_out) if p.suffix.lower() in (*SUFFIXES, *UNREAD) and p.is_file())
     unread = Counter(p.suffix.lower() for p in files if p.suffix.lower() in UNREAD)
     for path in (p for p in files if p.suffix.lower() in SUFFIXES):
         name = _name(path, root)
@@ -80,7 +82,6 @@ def prepare_audio_folder(
     valid, test = min(valid, most), min(test, most)
     parts = {"valid": order[:valid], "test": order[valid : valid + test], "train": order[valid + test :]}
     counts: Dict[str, int] = {}
-    left_out: List[str] = []
     for part in NAMES:
         whole = [(name, *_length(found[name], left_out)) for name in tqdm(parts[part], desc=part, unit="file")]
         segments = any(seconds > longest for _, _, seconds in whole)  # a data dir has segments or whole files, not both
@@ -88,23 +89,33 @@ def prepare_audio_folder(
             u for name, frames, seconds in whole if frames
             for u in _utterances(name, found[name], frames, seconds, longest if segments else None)
         ]  # fmt: skip
+        if not utterances:
+            raise UserError(
+                f"--audio {audio}: none of the {len(parts[part])} files for {part} can be used: "
+                f"{'; '.join(left_out[-len(parts[part]) :][:MAX_SHOWN])}; convert or remove such files"
+            )
         counts[part] = write_data_dir(Path(out) / part, utterances)
         logging.info("%s: %d utterances of %d files", part, counts[part], len(parts[part]))
     logging.info("left out: %d%s", len(left_out), "".join(f"\n  {item}" for item in left_out[:10]))
     return counts
 
 
-def _files_below(root: Path) -> Iterator[Path]:
-    """Yield all files below a directory; links to directories are followed, each directory once."""
+def _files_below(root: Path, left_out: List[str]) -> Iterator[Path]:
+    """Yield all files below a directory; links to directories are followed, each directory once.
+
+    Hidden files and directories are skipped: they hold second copies (.git/annex, a trash) or no audio (._x.wav).
+    Directories that cannot be read are added to ``left_out``.
+    """
     known = set()
-    for place, inner, names in os.walk(root, followlinks=True):
-        inner.sort()  # so that the order, and with it the name of a directory with two names, is always the same
+    for place, inner, names in os.walk(root, followlinks=True, onerror=lambda e: left_out.append(str(e))):
+        # Sorted, so that the order, and with it the name of a directory with two names, is always the same.
+        inner[:] = sorted(name for name in inner if not name.startswith("."))
         real = os.path.realpath(place)
         if real in known:
             inner.clear()
             continue
         known.add(real)
-        yield from (Path(place, name) for name in names)
+        yield from (Path(place, name) for name in names if not name.startswith("."))
 
 
 def _name(path: Path, root: Path) -> str:

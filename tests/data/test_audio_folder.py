@@ -1,6 +1,8 @@
 """A directory of audio without transcripts becomes data dirs."""
 
+import errno
 import os
+import shutil
 
 import pytest
 import soundfile
@@ -57,6 +59,14 @@ def test_what_cannot_be_read_is_left_out_and_counted(tmp_path, audio, caplog):
     assert "left out: 1" in caplog.text and "broken.wav" in caplog.text
 
 
+def test_a_set_of_which_no_file_can_be_read_is_explained(tmp_path, audio):
+    valid = run(tmp_path, audio)["valid"]
+    for utt in valid:
+        open(utt.audio, "w").close()
+    with pytest.raises(UserError, match=f"--audio .*none of the 2 files for valid .*{valid[1].audio}"):
+        run(tmp_path, audio)
+
+
 def test_links_to_directories_are_followed_once(tmp_path, audio):
     (audio / "speaker 2").rename(tmp_path / "other disk")
     (audio / "speaker 2").symlink_to(tmp_path / "other disk")
@@ -64,6 +74,29 @@ def test_links_to_directories_are_followed_once(tmp_path, audio):
     (audio / "z").symlink_to(tmp_path / "other disk")  # the same directory again
     ids = {u.utt_id for utts in run(tmp_path, audio).values() for u in utts}
     assert len(ids) == 20 and "speaker_2-file2" in ids
+
+
+def test_hidden_copies_are_no_utterances(tmp_path, audio):
+    """A file in a git annex would be a second copy in another set, and the notes of macOS are no audio."""
+    for hidden in (".git/annex/objects/a/a.wav", "speaker 0/._file0.wav"):
+        (audio / hidden).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(audio / "speaker 0" / "file0.wav", audio / hidden)
+    ids = [u.utt_id for utts in run(tmp_path, audio).values() for u in utts]
+    assert len(ids) == 20 and not any("annex" in name or "._" in name for name in ids)
+
+
+def test_a_directory_that_cannot_be_read_is_named(tmp_path, audio, caplog, monkeypatch):
+    caplog.set_level("INFO")
+    scan = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("speaker 2"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert sum(map(len, run(tmp_path, audio).values())) == 14
+    assert "left out: 1" in caplog.text and "speaker 2" in caplog.text
 
 
 def test_a_file_that_is_cut_is_left_out(tmp_path, audio, caplog):
