@@ -16,7 +16,7 @@ from typing import Dict, Iterator, List, Optional, Sequence, Set, Tuple
 from espnet_kd.cli import UserError
 from espnet_kd.data import corpora
 from espnet_kd.data.audio import read_audio_info, write_audio
-from espnet_kd.data.datadir import Utterance, iter_lines, write_data_dir
+from espnet_kd.data.datadir import MAX_SHOWN, Utterance, iter_lines, write_data_dir
 from espnet_kd.files import PathLike
 
 MIRROR = "http://www.speech.cs.cmu.edu/databases/an4"
@@ -82,6 +82,8 @@ def prepare_an4(
             if rate != FS:
                 raise UserError(f"{path}: sampling rate {rate} Hz; AN4 is {FS} Hz: is this AN4?")
             utts.append(Utterance(utt_id, speaker, str(path), text, frames))
+        if not utts:
+            raise UserError(f"{out / name}: no utterance is left; left out are {', '.join(left_out[:MAX_SHOWN])}")
         counts[name] = write_data_dir(out / name, utts)
         hours = sum(u.num_samples or 0 for u in utts) / FS / 3600
         logging.info("%s %d utterances, %d speakers, %.2f h", name, len(utts), len({u.speaker for u in utts}), hours)

@@ -77,11 +77,15 @@ class LeftOut:
             return
         with replacing(path) as f:
             f.writelines(f"{name} {reason}\n" for reason, names in self.names.items() for name in names)
+        logging.warning("%s: left out: %d: %s; all in %s", what, total, self.in_words(), path)
+
+    def in_words(self) -> str:
+        """How many utterances are left out for each reason, with the first names."""
         shown = []
         for reason, names in self.names.items():
             more = f" and {len(names) - MAX_SHOWN} more" if len(names) > MAX_SHOWN else ""
             shown.append(f"{len(names)} {reason} ({', '.join(names[:MAX_SHOWN])}{more})")
-        logging.warning("%s: left out: %d: %s; all in %s", what, total, "; ".join(shown), path)
+        return "; ".join(shown)
 
 
 def write_corpus_dir(
@@ -122,6 +126,8 @@ def write_corpus_dir(
                 seconds += (u.num_samples or 0) / rate if u.end is None else u.end - (u.start or 0)
                 speakers.add(u.speaker)
                 yield u
+        if not speakers and left_out.names:
+            raise UserError(f"{data_dir}: no utterance is left; left out are {left_out.in_words()}")
 
     number = write_data_dir(data_dir, probed())
     for rate, files in sorted(rates.items()):
@@ -226,7 +232,8 @@ def download(url: str, path: PathLike, md5: Optional[str] = None, option: str = 
         if e.code != http.client.REQUESTED_RANGE_NOT_SATISFIABLE:
             raise UserError(_no_download(url, str(e), option)) from e
         # The partial file already has all bytes; the checksum decides whether it is right.
-    except (urllib.error.URLError, http.client.HTTPException, OSError) as e:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as e:
+        # ValueError: the address has no 'https://'.
         raise UserError(_no_download(url, str(getattr(e, "reason", None) or e), option)) from e
     if md5 is not None and _md5(part) != md5:
         part.unlink()

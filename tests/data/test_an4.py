@@ -109,6 +109,14 @@ def test_an_empty_transcription_is_left_out_and_named(tmp_path: Path, caplog: py
     assert "left out: 1" in caplog.text and "an0-fash-b" in caplog.text and "transcription:1" in caplog.text
 
 
+def test_a_set_of_which_nothing_is_left_is_explained(tmp_path: Path) -> None:
+    make_tree(tmp_path / "an4", "wav")
+    for path in (tmp_path / "an4/wav/an4test_clstk").rglob("*.wav"):
+        soundfile.write(path, np.zeros(0), FS)
+    with pytest.raises(UserError, match=r"test: no utterance is left; .*an1-fcaw-b \(no audio in .*an1-fcaw-b.wav\)"):
+        an4.prepare_an4(tmp_path / "data", tmp_path / "an4", valid_speakers=1)
+
+
 def test_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no such directory"):
         an4.prepare_an4(tmp_path / "data", tmp_path / "nowhere")
@@ -134,12 +142,14 @@ def test_download(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(UserError, match="no route to host.*\n.*--an4 DIR"):
         an4.prepare_an4(tmp_path / "data", downloads=tmp_path / "downloads")
     assert not list(tmp_path.glob("downloads/*"))
+    monkeypatch.undo()
+    with pytest.raises(UserError, match="cannot download www.example.org/an4/.*\n.*--an4 DIR"):
+        an4.prepare_an4(tmp_path / "data", downloads=tmp_path / "downloads", mirror="www.example.org/an4")
 
     make_tree(tmp_path / "src/an4", "sph")
     with tarfile.open(tmp_path / "an4_sphere.tar.gz", "w:gz") as tar:
         tar.add(tmp_path / "src/an4", "an4")
     url = (tmp_path / "an4_sphere.tar.gz").as_uri()
-    monkeypatch.undo()
     root = an4.find_an4(an4.download_an4(tmp_path / "downloads", url))
     assert root == tmp_path / "downloads/an4_sphere/an4" and len(an4.find_audio(root)) == 10
     # The second time, the corpus is there, and no network is needed.

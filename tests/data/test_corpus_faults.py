@@ -202,6 +202,19 @@ def test_a_fault_of_the_corpus(corpus: str, fault: str, tmp_path: Path, caplog: 
 
 @pytest.mark.faults("faulty corpora")
 @pytest.mark.parametrize("corpus", list(CORPORA))
+def test_a_set_of_which_nothing_is_left_is_explained(corpus: str, tmp_path: Path) -> None:
+    root = WRITE[corpus](tmp_path / "corpus")
+    part = root / {"librispeech": "dev-clean", "aishell": "wav/dev", "tedlium2": "dev/sph"}[corpus]
+    files = sorted(p for p in part.rglob("*.*") if p.suffix in (".flac", ".wav", ".sph"))
+    for path in files:
+        path.write_bytes(b"")
+    with pytest.raises(UserError, match=f"valid: no utterance is left; .*{len(files)} audio of .*{files[0].stem}"):
+        CORPORA[corpus](tmp_path / "data", root, skip_faulty=True)
+    assert not (tmp_path / "data/valid").exists()
+
+
+@pytest.mark.faults("faulty corpora")
+@pytest.mark.parametrize("corpus", list(CORPORA))
 def test_another_sampling_rate_is_said_once_and_resampled(
     corpus: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
