@@ -66,10 +66,16 @@ def divide_by_tag(rows: Sequence[Row]) -> List[Tuple[str, List[Row]]]:
     for name, part in list(parts.items()):
         if _repeats_seed(part):
             del parts[name]
-            parts.update({row["experiment"]: [row] for row in part})
+            parts.update({id(row): [row] for row in part})  # one experiment may have several decodings of a test set
     if len(parts) == 1:
         return [("", list(rows))]
-    return [(f" ({name if len(part) > 1 else part[0]['experiment']})", part) for name, part in parts.items()]
+    experiments = [row["experiment"] for row in rows]
+
+    def own_name(row: Row) -> str:
+        name = row["experiment"]
+        return name if experiments.count(name) == 1 else f"{name}/{row['decoding']}"
+
+    return [(f" ({name if len(part) > 1 else own_name(part[0])})", part) for name, part in parts.items()]
 
 
 def _name_without_seed(row: Row) -> Optional[str]:

@@ -17,10 +17,11 @@ from espnet_kd.report.labels import GREEDY, Row, describe_kind, label_rows
 
 ROLES = ("teacher", "plain", "student")
 #: Keys of every row, in this order; a value is None if the fact is not known. ``expdir`` is the path as it was given;
-#: ``search`` describes the decoding (`show_search`), and ``frames`` is the result of `espnet_kd.report.alignment`.
+#: ``decoding`` is the scored directory of the experiment, ``search`` describes the search (`show_search`), and
+#: ``frames`` is the result of `espnet_kd.report.alignment`.
 KEYS = (
     "role", "method", "kd_stages", "params", "epochs", "seed", "testset", "cer", "wer", "wer_low", "wer_high", "rtf",
-    "train_seconds", "cer_low", "cer_high", "experiment", "expdir", "model_bytes", "search", "frames",
+    "train_seconds", "cer_low", "cer_high", "experiment", "expdir", "decoding", "model_bytes", "search", "frames",
 )  # fmt: skip
 
 
@@ -34,7 +35,6 @@ class Gathered:
     notes: List[str] = field(default_factory=list)
     paths: Dict[str, Path] = field(default_factory=dict)  #: directory of each experiment
     spans: Dict[str, Tuple[float, float]] = field(default_factory=dict)  #: when each was trained, seconds since 1970
-    decodings: Dict[Tuple[str, str], Path] = field(default_factory=dict)  #: {(experiment, test set): directory}
 
     def ran_alone(self, row: Row) -> bool:
         """Whether no other experiment was trained at the same time, judged by the times of the files."""
@@ -45,7 +45,7 @@ class Gathered:
 
     def decoding(self, row: Row) -> Path:
         """The directory with the decoding of a scored row."""
-        return self.decodings[row["experiment"], row["testset"]]
+        return self.paths[row["experiment"]] / row["decoding"]
 
 
 def gather(expdir: Path, teachers: Sequence[Path] = ()) -> Gathered:
@@ -209,7 +209,6 @@ def _add(result: Gathered, path: Path, forced: Dict[str, Any]) -> None:
         score = read_json_object(score_file, result.notes)
         if score is not None:
             rows.append({**base, **_score(score, score_file, result)})
-            result.decodings[name, rows[-1]["testset"]] = score_file.parent
     if not rows:
         result.notes.append(f"{name}: not scored yet (no decode_*/score.json)")
         rows = [base]
@@ -242,6 +241,7 @@ def _score(score: Dict[str, Any], score_file: Path, result: Gathered) -> Dict[st
     model = recipe / decode["model"] if recipe else None
     columns = {
         "testset": str(score.get("testset") or score_file.parent.name[len("decode_") :]),
+        "decoding": score_file.parent.name,
         "params": decode["params"] if isinstance(decode.get("params"), int) else None,
         "rtf": _finite(decode.get("rtf")),
         "model_bytes": model.stat().st_size if model and model.is_file() else None,

@@ -34,7 +34,7 @@ class ReportPart:
     @property
     def test_sets(self) -> List[str]:
         """The test sets for which any experiment is scored, sorted."""
-        return sorted({testset for _, testset in self.gathered.decodings})
+        return sorted({row["testset"] for row in self.gathered.rows if row["decoding"]})
 
     @property
     def labels(self) -> List[str]:
