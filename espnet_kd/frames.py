@@ -266,6 +266,8 @@ def align(
         both = torch.minimum(student_lengths, lengths)
         return fit(logits, student_frames), {k: fit(h, student_frames) for k, h in hidden.items()}, both
 
+    if not logits.size(1):  # no utterance has a frame: one of padding, because indices need something to point at
+        logits, hidden = fit(logits, 1), {k: fit(h, 1) for k, h in hidden.items()}
     # In float64, in which the product with 2.4 is off by less than the 1e-9 below; in float32 it would pass a frame.
     start = torch.arange(student_frames, device=logits.device, dtype=torch.float64)
     if ratio < 1:

@@ -173,6 +173,16 @@ def test_small_leftovers_are_trimmed(ratio, lengths, student_lengths, both):
     assert got[0, : both[0]].isfinite().all()
 
 
+@each_ratio
+@pytest.mark.parametrize("pool", ["least_blank", "mean"])
+def test_a_teacher_without_a_frame(ratio, pool):
+    """All utterances of a batch are too short for the teacher, so that its cached targets have no frame at all."""
+    nothing = torch.zeros(2, 0, WIDTH), torch.zeros(2, 0, 3)
+    got, got_hidden, both = lay(*nothing, [0, 0], ratio, [1, 0], pool=pool)
+    assert got.shape == (2, 1, WIDTH) and got_hidden["encoder"].shape == (2, 1, 3)
+    assert both.tolist() == [0, 0]
+
+
 def test_equal_rates_change_nothing():
     logits, hidden = teacher([5, 3], padding=0.0)
     got, got_hidden, both = lay(logits, hidden, [5, 3], 1, [5, 3])

@@ -68,6 +68,11 @@ def test_a_slower_student_in_place_is_in_place():
     assert [_offset(2, i, 2 / 3) for i in (2, 3, 6)] == [-1, 0, 2]
 
 
+def test_an_utterance_too_short_for_a_teacher_of_another_frame_rate():
+    found = compare_frames(said("", "-a-"), said("-", "-a", frame_shift=0.06))
+    assert found.tokens == 1 and found.frames["all"] == found.frames["teacher_all"] == 3
+
+
 @pytest.mark.parametrize(
     ("student", "words"),
     [
