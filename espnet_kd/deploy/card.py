@@ -11,6 +11,7 @@ from espnet_kd.deploy.measure import exports_table, read_rows
 from espnet_kd.distill.export import usage_of_export
 from espnet_kd.environment import environment
 from espnet_kd.files import read_json, replacing, sha256_of
+from espnet_kd.report.labels import GREEDY
 from espnet_kd.report.page import Section, Table, to_markdown
 
 CARD = "README.md"
@@ -82,10 +83,11 @@ def make_card(expdir: Path, form: str, folder: Path, folders: Mapping[str, Path]
         "metrics": ["cer", "wer"],
     }
     lines = ["---", yaml.safe_dump(head, sort_keys=False, allow_unicode=True).rstrip(), "---", "", f"# {name}", ""]
+    how = "trained with espnet_kd, without a teacher" if stage else "trained with ESPnet"
+    if any(stage.get(source) for source in ("teacher", "target_cache", "nbest")):
+        how = "distilled from a larger one with espnet_kd"
     lines += [
-        "A CTC speech recogniser, distilled from a larger one with espnet_kd."
-        if stage
-        else "A CTC speech recogniser, trained with ESPnet.",
+        f"A CTC speech recogniser, {how}.",
         "",
         *_facts(config, stage, given, about, rate),
         "",
@@ -97,7 +99,8 @@ def make_card(expdir: Path, form: str, folder: Path, folders: Mapping[str, Path]
     if rows:
         body = [[str(r.get("testset")), r["label"], *_rates(r)] for r in rows]
         columns = ("test set", "model", "parameters", "CER", "WER", "95 % interval of the WER")
-        sections.append(Section("Results", "In percent, greedy CTC decoding.", [Table(columns, body)]))
+        how = "In percent; CTC decoding, greedy where no other search is named."
+        sections.append(Section("Results", how, [Table(columns, body)]))
     measured = read_rows(expdir)
     if measured:
         sections.append(Section("Forms", f"One thread of {environment()['CPU']}.", [Table(*exports_table(measured))]))
@@ -143,16 +146,25 @@ def _stage(stage: Mapping[str, Any]) -> Sequence[str]:
 
 
 def _results(expdir: Path) -> List[Dict[str, Any]]:
-    """Rows of results.json beside the experiment: this experiment, its teacher, and plain students of its size."""
+    """Rows of results.json beside the experiment: this experiment, its teacher, and plain students of its size.
+
+    A report on several directories also has rows of the others, in which experiments may have the same names.
+    """
     rows = read_json(expdir.parent / "results.json") or []
     name = expdir.resolve().name
     rows = [row for row in rows if row.get("wer") is not None] if isinstance(rows, list) else []
+    homes = [str(row.get("expdir")) for row in rows]
+    # The first directory of a report is the one that it is written to.
+    home = next((h for h in homes if Path(h).resolve() == expdir.parent.resolve()), homes[0] if homes else "")
+    rows = [row for row in rows if str(row.get("expdir")) == home]
     size = next((row.get("params") for row in rows if row.get("experiment") == name), None)
     found = []
     for row in rows:
         own = row.get("experiment") == name
         if own or row.get("role") == "teacher" or (row.get("role") == "plain" and row.get("params") == size):
-            found.append({**row, "label": "this model" if own else f"{row['role']} ({row.get('experiment')})"})
+            label = "this model" if own else f"{row['role']} ({row.get('experiment')})"
+            other = row.get("search") not in (None, GREEDY)
+            found.append({**row, "label": f"{label}, {row['search']}" if other else label})
     return sorted(found, key=lambda row: str(row.get("testset")))
 
 

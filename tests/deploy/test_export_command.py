@@ -11,6 +11,7 @@ import yaml
 from espnet_kd.bin import asr_kd_export, asr_kd_report
 from espnet_kd.cli import UserError
 from espnet_kd.deploy import measure, web
+from espnet_kd.deploy.card import make_card
 from espnet_kd.distill.export import FILES
 from espnet_kd.files import sha256_of
 from espnet_kd.transcribe import Transcriber
@@ -70,6 +71,41 @@ def test_all_formats_measured_and_described(recipe, tmp_path):
     asr_kd_report.main([str(recipe / "exp"), "--no_frames"])
     assert "## Exported forms" in (recipe / "exp/RESULTS.md").read_text()
     assert "|sherpa|test|" in (recipe / "exp/RESULTS.md").read_text()
+
+
+def plain_experiment(home):
+    home.mkdir(parents=True)
+    config = {"encoder": "conformer", "token_list": ["<blank>", "a"], "token_type": "char"}
+    (home / "config.yaml").write_text(yaml.safe_dump(config))
+    return home
+
+
+def test_a_card_has_the_results_of_its_own_directory(tmp_path):
+    """A report on several directories has rows of all; experiments of the same name are other models."""
+    home = plain_experiment(tmp_path / "exp/student")
+    row = {"role": "student", "testset": "test", "experiment": "student", "params": 5, "cer": 1.0, "search": "greedy"}
+    rows = [{**row, "expdir": "exp", "wer": 2.0}, {**row, "expdir": "exp", "wer": 1.5, "search": "beam size 10"}]
+    rows += [{**row, "expdir": "other/exp", "wer": 9.0}]
+    rows += [{**row, "expdir": "other/exp", "wer": 8.0, "role": "teacher", "experiment": "teacher"}]
+    (tmp_path / "exp/results.json").write_text(json.dumps(rows))
+    card = make_card(home, "onnx", home, {})
+    assert [line.split("|")[2:6:3] for line in card.splitlines() if line.startswith("|test|")] == [
+        ["this model", "2.00"], ["this model, beam size 10", "1.50"],
+    ]  # fmt: skip
+    (tmp_path / "exp/results.json").write_text("[]")
+    assert "## Results" not in make_card(home, "onnx", home, {})
+
+
+@pytest.mark.parametrize("record, expected", [
+    ({"method": "cr_ctc", "teacher": []}, False),
+    ({"method": "kl", "teacher": ["exp/teacher"]}, True),
+    ({"method": "kl", "teacher": [], "target_cache": {"teacher": "0"}}, True),
+    ({"method": "sequence_kd", "teacher": [], "nbest": {"exp/nbest": "0"}}, True),
+])  # fmt: skip
+def test_only_a_student_with_a_teacher_is_called_distilled(tmp_path, record, expected):
+    home = plain_experiment(tmp_path / "exp/student")
+    (home / "kd_stage.json").write_text(json.dumps(record))
+    assert ("distilled from" in make_card(home, "onnx", home, {})) == expected
 
 
 def test_what_a_card_says_runs(recipe, monkeypatch, capsys):
