@@ -11,6 +11,7 @@ egs2/TEMPLATE/distil_from_python.py is a complete script.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any, List, Mapping, Sequence, Tuple, Union
 
@@ -53,7 +54,7 @@ class Distiller:
         teachers = [teacher] if isinstance(teacher, (str, Path)) else list(teacher)
         if teachers:
             self._kd += ["--teacher", *map(str, teachers)]
-        self._own = to_options(options)
+        self._own = to_options(_as_in_yaml(options))
         for part, directory in (("train", train_dump_dir), ("valid", valid_dump_dir)):
             for name, (file, kind) in data_info.items():
                 self._own += [f"--{part}_data_path_and_name_and_type", f"{Path(directory) / file},{name},{kind}"]
@@ -87,10 +88,19 @@ class Distiller:
     def _options(self, output_dir: Path) -> List[str]:
         config = self._config
         if isinstance(config, Mapping):
-            content, config = dict(config), output_dir / "train_config.yaml"
+            content, config = _as_in_yaml(config), output_dir / "train_config.yaml"
             with replacing(config) as f:
                 yaml.safe_dump(content, f)
         return ["--config", str(config), *self._own, "--output_dir", str(output_dir)]
+
+
+def _as_in_yaml(value: Any) -> Any:
+    """A value with paths as text and tuples as lists, also those inside of mappings and lists."""
+    if isinstance(value, Mapping):
+        return {key: _as_in_yaml(inner) for key, inner in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_in_yaml(inner) for inner in value]
+    return os.fspath(value) if isinstance(value, os.PathLike) else value
 
 
 def _train(options: List[str]) -> None:

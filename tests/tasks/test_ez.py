@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import soundfile
+import yaml
 
 from espnet_kd.cli import UserError
 from espnet_kd.ez import Distiller
@@ -64,3 +65,21 @@ def test_training_asks_for_statistics(tmp_path, corpus, monkeypatch):
     distiller.collect_stats()
     with pytest.raises(UserError, match=r"stats/train: call collect_stats\(\) first"):
         distiller.train()
+
+
+def test_paths_and_tuples_in_options(tmp_path, monkeypatch):
+    """Options of a script have them also inside of mappings, which become YAML."""
+    given = []
+    monkeypatch.setattr("espnet_kd.ez._train", given.append)
+    stats = {"stats_file": tmp_path / "stats/train/feats_stats.npz"}
+    distiller = Distiller(
+        {"encoder": "conformer", "normalize_conf": stats}, tmp_path / "student", tmp_path / "stats", method="kl",
+        data_info={"speech": ("wav.scp", "sound")}, train_dump_dir=tmp_path, valid_dump_dir=tmp_path,
+        normalize_conf=stats, token_list=tmp_path / "tokens.txt", kd_stages=(1, 3),
+    )  # fmt: skip
+    distiller.collect_stats()
+    content = yaml.safe_load((tmp_path / "stats/train_config.yaml").read_text())
+    assert content["normalize_conf"] == {"stats_file": str(stats["stats_file"])}
+    options = " ".join(given[0])
+    assert f"--normalize_conf stats_file={stats['stats_file']} --token_list {tmp_path}/tokens.txt" in options
+    assert "--kd_stages 1 3 " in options
