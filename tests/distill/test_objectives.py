@@ -19,6 +19,7 @@ from espnet_kd.distill.objectives.base import taps_at
 from espnet_kd.distill.page import list_pages, load_page
 from espnet_kd.inference.encode import encode
 from espnet_kd.targets.nbest import weights
+from espnet_kd.targets.online import OnlineTeacher
 from espnet_kd.topk import NotKept, compress
 
 
@@ -228,6 +229,13 @@ def test_self_kd_under_conditioning_is_refused(write_page):
         adopt(page_of(write_page, {"objective": "self_kd"}, teacher="none"), conf=conf)
 
 
+def test_self_kd_with_a_postencoder_is_refused(write_page):
+    """The exported model would run it between the self-student's last layer and its head."""
+    conf = {**deeper(), "postencoder": "length_adaptor", "postencoder_conf": {"length_adaptor_n_layers": 1}}
+    with pytest.raises(UserError, match="self_kd: .* postencoder"):
+        adopt(page_of(write_page, {"objective": "self_kd"}, teacher="none", ctc={"weight": 0.5}), conf=conf)
+
+
 def test_sequence_kd(write_page):
     page = page_of(
         write_page, {"objective": "sequence_kd", "weight": 0.5, "nbest": 2}, teacher="none", ctc={"weight": 0.5}
@@ -307,6 +315,20 @@ def test_layer_pruning_begins_with_the_teachers_layers(write_page, teacher, monk
     conf["encoder_conf"]["num_blocks"] = 4
     with pytest.raises(UserError, match="absent in the teacher"):
         adopt(page, teacher, conf)
+
+
+def test_layer_pruning_copies_what_is_around_the_encoder(write_page, tmp_path):
+    """A trained encoder after a new pre-encoder would recognise nothing."""
+    around = {"preencoder": "linear", "preencoder_conf": {"input_size": 40, "output_size": 20}}
+    around |= {"postencoder": "length_adaptor", "postencoder_conf": {"length_adaptor_n_layers": 1}}
+    conf = {**tiny_kd.student_config(), **around}
+    theirs = OnlineTeacher(tiny_asr.save(tiny_asr.build(conf, seed=7), conf, tmp_path / "teacher"))
+    _, model = adopt(page_of(write_page, {"objective": "layer_pruning"}), theirs, conf)
+    expected = theirs.state_dict()
+    copied = {name.split(".")[0] for name in expected if torch.equal(model.state_dict()[name], expected[name])}
+    assert copied >= {"preencoder", "encoder", "postencoder", "ctc"}
+    for name, value in model.state_dict().items():
+        assert name.startswith("decoder.") or torch.equal(value, expected[name]), name
 
 
 @pytest.mark.parametrize("order", [("layer_pruning", "self_kd"), ("self_kd", "layer_pruning")])

@@ -139,6 +139,9 @@ class SelfKD(FrameObjective):
         if getattr(student.encoder, "interctc_use_conditioning", False):
             # Its layers get the predictions of the self-teacher's head; after the export, the self-student's.
             raise UserError("self-KD cannot export an encoder with interctc_use_conditioning; switch it off")
+        if student.postencoder is not None:
+            # It follows the last layer; the self-student's head does not read it, but the exported model would.
+            raise UserError("self-KD cannot export a student with a postencoder; leave it out")
         super().place(student)
         self.student_taps = taps_at([self.layer], student)
 
@@ -233,14 +236,15 @@ class SequenceKD(UtteranceObjective):
 
 
 class LayerPruning(UtteranceObjective):
-    """An initialisation without a loss: the student begins with the teacher's features, input layer, lowest layers and
-    CTC head. A hybrid student's attention decoder is new.
+    """An initialisation without a loss: the student begins with the teacher's features, pre-encoder, input layer,
+    lowest layers and CTC head. A hybrid student's attention decoder is new.
     """
 
     reads_target = False
 
     def init_student(self, student: ESPnetASRModel, teacher: Optional[Teacher]) -> None:
-        """Copy the teacher's frontend, normalisation, encoder and CTC head, as far as the student has them.
+        """Copy the teacher's frontend, normalisation, encoder and CTC head, and what is between them, as far as the
+        student has them.
 
         Raises:
             UserError: the teacher lacks one of the student's parameters, or has it in another size.
@@ -248,7 +252,7 @@ class LayerPruning(UtteranceObjective):
         assert teacher is not None
         mine, theirs = student.state_dict(), teacher.state_dict()
         for name, value in mine.items():
-            if not name.startswith(("frontend.", "normalize.", "encoder.", "ctc.")):
+            if not name.startswith(("frontend.", "normalize.", "preencoder.", "encoder.", "postencoder.", "ctc.")):
                 continue
             if name not in theirs or theirs[name].shape != value.shape:
                 found = tuple(theirs[name].shape) if name in theirs else "absent"
