@@ -47,8 +47,16 @@ def check_phase(phase: Phase, student: ESPnetASRModel, page: Path) -> None:
 
 
 def warn_of_time_warp(student: ESPnetASRModel, objectives: Sequence[Objective]) -> None:
-    """Log that time warping moves the student's frames against those of the teacher, whose audio is not warped."""
+    """Log that time warping moves the student's frames against those of the teacher, whose audio is not warped, or
+    against those of another view, which ESPnet warps differently if the lengths in a batch differ.
+    """
     warp = getattr(student.specaug, "time_warp", None)
+    if warp is not None and any(objective.views > 1 for objective in objectives):
+        logging.warning(
+            "specaug_conf: time warping moves the frames of each view of an utterance differently, by up to %d frames "
+            "of its features, so that their outputs are for other moments; set apply_time_warp: false",
+            warp.window,
+        )
     if warp is not None and any(objective.uses_teacher for objective in objectives):
         logging.warning(
             "specaug_conf: time warping moves the student's frames by up to %d frames of its features, so that the "
