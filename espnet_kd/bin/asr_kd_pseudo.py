@@ -74,6 +74,8 @@ def main(cmd: Optional[Sequence[str]] = None) -> None:
     refuse_same([args.data_dir], args.out, "--out")
     check_writable(args.out)  # before teachers decode the data, which may take hours
     tokens = TokenList(args.token_list, args.token_type) if args.token_list else None
+    if tokens is not None:
+        tokens.check_ids()
     characters = tokens.characters() if tokens else ()
     if any(len(c) > 1 and not c.startswith("<") for c in characters):
         raise cli.UserError(

@@ -78,7 +78,7 @@ class TokenList(Tokenizer):
     """A token list with the files beside it."""
 
     def __init__(self, path: PathLike, token_type: str = "char") -> None:
-        path = Path(path)
+        self.path = path = Path(path)
         self.tokens = [line for _, line in iter_lines(path)]
         self._number = {token: i for i, token in enumerate(self.tokens)}
         self._is_bpe = token_type == "bpe"
@@ -88,6 +88,14 @@ class TokenList(Tokenizer):
                          symbols=read_symbols(path.parent / NLSYMS), cleaner=read_cleaner(path.parent))  # fmt: skip
         if content is not None:
             check_model(self.tokens, content, str(model), str(path))
+
+    def check_ids(self) -> None:
+        """Refuse a list without ``<unk>``, as :meth:`ids` needs it (:class:`UserError`), before texts are made."""
+        if UNKNOWN not in self._number:
+            raise UserError(
+                f"--token_list: {self.path} has no {UNKNOWN}, as ESPnet's token lists have; give the list that the "
+                "student is trained with"
+            )
 
     def characters(self) -> List[str]:
         """Return what texts may consist of, besides blanks: the tokens, or for BPE the characters of the pieces."""

@@ -31,6 +31,8 @@ def make_nbest(args: argparse.Namespace) -> None:
     if bool(args.token_list) != bool(args.token_type):
         raise cli.UserError("--token_list and --token_type go together: a token list, and how a text is split for it")
     tokens = TokenList(args.token_list, args.token_type) if args.token_list else None
+    if tokens is not None:
+        tokens.check_ids()
     search = {"nbest": args.nbest, "beam_size": args.beam_size, "beam_size_token": args.beam_size_token}
     inputs = {**search, "data": [describe_inputs(Path(args.teacher), Path(d)) for d in args.data_dir]}
     if tokens is not None:

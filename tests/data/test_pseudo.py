@@ -212,6 +212,15 @@ def test_no_teacher_runs_for_a_place_that_cannot_be_written(tmp_path, data, monk
         asr_kd_pseudo.main(["--data_dir", str(data), "--teacher", "exp/t", "--out", str(tmp_path / "file")])
 
 
+def test_no_teacher_runs_for_tokens_without_unk(tmp_path, data, monkeypatch):
+    """The tokens of the transcripts are looked up at the end, when a teacher has decoded everything."""
+    monkeypatch.setattr(asr_kd_pseudo, "_texts", lambda *args: pytest.fail("a teacher ran"))
+    (tmp_path / "tokens.txt").write_text("".join(f"{t}\n" for t in TOKENS if t != "<unk>"))
+    command = ["--data_dir", str(data), "--teacher", "exp/t", "--out", str(tmp_path / "out"), "--token_list"]
+    with pytest.raises(UserError, match="--token_list: .*tokens.txt has no <unk>"):
+        asr_kd_pseudo.main([*command, str(tmp_path / "tokens.txt")])
+
+
 def test_no_nbest_of_an_earlier_run_stays(tmp_path, data):
     (tmp_path / "labels").write_text("u0 a bad cab\n")
     command = ["--data_dir", str(data), "--labels", str(tmp_path / "labels"), "--out", str(tmp_path / "out")]

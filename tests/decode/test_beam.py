@@ -255,6 +255,13 @@ def test_nbest_in_the_tokens_of_a_student_with_another_list(tmp_path, expdir, di
         read_nbest(tmp_path / "mine", tiny_asr.TOKENS)
 
 
+def test_tokens_without_unk_are_refused_before_the_search(tmp_path, dirs):
+    (tmp_path / "tokens.txt").write_text("".join(f"{t}\n" for t in tiny_asr.TOKENS if t != "<unk>"))
+    more = ["--token_list", str(tmp_path / "tokens.txt"), "--token_type", "char"]
+    with pytest.raises(UserError, match="--token_list: .*tokens.txt has no <unk>"):
+        asr_kd_nbest.main(options(tmp_path / "no_such_teacher", dirs, tmp_path / "nbest", *more))
+
+
 def test_sidecar_never_vouches_for_another_file(tmp_path, expdir, dirs, monkeypatch):
     output = tmp_path / "nbest"
     asr_kd_nbest.main(options(expdir, dirs, output))
