@@ -278,11 +278,10 @@ def _validate(args: argparse.Namespace) -> None:
     for data_dir in args.data_dirs:
         try:
             number = validate(data_dir, need_text=not args.no_text, allow_empty=args.allow_empty,
-                              token_list=args.token_list, token_type=args.token_type,
-                              allow_unknown=args.allow_unknown,
-                              min_seconds=args.min_seconds, max_seconds=args.max_seconds,
-                              check_audio=not args.no_audio, decode=not args.headers_only, fs=args.fs or None,
-                              nj=args.nj)  # fmt: skip
+                              token_list=args.token_list, token_type=args.token_type, nj=args.nj,
+                              allow_unknown=args.allow_unknown, min_seconds=args.min_seconds, fs=args.fs or None,
+                              max_seconds=args.max_seconds, check_audio=not args.no_audio,
+                              decode=not args.headers_only)  # fmt: skip
             logging.info("%s: %d utterances, no fault", data_dir, number)
         except UserError as e:
             errors.append(str(e))
