@@ -226,10 +226,15 @@ def audio_has_changed(record: Path, data_dirs: Iterable[PathLike]) -> bool:
     """
     known, decoded = (read_json(record) or {}).get("audio_sha256"), record.stat().st_mtime_ns
     try:
-        files = with_times(file for data_dir in data_dirs for file in read_map(Path(data_dir) / "wav.scp").values())
+        files = audio_of(data_dirs)
         return bool(known) and any(time > decoded for _, time in files) and hash_audio(files) != known
     except OSError:
         return False
+
+
+def audio_of(data_dirs: Iterable[PathLike]) -> Tuple[Tuple[str, int], ...]:
+    """The audio files of data dirs, :func:`with_times`."""
+    return with_times(file for data_dir in data_dirs for file in read_map(Path(data_dir) / "wav.scp").values())
 
 
 def with_times(files: Iterable[str]) -> Tuple[Tuple[str, int], ...]:

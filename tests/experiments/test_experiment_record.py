@@ -44,6 +44,27 @@ def test_a_result_is_finished_when_its_record_is_written(files):
     assert state(*record) == "to be made"
 
 
+def test_audio_under_its_old_names_is_compared_by_content(files):
+    audio = files / "audio.wav"
+    audio.write_bytes(b"one")
+    (files / "wav.scp").write_text(f"utt {audio}\n")
+    where = ["--record", files / "exp/stats/.done", "--file", files / "wav.scp"]
+    record = [*where, "--audio", files, "--expdir", files / "exp"]
+    asr_kd_record.main(["finish", *map(str, record)])
+    os.utime(files / "exp/stats/.done.audio", (1, 1))  # the clock of file systems is coarse
+    assert state(*record) == "finished"
+    audio.write_bytes(b"one")
+    assert state(*record) == "finished", "a newer date is no other content"
+    audio.write_bytes(b"two")
+    assert state(*record) == "to be made" and state(*where) == "finished"
+    (files / "exp/student").mkdir()
+    (files / "exp/student/checkpoint.pth").touch()
+    with pytest.raises(UserError, match=r"audio of .* is not that of .*exp/stats, .*\(student\).*--expdir"):
+        state(*record)
+    (files / "exp/stats/.done.audio").unlink()
+    assert state(*record) == "finished", "an earlier version has recorded no audio"
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"files": 1}', "null", "\0"])
 def test_a_damaged_record_is_none(files, content):
     (files / ".done").write_text(content)

@@ -114,6 +114,20 @@ def test_a_model_of_other_settings_is_refused(finished):
     finished.run(*SMALL, "--stage", "6", "--stop_stage", "6")  # the model is unchanged and still accepted
 
 
+def test_training_audio_that_was_made_again_under_its_names_is_refused(finished):
+    """Statistics and models are of the earlier audio, and the test sets would be decoded again."""
+    stage = [*SMALL, "--stage", "4", "--stop_stage", "4"]
+    audio = finished.dir / next(iter(read_map(finished.dir / "dump/raw/train/wav.scp").values()))
+    content, times = audio.read_bytes(), audio.stat()
+    audio.write_bytes(content[:-2] + b"\1\1")
+    done = finished.run(*stage, check=False)
+    audio.write_bytes(content)
+    os.utime(audio, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert done.returncode == 1 and done.stdout.count("error:") == 1
+    assert re.search("error: .*dump/raw/train is not that of exp/stats_train_word.*student_plain", done.stdout)
+    assert "statistics are there" in finished.run(*stage).stdout  # only the content counts
+
+
 def test_a_stage_names_the_one_that_makes_its_input(egs2, finished):
     fresh = Recipe(egs2, "mini")
     for stage, text in ((2, "stage 1 makes it"), (6, "stage 4 makes it")):

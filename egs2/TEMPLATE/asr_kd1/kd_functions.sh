@@ -157,7 +157,7 @@ options_for() {
 collect() {
     local stats count job jobs=${nj} dirs=() inputs=() dset
     stats=$(stats_of "$1")
-    inputs=(--record "${stats}/.done" --value="fs ${fs}" --file "${tokens}")
+    inputs=(--record "${stats}/.done" --value="fs ${fs}" --audio "${raw}/$1" --expdir "${expdir}" --file "${tokens}")
     for dset in "$1" "${valid_set}"; do
         [ ! -e "${raw}/${dset}/wav.scp" ] || inputs+=("${raw}/${dset}/wav.scp")
         ! has_text "${dset}" || dry || inputs+=("${raw}/${dset}/text")
