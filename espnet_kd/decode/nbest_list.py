@@ -109,7 +109,7 @@ def _in_tokens(
     )
     logging.info(
         "the teacher has %d tokens, the student %d others (%s, %s): hypotheses were written in the student's tokens "
-        "by their text; %d had the text of a better one and were added to it, %d have a piece that is no token (%s)",
+        "by their text; %d had the tokens of another one and were added to it, %d have a piece that is no token (%s)",
         len(names), len(tokens.tokens), args.token_list, args.token_type, done.merged, done.unknown, UNKNOWN,
     )  # fmt: skip
     return done.nbest

@@ -41,7 +41,7 @@ class Retokenised(NamedTuple):
     """N-best in the tokens of another list, with counts of the hypotheses that changed."""
 
     nbest: Dict[str, Hypotheses]
-    merged: int  #: hypotheses with the text of a better one, to which their probability was added
+    merged: int  #: hypotheses with the tokens of another one, to which their probability was added
     unknown: int  #: hypotheses with ``<unk>``, because a piece of their text is not a token
 
 
@@ -62,21 +62,18 @@ def retokenise(
     found: Dict[str, Hypotheses] = {}
     merged = unknown = 0
     for utt_id, hypotheses in nbest.items():
-        scores: Dict[str, float] = {}
+        scores: Dict[Tuple[int, ...], float] = {}
         for score, ids in hypotheses:
-            text = " ".join(to_text(ids).split())
-            if text in scores:
+            # By ids, not by text: texts that differ only in unknown words have equal ids.
+            new = tuple(to_ids(" ".join(to_text(ids).split())))
+            if new in scores:
                 merged += 1
-                high, low = max(score, scores[text]), min(score, scores[text])
+                high, low = max(score, scores[new]), min(score, scores[new])
                 score = high + math.log1p(math.exp(low - high))
-            scores[text] = score
-        ranked: List[Tuple[float, Sequence[int]]] = []
-        for text, score in sorted(scores.items(), key=lambda item: -item[1]):
-            ids = array("i", to_ids(text))
-            unknown += unknown_id in ids
-            if all(ids != other for _, other in ranked):  # texts that differ only in unknown words have equal ids
-                ranked.append((score, ids))
-        found[utt_id] = ranked
+            scores[new] = score
+        unknown += sum(unknown_id in new for new in scores)
+        ranked = sorted(scores.items(), key=lambda item: -item[1])
+        found[utt_id] = [(score, array("i", new)) for new, score in ranked]
     return Retokenised(found, merged, unknown)
 
 

@@ -97,7 +97,7 @@ def test_every_token_comes_back(tmp_path, token):
 
 
 def test_the_same_texts_in_other_tokens():
-    """Hypotheses with the same text are merged and their probabilities added; a piece that is no token is <unk>."""
+    """Hypotheses with the same tokens are merged and their probabilities added; a piece that is no token is <unk>."""
     letters = {2: "a", 3: " ", 4: "b", 5: "c"}
     pieces = {"<unk>": 1, "ab": 7, "a": 8, "b": 9}
 
@@ -107,13 +107,14 @@ def test_the_same_texts_in_other_tokens():
     nbest = {
         "u": [(math.log(p), ids) for p, ids in ((0.5, [2, 4]), (0.2, [2, 3, 4]), (0.1, [2, 3, 3, 4]), (0.05, [5]))],
         "v": [(-1.0, [])],
-        "w": [(-1.0, [5]), (-2.0, [5, 5])],
+        "w": [(math.log(p), ids) for p, ids in ((0.3, [5]), (0.25, [2, 4]), (0.2, [5, 5]))],
     }
     found, merged, unknown = retokenise(nbest, lambda ids: "".join(letters[i] for i in ids), to_ids, 1)
     assert [(round(math.exp(s), 6), list(ids)) for s, ids in found["u"]] == [(0.5, [7]), (0.3, [8, 9]), (0.05, [1])]
     assert [(s, list(ids)) for s, ids in found["v"]] == [(-1.0, [])]
-    assert [(s, list(ids)) for s, ids in found["w"]] == [(-1.0, [1])]  # merged, as both are <unk>
-    assert (merged, unknown) == (1, 3)
+    # Merged, as both are <unk>; the sum, not the probability of the better one alone.
+    assert [(round(math.exp(s), 6), list(ids)) for s, ids in found["w"]] == [(0.5, [1]), (0.25, [7])]
+    assert (merged, unknown) == (2, 2)
 
 
 def test_merging_keeps_the_best_first():
