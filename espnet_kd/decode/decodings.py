@@ -217,7 +217,7 @@ def describe_inputs(experiment: Path, data_dir: Path) -> Dict:
     return {"models": models, "wav_scp_sha256": wav_scp}
 
 
-def audio_has_changed(record: Path, data_dirs: Iterable[PathLike]) -> bool:
+def audio_has_changed(record: Path, data_dirs: Iterable[PathLike], most: Optional[int] = None) -> bool:
     """Whether the audio of data dirs has another content than when it was decoded, as ``record`` describes.
 
     A corpus that is made or formatted again keeps the names in wav.scp. Contents are compared only if a file was
@@ -226,15 +226,16 @@ def audio_has_changed(record: Path, data_dirs: Iterable[PathLike]) -> bool:
     """
     known, decoded = (read_json(record) or {}).get("audio_sha256"), record.stat().st_mtime_ns
     try:
-        files = audio_of(data_dirs)
+        files = audio_of(data_dirs, most)
         return bool(known) and any(time > decoded for _, time in files) and hash_audio(files) != known
     except OSError:
         return False
 
 
-def audio_of(data_dirs: Iterable[PathLike]) -> Tuple[Tuple[str, int], ...]:
-    """The audio files of data dirs, :func:`with_times`."""
-    return with_times(file for data_dir in data_dirs for file in read_map(Path(data_dir) / "wav.scp").values())
+def audio_of(data_dirs: Iterable[PathLike], most: Optional[int] = None) -> Tuple[Tuple[str, int], ...]:
+    """The audio files of data dirs, :func:`with_times`; if there are more than ``most``, every second, third …"""
+    files = [file for data_dir in data_dirs for file in read_map(Path(data_dir) / "wav.scp").values()]
+    return with_times(files[:: math.ceil(len(files) / most)] if most and files else files)
 
 
 def with_times(files: Iterable[str]) -> Tuple[Tuple[str, int], ...]:

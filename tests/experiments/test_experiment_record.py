@@ -65,6 +65,22 @@ def test_audio_under_its_old_names_is_compared_by_content(files):
     assert state(*record) == "finished", "an earlier version has recorded no audio"
 
 
+def test_of_many_audio_files_some_are_compared(files, monkeypatch):
+    """A large corpus is not read whole; if it is made again, each of its files differs."""
+    monkeypatch.setattr(asr_kd_record, "COMPARED_FILES", 2)
+    audio = [files / f"{i}.wav" for i in range(5)]
+    for path in audio:
+        path.write_bytes(b"one")
+    (files / "wav.scp").write_text("".join(f"{path.stem} {path}\n" for path in audio))
+    record = ["--record", files / "exp/stats/.done", "--audio", files]
+    asr_kd_record.main(["finish", *map(str, record)])
+    os.utime(files / "exp/stats/.done.audio", (1, 1))
+    audio[1].write_bytes(b"two")
+    assert state(*record) == "finished"
+    audio[3].write_bytes(b"two")
+    assert state(*record) == "to be made"
+
+
 @pytest.mark.parametrize("content", ["{", "[]", '{"files": 1}', "null", "\0"])
 def test_a_damaged_record_is_none(files, content):
     (files / ".done").write_text(content)
