@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import re
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import IO, Any, Iterator, Optional, Tuple, Union
 
 from espnet_kd.cli import UserError
+from espnet_kd.data import mp3
 from espnet_kd.files import replacing
 
 # If the size in a header is at least this number of bytes, the file was written as a stream, before its length was
@@ -66,7 +68,8 @@ def read_audio_info(path: str, whole: bool = False) -> Tuple[int, int, int]:
                 raise UserError(f"{path} has no length in its header, as a stream: decode it, and write it to a file")
             if whole and not _is_whole(f, _read_head(path)):
                 raise UserError(f"{path} is cut: it is shorter than its header states")
-            return f.frames, f.samplerate, f.channels
+            with _with_length(f, path, path) as measured:
+                return measured.frames, f.samplerate, f.channels
     except (soundfile.LibsndfileError, RuntimeError) as e:
         if "embedded-shorten" in _read_head(path):
             raise UserError(
@@ -128,7 +131,7 @@ def check_samples(path: str) -> bool:
     """Decode a file if that can reveal a fault, and return whether samples are beyond full scale.
 
     Integers in a WAV file are always valid samples. A FLAC file may be damaged in the middle, and floating-point
-    samples may be NaN. Memory does not grow with the file.
+    samples may be NaN. Memory does not grow with the file, except by the content of MP3.
 
     Raises:
         UserError: the causes of :func:`read_samples`.
@@ -189,7 +192,34 @@ def _opened(source: Union[str, IO[bytes]], name: str):
     # The header is needed only for NIST files. An open stream is part of an ark, which never holds NIST.
     if not _is_whole(f, _read_head(source) if isinstance(source, str) else ""):
         raise UserError(f"{name} is cut: it is shorter than its header states")
-    return f
+    return _with_length(f, source, name)
+
+
+def _with_length(f, source: Union[str, IO[bytes]], name: str):
+    """Return an open soundfile that has its true length; that of MP3 may be missing or wrong."""
+    import soundfile
+
+    if f.format != "MP3":
+        return f
+    try:
+        if isinstance(source, str):
+            stat = os.stat(source)
+            content = _mended(source, f.frames, stat.st_size, stat.st_mtime_ns)
+        else:
+            place = source.tell()  # libsndfile continues there
+            source.seek(0)
+            content = mp3.with_length(source.read(), f.frames)
+            source.seek(place)
+    except ValueError as e:
+        raise UserError(f"{name} {e}") from e
+    except OSError as e:
+        raise UserError(f"cannot read {name}: {e.strerror}") from e
+    return f if content is None else soundfile.SoundFile(io.BytesIO(content))
+
+
+@functools.lru_cache(maxsize=1)  # the segments of a file are read one after the other
+def _mended(path: str, frames: int, size: int, time: int) -> Optional[bytes]:
+    return mp3.with_length(Path(path).read_bytes(), frames)
 
 
 def _go_to(f, name: str, start: int) -> None:
