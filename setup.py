@@ -34,6 +34,7 @@ setup(
         "sentencepiece",
         "pyyaml",
         "soundfile",
+        "miniaudio",  # MP3 without its length, of which libsndfile reads a part
         "soxr",
         "humanfriendly",
         "tensorboard",  # ESPnet's trainer writes to it by default

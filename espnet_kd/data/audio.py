@@ -131,7 +131,7 @@ def check_samples(path: str) -> bool:
     """Decode a file if that can reveal a fault, and return whether samples are beyond full scale.
 
     Integers in a WAV file are always valid samples. A FLAC file may be damaged in the middle, and floating-point
-    samples may be NaN. Memory does not grow with the file, except by the content of MP3.
+    samples may be NaN. Memory does not grow with the file, except with MP3, which is read whole.
 
     Raises:
         UserError: the causes of :func:`read_samples`.
@@ -196,7 +196,7 @@ def _opened(source: Union[str, IO[bytes]], name: str):
 
 
 def _with_length(f, source: Union[str, IO[bytes]], name: str):
-    """Return an open soundfile that has its true length; that of MP3 may be missing or wrong."""
+    """Return an open soundfile with its true length, which libsndfile may not find in MP3."""
     import soundfile
 
     if f.format != "MP3":
@@ -204,11 +204,11 @@ def _with_length(f, source: Union[str, IO[bytes]], name: str):
     try:
         if isinstance(source, str):
             stat = os.stat(source)
-            content = _mended(source, f.frames, stat.st_size, stat.st_mtime_ns)
+            content = _decoded(source, f.frames, stat.st_size, stat.st_mtime_ns)
         else:
             place = source.tell()  # libsndfile continues there
             source.seek(0)
-            content = mp3.with_length(source.read(), f.frames)
+            content = mp3.decode_if_unmeasured(source.read(), f.frames)
             source.seek(place)
     except ValueError as e:
         raise UserError(f"{name} {e}") from e
@@ -218,8 +218,8 @@ def _with_length(f, source: Union[str, IO[bytes]], name: str):
 
 
 @functools.lru_cache(maxsize=1)  # the segments of a file are read one after the other
-def _mended(path: str, frames: int, size: int, time: int) -> Optional[bytes]:
-    return mp3.with_length(Path(path).read_bytes(), frames)
+def _decoded(path: str, frames: int, size: int, time: int) -> Optional[bytes]:
+    return mp3.decode_if_unmeasured(Path(path).read_bytes(), frames)
 
 
 def _go_to(f, name: str, start: int) -> None:

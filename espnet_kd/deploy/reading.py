@@ -19,7 +19,7 @@ WINDOW = 0.2
 def read_blocks(path: str, rate: int) -> Iterator[np.ndarray]:
     """Yield the samples of a file, or of standard input (``-``), as (n,) float32 in [-1, 1] at ``rate`` Hz.
 
-    Several channels are averaged. Memory does not grow with the file, except by the content of MP3.
+    Several channels are averaged. Memory does not grow with the file, except with MP3, which is read whole.
 
     Raises:
         UserError: the file is missing, cut or damaged, or is no audio; the message names it.
