@@ -71,3 +71,15 @@ def report(exp, *options):
 
     asr_kd_report.main([str(exp), "--no_frames", *map(str, options)])
     return json.loads((exp / "results.json").read_text()), (exp / "RESULTS.md").read_text()
+
+
+def table(page, title):
+    """The table after a heading as {first cell: {column: cell}}, in its order."""
+    lines = [line.strip("|").split("|") for line in page.split(f"# {title}\n")[1].split("\n#")[0].splitlines()
+             if line.startswith("|")]  # fmt: skip
+    return {cells[0]: dict(zip(lines[0], cells)) for cells in lines[2:]}
+
+
+def comparison(page):
+    """The table "Comparison of methods"."""
+    return table(page, "Comparison of methods")
