@@ -69,7 +69,9 @@ class TransformerEncoder(torch.nn.Module):
 def models():
     """The parts of the student and the teacher that ``place`` and ``build`` use."""
     head = SimpleNamespace(ctc_lo=SimpleNamespace(out_features=VOCABULARY))
-    student = SimpleNamespace(encoder=TransformerEncoder(), ctc=head, token_list=["a"] * VOCABULARY)
+    student = SimpleNamespace(
+        encoder=TransformerEncoder(), postencoder=None, ctc=head, token_list=["a"] * VOCABULARY
+    )
     return student, SimpleNamespace(hidden_size=WIDTH, name="teacher")
 
 
