@@ -338,9 +338,9 @@ name_of_import() {
 teachers_tokens() { [ -n "${teacher}" ] && [ "${student_tokens}" = teacher ]; }
 # type_of_teacher: print the token type of the first teacher, which is imported
 type_of_teacher() {
-    local type
+    local type # empty in a dry run if the teacher is not imported yet, because then there is no config.yaml
     type=$(sed -n 's/^token_type: *//p' "${teachers[0]}/config.yaml" 2>/dev/null || true)
-    echo "${type:-${token_type}}" # in a dry run the teacher may not be imported yet
+    echo "${type:-${token_type}}"
 }
 # same_rate: end with an error if an imported teacher needs audio of another sampling rate than --fs
 same_rate() {

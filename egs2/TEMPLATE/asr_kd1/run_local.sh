@@ -57,7 +57,7 @@ failed=0 errors=$'\n' # those that have been shown
 for i in "${!pids[@]}"; do
     rc=0
     wait "${pids[i]}" || rc=$?
-    [ -z "${reader}" ] || wait "${reader}" 2>/dev/null || true # until all that was written is shown
+    [ -z "${reader}" ] || wait "${reader}" 2>/dev/null || true # until all is shown; only the exit code of the job counts
     if [ "${rc}" != 0 ]; then
         failed=1
         job_log=${log//${name:-JOB}/$((first + i))}
